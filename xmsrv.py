@@ -1901,10 +1901,10 @@ class Lane:
         return len(self.pending) >= self.size or self.bytes >= BATCH_BYTES
 
     def put(self, message):
-        """Takes a message; the first of a full batch sends it off."""
+        """Takes a message; a full batch goes off at once, where one may."""
         self.pending.append(message)
         self.bytes += len(message.body)
-        if self.full:
+        if self.busy < self.parallel and self.full:
             self.pump()
 
     def pump(self):
