@@ -30,6 +30,7 @@ import ssl
 import struct
 import sys
 import textwrap
+import threading
 import time
 import types
 import zlib
@@ -1266,18 +1267,21 @@ def grouped(items, key):
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHUNK = 256 * 1024          # bytes a read
+MAX_ANSWER = 1 << 20        # bytes of an answer in the handshake: what is no nsqd would have us wait for gigabytes
 CONNECT_TIMEOUT = 3.0       # seconds from the first packet to a subscribed connection
 HEARTBEAT = 10.0            # seconds; nsqd closes after two of its own unanswered, so do we
+DEFAULT_HEARTBEAT = 60.0    # seconds; of an nsqd that refused ours: half its --client-timeout, 30 as it comes
 HTTP_TIMEOUTS = {'connect_timeout': CONNECT_TIMEOUT, 'request_timeout': CONNECT_TIMEOUT}
 FLUSH = 25                  # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 BUFFER = 64 * 1024          # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK = 0.025                # seconds between looks at RDY, idleness and TOUCH
+PUBLISH_TIMEOUT = 5.0       # seconds for nsqd to take a batch of dead letters
 CLOSE_TIMEOUT = 1.0         # seconds to wait for CLOSE_WAIT
 RESPONSE, ERROR, MESSAGE = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR, nsq.FRAME_TYPE_MESSAGE
 FRAME = struct.Struct('>ii')            # size of what follows, frame type
 HEAD = struct.Struct('>iiqH16s')        # of a message: size, type, timestamp, attempts, id
 REFUSED_ANSWERS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')   # not fatal: nsqd has delivered it again
-UNREACHABLE = (OSError, QueueError, asyncio.TimeoutError, ssl.SSLError, ValueError)
+UNREACHABLE = (OSError, QueueError, asyncio.TimeoutError)
 
 
 def spelled(address):
@@ -1333,6 +1337,7 @@ class Connection:
         self.stream, self.info, self.lost = None, {}, False
         self.rest = b''          # of the last read: an unfinished frame
         self.heard = 0.0         # loop time of the last read
+        self.heartbeat = HEARTBEAT
 
     def __str__(self):
         return spelled(self.address)
@@ -1346,6 +1351,7 @@ class Connection:
             if not str(error).startswith('E_BAD_BODY'):
                 raise
             log.warning('nsqd %s: %s; trying with its own defaults', self, error)
+            self.heartbeat = DEFAULT_HEARTBEAT
             await asyncio.wait_for(self.shake_hands({}), CONNECT_TIMEOUT)
         except BaseException:
             self.drop()
@@ -1357,7 +1363,7 @@ class Connection:
         self.stream = await TCPClient().connect(*self.address)
         self.stream.set_nodelay(True)
         self.send(b'  V2' + nsq.identify({**self.link.identity(), **wishes}))
-        self.info = json.loads(await self.answer())
+        self.info = self.parsed(await self.answer())
         if self.link.tls:
             await self.start_tls()
         if self.link.secret:
@@ -1366,6 +1372,14 @@ class Connection:
             self.send(nsq.subscribe(self.topic, self.channel))
             await self.answer(b'OK')
         self.heard = asyncio.get_running_loop().time()
+
+    @staticmethod
+    def parsed(data):
+        """nsqd's answer to IDENTIFY as a dict."""
+        try:
+            return dict(json.loads(data))
+        except (ValueError, TypeError):
+            raise QueueError(f'not an answer of nsqd: {shortened(ascii(data), 60)}') from None
 
     async def start_tls(self):
         """TLS with the host's name verified."""
@@ -1386,6 +1400,8 @@ class Connection:
         """The next response's bytes, in the handshake. Raises QueueError for an error of nsqd."""
         while True:
             size, kind = FRAME.unpack(await self.stream.read_bytes(8))
+            if not 4 <= size <= MAX_ANSWER:
+                raise QueueError('not an nsqd: its answer is no frame')
             data = await self.stream.read_bytes(size - 4)
             if kind == RESPONSE and data == b'_heartbeat_':
                 self.send(nsq.nop())
@@ -1418,6 +1434,8 @@ class Connection:
         while end - at >= 8:
             size, kind = FRAME.unpack_from(data, at)
             after = at + 4 + size
+            if size < 4:
+                raise QueueError('a frame of a size that there is not')
             if after > end:
                 break
             if kind == MESSAGE:
@@ -1461,7 +1479,9 @@ class Publisher(Connection):
         futures = [asyncio.get_running_loop().create_future() for _ in bodies]
         self.waiting.extend(futures)
         self.send(b''.join(nsq.pub(self.topic, body) for body in bodies))
+        timer = asyncio.get_running_loop().call_later(PUBLISH_TIMEOUT, self.drop)
         answers = await asyncio.gather(*futures, return_exceptions=True)
+        timer.cancel()
         fault = next((answer for answer in answers if answer is not None), None)
         return answers.index(fault) if fault else len(answers), fault
 
@@ -1592,7 +1612,7 @@ async def ask_lookupd(client, address, topic):
             raise QueueError(f'HTTP {response.code}' if response.code != 599 else explained(response.error))
         return {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
                 for p in json.loads(response.body)['producers']}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise QueueError(f'not an answer of nsqlookupd: {error}') from None
 
 
@@ -1651,7 +1671,6 @@ class Consumer:
         self.room = asyncio.Event()  # set while held_bytes < max_held
         self.room.set()
         self.window = None          # the Window that takes messages
-        self.paused = True          # no RDY: no window, or a store that is down
         self.closing = False
         self.last_touch = 0.0
         self.warned_late = False
@@ -1665,6 +1684,8 @@ class Consumer:
         while addresses and not self.connections and len(self.attempted) < len(addresses) and not self.crew.error:
             self.crew.wake.clear()
             await self.crew.wake.wait()
+        if self.crew.error:
+            raise self.crew.error
         if addresses and not self.connections:
             raise Unavailable('no nsqd can be reached: ' + '; '.join(
                 f'{spelled(address)}: {error}' for address, error in self.attempted.items()))
@@ -1727,7 +1748,7 @@ class Consumer:
     @property
     def budget(self):
         """The most that the RDYs of all connections may add up to."""
-        if self.paused or self.closing or not self.window or self.held_bytes >= self.max_held:
+        if self.closing or not self.window or not self.window.asking or self.held_bytes >= self.max_held:
             return 0
         return min(self.window.left, self.max_in_flight)
 
@@ -1778,6 +1799,7 @@ class Consumer:
     def answer(self, command, messages):
         """Sends one command for each message, one write a connection. Returns how many were too late: their
         connection is gone, and nsqd delivers them again."""
+        messages = [message for message in messages if self.held.pop(message.key, None)]   # each is answered once
         late = 0
         for connection, group in grouped(messages, lambda message: message.conn):
             connection.in_flight -= len(group)
@@ -1785,8 +1807,6 @@ class Consumer:
                 late += len(group)
             else:
                 connection.send(b''.join([command % message.id for message in group]))
-        for message in messages:
-            del self.held[message.key]
         self.held_bytes -= sum([len(message.body) for message in messages])
         if self.held_bytes < self.max_held:
             self.room.set()
@@ -1826,7 +1846,7 @@ class Consumer:
                 self.last_touch = now
                 self.touch(now)
             for connection in self.connections:
-                if self.room.is_set() and now - connection.heard > 2 * HEARTBEAT + 1:
+                if self.room.is_set() and now - connection.heard > 2 * connection.heartbeat + 1:
                     connection.drop()
             self.crew.wake.set()
             await asyncio.sleep(TICK)
@@ -1960,6 +1980,8 @@ class Window:
         self.count = dict.fromkeys(OUTCOMES, 0)
         self.taken = 0           # of the limit
         self.open = 0            # messages in the lanes; what else is held stays for the end
+        self.asking = False      # may RDY be more than 0? Not before, not after, not while the store is down
+        self.ended = False       # what is under way is waited for, nothing more is asked for
         self.stopping = False    # by a signal
         self.failure = None      # why messages go back though nobody asked for it
         self.down_since = None   # loop time since when the store fails
@@ -1997,7 +2019,8 @@ class Window:
             return self.store_fails(error, len(batch))
         if self.down_since:
             log.warning('%s is back after %.1f s', self.config.store, loop.time() - self.down_since)
-            self.down_since, self.consumer.paused = None, False
+            self.down_since = None
+            self.ask(not self.ended)
         return answers
 
     def store_fails(self, error, number):
@@ -2008,8 +2031,7 @@ class Window:
         elif not self.down_since:
             self.down_since = asyncio.get_running_loop().time()
             log.warning('%s; trying again, nothing more is taken from the queue', error)
-        self.consumer.paused = True
-        self.consumer.deal()
+        self.ask(False)
         return [RETRY if error.again else STOP] * number
 
     def reject(self, message, unfit):
@@ -2043,12 +2065,12 @@ class Window:
         """Takes messages until the window is over, waits for what is under way, and hands the rest back."""
         loop = asyncio.get_running_loop()
         self.started = self.active = loop.time()
-        self.consumer.window, self.consumer.paused = self, False
-        self.consumer.deal()
+        self.consumer.window = self
         with progress(self) as show:
+            self.ask(True)
             await self.until(lambda: show() or self.over(loop.time()))
-            self.consumer.paused = True
-            self.consumer.deal()
+            self.ended = True
+            self.ask(False)
             if self.stopping or self.storing.troubled or self.failure:
                 self.halt()
             await self.until(lambda: show() or self.drained, self.store.patience + 2)
@@ -2071,13 +2093,23 @@ class Window:
             self.crew.wake.clear()
             await self.crew.wake.wait()
 
+    def ask(self, asking):
+        """Opens or stops the flow."""
+        self.asking = asking
+        self.consumer.deal()
+
     def over(self, now):
         """Whether the window has ended: full, stopped, out of time, idle, or stuck with what it can't get rid of."""
         if self.open or not self.consumer.starved:
             self.active = now
-        stuck = not self.open and self.consumer.held and all(c.rdy <= c.in_flight for c in self.consumer.connections)
-        return (not self.left or not self.consumer.addresses or stuck or now - self.started >= self.timeout
+        return (not self.left or not self.consumer.addresses or self.stuck or now - self.started >= self.timeout
                 or now - self.active >= self.config.idle_timeout)
+
+    @property
+    def stuck(self):
+        """Whether nothing can come any more: what is held waits for the end, and leaves no room for another."""
+        connections = self.consumer.connections
+        return not self.open and connections and self.consumer.held and all(c.rdy <= c.in_flight for c in connections)
 
     @property
     def drained(self):
@@ -2492,9 +2524,21 @@ def run(command):
     async def main_task():
         return await command(Stopper())
     try:
-        return asyncio.run(main_task())
+        status = asyncio.run(main_task())
     except asyncio.CancelledError:
-        return os.EX_OK
+        status = os.EX_OK
+    leave_stuck_calls(status)
+    return status
+
+
+def leave_stuck_calls(status):
+    """Exits at once where a call of the store has not come back in its time: the interpreter would wait for it."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith('store')]
+    for thread in threads:
+        thread.join(0.5)
+    if any(thread.is_alive() for thread in threads):
+        sys.stdout.flush()
+        os._exit(status)
 
 
 def main(arguments=None):
