@@ -118,7 +118,7 @@ def text(value):
 
 def number(value, units, example):
     """`value` as digits and a unit out of `units`, in the smallest of them."""
-    match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*([A-Za-z]*)', text(value))
+    match = re.fullmatch(r'([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)', text(value))
     if not match or match[2] not in units:
         raise ValueError(f'not {example}')
     return float(match[1]) * units[match[2]]
@@ -142,7 +142,7 @@ def size(value):
 
 def count(value):
     """A whole number, 0 or more."""
-    if not re.fullmatch(r'\d{1,18}', text(value)):
+    if not re.fullmatch('[0-9]{1,18}', text(value)):
         raise ValueError('not a whole number')
     return int(value)
 
@@ -176,6 +176,8 @@ def optional(check):
 def listed(check):
     """A validator of a list, or of a single value that stands for a list of one; nothing is an empty list."""
     def check_all(value):
+        if isinstance(value, dict):
+            raise ValueError('an option, not a section')
         return [check(item) for item in ([value] if isinstance(value, str) else value) if item != '']
     return check_all
 
@@ -205,7 +207,7 @@ def bin_name(value):
 
 def address(value):
     """`host:port`, `192.0.2.1:4150` or `[2001:db8::1]:4150` as (host, port)."""
-    match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:\[\]/@]+)):(\d{1,5})', text(value))
+    match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:\[\]/@]+)):([0-9]{1,5})', text(value))
     if not match or not 0 < int(match[3]) < 65536:
         raise ValueError('not host:port (IPv6 in brackets, [::1]:4150)')
     if match[1]:
@@ -266,14 +268,22 @@ def of_type(name):
     return check
 
 
+def as_scalar(rule, word, kind):
+    """A word of a rule as a string, integer or (finite) number."""
+    try:
+        value = SCALARS[kind](word)
+    except ValueError:
+        value = math.nan
+    if kind != 'string' and not math.isfinite(value):
+        raise ValueError(f'{rule} wants {"an integer" if kind == "integer" else "a number"}, not {word!r}')
+    return value
+
+
 def rule_limit(rule, bound, kind):
     """`min` or `max`: of the value for numbers, of the length for strings and lists and objects."""
     if kind in ('any', 'boolean'):
         raise ValueError(f'{rule} does not fit the type {kind}')
-    try:
-        limit = float(bound) if kind == 'number' else int(bound)
-    except ValueError:
-        raise ValueError(f'{rule} wants a number, not {bound!r}') from None
+    limit = as_scalar(rule, bound, kind if kind == 'number' else 'integer')
     measure = (lambda value: value) if kind in ('number', 'integer') else len
     what = 'value' if kind in ('number', 'integer') else 'length'
 
@@ -288,7 +298,7 @@ def rule_one_of(rule, words, kind):
     """`one-of a|b|c`: the value is one of them."""
     if kind not in SCALARS:
         raise ValueError(f'{rule} does not fit the type {kind}')
-    allowed = {SCALARS[kind](word.strip()) for word in words.split('|')}
+    allowed = {as_scalar(rule, word.strip(), kind) for word in words.split('|')}
 
     def check(value):
         if value not in allowed:
@@ -318,7 +328,9 @@ RULES = {'min': rule_limit, 'max': rule_limit, 'one-of': rule_one_of, 'match': r
 
 def field(value):
     """A line of [[fields]], `integer, required, min 1`, as (voluptuous validator, required)."""
-    kind, *rules = [value] if isinstance(value, str) else value
+    if isinstance(value, dict):
+        raise ValueError('an option, not a section')
+    kind, *rules = [value] if isinstance(value, str) else value or ['']
     if kind not in TYPES:
         raise ValueError(f'no type {kind!r}; there are ' + ', '.join(TYPES))
     checks = [of_type(kind)]
@@ -416,15 +428,30 @@ def read_file(filename, settings=()):
     Raises ConfigError for a file that can't be read or is no INI, with each such line.
     """
     try:
-        raw = configobj.ConfigObj(filename, file_error=True, interpolation=False, encoding='utf-8', raise_errors=False)
+        with open(filename, encoding='utf-8-sig') as file:
+            text = file.read()
+        raw = configobj.ConfigObj(text.split('\n'), interpolation=False)
     except configobj.ConfigObjError as error:
         raise ConfigError('\n'.join(f'{filename}: {fault}' for fault in error.errors or [error])) from None
     except (OSError, UnicodeError) as error:
         raise ConfigError(f'{filename}: {getattr(error, "strerror", None) or error}') from None
+    faults = []
+    raw.walk(lambda section, name: faults.extend(cut_short(text, section, name)))
+    if faults:
+        raise ConfigError('\n'.join(f'{filename}: {fault}' for fault in faults))
     raw = raw.dict()
     for setting in settings:
         overlay(raw, setting)
     return raw
+
+
+def cut_short(text, section, name):
+    """Yields a Fault for a value that a # in it has cut short: configobj takes all from there for a remark."""
+    comment, value = section.inline_comments.get(name), section[name]
+    end = value[-1] if isinstance(value, list) and value else value
+    if comment and isinstance(end, str) and end + comment in text:
+        where = section.name if section.depth < 2 else f'{section.parent.name}.{section.name}'
+        yield Fault(where, name, end + comment, 'quote a value that has a # in it')
 
 
 def overlay(raw, setting):
@@ -438,9 +465,12 @@ def overlay(raw, setting):
         if not isinstance(raw, dict):
             raise ConfigError(f'--set {setting}: {section} is an option, not a section')
     try:
-        raw[option] = configobj.ConfigObj([f'value = {value}'], interpolation=False)['value']
-    except configobj.ConfigObjError:
-        raise ConfigError(f'--set {setting}: the value cannot be read; quote it') from None
+        read = configobj.ConfigObj([f'value = {value}'], interpolation=False)
+        raw[option] = read['value']
+    except (configobj.ConfigObjError, KeyError):
+        read = None
+    if not read or read.inline_comments['value']:   # a # would cut it short
+        raise ConfigError(f'--set {setting}: the value cannot be read; quote it')
 
 
 def validate(raw):
@@ -460,10 +490,12 @@ def as_fault(raw, error):
     *sections, option = [str(part) for part in error.path]
     value = functools.reduce(lambda node, part: node.get(part, {}), sections, raw).get(option)
     section, rule = '.'.join(sections), error.msg
-    if isinstance(value, dict) or rule == 'expected a dictionary':
-        rule = 'no such section' if isinstance(value, dict) else 'a section, not an option'
-    elif rule == 'extra keys not allowed':
-        rule = 'no such option'
+    if rule == 'extra keys not allowed':
+        rule = 'no such section' if isinstance(value, dict) else 'no such option'
+    elif rule == 'expected a dictionary':
+        rule = 'a section, not an option'
+    elif isinstance(value, dict):
+        return Fault(section, option, None, 'an option, not a section')
     if rule.startswith('no such'):
         return Fault(section, option, None if isinstance(value, dict) else value, rule + nearest(section, option))
     return Fault(section, option, value, rule)
@@ -501,12 +533,15 @@ def load(filename, settings=()):
     """
     sections, faults = validate(read_file(filename, settings))
     at_fault = {(fault.section, fault.option) for fault in faults}
+    if ('nsq', 'lookupd-http-address') in at_fault:
+        at_fault.add(('nsq', 'nsqd-tcp-address'))   # the one fault that stands for either
     config = namespace(sections)
     config.nsq.tls = getattr(config.nsq, 'tls', None)
     config.message.fields = getattr(config.message, 'fields', {})
     config.record.bins = getattr(config.record, 'bins', {})
     derive(config)
-    faults += [fault for fault in cross_faults(config) if (fault.section, fault.option) not in at_fault]
+    faults += [fault for fault in cross_faults(config)
+               if not at_fault & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
     return config, faults, list(cross_warnings(config))
 
 
@@ -518,7 +553,7 @@ def derive(config):
     if record.key == '$id' or record.write != 'replace':
         record.time_bin = None   # it serves newest-wins alone
     if dead.topic == '$topic.dead':
-        dead.topic = None if dead.discard else f'{config.nsq.topic}.dead'
+        dead.topic = None if dead.discard else f'{config.nsq.topic or ""}'.removesuffix('#ephemeral') + '.dead'
 
 
 def cross_faults(config):
@@ -663,15 +698,23 @@ def effective(raw):
 def effective_lines(option, value):
     """The lines of one option with `value`."""
     if isinstance(value, dict):
-        return [f'[[{option.name}]]', *(f'{name} = {written(line)}' for name, line in value.items())]
+        return [f'[[{option.name}]]', *(f'{quoted(name)} = {written(line)}' for name, line in value.items())]
     return [] if value is None else [f'{option.name} = {written(value)}'.rstrip()]
 
 
 def written(value):
     """A raw value as configobj reads it back."""
-    items = [value] if isinstance(value, str) else value
-    quoted = [f'"{item}"' if re.search(r'[,#\']|^\s|\s$', item) else item for item in items]
-    return ', '.join(quoted) + (',' if isinstance(value, list) and len(value) == 1 else '')
+    if isinstance(value, str):
+        return value and quoted(value)
+    return ', '.join(map(quoted, value)) + (',' if len(value) < 2 else '')
+
+
+def quoted(word):
+    """A name or a value's item, in quotes where configobj would take it apart; it has no escapes."""
+    if word and not re.search(r'[,#=\n]|^[\s\'"\[]|\s$', word):
+        return word
+    quote = next((quote for quote in ('"', "'", '"""') if quote not in word and word[-1:] != quote[0]), "'''")
+    return f'{quote}{word}{quote}'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -803,7 +846,7 @@ def decode_carefully(body):
     except StopIteration as error:
         raise Unfit('invalid-json', f'a value expected at character {error.value}') from None
     except json.JSONDecodeError as error:
-        raise Unfit('invalid-json', f'{error.msg} at character {error.pos}') from None
+        raise Unfit('invalid-json', f'{error.msg.removesuffix(" at")} at character {error.pos}') from None
     except RecursionError:
         raise Unfit('unsupported-value', f'deeper than {MAX_DEPTH} levels') from None
     if end != len(text):
@@ -825,10 +868,10 @@ def inspect(value, where, depth):
     if value.__class__ is str:
         inspect_string(value, where)
     elif isinstance(value, Marker):
-        raise Unfit(value.reason, f'{where}: {value.detail}' if where else value.detail)
+        raise Unfit(value.reason, blamed(where, value.detail))
     elif isinstance(value, (dict, list)):
         if depth > MAX_DEPTH:
-            raise Unfit('unsupported-value', f'{where}: deeper than {MAX_DEPTH} levels')
+            raise Unfit('unsupported-value', blamed(where, f'deeper than {MAX_DEPTH} levels'))
         for step, item in (value.items() if isinstance(value, dict) else enumerate(value)):
             inner = joined(where, step)
             if isinstance(value, dict):
@@ -839,9 +882,14 @@ def inspect(value, where, depth):
 def inspect_string(value, where):
     """Raises Unfit for a string or name that Aerospike cuts (NUL) or refuses (lone surrogate)."""
     if '\0' in value:
-        raise Unfit('unsupported-value', f'{where}: NUL character')
+        raise Unfit('unsupported-value', blamed(where, 'NUL character'))
     if not value.isascii() and re.search('[\ud800-\udfff]', value):
-        raise Unfit('unsupported-value', f'{where}: lone surrogate')
+        raise Unfit('unsupported-value', blamed(where, 'lone surrogate'))
+
+
+def blamed(where, rule):
+    """The detail for a path and the rule broken there; a path of any length leaves the rule in sight."""
+    return f'{shortened(where, 200)}: {rule}' if where else rule
 
 
 def joined(where, step):
@@ -2102,8 +2150,9 @@ class Window:
         """Whether the window has ended: full, stopped, out of time, idle, or stuck with what it can't get rid of."""
         if self.open or not self.consumer.starved:
             self.active = now
-        return (not self.left or not self.consumer.addresses or self.stuck or now - self.started >= self.timeout
-                or now - self.active >= self.config.idle_timeout)
+        given_up = self.stopping or self.failure   # else a full window has until its timeout for a store that is down
+        return (not self.left and (given_up or not self.open) or not self.consumer.addresses or self.stuck
+                or now - self.started >= self.timeout or now - self.active >= self.config.idle_timeout)
 
     @property
     def stuck(self):

@@ -1,0 +1,568 @@
+"""The configuration file, --set and the command line: every fault at once, each with its place and its rule."""
+import math
+import re
+import subprocess
+
+import configobj
+import pytest
+import servers
+import trustme
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from xmsrv import OPTIONS, ConfigError, address, count, duration, effective, field, main, overlay, positive, size
+
+TOP = 'state-dir = {directory}\n'
+NSQ = '[nsq]\nnsqd-tcp-address = 127.0.0.1:4150\ntopic = orders\n'
+VALID = TOP + NSQ
+CLOSED = VALID + '[message]\nunknown-fields = reject\n[[fields]]\nid = integer, required\n'
+
+
+@pytest.fixture
+def faults(xmsrv):
+    """A function: the faults that `check` finds in a text, without the file's name."""
+    def check(text, *args):
+        xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
+        return located(xmsrv.run(*args, 'check', expect=78).stderr, xmsrv.path)
+    return check
+
+
+def located(stderr, path):
+    """The lines of `stderr` without level and file name; each has to name the file."""
+    lines = [line.removeprefix('error: ') for line in stderr.splitlines()]
+    assert all(line.startswith(f'{path}: ') for line in lines), stderr
+    return [line.removeprefix(f'{path}: ') for line in lines]
+
+
+# --- faults
+
+def test_all_faults_are_reported_at_once(faults):
+    """Unknown names, wrong types and what only shows between options: one run names them all."""
+    found = faults('''
+        state-dir = {directory}
+        timeout = soon
+        max-messages = 5
+        nonsense = 1
+        [nsq]
+        topik = orders
+        channel = my channel
+        max-in-flight = 0
+        [[tls]]
+        ca-file = /nonexistent/ca.pem
+        [message]
+        unknown-fields = forget
+        [record]
+        write = update
+        key = id
+        [[bins]]
+        field = a_bin_of_over_15_bytes
+        [elsewhere]
+        a = 1
+        ''')
+    assert sorted(found) == sorted([
+        'timeout = soon: not a duration such as 500ms, 10s, 5m, 1h, 30d',
+        'max-messages = 5: no such option; it belongs to [nsq]',
+        'nonsense = 1: no such option',
+        'elsewhere: no such section',
+        '[nsq] topik = orders: no such option; did you mean topic?',
+        '[nsq] topic: missing; name the topic to read',
+        '[nsq] nsqd-tcp-address: either this or lookupd-http-address: one of them is needed',
+        '[nsq] channel = my channel: not a name for NSQ: letters, digits, . _ - and at the end perhaps #ephemeral',
+        '[nsq] max-in-flight = 0: at least 1',
+        '[nsq] [[tls]] ca-file = /nonexistent/ca.pem: No such file or directory',
+        '[message] unknown-fields = forget: not one of keep, drop, reject',
+        '[record] write = update: bins cannot be merged in order; it needs key = $id',
+        '[record] [[bins]] field = a_bin_of_over_15_bytes: 22 bytes; a bin name has 15 at most',
+    ])
+
+
+@pytest.mark.parametrize('text, fault', [
+    # names
+    ('tmeout = 1s\n' + VALID, 'tmeout = 1s: no such option; did you mean timeout?'),
+    ('topic = x\n' + VALID, 'topic = x: no such option; it belongs to [nsq]'),
+    (VALID + 'timeout = 1s\n', '[nsq] timeout = 1s: no such option; it belongs to the top, before any section'),
+    (VALID + 'ca-file = x\n', '[nsq] ca-file = x: no such option; it belongs to [nsq.tls]'),
+    (VALID + '[recrod]\nkey = id\n', 'recrod: no such section; did you mean record?'),
+    (VALID + '[[tsl]]\n', '[nsq] tsl: no such section; did you mean tls?'),
+    (VALID + '[[topics]]\n', '[nsq] topics: no such section; did you mean topic?'),
+    # a section for an option and the other way round
+    (TOP + 'nsq = 5\n[message]\n', 'nsq = 5: a section, not an option'),
+    (VALID + '[message]\nfields = x\n', '[message] fields = x: a section, not an option'),
+    (VALID + '[[msg-timeout]]\na = 1\n', '[nsq] msg-timeout: an option, not a section'),
+    (VALID + '[[lookupd-http-address]]\nlocalhost:4161 = 1\n', '[nsq] lookupd-http-address: an option, not a section'),
+    (VALID + '[message]\n[[fields]]\n[[[a]]]\ninteger = 1\n', '[message] [[fields]] a: an option, not a section'),
+    # types
+    (VALID + 'max-messages = many\n', '[nsq] max-messages = many: not a whole number'),
+    (VALID + 'max-messages = -1\n', '[nsq] max-messages = -1: not a whole number'),
+    (VALID + 'max-messages = 1, 2\n',
+     '[nsq] max-messages = 1, 2: one value, not a list (quote it if it holds a comma)'),
+    (VALID + 'max-held = 32MB\n', '[nsq] max-held = 32MB: not a size such as 4096, 64KiB, 32MiB'),
+    (VALID + 'msg-timeout = 0s\n', '[nsq] msg-timeout = 0s: longer than nothing, please'),
+    ('idle-timeout = 500\n' + VALID, 'idle-timeout = 500: not a duration such as 500ms, 10s, 5m, 1h, 30d'),
+    ('log-format = xml\n' + VALID, 'log-format = xml: not one of text, json'),
+    (VALID + '[dead-letter]\ndiscard = maybe\n', '[dead-letter] discard = maybe: not one of yes, no'),
+    (VALID + 'channel = tail#ephemeral\n', '[nsq] channel = tail#ephemeral: quote a value that has a # in it'),
+    (VALID + '[message]\n[[fields]]\nid = string, match a#b\n',
+     '[message] [[fields]] id = match a#b: quote a value that has a # in it'),
+    # queue
+    (TOP + '[nsq]\nnsqd-tcp-address = 127.0.0.1:4150\n', '[nsq] topic: missing; name the topic to read'),
+    (TOP + '[nsq]\ntopic = orders\n',
+     '[nsq] nsqd-tcp-address: either this or lookupd-http-address: one of them is needed'),
+    (VALID + 'lookupd-http-address = 127.0.0.1:4161\n',
+     '[nsq] nsqd-tcp-address: either this or lookupd-http-address: not both'),
+    (TOP + '[nsq]\ntopic = orders\nlookupd-http-address = localhost\n',
+     '[nsq] lookupd-http-address = localhost: not host:port (IPv6 in brackets, [::1]:4150)'),
+    (TOP + '[nsq]\ntopic = orders\nnsqd-tcp-address = ::1:4150\n',
+     '[nsq] nsqd-tcp-address = ::1:4150: not host:port (IPv6 in brackets, [::1]:4150)'),
+    (VALID.replace('orders', 'a b'),
+     '[nsq] topic = a b: not a name for NSQ: letters, digits, . _ - and at the end perhaps #ephemeral'),
+    (VALID.replace('orders', 'x' * 65) + '[dead-letter]\ntopic = dead\n',
+     f'[nsq] topic = {"x" * 65}: 65 characters; NSQ takes 64 at most'),
+    # dead letters
+    (VALID.replace('orders', 'x' * 60),
+     f'[dead-letter] topic = {"x" * 60}.dead: 65 characters; NSQ takes 64 at most'),
+    (VALID + '[dead-letter]\ntopic = orders\n',
+     '[dead-letter] topic = orders: the topic that is read: its dead letters would come back'),
+    (VALID + '[dead-letter]\ntopic =\n',
+     '[dead-letter] topic: no topic and no file: say discard = yes if they may be thrown away'),
+    (VALID + '[dead-letter]\ntopic = dead\ndiscard = yes\n',
+     '[dead-letter] discard = yes: with a topic or a file nothing is thrown away: one or the other'),
+    (VALID + '[dead-letter]\nfile = {directory}/dead\ndiscard = yes\n',
+     '[dead-letter] discard = yes: with a topic or a file nothing is thrown away: one or the other'),
+    (VALID + '[dead-letter]\nfile = /nonexistent/dead\n',
+     '[dead-letter] file = /nonexistent/dead: its directory is not there'),
+    # mapping
+    (CLOSED + '[record]\nkey = uid\n', '[record] key = uid: no such field in [message] [[fields]]'),
+    (CLOSED + '[record]\nkey = id\ntime = ts\n', '[record] time = ts: no such field in [message] [[fields]]'),
+    (CLOSED + '[record]\n[[bins]]\nuid = u\n', '[record] bins = uid: no such field in [message] [[fields]]'),
+    (VALID + '[message]\nunknown-fields = drop\n',
+     '[message] unknown-fields = drop: without [[fields]] no field is known'),
+    (CLOSED + 'a_field_of_over_15_bytes = string\n',
+     '[message] [[fields]] a_field_of_over_15_bytes: over 15 bytes for a bin: map it in [[bins]]'),
+    (VALID + '[record]\nid-bin = a_bin_of_17_bytes\n',
+     '[record] id-bin = a_bin_of_17_bytes: 17 bytes; a bin name has 15 at most'),
+    (VALID + '[record]\n[[bins]]\na = one\nb = one\n',
+     '[record] bins = one: more than one value would go into this bin'),
+    (VALID + '[record]\n[[bins]]\na = gid\n', '[record] bins = gid: more than one value would go into this bin'),
+    (CLOSED + '[record]\nid-bin = id\n', '[record] bins = id: more than one value would go into this bin'),
+    (CLOSED + 'name = string\n[record]\n[[bins]]\nid = name\n',
+     '[record] bins = name: more than one value would go into this bin'),
+    (VALID + '[record]\nkey = gid\n', '[record] key = gid: its bin is also id-bin or time-bin: rename one of them'),
+    (VALID + '[record]\nkey = id\nwrite = update\n',
+     '[record] write = update: bins cannot be merged in order; it needs key = $id'),
+    (VALID + '[record]\nkey = id\ntime-bin =\n',
+     '[record] time-bin = : with a field as key and write = replace it is needed: the newest wins'),
+    # fields
+    (VALID + '[message]\n[[fields]]\nid = int\n', "[message] [[fields]] id = int: no type 'int'; there are string, "
+     'integer, number, boolean, list, object, any'),
+    (VALID + '[message]\n[[fields]]\nid = integer, needed\n', "[message] [[fields]] id = integer, needed: no rule "
+     "'needed'; there are required, min, max, one-of, match"),
+    (VALID + '[message]\n[[fields]]\nid = boolean, min 1\n',
+     '[message] [[fields]] id = boolean, min 1: min does not fit the type boolean'),
+    (VALID + '[message]\n[[fields]]\nid = integer, match 1\n',
+     '[message] [[fields]] id = integer, match 1: match does not fit the type integer'),
+    (VALID + '[message]\n[[fields]]\nid = integer, max ten\n',
+     "[message] [[fields]] id = integer, max ten: max wants an integer, not 'ten'"),
+    (VALID + '[message]\n[[fields]]\nid = number, min nan\n',
+     "[message] [[fields]] id = number, min nan: min wants a number, not 'nan'"),
+    (VALID + '[message]\n[[fields]]\nid = integer, one-of a|b\n',
+     "[message] [[fields]] id = integer, one-of a|b: one-of wants an integer, not 'a'"),
+    (VALID + '[message]\n[[fields]]\nid = string, match (\n',
+     '[message] [[fields]] id = string, match (: match (: missing ), unterminated subpattern at position 0'),
+    # files
+    (VALID + 'auth-secret-file = /nonexistent/secret\n',
+     '[nsq] auth-secret-file = /nonexistent/secret: No such file or directory'),
+    (VALID + 'auth-secret-file = {directory}\n', '[nsq] auth-secret-file = {directory}: Is a directory'),
+    (VALID + 'auth-secret-file = /dev/null\n', '[nsq] auth-secret-file = /dev/null: empty'),
+    (VALID + 'auth-secret-file = credential:nsq\n', '[nsq] auth-secret-file = credential:nsq: no credential here: '
+     'only systemd sets CREDENTIALS_DIRECTORY, for LoadCredential='),
+    (VALID + '[[tls]]\ncert-file = /nonexistent/cert\n',
+     '[nsq] [[tls]] cert-file = /nonexistent/cert: No such file or directory'),
+    (VALID + '[[tls]]\nkey-file = {directory}/x-msrv.conf\n',
+     '[nsq] tls: the certificates do not load: a key-file without its cert-file'),
+])
+def test_a_fault_is_one_line_with_its_place_and_rule(xmsrv, capsys, text, fault):
+    """One line and no more: a second one that only follows from the first sends the reader astray."""
+    xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
+    assert main(['-c', str(xmsrv.path), 'check']) == 78   # in this process: a new one for each would take long
+    assert located(capsys.readouterr().err, xmsrv.path) == [fault.replace('{directory}', str(xmsrv.directory))]
+
+
+def test_a_certificate_that_does_not_load_is_a_fault(faults, workdir):
+    (workdir / 'cert.pem').write_text('no certificate')
+    found, = faults(VALID + '[[tls]]\ncert-file = {directory}/cert.pem\n')
+    assert found.startswith('[nsq] tls: the certificates do not load: ')
+
+
+def test_lines_that_are_no_ini_are_all_named(faults):
+    found = faults('timeout\n[nsq\ntopic = orders\ntopic = twice\n[a]\n[a]\n')
+    assert sorted(re.findall(r'at line (\d+)|line (\d+)', ' '.join(found))) and len(found) >= 4
+    assert {int(number) for number in re.findall(r'line "?(\d+)', ' '.join(found))} >= {1, 2, 4, 6}
+
+
+@pytest.mark.parametrize('content, rule', [
+    (None, 'No such file or directory'), (b'topic = \xff\n', "'utf-8' codec can't decode byte 0xff in position 8")])
+def test_a_file_that_cannot_be_read_is_a_fault(xmsrv, content, rule):
+    if content:
+        xmsrv.path.write_bytes(content)
+    found = located(xmsrv.run('check', expect=78).stderr, xmsrv.path)
+    assert len(found) == 1 and found[0].startswith(rule)
+
+
+@pytest.mark.parametrize('command', ['once', 'check', 'config', 'replay'])
+def test_no_command_runs_with_a_fault(xmsrv, command):
+    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'max-in-flight = 0\n')
+    done = xmsrv.run(command, expect=78)
+    assert located(done.stderr, xmsrv.path) == ['[nsq] max-in-flight = 0: at least 1']
+    assert not done.stdout
+
+
+# --- valid files, warnings
+
+@pytest.mark.parametrize('text', [
+    VALID,
+    TOP + '[nsq]\ntopic = orders\nlookupd-http-address = a:4161, b.example:4161, [2001:db8::1]:4161\n',
+    TOP + '[nsq]\ntopic = orders\nnsqd-tcp-address = 192.0.2.1:1, [::1]:65535, [fe80::1%eth0]:4150,\n',
+    VALID.replace('orders', 'x' * 59),
+    VALID.replace('orders', 'x' * 64) + '[dead-letter]\ntopic = dead\n',
+    VALID + '[dead-letter]\ntopic =\nfile = {directory}/dead\n',
+    VALID + '[dead-letter]\nfile = {directory}/dead\n',
+    CLOSED + '[record]\nkey = id\n',
+    VALID + '[message]\n[[fields]]\na = string\n[record]\nkey = id\ntime = ts\n[[bins]]\nunknown = u\n',
+    VALID + '[record]\nkey = id\nwrite = create\ntime-bin =\n',
+    VALID + '[record]\nwrite = update\n',
+    VALID + '[record]\nid-bin =\nkey = gid\n',
+    VALID + '[record]\n[[bins]]\na = ' + '\u00e9' * 7 + '\n',
+    VALID + '[[tls]]\n',
+    '\ufeff' + VALID,
+    VALID.replace('\n', '\r\n'),
+    VALID + '# \u00e9\nmax-messages = 10 # a remark\nmsg-timeout = 1.5m\nmax-held = 1.5KiB\n',
+])
+def test_a_valid_file_has_no_fault(xmsrv, text):
+    xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
+    done = xmsrv.run('check')
+    assert (done.stdout, done.stderr) == (f'{xmsrv.path}: no fault found\n', '')
+
+
+@pytest.mark.parametrize('more, warning', [
+    ('channel = "tail#ephemeral"\n', '[nsq] an #ephemeral topic or channel: what is published between runs is lost'),
+    ("topic = 'orders#ephemeral'\n", '[nsq] an #ephemeral topic or channel: what is published between runs is lost'),
+    ('auth-secret-file = {directory}/secret\n',
+     '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'),
+    ('[dead-letter]\ndiscard = yes\n',
+     '[dead-letter] discard = yes: what can never become a record is thrown away'),
+])
+def test_what_is_seldom_meant_is_a_warning(xmsrv, more, warning):
+    (xmsrv.directory / 'secret').write_text('s3cret\n')
+    base = VALID.replace('topic = orders\n', '') if 'topic =' in more else VALID
+    xmsrv.write((base + more).replace('{directory}', str(xmsrv.directory)))
+    assert xmsrv.run('check').stderr == f'warning: {xmsrv.path}: {warning}\n'
+    assert xmsrv.run('-q', 'config').stderr == ''
+
+
+def test_the_dead_letters_of_an_ephemeral_topic_have_a_name_that_nsq_takes(xmsrv, nsqd):
+    """It once was orders#ephemeral.dead, which nsqd refuses."""
+    nsqd.create('orders#ephemeral', 'x-msrv')
+    nsqd.publish('orders#ephemeral', b'no json')
+    xmsrv.configure(nsqd, topic='"orders#ephemeral"', dead_letter={'topic': None}, nsq={'max-messages': 1})
+    assert servers.summary(xmsrv.run('once').stderr)['dead'] == 1
+    assert nsqd.drain('orders.dead', 'x-msrv-replay', expected=1)[0].endswith(b'\nno json')
+
+
+# --- secrets, certificates
+
+def test_credential_is_one_of_systemd(xmsrv, monkeypatch):
+    (xmsrv.directory / 'nsq').write_text('s3cret\n')
+    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'auth-secret-file = credential:nsq\n[[tls]]\n')
+    monkeypatch.setenv('CREDENTIALS_DIRECTORY', str(xmsrv.directory))
+    assert xmsrv.run('check').stderr == ''
+    shown = xmsrv.run('config').stdout
+    assert 'auth-secret-file = credential:nsq\n' in shown and 's3cret' not in shown
+    monkeypatch.setenv('CREDENTIALS_DIRECTORY', '/nonexistent')
+    assert 'No such file or directory' in xmsrv.run('check', expect=78).stderr
+
+
+def test_good_certificates_are_no_fault(xmsrv):
+    authority = trustme.CA()
+    made = authority.issue_cert('localhost')
+    authority.cert_pem.write_to_path(xmsrv.directory / 'ca.pem')
+    made.private_key_pem.write_to_path(xmsrv.directory / 'key.pem')
+    made.cert_chain_pems[0].write_to_path(xmsrv.directory / 'cert.pem')
+    lines = '[[tls]]\nca-file = {directory}/ca.pem\ncert-file = {directory}/cert.pem\nkey-file = {directory}/key.pem\n'
+    xmsrv.write((VALID + lines).replace('{directory}', str(xmsrv.directory)))
+    assert xmsrv.run('check').stderr == ''
+
+
+# --- --set
+
+def shown(xmsrv, *args):
+    """The effective configuration, parsed."""
+    return configobj.ConfigObj(xmsrv.run(*args).stdout.splitlines(), interpolation=False).dict()
+
+
+def test_set_goes_over_the_file_before_and_after_the_command(xmsrv):
+    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'max-messages = 1\n')
+    assert shown(xmsrv, '--set', 'nsq.max-messages=2', 'config')['nsq']['max-messages'] == '2'
+    assert shown(xmsrv, 'config', '--set', 'nsq.max-messages=3')['nsq']['max-messages'] == '3'
+    both = shown(xmsrv, '--set=nsq.max-messages=2', '--set=timeout=1m', 'config', '--set=nsq.max-messages=3')
+    assert (both['nsq']['max-messages'], both['timeout']) == ('3', '1m')
+
+
+@pytest.mark.parametrize('setting, section, option, value', [
+    ('timeout=1m', (), 'timeout', '1m'),
+    ('nsq.nsqd-tcp-address=a:1, [::1]:2', ('nsq',), 'nsqd-tcp-address', ['a:1', '[::1]:2']),
+    ('record.bins.customer_reference=ref', ('record', 'bins'), 'customer_reference', 'ref'),
+    ('message.fields.id=integer, required, min 1', ('message', 'fields'), 'id', ['integer', 'required', 'min 1']),
+    ('message.fields.id=string, "match [a,b]=#"', ('message', 'fields'), 'id', ['string', 'match [a,b]=#']),
+    ('sqlite.set=', ('sqlite',), 'set', ''),
+    ('sqlite.set=a=b', ('sqlite',), 'set', 'a=b'),
+    ('nsq.tls.ca-file=/etc/ssl/certs/ca-certificates.crt', ('nsq', 'tls'), 'ca-file',
+     '/etc/ssl/certs/ca-certificates.crt'),
+])
+def test_set_reaches_every_section_and_takes_lists(setting, section, option, value):
+    raw = {}
+    overlay(raw, setting)
+    for part in section:
+        raw = raw[part]
+    assert raw == {option: value}
+
+
+@pytest.mark.parametrize('setting, rule', [
+    ('nsq.max-messages', 'not SECTION.OPTION=VALUE'),
+    ('=1', 'not SECTION.OPTION=VALUE'),
+    ('nsq.=1', 'not SECTION.OPTION=VALUE'),
+    ('', 'not SECTION.OPTION=VALUE'),
+    ('timeout.a=1', 'timeout is an option, not a section'),
+    ('nsq.topic="a', 'the value cannot be read; quote it'),
+    ('nsq.channel=tail#ephemeral', 'the value cannot be read; quote it'),
+    ('nsq.channel=tail # ephemeral', 'the value cannot be read; quote it'),
+])
+def test_a_bad_set_is_a_fault_that_quotes_it(xmsrv, setting, rule):
+    xmsrv.write('timeout = 1s\n' + VALID.replace('{directory}', str(xmsrv.directory)))
+    assert xmsrv.run('--set', setting, 'check', expect=78).stderr == f'error: --set {setting}: {rule}\n'
+
+
+def test_a_fault_that_was_set_is_reported_like_one_of_the_file(faults):
+    assert faults(VALID, '--set', 'nsq.max-mesages=1', '--set', 'record.bins.a=a_bin_name_too_long') == [
+        '[nsq] max-mesages = 1: no such option; did you mean max-messages?',
+        '[record] [[bins]] a = a_bin_name_too_long: 19 bytes; a bin name has 15 at most']
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30) | st.builds('{}.{}={}'.format, *[st.text('ab."\'#,\n[]=', max_size=8)] * 3))
+def test_any_set_is_laid_over_or_refused(setting):
+    raw = {'a': 'b', 'b': {'a': 'b'}}
+    try:
+        overlay(raw, setting)
+    except ConfigError as error:
+        assert str(error).startswith(f'--set {setting}: ')
+    else:
+        assert '=' in setting
+
+
+# --- config
+
+def test_the_sample_is_the_full_file_that_is_shipped(xmsrv):
+    full = servers.ROOT / 'etc' / 'x-msrv-full.conf'
+    assert xmsrv.run('config', '--sample').stdout.encode() == full.read_bytes()
+
+
+def test_the_sample_has_every_option_at_its_default(xmsrv):
+    text = re.sub(r'^# (?=\[\[|[a-z-]+ =)', '', xmsrv.run('config', '--sample').stdout, flags=re.MULTILINE)
+    for option in OPTIONS:
+        if option.default is not None:
+            assert f'\n{option.name} = {option.default}'.rstrip() + '\n' in text
+
+
+@pytest.mark.parametrize('name', ['x-msrv.conf', 'x-msrv-local.conf'])
+def test_the_shipped_files_are_valid(xmsrv, name):
+    done = xmsrv.run('-c', servers.ROOT / 'etc' / name, 'check')
+    assert done.stderr == ''
+
+
+def test_the_full_file_needs_only_a_topic_and_an_address(xmsrv):
+    """Its commented lines are as good: with all of them it is valid, too."""
+    full = servers.ROOT / 'etc' / 'x-msrv-full.conf'
+    needed = '--set=nsq.topic=t', '--set=nsq.nsqd-tcp-address=a:1'
+    assert xmsrv.run('-c', full, *needed, 'check').stderr == ''
+    assert len(xmsrv.run('-c', full, 'check', expect=78).stderr.splitlines()) == 2
+    xmsrv.write(re.sub(r'^# (\[\[\w+\]\]|[a-z-]+ =)$', r'\1', full.read_text(), flags=re.MULTILINE))
+    assert '\n[[tls]]\n' in xmsrv.path.read_text()
+    assert xmsrv.run(*needed, 'check').stderr == ''
+
+
+def test_config_read_back_gives_the_same(xmsrv):
+    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + '''
+        [message]
+        [[fields]]
+        id = integer, required
+        code = string, "match [A-Z]{2,3}", "one-of a, b|c"
+        text = string,
+        "a # b" = any
+        [record]
+        [[bins]]
+        code = "a,b"
+        "q=uote" = 'it is "x"'
+        text = " x "
+        [sqlite]
+        set = "it's # 1"
+        path = """both ' and " quotes"""
+        ''')
+    first = xmsrv.run('config').stdout
+    xmsrv.write(first)
+    assert xmsrv.run('config').stdout == first
+    read = configobj.ConfigObj(first.splitlines(), interpolation=False)
+    assert read['message']['fields'] == {'id': ['integer', 'required'], 'text': ['string'], 'a # b': 'any',
+                                         'code': ['string', 'match [A-Z]{2,3}', 'one-of a, b|c']}
+    assert read['record']['bins'] == {'code': 'a,b', 'q=uote': 'it is "x"', 'text': ' x '}
+    assert read['sqlite']['set'] == "it's # 1"
+    assert read['sqlite']['path'] == 'both \' and " quotes'
+
+
+# What an INI file can say: configobj has no escapes, so a text with both kinds of triple quotes has no form.
+values = st.text(st.characters(codec='utf-8', exclude_characters='\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029'),
+                 max_size=8).filter(lambda text: not re.search("\"\"\"|'''|[\"']$", text))
+
+
+@settings(deadline=None)
+@given(values | st.lists(values, max_size=3), st.dictionaries(values.filter(str.strip), values, max_size=3))
+@example('"quoted"', {})
+@example("'quoted'", {'"a"': '"b"'})
+@example('a"b', {'# a': ' b', '[a]': '[b]', 'a = b': 'c'})
+@example(['', 'a'], {})
+@example([], {})
+@example('it\'s "both", really', {})
+def test_any_value_survives_config(value, names):
+    if isinstance(value, list):
+        value = [item for item in value if not ('"' in item and "'" in item)]
+    raw = {'sqlite': {'set': value}, 'record': {'bins': {name.strip(): item for name, item in names.items()}}}
+    text = effective(raw)
+    read = configobj.ConfigObj(text.splitlines(), interpolation=False).dict()
+    assert (read['sqlite']['set'] or '') == (value or '')
+    assert read['record'].get('bins', {}) == raw['record']['bins']
+    assert effective(read) == text
+
+
+def test_config_shows_every_option_and_runs_alone(xmsrv):
+    """Each default is spelled out, TLS only where it is on."""
+    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)))
+    found = shown(xmsrv, 'config')
+    expected = {option.name for option in OPTIONS if option.default is not None and option.section != 'nsq.tls'}
+    assert {name for part in [found, *filter(lambda v: isinstance(v, dict), found.values())]
+            for name, value in part.items() if not isinstance(value, dict)} == expected
+    assert shown(xmsrv, '--set=nsq.tls.cert-file=', 'config')['nsq']['tls'] == {
+        'ca-file': '', 'cert-file': '', 'key-file': ''}
+
+
+# --- command line
+
+@pytest.mark.parametrize('args', [
+    (), ('nonsense',), ('--nonsense', 'once'), ('once', 'twice'), ('-v', '-q', 'once'), ('replay', '--limit', '0'),
+    ('replay', '--limit', 'x'), ('--set',), ('check', '--sample')])
+def test_wrong_usage_is_said_in_one_line(xmsrv, args):
+    done = xmsrv.run(*args, expect=64)
+    assert done.stdout == ''
+    assert re.fullmatch(r'x-msrv( \w+)?: .*; see x-msrv( \w+)? --help\n', done.stderr)
+
+
+def test_help_fits_one_screen_and_names_every_command_and_status(xmsrv):
+    text = xmsrv.run('--help').stdout
+    assert len(text.splitlines()) <= 50
+    assert max(map(len, text.splitlines())) <= 110
+    for word in ('once', 'check', 'replay', 'config', '--set', '--connect', '-c FILE', '/etc/x-msrv/x-msrv.conf'):
+        assert word in text
+    for status in ('0', '64', '69', '70', '75', '78'):
+        assert re.search(rf'\b{status} [a-z]', text), status
+
+
+@pytest.mark.parametrize('command', ['once', 'check', 'replay', 'config'])
+def test_each_command_has_its_help(xmsrv, command):
+    assert f'usage: x-msrv {command}' in xmsrv.run(command, '--help').stdout
+
+
+def test_version(xmsrv):
+    assert re.fullmatch(r'x-msrv \d+\.\d+\.\d+\n', xmsrv.run('--version').stdout)
+
+
+def test_a_reader_that_goes_away_is_no_error(xmsrv):
+    process = xmsrv.popen('config', '--sample', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == ''
+    assert process.wait(timeout=10) == 0
+
+
+# --- validators: value in, typed value out, or a ValueError of one sentence
+
+@pytest.mark.parametrize('check, value, expected', [
+    (duration, '500ms', 0.5), (duration, '10s', 10), (duration, '5m', 300), (duration, '2h', 7200),
+    (duration, '30d', 2592000), (duration, '1.5s', 1.5), (duration, '10 s', 10),
+    (size, '4096', 4096), (size, '64KiB', 65536), (size, '32MiB', 33554432), (size, '1GiB', 1 << 30),
+    (size, '1.5KiB', 1536), (count, '0', 0), (positive, '1', 1),
+    (address, 'nsqd.example:4150', ('nsqd.example', 4150)), (address, '192.0.2.1:1', ('192.0.2.1', 1)),
+    (address, '[::1]:4150', ('::1', 4150)), (address, '[fe80::1%eth0]:65535', ('fe80::1%eth0', 65535)),
+])
+def test_a_value_is_read(check, value, expected):
+    assert check(value) == pytest.approx(expected) if isinstance(expected, float) else check(value) == expected
+
+
+@pytest.mark.parametrize('check, value', [
+    *((duration, value) for value in ('', '10', 's', '-1s', '1e3s', '10 sec', '1s2', '0s', '0.0ms', 'inf', 'nan',
+                                      '1,5s', '1S', '1 d 2 h', '\u0661s', '9' * 400 + 's')),
+    *((size, value) for value in ('', '0', '-1', '1kb', '1KB', 'KiB', '0.1', '1e3', '1TiB', '9' * 400)),
+    *((count, value) for value in ('', '-1', '1.0', '0x10', '1_000', ' 1', '\u0661', '9' * 19)),
+    *((positive, value) for value in ('0', '00', '-1', '')),
+    *((address, value) for value in ('', 'host', 'host:', ':4150', 'host:0', 'host:65536', 'host:-1', '::1:4150',
+                                     '[::1]', '[::g]:1', '[]:1', '[1.2.3.4]:1', 'http://host:1', 'a b:1', 'u@host:1',
+                                     'host:123456', 'host:\u0661')),
+])
+def test_rubbish_is_refused(check, value):
+    with pytest.raises(ValueError) as caught:
+        check(value)
+    assert_a_sentence(str(caught.value))
+
+
+def assert_a_sentence(text):
+    """One line for a person: no Python in it."""
+    assert text and '\n' not in text and len(text) < 1000
+    assert 'unpack' not in text and 'invalid literal' not in text and 'could not convert' not in text
+
+
+rubbish = st.text(max_size=12) | st.lists(st.text(max_size=6), max_size=3) | st.dictionaries(
+    st.sampled_from(['integer', 'a:1', '', 'required']), st.text(max_size=3), max_size=2) | st.from_regex(
+    r'(string|integer|number|list|any)?', fullmatch=True).flatmap(lambda kind: st.lists(st.builds(
+        '{} {}'.format, st.sampled_from(['min', 'max', 'one-of', 'match', 'required']),
+        st.text('0a1|.(-e', max_size=5)), max_size=2).map(lambda rules: [kind, *rules])) | st.from_regex(
+    r'[0-9]{1,3}(\.[0-9]{1,2})?( ?(ms|s|m|h|d|KiB|MiB|GiB))?|\[?[0-9a-f:.]{1,9}\]?:[0-9]{1,6}', fullmatch=True)
+
+
+@pytest.mark.parametrize('option', [o for o in OPTIONS if o.default is not None] + ['field'],
+                         ids=lambda o: getattr(o, 'name', o))
+def test_a_validator_returns_a_value_or_raises_a_sentence(option):
+    check = field if option == 'field' else option.check
+
+    @settings(deadline=None)
+    @given(rubbish)
+    @example([])
+    @example({})
+    @example('9' * 400)
+    @example('9' * 400 + 's')
+    def any_value(value):
+        try:
+            typed = check(value)
+        except ValueError as error:
+            assert_a_sentence(str(error))
+        else:
+            assert not isinstance(value, dict)
+            assert not isinstance(typed, float) or math.isfinite(typed)
+
+    any_value()
+
+
+@pytest.mark.parametrize('option', [o for o in OPTIONS if o.default], ids=lambda o: o.name)
+def test_every_default_is_valid(option):
+    assert option.check(option.default) is not None
+
+
+def test_no_option_is_listed_twice():
+    names = [(option.section, option.name) for option in OPTIONS]
+    assert len(names) == len(set(names)) and all(option.help.endswith('.') or option.section for option in OPTIONS)

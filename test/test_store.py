@@ -1,0 +1,504 @@
+"""The sqlite store: what it keeps, what it does with a key that is there, and what an outage of it does to messages."""
+import collections
+import contextlib
+import itertools
+import json
+import random
+import resource
+import sqlite3
+
+import pytest
+import servers
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from xmsrv import DUPLICATE, STALE, STORED, Record, SqliteStore, StoreDown, load
+
+BY_ID = {'key': 'id'}
+
+
+@pytest.fixture
+def opened(xmsrv):
+    """A function: opened(key='id', write='create') is an open SqliteStore with such a [record]."""
+    with contextlib.ExitStack() as stack:
+        def make(**record):
+            xmsrv.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'}, record=record)
+            config, faults, _ = load(str(xmsrv.path))
+            assert not faults
+            store = SqliteStore(config)
+            stack.callback(store.close)
+            store.open()
+            return store
+        yield make
+
+
+@pytest.fixture
+def lock(xmsrv):
+    """A connection to the database that takes its write lock by lock.execute('BEGIN IMMEDIATE')."""
+    connection = sqlite3.connect(xmsrv.database, isolation_level=None, check_same_thread=False)
+    connection.execute('PRAGMA journal_mode = WAL')
+    yield connection
+    connection.close()
+
+
+def newer(key, time, **bins):
+    """A record under a field as key, with its time in the bin gts."""
+    return Record(key, {'id': key, **bins, 'gts': time}, time)
+
+
+def numbered(numbers, **more):
+    """Bodies of messages that differ in n."""
+    return [json.dumps({'n': n, **more}) for n in numbers]
+
+
+# --- what is kept
+
+def test_a_record_is_kept_as_it_is(opened, xmsrv):
+    bins = {'n': 1, 'f': 1.0, 't': True, 'z': -0.0, 's': '\u00e9"\\\n', '': [None, {'a': [2**63 - 1]}], 'e': {}}
+    assert opened().write([Record('k', dict(bins), None)]) == [STORED]
+    (where, key, kept, stored_at), = xmsrv.rows()
+    assert (where, key, repr(kept)) == ('orders', 'k', repr(bins))
+    assert stored_at[4] == '-' and stored_at.endswith('Z')
+
+
+def test_a_key_keeps_its_type(opened, xmsrv):
+    keys = [1, '1', 0, '0', -1, '-1', '1.0', ' 1', '01', 2**63 - 1, -2**63, str(2**63 - 1), 'a', 'A', '\u00e9',
+            'e\u0301']
+    store = opened()
+    assert store.write([Record(key, {'key': key}, None) for key in keys]) == [STORED] * len(keys)
+    assert {(type(key), key) for key in xmsrv.records()} == {(type(key), key) for key in keys}
+    assert all(bins == {'key': key} for key, bins in xmsrv.records().items())
+    with contextlib.closing(sqlite3.connect(xmsrv.database)) as connection:
+        types = dict(connection.execute('select typeof("key"), count(*) from records group by 1'))
+    assert types == {'integer': 5, 'text': 11}
+
+
+def test_a_second_write_of_a_key_replaces_the_record(opened, xmsrv):
+    store = opened()
+    store.write([Record('k', {'a': 1, 'b': 1}, None)])
+    assert store.write([Record('k', {'a': 2}, None)]) == [STORED]
+    assert xmsrv.records() == {'k': {'a': 2}}
+
+
+def test_one_key_twice_in_a_batch_is_one_record(opened, xmsrv):
+    assert opened().write([Record('k', {'a': 1}, None), Record('k', {'a': 2}, None)]) == [STORED] * 2
+    assert xmsrv.records() == {'k': {'a': 2}}
+
+
+def test_a_full_batch_is_one_transaction(opened, xmsrv):
+    store = opened()
+    assert store.write([Record(n, {'n': n}, None) for n in range(store.batch_size)]) == [STORED] * store.batch_size
+    assert xmsrv.records() == {n: {'n': n} for n in range(store.batch_size)}
+
+
+def test_an_empty_batch_is_nothing(opened, xmsrv):
+    assert opened().write([]) == []
+    assert xmsrv.records() == {}
+
+
+def test_sets_share_a_file(opened, xmsrv):
+    store = opened()
+    store.write([Record('k', {'a': 1}, None)])
+    store.set = 'others'
+    store.write([Record('k', {'a': 2}, None)])
+    assert {(where, key): bins for where, key, bins, _ in xmsrv.rows()} == {
+        ('orders', 'k'): {'a': 1}, ('others', 'k'): {'a': 2}}
+    assert '1 records in set others' in store.describe()
+
+
+def test_what_is_answered_is_durable(opened, xmsrv):
+    """FULL is a setting of a connection, so the store's own is asked."""
+    store = opened()
+    assert store.db.execute('PRAGMA synchronous').fetchone() == (2,)
+    assert store.db.execute('PRAGMA journal_mode').fetchone() == ('wal',)
+    store.write([Record('k', {'a': 1}, None)])
+    assert not store.db.in_transaction
+    assert xmsrv.records() == {'k': {'a': 1}}
+
+
+# --- newest wins
+
+@pytest.mark.parametrize('stored, answer, left', [
+    (newer('k', 5, v='old'), STORED, 'new'),
+    (newer('k', 10, v='old'), STORED, 'new'),
+    (newer('k', 11, v='old'), STALE, 'old'),
+    (newer('k', 2**63 - 1, v='old'), STALE, 'old'),
+    (newer('k', -1, v='old'), STORED, 'new'),
+    (Record('k', {'v': 'old'}, -1), STORED, 'new'),
+])
+def test_the_newest_wins(opened, xmsrv, stored, answer, left):
+    store = opened(**BY_ID)
+    store.write([stored])
+    assert store.write([newer('k', 10, v='new')]) == [answer]
+    assert xmsrv.records()['k']['v'] == left
+
+
+@pytest.mark.parametrize('moment', ['5', 5.0, True, None, [], {}])
+def test_a_stored_time_of_another_type_is_not_overwritten(opened, xmsrv, moment):
+    """And the records beside it are written."""
+    store = opened(**BY_ID)
+    store.write([newer('k', moment, v='old')])
+    first, second, third = store.write([newer('a', 1), newer('k', 10, v='new'), newer('b', 1)])
+    assert (first, third) == (STORED, STORED)
+    assert (second.outcome, second.reason) == ('rejected', 'rejected')
+    assert 'gts' in second.detail
+    assert xmsrv.records()['k']['v'] == 'old' and len(xmsrv.records()) == 3
+
+
+@pytest.mark.parametrize('times', list(itertools.permutations([1, 2, 3])))
+def test_the_newest_wins_inside_a_batch(opened, xmsrv, times):
+    answers = opened(**BY_ID).write([newer('k', time, v=time) for time in times])
+    assert xmsrv.records()['k']['v'] == 3
+    assert answers == [STORED if time == max(times[:place + 1]) else STALE for place, time in enumerate(times)]
+
+
+def test_equal_times_write_the_last(opened, xmsrv):
+    assert opened(**BY_ID).write([newer('k', 1, v='a'), newer('k', 1, v='b')]) == [STORED] * 2
+    assert xmsrv.records()['k']['v'] == 'b'
+
+
+def test_keys_of_two_types_do_not_compete(opened, xmsrv):
+    assert opened(**BY_ID).write([newer(1, 9), newer('1', 1), newer(1, 1)]) == [STORED, STORED, STALE]
+    assert {key: bins['gts'] for key, bins in xmsrv.records().items()} == {1: 9, '1': 1}
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.tuples(st.sampled_from([1, '1', 'k']), st.integers(0, 9)), max_size=6), max_size=4))
+def check_order(make, batches):
+    """Whatever the batches, the newest of each key is left, and each answer says whether it was written."""
+    store = make()
+    left = {}
+    for batch in batches:
+        answers = store.write([newer(key, time) for key, time in batch])
+        for (key, time), answer in zip(batch, answers, strict=True):
+            assert answer == (STALE if left.get((type(key), key), -1) > time else STORED)
+            left[type(key), key] = max(time, left.get((type(key), key), -1))
+    rows = store.db.execute('select "key", bins from records where "set" = ?', (store.set,)).fetchall()
+    assert {(type(key), key): json.loads(bins)['gts'] for key, bins in rows} == left
+
+
+def test_any_order_of_batches_leaves_the_newest(opened):
+    store, sets = opened(**BY_ID), itertools.count()
+    store.db.execute('PRAGMA synchronous = OFF')
+
+    def make():
+        store.set = f'set {next(sets)}'
+        return store
+    check_order(make)
+
+
+def test_newest_wins_over_several_windows(nsqd, xmsrv):
+    """By the time that the senders give, in one batch and across two, both ways round."""
+    settings = {'record': {'key': 'id', 'time': 'ts'}, 'nsq': {'max-messages': 4}}
+    nsqd.create('orders', 'x-msrv')
+    sent = [('a', 1), ('a', 2), ('b', 2), ('b', 1)], [('a', 1), ('a', 3), ('b', 3), ('b', 3)]
+    stale = []
+    for batch in sent:
+        nsqd.publish('orders', [json.dumps({'id': key, 'ts': ts}) for key, ts in batch])
+        counts = servers.summary(xmsrv.once(nsqd, **settings).stderr)
+        assert counts['received'] == counts['stored'] + counts['stale'] == 4
+        stale.append(counts['stale'])
+    assert stale == [1, 1]
+    assert {key: bins['gts'] for key, bins in xmsrv.records().items()} == {'a': 3, 'b': 3}
+    assert nsqd.left('orders', 'x-msrv') == 0
+
+
+def test_a_message_whose_stored_time_is_no_integer_is_a_dead_letter(nsqd, xmsrv, opened):
+    opened(**BY_ID).write([Record('k', {'gts': 'yesterday'}, 0)])
+    nsqd.create('orders', 'x-msrv')
+    nsqd.publish('orders', ['{"id": "k"}', '{"id": "other"}'])
+    counts = servers.summary(xmsrv.once(nsqd, record=BY_ID, nsq={'max-messages': 2}).stderr)
+    assert (counts['stored'], counts['dead']) == (1, 1)
+    header, _, body = nsqd.drain('orders.dead', 'x-msrv-replay', expected=1)[0].partition(b'\n')
+    assert (json.loads(header)['reason'], json.loads(header)['key'], body) == ('rejected', 'k', b'{"id": "k"}')
+    assert xmsrv.records()['k'] == {'gts': 'yesterday'}
+
+
+# --- create, update
+
+def test_create_keeps_the_first(opened, xmsrv):
+    store = opened(key='id', write='create')
+    first, second, again = ({'id': 'k', 'v': v} for v in range(3))
+    assert store.write([Record('k', first, None), Record('k', second, None)]) == [STORED, DUPLICATE]
+    assert store.write([Record('k', again, None), Record('l', {'id': 'l'}, None)]) == [DUPLICATE, STORED]
+    assert xmsrv.records() == {'k': {'id': 'k', 'v': 0}, 'l': {'id': 'l'}}
+
+
+def test_duplicates_are_finished_and_counted(nsqd, xmsrv):
+    nsqd.create('orders', 'x-msrv')
+    nsqd.publish('orders', ['{"id": 1, "v": 1}', '{"id": 1, "v": 2}', '{"id": "1"}'])
+    options = {'record': {'key': 'id', 'write': 'create'}, 'nsq': {'max-messages': 3}}
+    counts = servers.summary(xmsrv.once(nsqd, **options).stderr)
+    assert (counts['stored'], counts['duplicate'], counts['requeued']) == (2, 1, 0)
+    assert xmsrv.records()[1]['v'] == 1
+    assert nsqd.left('orders', 'x-msrv') == 0
+
+
+def test_update_merges_bins(opened, xmsrv):
+    store = opened(write='update')
+    store.write([Record('k', {'a': 1, 'b': {'x': 1}}, None)])
+    assert store.write([Record('k', {'b': {'y': 2}}, None), Record('k', {'c': 3}, None)]) == [STORED] * 2
+    assert xmsrv.records() == {'k': {'a': 1, 'b': {'y': 2}, 'c': 3}}
+
+
+# --- a store that can't be opened: nothing is taken
+
+def no_database(path):
+    path.write_text('no database, and long enough that its first bytes are looked at; ' * 10)
+
+
+def read_only(path):
+    """By the file's own header (write version 3), which binds root as well: sqlite.org/fileformat.html, 1.3.3."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute('create table other (a)')
+    data = bytearray(path.read_bytes())
+    data[18] = 3
+    path.write_bytes(data)
+    path.chmod(0o400)
+
+
+@pytest.mark.parametrize('prepare, where', [
+    (lambda path: path.mkdir(), None),
+    (no_database, None),
+    (read_only, None),
+    (lambda path: path.symlink_to('/nonexistent/records.sqlite'), None),
+    (lambda path: path.touch(), 'records.sqlite/below'),
+    (lambda path: None, '/proc/self/records.sqlite'),
+    (lambda path: None, '/dev/null/records.sqlite'),
+], ids=['directory', 'no database', 'read-only', 'dangling link', 'below a file', 'no place for it', 'below a device'])
+def test_a_store_that_cannot_be_opened_takes_nothing(nsqd, xmsrv, prepare, where):
+    prepare(xmsrv.database)
+    nsqd.create('orders', 'x-msrv')
+    nsqd.publish('orders', numbered(range(3)))
+    path = xmsrv.directory / where if where else xmsrv.database
+    done = xmsrv.once(nsqd, sqlite={'path': path}, expect=69)
+    assert done.stderr.startswith(f'error: sqlite {path}: ') and len(done.stderr.splitlines()) == 1
+    stats = nsqd.stats('orders', 'x-msrv')
+    assert (stats['depth'], stats['requeue_count'], stats['in_flight_count']) == (3, 0, 0)
+    assert str(path) in xmsrv.run('check', '--connect', expect=69).stderr
+
+
+def test_a_directory_that_is_missing_is_made(nsqd, xmsrv):
+    nsqd.publish('orders', numbered([1]))
+    xmsrv.once(nsqd, **{'state-dir': xmsrv.directory / 'new' / 'state'}, sqlite={'path': 'a/b.sqlite'},
+               nsq={'max-messages': 1})
+    assert (xmsrv.directory / 'new' / 'state' / 'a' / 'b.sqlite').exists()
+
+
+def test_a_lock_at_the_start_that_stays_takes_nothing(nsqd, xmsrv, lock):
+    nsqd.create('orders', 'x-msrv')
+    nsqd.publish('orders', numbered(range(3)))
+    lock.execute('BEGIN IMMEDIATE')
+    assert 'database is locked' in xmsrv.once(nsqd, expect=69).stderr
+    stats = nsqd.stats('orders', 'x-msrv')
+    assert (stats['depth'], stats['requeue_count']) == (3, 0)
+    lock.execute('ROLLBACK')
+    assert servers.summary(xmsrv.once(nsqd, nsq={'max-messages': 3}).stderr)['stored'] == 3
+
+
+# --- a store that fails in mid-window
+
+def locked_window(nsqd, xmsrv, lock, count, **options):
+    """An x-msrv that holds messages which it cannot store, for the test has the lock; returns it when it says so."""
+    nsqd.create('orders', 'x-msrv')
+    xmsrv.configure(nsqd, **{'idle-timeout': '30s', **options})
+    process = xmsrv.start('once')
+    servers.wait_until(lambda: nsqd.stats('orders', 'x-msrv')['clients'], 'x-msrv is subscribed')
+    lock.execute('BEGIN IMMEDIATE')
+    nsqd.publish('orders', numbered(range(count)))
+    servers.wait_until(lambda: 'database is locked; trying again' in xmsrv.log.read_text(), 'the store is down', 20)
+    return process
+
+
+def test_a_lock_that_passes_costs_only_time(nsqd, xmsrv, lock):
+    process = locked_window(nsqd, xmsrv, lock, 50, timeout='60s', nsq={'max-messages': 50})
+    assert process.poll() is None
+    lock.execute('ROLLBACK')
+    assert process.wait(timeout=30) == 0, xmsrv.log.read_text()
+    counts = servers.summary(xmsrv.log.read_text())
+    assert (counts['received'], counts['stored'], counts['requeued'], counts['late']) == (50, 50, 0, 0)
+    assert sorted(bins['n'] for bins in xmsrv.records().values()) == list(range(50))
+    assert nsqd.left('orders', 'x-msrv') == 0
+
+
+def test_a_lock_to_the_end_hands_everything_back_at_once(nsqd, xmsrv, lock):
+    """By REQ: nsqd's msg-timeout is 60 s."""
+    process = locked_window(nsqd, xmsrv, lock, 50, timeout='2s')
+    assert process.wait(timeout=30) == 75, xmsrv.log.read_text()
+    servers.wait_until(lambda: nsqd.stats('orders', 'x-msrv')['depth'] == 50, 'all are back in the queue', 2)
+    counts = servers.summary(xmsrv.log.read_text())
+    assert (counts['stored'], counts['requeued'], counts['dead']) == (0, 50, 0)
+    lock.execute('ROLLBACK')
+    assert xmsrv.records() == {}
+
+
+def test_nothing_more_is_taken_while_the_store_is_down(nsqd, xmsrv, lock):
+    process = locked_window(nsqd, xmsrv, lock, 10, timeout='60s', nsq={'max-messages': 20})
+    nsqd.publish('orders', numbered(range(10, 20)))
+    servers.wait_until(lambda: nsqd.stats('orders', 'x-msrv')['depth'] == 10, 'ten more wait')
+    assert nsqd.stats('orders', 'x-msrv')['in_flight_count'] == 10
+    lock.execute('ROLLBACK')
+    assert process.wait(timeout=30) == 0, xmsrv.log.read_text()
+    assert sorted(bins['n'] for bins in xmsrv.records().values()) == list(range(20))
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """What is started inside can make no file larger than `size` bytes: a full disk, without being root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_loses_nothing(nsqd, xmsrv):
+    """What is finished is stored, the rest is back in the queue, and a run with more room stores it."""
+    count = 5000
+    nsqd.create('orders', 'x-msrv')
+    nsqd.publish('orders', numbered(range(count), pad='x' * 500))
+    xmsrv.configure(nsqd, nsq={'max-messages': count})
+    with file_size_limit(1 << 20):
+        process = xmsrv.start('once')
+    assert process.wait(timeout=30) == 75, xmsrv.log.read_text()
+    counts = servers.summary(xmsrv.log.read_text())
+    left = count - counts['stored']
+    servers.wait_until(lambda: nsqd.stats('orders', 'x-msrv')['depth'] == left, f'{left} are back in the queue', 2)
+    assert 0 < counts['stored'] < count and counts['dead'] == 0
+    assert len(xmsrv.records()) == counts['stored']
+    xmsrv.run('once')
+    assert sorted(bins['n'] for bins in xmsrv.records().values()) == list(range(count))
+    assert nsqd.left('orders', 'x-msrv') == 0
+
+
+def test_a_write_that_fails_leaves_no_transaction_open(opened, xmsrv, lock):
+    store = opened(**BY_ID)
+    store.db.execute('PRAGMA busy_timeout = 10')
+    lock.execute('BEGIN IMMEDIATE')
+    with pytest.raises(StoreDown) as caught:
+        store.write([newer('k', 1)])
+    assert caught.value.again
+    lock.execute('ROLLBACK')
+    lock.execute('ALTER TABLE records RENAME TO gone')
+    with pytest.raises(StoreDown) as caught:
+        store.write([newer('k', 1)])
+    assert not caught.value.again and not store.db.in_transaction
+    lock.execute('ALTER TABLE gone RENAME TO records')
+    assert store.write([newer('k', 1)]) == [STORED]
+
+
+@pytest.mark.parametrize('failing', [2, 3])
+def test_a_batch_is_stored_whole_or_not_at_all(opened, xmsrv, lock, failing):
+    lock.execute('CREATE TABLE IF NOT EXISTS other (a)')
+    store = opened()
+    lock.execute(f'CREATE TRIGGER full BEFORE INSERT ON records WHEN NEW."key" = {failing} '
+                 "BEGIN SELECT raise(ABORT, 'no'); END")
+    with pytest.raises(StoreDown):
+        store.write([Record(n, {'n': n}, None) for n in range(4)])
+    assert xmsrv.records() == {}
+
+
+def test_two_programs_share_one_database(nsqds, xmsrv):
+    """Each waits for the other's transactions."""
+    first, second = nsqds(2)
+    for server, start in ((first, 0), (second, 3000)):
+        server.create('orders', 'x-msrv')
+        server.publish('orders', numbered(range(start, start + 3000)))
+    processes = []
+    for server in (first, second):
+        xmsrv.configure(server, nsq={'max-messages': 3000})
+        processes.append(xmsrv.start('once'))
+        # It has read its file when it is subscribed; the next one gets another under the same name.
+        servers.wait_until(lambda server=server: server.stats('orders', 'x-msrv')['message_count'] and (
+            server.stats('orders', 'x-msrv')['clients'] or server.left('orders', 'x-msrv') < 3000), 'it has begun')
+    assert [process.wait(timeout=30) for process in processes] == [0, 0], xmsrv.log.read_text()
+    assert sorted(bins['n'] for bins in xmsrv.records().values()) == list(range(6000))
+
+
+# --- any message: equal in the store, or a dead letter byte for byte
+
+texts = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), max_size=10)
+scalars = st.none() | st.booleans() | st.integers(-1 << 63, (1 << 63) - 1) | st.floats(
+    allow_nan=False, allow_infinity=False) | texts
+fit = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+                   max_leaves=8)
+names = st.text('abcdefghijklm \u00e9."', max_size=7).filter(lambda name: name not in ('n', 'gid'))
+wild = st.recursive(
+    scalars | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(['\ud800', '\0', 2**63, 1e308 * 10]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=20), inner, max_size=3), max_leaves=8)
+objects = st.dictionaries(names, fit, max_size=4).map(lambda value: (True, value))
+wilder = st.dictionaries(names | st.text(max_size=20), wild, max_size=4).map(lambda value: (False, value))
+batches = st.lists(objects | wilder, min_size=40, max_size=80)
+
+
+def encoded(number, value, ascii_only):
+    """A message's body, the number under n."""
+    return json.dumps({'n': number, **value}, ensure_ascii=ascii_only).encode('utf-8', 'surrogatepass')
+
+
+def damaged(body, seed):
+    """The body with one byte changed, cut or doubled."""
+    place = random.Random(seed).randrange(len(body))
+    return [body[:place] + body[place + 1:], body[:place] + b'\xff' + body[place + 1:], body + body[place:],
+            body.replace(b'"n"', b'"n": 1, "n"', 1)][seed % 4]
+
+
+def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, xmsrv):
+    topics = (f'topic-{number}' for number in itertools.count())
+
+    # Each example is a window of half a second, and a batch is not worth an hour of shrinking: the message is named.
+    @settings(max_examples=5, deadline=None, phases=[Phase.generate])
+    @given(batches, st.booleans(), st.integers(0, 1000))
+    def round_trip(batch, ascii_only, seed):
+        bodies = [encoded(n, value, ascii_only) for n, (_, value) in enumerate(batch)]
+        bodies += [damaged(body, seed + n) for n, body in enumerate(bodies[:8])] + [b'[]', b'1', b'\0', b'\xff']
+        stored, dead = window(nsqd, xmsrv, next(topics), bodies)
+        neither = collections.Counter(bodies) - collections.Counter(stored + dead)
+        assert not neither, 'these are not stored with their very value, nor dead with their very bytes'
+        assert len(stored + dead) == len(bodies)
+        lost = [body for body, (harmless, _) in zip(bodies, batch, strict=False) if harmless and body in dead]
+        assert not lost, 'these had no fault'
+
+    round_trip()
+
+
+def window(nsqd, xmsrv, topic, bodies):
+    """One window over `bodies`: (those whose record equals them, the bodies of the dead letters)."""
+    nsqd.create(topic, 'x-msrv')
+    nsqd.publish(topic, bodies)
+    counts = servers.summary(xmsrv.once(nsqd, topic=topic, nsq={'max-messages': len(bodies)}).stderr)
+    assert (counts['received'], counts['stored'] + counts['dead']) == (len(bodies), len(bodies))
+    letters = nsqd.drain(f'{topic}.dead', 'x-msrv-replay', expected=counts['dead'])
+    rows = [(key, bins) for where, key, bins, _ in xmsrv.rows() if where == topic]
+    return equals(rows, bodies), [letter.partition(b'\n')[2] for letter in letters]
+
+
+def equals(rows, bodies):
+    """For each row the body that it was made of; AssertionError where there is none."""
+    expected = {}
+    for body in bodies:
+        try:
+            value = json.loads(body, object_pairs_hook=each_once)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            bins = {name: item for name, item in value.items() if item is not None}
+            expected.setdefault(exact(bins), []).append(body)
+    found = []
+    for key, bins in rows:
+        assert bins.pop('gid') == key
+        found.append(expected[exact(bins)].pop())
+    return found
+
+
+def each_once(pairs):
+    """An object; ValueError where a name comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError('twice')
+    return dict(pairs)
+
+
+def exact(value):
+    """`value` as text in which 1, 1.0 and True differ, and names have no order."""
+    return json.dumps(value, sort_keys=True)
