@@ -893,10 +893,10 @@ def blamed(where, rule):
 
 
 def joined(where, step):
-    """The path of a member or element: `ext[0].n`; names that are no plain words are quoted, in ASCII."""
+    """The path of a member or element: `ext[0].n`; names that are no plain, short words are quoted, in ASCII."""
     if isinstance(step, int):
         return f'{where}[{step}]'
-    name = step if re.fullmatch(r'[\w-]+', step, re.ASCII) else json.dumps(shortened(step, 40))
+    name = step if re.fullmatch(r'[\w-]{1,40}', step, re.ASCII) else json.dumps(shortened(step, 40))
     return f'{where}.{name}' if where else name
 
 
@@ -1200,7 +1200,8 @@ def append_durably(filename, lines):
             write_all(fd, (b'\n' if torn else b'') + b''.join(lines))
             os.fsync(fd)
         except OSError:
-            os.ftruncate(fd, end)
+            with contextlib.suppress(OSError):   # a torn line is mended above; the first error is the one to report
+                os.ftruncate(fd, end)
             raise
         if not end:
             sync_directory(os.path.dirname(filename))
@@ -1258,24 +1259,23 @@ class DeadLetters:
         return [UNKEPT if id(message) in unkept else DEAD for message in messages]
 
     async def publish(self, address, messages):
-        """Publishes dead letters to one nsqd. Returns those it did not take."""
-        refused = []
-        while messages:
-            try:
-                publisher = await self.publisher(address)
-                taken, fault = await publisher.publish([enveloped(self.header(m), m.body) for m in messages])
-            except UNREACHABLE as error:
-                log.warning('dead letters: nsqd %s: %s', spelled(address), explained(error))
-                return refused + messages
-            messages = messages[taken:]
-            if fault:
-                self.connections.pop(address).close()
-            if fault and isinstance(fault, QueueError):   # its own fault: the ones behind it get another connection
-                log.warning('dead letter %s: nsqd %s: %s', messages[0].key, publisher, explained(fault))
-                refused.append(messages.pop(0))
-            elif fault:
-                return refused + messages
-        return refused
+        """Publishes dead letters to one nsqd. Returns those it did not take: where it refuses a batch, each half goes
+        by itself, until the culprit is alone."""
+        try:
+            publisher = await self.publisher(address)
+        except UNREACHABLE as error:
+            log.warning('dead letters: nsqd %s: %s', spelled(address), explained(error))
+            return messages
+        try:
+            await publisher.publish([enveloped(self.header(m), m.body) for m in messages])
+        except UNREACHABLE as error:
+            self.connections.pop(address).close()
+            half = len(messages) // 2
+            if half:
+                return await self.publish(address, messages[:half]) + await self.publish(address, messages[half:])
+            log.warning('dead letter %s: nsqd %s: %s', messages[0].key, publisher, explained(error))
+            return messages
+        return []
 
     async def publisher(self, address):
         """The connection that publishes to the nsqd at `address`. It subscribes at RDY 0, so that the channel for
@@ -1425,9 +1425,12 @@ class Connection:
     def parsed(data):
         """nsqd's answer to IDENTIFY as a dict."""
         try:
-            return dict(json.loads(data))
-        except (ValueError, TypeError):
-            raise QueueError(f'not an answer of nsqd: {shortened(ascii(data), 60)}') from None
+            info = json.loads(data)
+        except ValueError:
+            info = None
+        if not isinstance(info, dict):
+            raise QueueError(f'not an answer of nsqd: {shortened(ascii(data), 60)}')
+        return info
 
     async def start_tls(self):
         """TLS with the host's name verified."""
@@ -1518,20 +1521,21 @@ class Publisher(Connection):
     async def open(self):
         """Connects and starts to read the answers."""
         await super().open()
-        self.waiting = collections.deque()   # a future for each PUB without an answer
+        self.waiting = None      # a future, while an MPUB is without its answer
         self.reader = asyncio.ensure_future(self.read_answers())
 
     async def publish(self, bodies):
-        """Publishes, one PUB each. Returns (how many nsqd took, the error that ended it or None): they are taken in
-        order, and an error takes the connection with it, so the next one is the culprit."""
-        futures = [asyncio.get_running_loop().create_future() for _ in bodies]
-        self.waiting.extend(futures)
-        self.send(b''.join(nsq.pub(self.topic, body) for body in bodies))
-        timer = asyncio.get_running_loop().call_later(PUBLISH_TIMEOUT, self.drop)
-        answers = await asyncio.gather(*futures, return_exceptions=True)
-        timer.cancel()
-        fault = next((answer for answer in answers if answer is not None), None)
-        return answers.index(fault) if fault else len(answers), fault
+        """Publishes all or none, in one MPUB: nsqd looks at each before it takes the first. Raises one of UNREACHABLE;
+        every error takes the connection with it, and its text may get lost on the way, so one PUB behind another
+        would leave open which of them were taken."""
+        loop = asyncio.get_running_loop()
+        self.waiting = loop.create_future()
+        self.send(nsq.mpub(self.topic, bodies))
+        timer = loop.call_later(PUBLISH_TIMEOUT, self.drop)
+        try:
+            await self.waiting
+        finally:
+            timer.cancel()
 
     async def read_answers(self):
         """Reads until the connection ends, and fails what still waits with the reason."""
@@ -1539,17 +1543,20 @@ class Publisher(Connection):
             await self.read()
         except UNREACHABLE as error:
             self.lost = True
-            while self.waiting:
-                future = self.waiting.popleft()
-                if not future.done():
-                    future.set_exception(error)
+            self.answered(error)
+
+    def answered(self, error=None):
+        """Ends the wait for the answer."""
+        if self.waiting and not self.waiting.done():
+            if error:
+                self.waiting.set_exception(error)
+            else:
+                self.waiting.set_result(None)
 
     def respond(self, kind, data):
-        """OK is the answer to the oldest PUB."""
+        """OK is the answer to the MPUB."""
         if kind == RESPONSE and data == b'OK':
-            future = self.waiting.popleft()
-            if not future.done():
-                future.set_result(None)
+            self.answered()
         else:
             super().respond(kind, data)
 
@@ -1606,11 +1613,13 @@ class Subscription(Connection):
             self.send(nsq.ready(rdy))
 
     async def close(self):
-        """CLS, behind all answers; then reads until CLOSE_WAIT: closing at once loses the FINs on their way."""
+        """CLS, behind all answers; then reads until CLOSE_WAIT: closing at once loses the FINs on their way. Hands back
+        what was on its way to us, else it would come again only after msg-timeout; nsqd takes a REQ behind CLS."""
         self.closed = asyncio.Event()
         self.send(b'CLS\n')
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.closed.wait(), CLOSE_TIMEOUT)
+        self.consumer.hand_back([message for message in self.consumer.held.values() if message.conn is self])
         self.drop()
 
 
@@ -1653,13 +1662,13 @@ async def ask_lookupd(client, address, topic):
     """The nsqds that one nsqlookupd names for a topic; none when it does not know the topic."""
     try:
         response = await client.fetch(f'http://{spelled(address)}/lookup?topic={topic.replace("#", "%23")}',
-                                      raise_error=False, **HTTP_TIMEOUTS)
-        if response.code == 404:
-            return {}
-        if response.code != 200:
-            raise QueueError(f'HTTP {response.code}' if response.code != 599 else explained(response.error))
+                                      **HTTP_TIMEOUTS)
         return {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
                 for p in json.loads(response.body)['producers']}
+    except HTTPError as error:   # also a timeout, and an answer that breaks off
+        if error.code == 404:
+            return {}
+        raise QueueError(str(error)) from None
     except (KeyError, TypeError, ValueError) as error:
         raise QueueError(f'not an answer of nsqlookupd: {error}') from None
 
@@ -1700,10 +1709,12 @@ class Crew:
         self.wake.set()
 
     async def cancel(self):
-        """Ends all tasks."""
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        """Ends all tasks, however often that takes: before Python 3.12 wait_for loses a cancellation that comes
+        together with what it waits for (github.com/python/cpython/issues/86296)."""
+        while self.tasks:
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.wait(self.tasks, timeout=0.1)
 
 
 class Consumer:
@@ -1842,7 +1853,9 @@ class Consumer:
 
     def hand_back(self, messages):
         """REQ without delay, at RDY 0: in an open window the same messages would come round and round."""
-        return self.answer(b'REQ %s 0\n', messages)
+        late = self.answer(b'REQ %s 0\n', messages)
+        if self.window:
+            self.window.count['requeued'] += len(messages) - late
 
     def answer(self, command, messages):
         """Sends one command for each message, one write a connection. Returns how many were too late: their
@@ -2125,7 +2138,7 @@ class Window:
         self.halt()
         if any(lane.troubled for lane in (self.storing, self.burying)) and self.open:
             self.failure = self.failure or 'the store did not come back'
-        self.hand_back()
+        self.consumer.hand_back(list(self.consumer.held.values()))
         self.seconds = loop.time() - self.started
 
     async def until(self, condition, seconds=None):
@@ -2178,15 +2191,18 @@ class Window:
         self.storing.halt()
         self.burying.halt()
 
-    def hand_back(self):
-        """REQ for everything that is still held."""
-        held = list(self.consumer.held.values())
-        self.count['requeued'] += len(held) - self.consumer.hand_back(held)
-
     @property
     def status(self):
         """The exit status of this window."""
         return os.EX_TEMPFAIL if self.failure and not self.stopping else os.EX_OK
+
+    def report(self):
+        """Logs the summary, and why messages went back where they had to; called when the connections are closed, for
+        till then answers may be refused, and what was on the wire be handed back. Returns the exit status."""
+        self.summary()
+        if self.failure:
+            log.error('%d messages handed back: %s', self.count['requeued'], self.failure)
+        return self.status
 
     def summary(self):
         """Logs the line of this window."""
@@ -2236,20 +2252,10 @@ async def receive(config, stopper):
     store = STORES[config.store](config)
     async with pipeline(config, config.nsq.topic, config.nsq.channel, store) as (consumer, pool):
         dead_letters = DeadLetters(config, consumer.link)
-        window = Window(config, consumer, store, pool, Mapper(config), dead_letters)
-        status = await watched(window, stopper)
+        window = stopper.window = Window(config, consumer, store, pool, Mapper(config), dead_letters)
+        await window.run()
         dead_letters.close()
-    return status
-
-
-async def watched(window, stopper):
-    """Runs a window that a signal can stop. Returns its exit status."""
-    stopper.window = window
-    await window.run()
-    window.summary()
-    if window.failure:
-        log.error('%d messages handed back: %s', window.count['requeued'], window.failure)
-    return window.status
+    return window.report()
 
 
 class Stopper:
@@ -2311,7 +2317,9 @@ async def replay(config, stopper):
     """Runs the dead letters of the topic through again. Returns the exit status."""
     store = STORES[config.store](config)
     async with pipeline(config, config.dead_letter.topic, REPLAY_CHANNEL, store) as (consumer, pool):
-        return await watched(Replay(config, consumer, store, pool, ReplayMapper(config), None), stopper)
+        window = stopper.window = Replay(config, consumer, store, pool, ReplayMapper(config), None)
+        await window.run()
+    return window.report()
 
 
 async def list_letters(config, stopper, limit):
@@ -2373,7 +2381,8 @@ async def depth_at(address, http_port, topic, channel):
         return None
     finally:
         client.close()
-    return sum(c['depth'] for t in topics for c in t['channels'] if c['channel_name'] == channel)
+    channels = [c for t in topics or () for c in t['channels'] or ()]   # nsqd says null for none
+    return sum(c['depth'] for c in channels if c['channel_name'] == channel)
 
 
 async def check_connections(config):

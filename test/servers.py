@@ -6,6 +6,7 @@ Only the standard library, and nothing of pytest. Each server is a context manag
         nsqd.publish('orders', [b'{"id": 1}', b'{"id": 2}'])
         assert nsqd.stats('orders', 'x-msrv')['topic_depth'] == 2
 """
+import contextlib
 import ctypes
 import http.client
 import json
@@ -229,16 +230,55 @@ class Nsqd(Server):
 
     def drain(self, topic, channel='test', expected=None, seconds=10):
         """Take messages and finish them: the bodies, exactly `expected` of them or all there are; at most `seconds`."""
-        end = time.monotonic() + seconds
-        bodies = []
+        return [data[26:] for data in self._drain(topic, channel, expected, seconds)]
+
+    def attempts(self, topic, channel):
+        """Take all messages and finish them: how often each was delivered, this time included."""
+        return [int.from_bytes(data[8:10], 'big') for data in self._drain(topic, channel)]
+
+    def bounce(self, topic, channel, times):
+        """Take one message and hand it back, so many times."""
         with _Client(self.host, self.port, topic, channel) as client:
-            while expected is None or len(bodies) < expected:
-                batch = client.take(min(MAX_RDY, (expected or len(bodies) + MAX_RDY) - len(bodies)))
-                bodies += batch
+            for _ in range(times):
+                wait_until(lambda: client.take(1, b'REQ %s 0\n'), f'a message of {topic}/{channel} comes')
+
+    def lapse(self, topic, channel):
+        """Let a message of our own time out, so that from here on each does in its time: nsqd looks for them only in
+        the channels that it knew at its last look round, each 5 s (QueueScanRefreshInterval)."""
+        self.publish(topic, b'{}')
+        with _Client(self.host, self.port, topic, channel) as client:
+            wait_until(lambda: client.take(1, b'TOUCH %s\n'), f'a message of {topic}/{channel} comes')
+        wait_until(lambda: self.stats(topic, channel)['timeout_count'], f'a message of {topic}/{channel} times out', 20)
+        self.drain(topic, channel, 1)
+
+    def _drain(self, topic, channel, expected=None, seconds=10):
+        end = time.monotonic() + seconds
+        taken = []
+        with _Client(self.host, self.port, topic, channel) as client:
+            while expected is None or len(taken) < expected:
+                batch = client.take(min(MAX_RDY, (expected or len(taken) + MAX_RDY) - len(taken)))
+                taken += batch
                 if not batch and expected is None and not self.left(topic, channel):
                     break
-                assert time.monotonic() < end, f'{topic}: {len(bodies)} of {expected or "all"} messages in {seconds} s'
-        return bodies
+                assert time.monotonic() < end, f'{topic}: {len(taken)} of {expected or "all"} messages in {seconds} s'
+        return taken
+
+    def requeue(self, topic, channel, number):
+        """Deliver `number` messages once and hand them back, as a consumer does that failed."""
+        with _Client(self.host, self.port, topic, channel) as client:
+            taken = client.take(number, b'REQ %s 0\n')
+        assert len(taken) == number, f'{topic}: {len(taken)} of {number} messages'
+
+    def letters(self, topic, channel='x-msrv-replay', expected=None):
+        """Drain a topic of dead letters: a list of (header, body)."""
+        split = [letter.partition(b'\n') for letter in self.drain(topic, channel, expected)]
+        return [(json.loads(header), body) for header, _, body in split]
+
+    def clients(self, topic, channel):
+        """What nsqd counts of each consumer of a channel: `ready_count`, `in_flight_count` and more."""
+        topics = json.loads(self.request('GET', '/stats', format='json', topic=topic))['topics']
+        return [client for each in topics or [] for mine in each['channels'] or []
+                if mine['channel_name'] == channel for client in mine['clients'] or []]
 
     def _switch(self, verb, topic, channel):
         if channel:
@@ -272,16 +312,19 @@ class _Client:
         finally:
             self.socket.close()
 
-    def take(self, most):
-        """Up to `most` bodies, finished together: each in flight counts against RDY, so no more than `most` come."""
+    def take(self, most, answer=b'FIN %s\n'):
+        """Up to `most` messages, answered together: each in flight counts against RDY, so no more than `most` come.
+
+        Each as in its frame: timestamp (8 bytes), attempts (2), id (16), body.
+        """
         self.socket.sendall(b'RDY %d\n' % most)
         taken = []
         while len(taken) < most and self._readable():
             kind, data = self._frame()
             if kind == 2:
                 taken.append(data)
-        self.socket.sendall(b'RDY 0\n' + b''.join(b'FIN ' + data[10:26] + b'\n' for data in taken))
-        return [data[26:] for data in taken]
+        self.socket.sendall(b'RDY 0\n' + b''.join(answer % data[10:26] for data in taken))
+        return taken
 
     def _readable(self):
         """Whether a frame is there, or begins within QUIET."""
@@ -406,6 +449,17 @@ class Xmsrv:
         for process in self.started:
             process.kill()
             process.wait()
+
+    @contextlib.contextmanager
+    def locked(self):
+        """The database is locked by another writer, which exists for the store as an outage."""
+        connection = sqlite3.connect(self.database, timeout=10, isolation_level=None)
+        try:
+            connection.execute('BEGIN IMMEDIATE')
+            yield
+            connection.execute('ROLLBACK')
+        finally:
+            connection.close()
 
     def rows(self):
         """All records: (set, key, bins as parsed JSON, stored_at); none where no record was ever stored."""

@@ -1,0 +1,473 @@
+"""Dead letters: kept with the reason in a topic or a file, or thrown away by wish; run through again by `replay`."""
+import base64
+import collections
+import contextlib
+import datetime
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import sqlite3
+import stat
+import threading
+import time
+
+import pytest
+import servers
+from servers import wait_until
+
+TOPIC, CHANNEL, DEAD, REPLAY = 'orders', 'x-msrv', 'orders.dead', 'x-msrv-replay'
+MEMBERS = {'reason', 'detail', 'key', 'topic', 'channel', 'nsqd', 'id', 'attempts', 'timestamp', 'time'}
+STRICT = {'fields': {'id': 'integer, required'}}
+RELAXED = {}
+
+
+def good(number, first=0):
+    """`number` messages that fit STRICT."""
+    return [json.dumps({'id': n}).encode() for n in range(first, first + number)]
+
+
+def unfit(number, first=0, **more):
+    """`number` messages that do not fit STRICT, and fit RELAXED."""
+    return [json.dumps({'id': f'{n}', **more}).encode() for n in range(first, first + number)]
+
+
+def bury(xmsrv, nsqd, bodies, **settings):
+    """Publish messages and run a window with STRICT; all of them end as dead letters in the topic."""
+    nsqd.publish(TOPIC, bodies)
+    count = servers.summary(xmsrv.once(nsqd, message=STRICT, **settings).stderr)
+    assert (count['dead'], count['requeued']) == (len(bodies), 0)
+
+
+def ids(xmsrv):
+    """The `id` of each record, in order: twice in the list where a message became two records."""
+    return sorted(int(bins['id']) for _, _, bins, _ in xmsrv.rows())
+
+
+def filed(path):
+    """The dead letters in a file, as (header, body)."""
+    letters = []
+    for line in path.read_text(encoding='utf-8').splitlines():
+        header = json.loads(line)
+        assert ('body' in header) != ('body_base64' in header)
+        body = header.pop('body').encode() if 'body' in header else base64.b64decode(header.pop('body_base64'))
+        letters.append((header, body))
+    return letters
+
+
+# ----------------------------------------------------------------------------------------------------------- in a topic
+
+@pytest.mark.parametrize('body', [
+    b'{"id": 1, "msg": "cut sho', b'{"id": 1, "msg": "caf\xe9 \xff\xfe"}', b'\n\n[1]\r\n\x00',
+    '["gr\u00fc\u00df dich"]'.encode(),
+])
+def test_a_letter_is_a_line_of_json_and_the_body_byte_for_byte(nsqd, xmsrv, body):
+    """It says all that is known of the message."""
+    nsqd.create(TOPIC, CHANNEL)
+    before = time.time()
+    nsqd.publish(TOPIC, body)
+    assert servers.summary(xmsrv.once(nsqd).stderr)['dead'] == 1
+    (header, kept), = nsqd.letters(DEAD)
+    assert kept == body
+    assert set(header) - {'history'} == MEMBERS
+    assert (header['topic'], header['channel'], header['nsqd']) == (TOPIC, CHANNEL, nsqd.tcp)
+    assert header['attempts'] == 1
+    assert header['key'].startswith(f"{header['id']}-{int(header['timestamp']):x}-")
+    assert before <= int(header['timestamp']) / 1e9 <= time.time()
+    assert before <= datetime.datetime.fromisoformat(header['time'].replace('Z', '+00:00')).timestamp() <= time.time()
+    assert header['detail']
+    assert nsqd.left(TOPIC, CHANNEL) == 0
+
+
+def test_a_letter_goes_to_the_nsqd_that_delivered_its_message(nsqds, xmsrv):
+    """Each of three has its own."""
+    trio = nsqds(3)
+    for place, nsqd in enumerate(trio):
+        nsqd.publish(TOPIC, unfit(5, first=10 * place))
+    assert servers.summary(xmsrv.once(trio, message=STRICT).stderr)['dead'] == 15
+    for place, nsqd in enumerate(trio):
+        letters = nsqd.letters(DEAD)
+        assert sorted(body for _, body in letters) == sorted(unfit(5, first=10 * place))
+        assert {header['nsqd'] for header, _ in letters} == {nsqd.tcp}
+
+
+def test_a_tail_that_comes_and_goes_takes_no_letter_away(nsqd, xmsrv):
+    """The channel of replay is there before the first letter, so that each letter is in it, whoever else reads."""
+    with tail(nsqd) as seen:
+        bury(xmsrv, nsqd, unfit(1))
+        wait_until(lambda: b'"reason"' in seen(), 'the tail has seen the letter')
+    bury(xmsrv, nsqd, unfit(1, first=1))
+    with tail(nsqd):
+        bury(xmsrv, nsqd, unfit(1, first=2))
+    assert sorted(body for _, body in nsqd.letters(DEAD)) == unfit(3)
+
+
+def test_a_tail_after_the_first_letter_takes_it_not_away(nsqd, xmsrv):
+    """Nobody had read the topic before."""
+    bury(xmsrv, nsqd, unfit(2))
+    with tail(nsqd):
+        bury(xmsrv, nsqd, unfit(1, first=2))
+    assert sorted(body for _, body in nsqd.letters(DEAD)) == unfit(3)
+
+
+@contextlib.contextmanager
+def tail(nsqd):
+    """NSQ's own nsq_tail on the topic of dead letters; gives a function: what it has printed."""
+    out = nsqd.directory / 'tail'
+    with out.open('wb') as file:
+        process = servers.spawn([servers.NSQ_TOOLS / 'nsq_tail', '--topic', DEAD, '--channel', 'tail#ephemeral',
+                                 '--nsqd-tcp-address', nsqd.tcp], stdout=file, stderr=file)
+    try:
+        wait_until(lambda: nsqd.clients(DEAD, 'tail#ephemeral'), 'the tail has subscribed')
+        yield out.read_bytes
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not nsqd.clients(DEAD, 'tail#ephemeral'), 'nsqd has seen the tail go')
+
+
+def test_the_topic_may_have_64_characters(nsqd, xmsrv):
+    """NSQ's limit, with .dead at its end."""
+    topic = 't' * 59
+    nsqd.publish(topic, b'[]')
+    xmsrv.once(nsqd, topic=topic, dead_letter={'topic': None})
+    assert [body for _, body in nsqd.letters(f'{topic}.dead')] == [b'[]']
+
+
+def test_a_topic_that_would_have_65_characters_is_a_fault(nsqd, xmsrv):
+    """Found before a message is taken."""
+    nsqd.publish('t' * 60, b'[]')
+    ran = xmsrv.once(nsqd, topic='t' * 60, dead_letter={'topic': None}, expect=os.EX_CONFIG)
+    assert '65 characters' in ran.stderr
+    assert nsqd.stats('t' * 60)['topic_depth'] == 1
+
+
+def test_a_queue_of_nothing_but_bad_messages(nsqd, xmsrv):
+    """1,000 of them; each counts as one taken."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, unfit(1000))
+    first = servers.summary(xmsrv.once(nsqd, message=STRICT, nsq={'max-messages': 600}).stderr)
+    assert (first['received'], first['dead'], nsqd.left(TOPIC, CHANNEL)) == (600, 600, 400)
+    assert servers.summary(xmsrv.run('once').stderr)['dead'] == 400
+    assert collections.Counter(body for _, body in nsqd.letters(DEAD)) == collections.Counter(unfit(1000))
+    assert xmsrv.rows() == []
+
+
+# ------------------------------------------------------------------------------------------- where the topic refuses it
+
+BIG = {'text': 'x' * 1900}
+
+
+def test_what_the_topic_refuses_stays_in_the_queue_beside_good_ones(nsqds, xmsrv):
+    """With its header it is over --max-msg-size. The second window says so again, and doubles nothing."""
+    nsqd, = nsqds(1, '--max-msg-size=2000')
+    nsqd.create(TOPIC, CHANNEL)
+    big, small = unfit(1, first=100, **BIG), unfit(2, first=200)
+    nsqd.publish(TOPIC, [*good(10), small[0], *big, *good(10, first=10), small[1]])
+    ran = xmsrv.once(nsqd, message=STRICT, expect=os.EX_TEMPFAIL)
+    count = servers.summary(ran.stderr)
+    assert (count['stored'], count['dead'], count['requeued']) == (20, 2, 1)
+    assert re.search(r'warning: dead letter \w+-\w+-\w+: nsqd ', ran.stderr) and 'could not be kept' in ran.stderr
+    now = nsqd.stats(TOPIC, CHANNEL)
+    assert (now['depth'], now['in_flight_count']) == (1, 0)
+    again = servers.summary(xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr)
+    assert (again['received'], again['requeued']) == (1, 1)
+    assert ids(xmsrv) == list(range(20))
+    assert sorted(body for _, body in nsqd.letters(DEAD)) == small
+    assert nsqd.drain(TOPIC, CHANNEL) == big
+
+
+def test_what_the_topic_refuses_goes_to_the_file_and_nothing_else_does(nsqds, xmsrv, workdir):
+    """Many at once, the refused among them: each is kept once, in one of the two."""
+    nsqd, = nsqds(1, '--max-msg-size=2000')
+    nsqd.create(TOPIC, CHANNEL)
+    mixed = [*unfit(30, **BIG), *unfit(600, first=100)]
+    random.Random().shuffle(mixed)
+    nsqd.publish(TOPIC, mixed)
+    ran = xmsrv.once(nsqd, message=STRICT, dead_letter={'file': workdir / 'dead.json'})
+    assert servers.summary(ran.stderr)['dead'] == 630
+    assert sorted(body for _, body in filed(workdir / 'dead.json')) == sorted(unfit(30, **BIG))
+    assert sorted(body for _, body in nsqd.letters(DEAD)) == sorted(unfit(600, first=100))
+    assert nsqd.left(TOPIC, CHANNEL) == 0
+
+
+@pytest.mark.parametrize('reaches', [True, False])
+def test_a_connection_cut_in_mid_publish_loses_nothing(nsqd, xmsrv, reaches):
+    """Whether the letter arrived can't be known: the message stays in the queue, and becomes one record."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, unfit(1))
+    with cut_at_pub(nsqd, reaches) as address:
+        xmsrv.configure(nsq={'nsqd-tcp-address': address}, message=STRICT)
+        count = servers.summary(xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr)
+    assert (count['dead'], count['requeued'], nsqd.left(TOPIC, CHANNEL)) == (0, 1, 1)
+    assert nsqd.left(DEAD, REPLAY) == reaches
+    assert servers.summary(xmsrv.once(nsqd, message=STRICT).stderr)['dead'] == 1
+    assert nsqd.left(DEAD, REPLAY) == 1 + reaches
+    xmsrv.configure(nsqd, message=RELAXED)
+    xmsrv.run('replay')
+    assert ids(xmsrv) == [0]
+    assert (nsqd.left(TOPIC, CHANNEL), nsqd.left(DEAD, REPLAY)) == (0, 0)
+
+
+@contextlib.contextmanager
+def cut_at_pub(nsqd, reaches):
+    """A proxy to an nsqd that cuts a connection at its first PUB, before or after it has arrived; gives its address."""
+    listener = socket.create_server((nsqd.host, 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                near, cut = listener.accept()[0], threading.Event()
+                far = socket.create_connection((nsqd.host, nsqd.port))
+                threading.Thread(target=answers, args=(far, near, cut), daemon=True).start()
+                threading.Thread(target=requests, args=(near, far, cut), daemon=True).start()
+
+    def answers(far, near, cut):
+        with contextlib.suppress(OSError):
+            while (data := far.recv(1 << 16)) and not cut.is_set():
+                near.sendall(data)
+            near.shutdown(socket.SHUT_RDWR)
+
+    def requests(near, far, cut):
+        with contextlib.suppress(OSError), near, far:
+            while (data := near.recv(1 << 16)) and b'PUB ' not in data:
+                far.sendall(data)
+            if data and reaches:
+                cut.set()
+                far.sendall(data)
+                wait_until(lambda: nsqd.stats(DEAD)['topic_messages'], 'nsqd has taken the letter')
+            for each in (near, far):
+                each.shutdown(socket.SHUT_RDWR)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield '{}:{}'.format(*listener.getsockname())
+    finally:
+        listener.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ in a file
+
+def test_a_file_has_a_line_for_each_letter_and_is_not_for_everybody(nsqd, xmsrv, workdir):
+    """Text as `body`, anything else as `body_base64`; mode 0640."""
+    path = workdir / 'dead.json'
+    bodies = [b'{"cut', 'gr\u00fc\u00df dich\n'.encode(), b'caf\xe9']
+    nsqd.publish(TOPIC, bodies)
+    xmsrv.once(nsqd, dead_letter={'topic': '', 'file': path})
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted('body' if 'body' in line else 'body_base64' for line in lines) == ['body', 'body', 'body_base64']
+    letters = filed(path)
+    assert sorted(body for _, body in letters) == sorted(bodies)
+    assert all(set(header) - {'history'} == MEMBERS for header, _ in letters)
+    assert nsqd.left(TOPIC, CHANNEL) == 0
+    assert nsqd.stats(DEAD, REPLAY)['topic_messages'] == 0
+
+
+def test_two_processes_write_one_file(nsqd, xmsrv, workdir):
+    """Each line is whole, and each message is there once."""
+    path = workdir / 'dead.json'
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, unfit(3000))
+    xmsrv.configure(nsqd, message=STRICT, nsq={'max-in-flight': 50}, dead_letter={'topic': '', 'file': path})
+    pair = [xmsrv.start('once') for _ in range(2)]
+    assert [process.wait(timeout=30) for process in pair] == [0, 0]
+    totals = [int(number) for number in re.findall(r' dead (\d+)', xmsrv.log.read_text())]
+    assert sum(totals) == 3000 and min(totals) > 0
+    assert collections.Counter(body for _, body in filed(path)) == collections.Counter(unfit(3000))
+
+
+def test_a_line_torn_by_a_kill_stays_by_itself(nsqd, xmsrv, workdir):
+    """The next writer begins a new line."""
+    path = workdir / 'dead.json'
+    path.write_bytes(b'{"reason": "sche')
+    nsqd.publish(TOPIC, unfit(2))
+    xmsrv.once(nsqd, message=STRICT, dead_letter={'topic': '', 'file': path})
+    torn, *lines = path.read_text().splitlines()
+    assert torn == '{"reason": "sche'
+    assert sorted(json.loads(line)['body'].encode() for line in lines) == unfit(2)
+
+
+@pytest.mark.parametrize('where, says', [('/dev/full', 'No space left'), ('.', 'Is a directory')])
+def test_a_file_that_cannot_be_written_leaves_the_message_in_the_queue(nsqd, xmsrv, workdir, where, says):
+    """A full disk, and something that is no file: 75, and the good ones are stored."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, [*good(5), *unfit(2)])
+    ran = xmsrv.once(nsqd, message=STRICT, dead_letter={'topic': '', 'file': workdir / where}, expect=os.EX_TEMPFAIL)
+    count = servers.summary(ran.stderr)
+    assert (count['stored'], count['dead'], count['requeued']) == (5, 0, 2)
+    assert says in ran.stderr
+    assert ids(xmsrv) == list(range(5))
+    assert sorted(nsqd.drain(TOPIC, CHANNEL)) == unfit(2)
+
+
+def test_a_disk_that_is_full_in_mid_line_leaves_no_part_of_it(nsqd, xmsrv, workdir):
+    """The limit on the size of a file stands for the disk: a part of the line still fits."""
+    path, limit = workdir / 'dead.json', 1 << 20
+    line = b'{"reason": "schema"}'.ljust(1023) + b'\n'
+    path.write_bytes(line * 1023)
+    nsqd.create(TOPIC, CHANNEL)
+    big = unfit(1, text='x' * 4000)
+    nsqd.publish(TOPIC, [*good(5), *big])
+    xmsrv.configure(nsqd, message=STRICT, dead_letter={'topic': '', 'file': path})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        process = xmsrv.start('once')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert process.wait(timeout=30) == os.EX_TEMPFAIL
+    assert 'File too large' in xmsrv.log.read_text()
+    assert path.read_bytes() == line * 1023
+    assert (ids(xmsrv), nsqd.drain(TOPIC, CHANNEL)) == (list(range(5)), big)
+
+
+def test_discard_throws_away_and_says_how_many(nsqd, xmsrv):
+    """By wish alone; no topic is made."""
+    nsqd.publish(TOPIC, [*good(3), *unfit(2)])
+    ran = xmsrv.once(nsqd, message=STRICT, dead_letter={'topic': '', 'discard': True})
+    count = servers.summary(ran.stderr)
+    assert (count['stored'], count['dead'], nsqd.left(TOPIC, CHANNEL)) == (3, 2, 0)
+    assert DEAD not in nsqd.request('GET', '/stats').decode()
+
+
+# --------------------------------------------------------------------------------------------------------------- replay
+
+def test_replay_stores_under_the_key_of_the_first_delivery(nsqd, xmsrv, workdir):
+    """Another channel of the topic gets the same messages, and is read with the relaxed schema from the start."""
+    for channel in (CHANNEL, 'other'):
+        nsqd.create(TOPIC, channel)
+    bury(xmsrv, nsqd, unfit(50))
+    xmsrv.configure(nsqd, message=RELAXED)
+    count = servers.summary(xmsrv.run('replay').stderr)
+    assert (count['received'], count['stored'], count['requeued']) == (50, 50, 0)
+    assert (nsqd.left(DEAD, REPLAY), nsqd.left(TOPIC, CHANNEL)) == (0, 0)
+    replayed = xmsrv.records()
+    assert ids(xmsrv) == list(range(50))
+    xmsrv.database = workdir / 'other.sqlite'
+    xmsrv.once(nsqd, channel='other', message=RELAXED)
+    assert xmsrv.records() == replayed
+
+
+def test_replay_killed_in_the_middle_and_run_again_leaves_one_record_each(nsqds, xmsrv):
+    """What the killed one held comes back after msg-timeout and is stored under the same key."""
+    nsqd, = nsqds(1, '--msg-timeout=1s')
+    bury(xmsrv, nsqd, unfit(3000))
+    nsqd.restart()   # it looks for timeouts in a new channel only after 5 s, in one that it starts with at once
+    execute(xmsrv, '''
+        CREATE VIEW burn AS
+            WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000) SELECT i FROM n;
+        CREATE TRIGGER slow BEFORE INSERT ON records WHEN (SELECT max(i) FROM burn) > 0 BEGIN SELECT 1; END''')
+    xmsrv.configure(nsqd, message=RELAXED)
+    process = xmsrv.start('replay')
+    wait_until(xmsrv.rows, 'a first batch is stored', 30)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < len(xmsrv.rows()) < 3000
+    execute(xmsrv, 'DROP TRIGGER slow')
+    wait_until(lambda: not nsqd.stats(DEAD, REPLAY)['in_flight_count'], 'nsqd takes back what the dead one held')
+    xmsrv.run('replay')
+    assert ids(xmsrv) == list(range(3000))
+    assert nsqd.left(DEAD, REPLAY) == 0
+
+
+def execute(xmsrv, script):
+    """A script in the test's own connection to the store."""
+    with contextlib.closing(sqlite3.connect(xmsrv.database, timeout=60)) as connection:
+        connection.executescript(script)
+
+
+def test_what_fails_again_stays_a_dead_letter_and_is_reported(nsqd, xmsrv):
+    """Held to the end of the pass, so that it comes round once; then back in the channel at once."""
+    still = [b'{"cut', b'[7]', b'caf\xe9']
+    bury(xmsrv, nsqd, [*still, *unfit(6)])
+    xmsrv.configure(nsqd, message=RELAXED)
+    ran = xmsrv.run('replay')
+    count = servers.summary(ran.stderr)
+    assert (count['received'], count['stored'], count['requeued']) == (9, 6, 3)
+    assert ran.stderr.count('stays a dead letter') == 3
+    now = nsqd.stats(DEAD, REPLAY)
+    assert (now['depth'], now['in_flight_count'], now['requeue_count']) == (3, 0, 3)
+    assert sorted(body for _, body in nsqd.letters(DEAD)) == sorted(still)
+    assert ids(xmsrv) == list(range(6))
+
+
+@pytest.mark.parametrize('letter', [
+    b'{"id": 1}', b'no letter at all', b'{"reason": "schema", "id": "0123456789abcdef"}\n{"id": 1}', b'[]\n[]',
+    b'\xff\n{}',
+])
+def test_a_letter_that_cannot_be_read_stays_and_is_reported(nsqd, xmsrv, letter):
+    """It may be anybody's; the one beside it is replayed."""
+    bury(xmsrv, nsqd, unfit(1))
+    nsqd.publish(DEAD, letter)
+    xmsrv.configure(nsqd, message=RELAXED)
+    listed = xmsrv.run('replay', '--list').stdout
+    assert 'unreadable' in listed and 'first 2 of depth 2' in listed
+    ran = xmsrv.run('replay')
+    assert 'stays a dead letter' in ran.stderr and 'not a dead letter of x-msrv' in ran.stderr
+    assert ids(xmsrv) == [0]
+    assert nsqd.drain(DEAD, REPLAY) == [letter]
+
+
+@pytest.mark.parametrize('order', ['letter first', 'letter last'])
+def test_replay_never_puts_an_old_message_over_a_newer_record(nsqd, xmsrv, order):
+    """With a field as key the newest wins, by the time at which it was first published."""
+    record = {'key': 'order'}
+    bad, fine = b'{"order": 1, "id": "bad"}', b'{"order": 1, "id": 5}'
+    for body in [bad, fine] if order == 'letter first' else [fine, bad]:
+        nsqd.publish(TOPIC, body)
+        xmsrv.once(nsqd, message=STRICT, record=record)
+    assert {key: bins['id'] for key, bins in xmsrv.records().items()} == {1: 5}
+    xmsrv.configure(nsqd, message=RELAXED, record=record)
+    count = servers.summary(xmsrv.run('replay').stderr)
+    expected = (0, 1, 5) if order == 'letter first' else (1, 0, 'bad')
+    assert (count['stored'], count['stale'], xmsrv.records()[1]['id']) == expected
+    assert nsqd.left(DEAD, REPLAY) == 0
+
+
+def test_the_list_shows_each_letter_and_changes_nothing(nsqd, xmsrv):
+    """Reason, detail, id and the first bytes of the body; every letter is in the channel as before."""
+    bodies = [b'{"cut', *unfit(3), b'[' + b'1,' * 500 + b'1]']
+    bury(xmsrv, nsqd, bodies)
+    for path in xmsrv.directory.glob('records.sqlite*'):
+        path.unlink()
+    listed = xmsrv.run('replay', '--list').stdout.splitlines()
+    assert listed[-1] == f'first 5 of depth 5 in {DEAD}'
+    assert not xmsrv.database.exists()
+    now = nsqd.stats(DEAD, REPLAY)
+    assert (now['depth'], now['in_flight_count']) == (5, 0)
+    for header, body in nsqd.letters(DEAD):
+        line, = (each for each in listed if each.startswith(header['id']))
+        assert f"{header['reason']}: {header['detail']}" in line
+        assert body[:40].decode() in line
+        assert len(line) < 200
+
+
+def test_the_list_ends_at_its_limit(nsqd, xmsrv):
+    """And says how many there are."""
+    bury(xmsrv, nsqd, unfit(10))
+    listed = xmsrv.run('replay', '--list', '--limit', '3').stdout.splitlines()
+    assert len(listed) == 4
+    assert listed[-1] == f'first 3 of depth 10 in {DEAD}'
+    now = nsqd.stats(DEAD, REPLAY)
+    assert (now['depth'], now['in_flight_count']) == (10, 0)
+
+
+@pytest.mark.parametrize('arguments', [('replay',), ('replay', '--list')])
+@pytest.mark.parametrize('topic', ['empty', 'not there'])
+def test_replay_of_nothing_ends_soon(nsqd, xmsrv, arguments, topic):
+    """Long before its window would."""
+    if topic == 'empty':
+        nsqd.create(DEAD, REPLAY)
+    xmsrv.configure(nsqd, timeout='120s')
+    xmsrv.run(*arguments, timeout=30)
+    assert xmsrv.rows() == []
+
+
+def test_replay_without_a_topic_is_a_fault(nsqd, xmsrv, workdir):
+    """A file is not for replay."""
+    xmsrv.configure(nsqd, dead_letter={'topic': '', 'file': workdir / 'dead.json'})
+    assert 'none to replay' in xmsrv.run('replay', expect=os.EX_CONFIG).stderr

@@ -1,0 +1,711 @@
+"""The queue's side: at most N a window, nothing lost and nothing doubled, whatever the nsqds and the network do."""
+import asyncio
+import contextlib
+import itertools
+import sqlite3
+
+import proxies
+import pytest
+import servers
+from servers import wait_until
+
+from xmsrv import Crew
+
+TOPIC, CHANNEL = 'orders', 'x-msrv'
+
+
+def numbered(count, first=0):
+    """Bodies of messages, each with its number."""
+    return [b'{"n": %d}' % number for number in range(first, first + count)]
+
+
+def fill(nsqd, count, first=0):
+    """Put so many numbered messages into the channel."""
+    nsqd.create(TOPIC, CHANNEL)
+    if count:
+        nsqd.publish(TOPIC, numbered(count, first))
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['depth'] >= count, 'the messages are in the channel')
+
+
+def numbers(xmsrv):
+    """The numbers of all records, in order: a message stored twice is there twice."""
+    return sorted(bins['n'] for bins in xmsrv.records().values())
+
+
+def fill_timed(nsqd, count):
+    """As fill(), in a channel in which one message has timed out before: see Nsqd.lapse."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.lapse(TOPIC, CHANNEL)
+    fill(nsqd, count)
+    assert timed_out(nsqd) == 0
+
+
+def timed_out(nsqd):
+    """How many messages have timed out, after that one."""
+    return nsqd.stats(TOPIC, CHANNEL)['timeout_count'] - 1
+
+
+def left(nsqds):
+    return sum(nsqd.left(TOPIC, CHANNEL) for nsqd in nsqds)
+
+
+def counts(nsqds, name):
+    return sum(nsqd.stats(TOPIC, CHANNEL)[name] for nsqd in nsqds)
+
+
+def connections(nsqd):
+    """How many connections that nsqd ever took."""
+    return nsqd.log.read_bytes().count(b'new client(')
+
+
+def ended(process, seconds=30):
+    """The exit status of a program in the background."""
+    return process.wait(timeout=seconds)
+
+
+@contextlib.contextmanager
+def waiting_store(xmsrv, nsqd, proxy, held, **nsq):
+    """`x-msrv once` by way of the proxy, holding so many messages: until the end of this another has the database."""
+    nsqd.pause(TOPIC, CHANNEL)
+    xmsrv.configure(nsq=addresses(proxy, **nsq), timeout='40s', idle_timeout='2s')
+    running = xmsrv.start('once')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'x-msrv is subscribed, its store open')
+    with contextlib.closing(sqlite3.connect(xmsrv.database, isolation_level=None)) as database:
+        database.execute('BEGIN IMMEDIATE')
+        nsqd.unpause(TOPIC, CHANNEL)
+        wait_until(lambda: proxy.count('message') == held, 'x-msrv holds the messages')
+        yield running
+
+
+def addresses(proxy, **options):
+    return {'nsqd-tcp-address': proxy.addresses, **options}
+
+
+# ------------------------------------------------------------------------------------------------------------ exactly N
+
+@pytest.mark.parametrize(('counts_of', 'limit', 'in_flight'), [
+    ([100], 10, 2500),
+    ([100, 100, 100], 10, 2500),
+    ([150], 100, 7),
+    ([100, 100, 100], 100, 7),
+    ([400, 400, 400], 1000, 90),
+    ([0, 0, 100], 10, 2500),
+    ([0, 0, 100], 10, 2),
+    ([10] * 5, 2, 2500),
+    ([0, 0, 0, 10, 0], 2, 2500),
+    ([10], 10, 2500),
+], ids=str)
+def test_window_takes_exactly_n_and_touches_no_other_message(xmsrv, nsqds, counts_of, limit, in_flight):
+    started = nsqds(len(counts_of))
+    for place, (nsqd, count) in enumerate(zip(started, counts_of, strict=True)):
+        fill(nsqd, count, 1000 * place)
+    done = xmsrv.once(started, timeout='20s', nsq={'max-messages': limit, 'max-in-flight': in_flight})
+    told = servers.summary(done.stderr)
+    assert (told['received'], told['stored'], told['requeued'], told['late']) == (limit, limit, 0, 0)
+    assert told['seconds'] < 5  # RDY moves in tens of ms; the timeout is four times that
+    assert len(xmsrv.records()) == limit
+    assert left(started) == sum(counts_of) - limit
+    assert counts(started, 'in_flight_count') == counts(started, 'requeue_count') == 0
+    attempts = [each for nsqd in started for each in nsqd.attempts(TOPIC, CHANNEL)]
+    assert attempts == [1] * (sum(counts_of) - limit)
+
+
+def test_successive_windows_take_n_each_until_the_queue_is_empty(xmsrv, nsqds):
+    started = nsqds(3)
+    for place, nsqd in enumerate(started):
+        fill(nsqd, 10, 10 * place)
+    stored = []
+    for _ in range(4):
+        done = xmsrv.once(started, nsq={'max-messages': 12})
+        stored.append(servers.summary(done.stderr)['stored'])
+    assert stored == [12, 12, 6, 0]
+    assert numbers(xmsrv) == list(range(30))
+    assert counts(started, 'requeue_count') == counts(started, 'timeout_count') == left(started) == 0
+
+
+@pytest.mark.parametrize('in_flight', [5, 2500])
+def test_idle_nsqds_do_not_slow_a_busy_one_down(xmsrv, nsqds, in_flight):
+    """One message a tick of 25 ms would be 50 s."""
+    started = nsqds(5)
+    for nsqd in started:
+        fill(nsqd, 0)
+    fill(started[3], 2000)
+    told = servers.summary(xmsrv.once(started, timeout='40s', nsq={'max-in-flight': in_flight}).stderr)
+    assert told['stored'] == 2000
+    assert told['seconds'] < 15
+
+
+class Credit:
+    """What the commands and frames of a run allowed nsqd to deliver: DESIGN's `never more than N`, event by event."""
+
+    def __init__(self, limit):
+        self.limit, self.finished, self.delivered = limit, 0, 0
+        self.rdy, self.in_flight, self.over = {}, {}, {}
+
+    def follow(self, event):
+        """Takes an event, and asserts what holds after it."""
+        where = event.connection
+        assert where not in self.over, f'{event} after CLS'
+        if event.name == 'RDY':
+            self.rdy[where] = int(event.argument)
+        elif event.name == 'message':
+            self.delivered += 1
+            self.in_flight[where] = self.in_flight.get(where, 0) + 1
+        elif event.name in ('FIN', 'REQ'):
+            self.in_flight[where] -= 1
+            self.finished += event.name == 'FIN'
+            assert event.name == 'FIN' or not self.total, f'REQ at RDY {self.rdy}'
+        elif event.name == 'CLS':
+            self.over[where] = True
+            assert self.rdy.get(where, 0) == self.in_flight.get(where, 0) == 0
+        assert self.total <= self.limit - self.finished, f'{event}: RDY {self.rdy}, {self.finished} finished'
+        assert self.delivered + self.to_come <= self.limit, f'{event}: RDY {self.rdy}, in flight {self.in_flight}'
+
+    @property
+    def total(self):
+        return sum(self.rdy.values())
+
+    @property
+    def to_come(self):
+        """nsqd delivers while fewer are in flight than RDY says."""
+        return sum(max(0, rdy - self.in_flight.get(where, 0)) for where, rdy in self.rdy.items())
+
+
+@pytest.mark.parametrize(('each', 'limit', 'in_flight'), [
+    ([100], 10, 2500), ([300], 200, 7), ([100, 100, 100], 10, 2500), ([0, 100, 0], 10, 2500), ([10], 10, 2500),
+], ids=str)
+def test_rdy_never_allows_more_than_the_window_may_take(xmsrv, nsqds, each, limit, in_flight):
+    started = nsqds(len(each))
+    for nsqd, count in zip(started, each, strict=True):
+        fill(nsqd, count)
+    with proxies.Proxy(*started) as proxy:
+        xmsrv.once(nsq=addresses(proxy, **{'max-messages': limit, 'max-in-flight': in_flight}))
+    credit = Credit(limit)
+    for event in proxy.events:
+        if event.name in ('RDY', 'FIN', 'REQ', 'TOUCH', 'CLS', 'NOP', 'message'):
+            credit.follow(event)
+    assert credit.finished == credit.delivered == limit
+    assert sorted(credit.over) == list(range(len(each)))
+    assert max(map(int, proxy.arguments('RDY'))) <= in_flight
+
+
+def test_messages_are_handed_back_at_rdy_0_before_cls(xmsrv, nsqds):
+    """Dead letters that can't be kept go back; the good ones beside them are finished."""
+    nsqd, = nsqds(1)
+    fill(nsqd, 20)
+    nsqd.publish(TOPIC, [b'no JSON'] * 5)
+    with proxies.Proxy(nsqd) as proxy:
+        done = xmsrv.once(nsq=addresses(proxy), dead_letter={'topic': '', 'file': '/dev/full'}, expect=75)
+    told = servers.summary(done.stderr)
+    assert (told['stored'] + told['requeued'], told['dead']) == (25, 0)
+    credit = Credit(10 ** 9)
+    for event in proxy.events:
+        if event.name in ('RDY', 'FIN', 'REQ', 'TOUCH', 'CLS', 'NOP', 'message'):
+            credit.follow(event)
+    assert proxy.count('REQ') == told['requeued'] >= 5
+    assert left([nsqd]) == counts([nsqd], 'requeue_count') == told['requeued']
+    assert counts([nsqd], 'in_flight_count') == 0
+
+
+def test_messages_beyond_n_are_handed_back_unhandled(xmsrv, nsqd):
+    """RDY has no answer, so one that was moved can race with a message: here nsqd is made to send five too many."""
+    fill(nsqd, 100)
+    with proxies.Proxy(nsqd, judge=lambda event: b'RDY 15\n' if event[1:] == ('RDY', b'10') else True) as proxy:
+        done = xmsrv.once(nsq=addresses(proxy, **{'max-messages': 10}))
+    told = servers.summary(done.stderr)
+    assert (told['stored'], told['requeued'], len(xmsrv.records())) == (10, 5, 10)
+    assert sorted(nsqd.attempts(TOPIC, CHANNEL)) == [1] * 85 + [2] * 5
+
+
+# ------------------------------------------------------------------------------------------------- the end of a window
+
+def test_empty_queue_ends_the_window_after_idle_timeout(xmsrv, nsqds):
+    started = nsqds(2)
+    for nsqd in started:
+        fill(nsqd, 0)
+    told = servers.summary(xmsrv.once(started, timeout='30s', idle_timeout='1s').stderr)
+    assert 1 <= told['seconds'] < 5
+    assert told['received'] == 0
+
+
+def test_paused_channel_ends_the_window_and_keeps_its_messages(xmsrv, nsqd):
+    fill(nsqd, 10)
+    nsqd.pause(TOPIC, CHANNEL)
+    told = servers.summary(xmsrv.once(nsqd, timeout='30s').stderr)
+    assert (told['received'], left([nsqd])) == (0, 10)
+    assert told['seconds'] < 5
+    nsqd.unpause(TOPIC, CHANNEL)
+    xmsrv.once(nsqd)
+    assert numbers(xmsrv) == list(range(10))
+
+
+def test_lone_message_does_not_wait_for_company(xmsrv, nsqd):
+    """Neither nsqd's buffer nor a batch keeps it until the window ends."""
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, timeout='30s', idle_timeout='20s', nsq={'max-messages': 2})
+    running = xmsrv.start('once')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'x-msrv is subscribed')
+    for number in range(2):
+        nsqd.publish(TOPIC, numbered(1, number))
+        wait_until(lambda count=number + 1: len(xmsrv.records()) == count, 'the message is stored', 2)
+    assert ended(running, 5) == 0
+
+
+def test_messages_that_trickle_keep_the_window_open_until_timeout(xmsrv, nsqd):
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, timeout='3s', idle_timeout='1s')
+    running = xmsrv.start('once')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'x-msrv is subscribed')
+    for number in itertools.count():
+        assert number < 5000, 'the window does not end'
+        nsqd.publish(TOPIC, numbered(1, number))
+        wait_until(lambda count=number + 1: len(xmsrv.records()) == count or running.poll() is not None,
+                   'the message is stored, or the window is over')
+        if running.poll() is not None:
+            break
+    told = servers.summary(xmsrv.log.read_text())
+    assert 3 <= told['seconds'] < 6
+    assert told['stored'] == told['received'] == len(xmsrv.records())
+    assert told['requeued'] == told['late'] == counts([nsqd], 'requeue_count') == counts([nsqd], 'in_flight_count') == 0
+
+
+def test_endless_flow_ends_at_timeout_and_nothing_is_handed_back(xmsrv, nsqd):
+    fill(nsqd, 5000)
+    xmsrv.configure(nsqd, timeout='2s')
+    running = xmsrv.start('once')
+    published = 5000
+    while running.poll() is None:
+        assert published < 500_000, 'the window does not end'
+        if nsqd.left(TOPIC, CHANNEL) < 20_000:
+            nsqd.publish(TOPIC, numbered(1000, published))
+            published += 1000
+    told = servers.summary(xmsrv.log.read_text())
+    assert 2 <= told['seconds'] < 5
+    assert told['stored'] == told['received'] == len(xmsrv.records())
+    assert told['requeued'] == told['late'] == 0
+    assert left([nsqd]) == published - told['stored']
+    assert counts([nsqd], 'requeue_count') == counts([nsqd], 'in_flight_count') == 0
+
+
+def test_every_fin_has_arrived_when_the_program_ends(xmsrv, nsqd):
+    count = 20_000
+    fill(nsqd, count)
+    xmsrv.once(nsqd, timeout='40s')
+    at_exit = nsqd.stats(TOPIC, CHANNEL)
+    assert (at_exit['depth'], at_exit['in_flight_count'], at_exit['deferred_count']) == (0, 0, 0)
+    assert (at_exit['requeue_count'], at_exit['timeout_count'], at_exit['clients']) == (0, 0, 0)
+    assert len(xmsrv.records()) == count
+
+
+def test_task_that_loses_a_cancellation_ends_all_the_same():
+    """As a connection does whose handshake is over at the moment at which the window is."""
+    async def stubborn():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    async def start_and_cancel():
+        crew = Crew()
+        crew.start(stubborn())
+        await asyncio.sleep(0)
+        await asyncio.wait_for(crew.cancel(), 10)
+        return crew
+
+    assert not asyncio.run(start_and_cancel()).tasks
+
+
+def test_nsqd_that_hangs_at_the_end_holds_nothing_up(xmsrv, nsqd):
+    fill(nsqd, 10)
+    with proxies.Proxy(nsqd) as proxy:
+        with waiting_store(xmsrv, nsqd, proxy, 10, **{'max-messages': 10}) as running:
+            nsqd.suspend()
+        assert ended(running, 10) == 0
+    nsqd.resume()
+    assert numbers(xmsrv) == list(range(10))
+
+
+# ----------------------------------------------------------------------------------------------------------- nsqlookupd
+
+@pytest.fixture
+def lookupds(workdir):
+    """A function: lookupds(2) starts two."""
+    with contextlib.ExitStack() as stack:
+        yield lambda count, **options: [
+            stack.enter_context(servers.Nsqlookupd(workdir, **options)) for _ in range(count)]
+
+
+def registered(lookupd, nsqd):
+    wait_until(lambda: any(each.endswith(f':{nsqd.port}') for each in lookupd.producers(TOPIC)),
+               'nsqlookupd knows the nsqd')
+
+
+def test_answers_of_all_nsqlookupds_are_merged(xmsrv, nsqds, lookupds):
+    asked = lookupds(2)
+    for place, lookupd in enumerate(asked):
+        nsqd, = nsqds(1, lookupd=[lookupd])
+        fill(nsqd, 10, 10 * place)
+        registered(lookupd, nsqd)
+    xmsrv.once(asked)
+    assert numbers(xmsrv) == list(range(20))
+
+
+def test_nsqd_named_by_two_nsqlookupds_gets_one_connection(xmsrv, nsqds, lookupds):
+    asked = lookupds(2)
+    nsqd, = nsqds(1, lookupd=asked)
+    fill(nsqd, 10)
+    for lookupd in asked:
+        registered(lookupd, nsqd)
+    xmsrv.once(asked)
+    assert numbers(xmsrv) == list(range(10))
+    assert connections(nsqd) == 1
+
+
+def test_nsqd_listed_twice_gets_one_connection(xmsrv, nsqd):
+    fill(nsqd, 10)
+    xmsrv.once(nsq={'nsqd-tcp-address': [nsqd.tcp, nsqd.tcp]})
+    assert numbers(xmsrv) == list(range(10))
+    assert connections(nsqd) == 1
+
+
+def web(status, body):
+    return lambda: proxies.Web(lambda path: (status, body))
+
+
+def saying(greeting):
+    return lambda: proxies.Says(greeting)
+
+
+BAD_LOOKUPDS = {
+    'refused': proxies.refusing,
+    'silent': saying(b''),
+    'error': web(500, b'{}'),
+    'no JSON': web(200, b'<html>'),
+    'other JSON': web(200, b'[]'),
+    'odd producers': web(200, b'{"producers": [{}]}'),
+}
+
+
+@contextlib.contextmanager
+def bad(makers, name):
+    """The address of a server with that fault."""
+    with makers[name]() as made:
+        yield made if isinstance(made, str) else made.address
+
+
+@pytest.mark.parametrize('fault', BAD_LOOKUPDS)
+def test_one_bad_nsqlookupd_costs_a_warning(xmsrv, nsqds, nsqlookupd, fault):
+    nsqd, = nsqds(1, lookupd=[nsqlookupd])
+    fill(nsqd, 10)
+    registered(nsqlookupd, nsqd)
+    with bad(BAD_LOOKUPDS, fault) as address:
+        done = xmsrv.once(nsq={'lookupd-http-address': [address, nsqlookupd.http]}, within=15)
+    assert numbers(xmsrv) == list(range(10))
+    assert [line for line in done.stderr.splitlines() if line.startswith('warning') and address in line]
+
+
+@pytest.mark.parametrize('fault', BAD_LOOKUPDS)
+def test_no_good_nsqlookupd_is_69_soon(xmsrv, fault):
+    with bad(BAD_LOOKUPDS, fault) as address:
+        done = xmsrv.once(nsq={'lookupd-http-address': [address]}, timeout='60s', expect=69, within=15)
+    assert f'no nsqlookupd can be reached: nsqlookupd {address}' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_topic_that_nsqlookupd_does_not_know_is_an_empty_window(xmsrv, nsqlookupd):
+    done = xmsrv.once(nsqlookupd, timeout='30s', within=10)
+    assert f'no nsqd has the topic {TOPIC} yet' in done.stderr
+    assert servers.summary(done.stderr)['received'] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ addresses
+
+def test_ipv6_addresses_of_nsqd_and_nsqlookupd(xmsrv, nsqds, lookupds):
+    lookupd, = lookupds(1, host='::1')
+    nsqd, = nsqds(1, host='::1', lookupd=[lookupd])
+    fill(nsqd, 10)
+    registered(lookupd, nsqd)
+    xmsrv.once(nsqd, nsq={'max-messages': 4})
+    xmsrv.once(lookupd)
+    assert numbers(xmsrv) == list(range(10))
+
+
+@pytest.fixture
+def both_families(workdir, monkeypatch):
+    """In x-msrv, `localhost` is ::1 and 127.0.0.1, whatever this machine's own file of hosts says."""
+    (workdir / 'sitecustomize.py').write_text(
+        'import socket\n'
+        'real = socket.getaddrinfo\n'
+        'def both(host, *args, **options):\n'
+        '    if host != "localhost":\n'
+        '        return real(host, *args, **options)\n'
+        '    return real("::1", *args, **options) + real("127.0.0.1", *args, **options)\n'
+        'socket.getaddrinfo = both\n')
+    monkeypatch.setenv('PYTHONPATH', str(workdir))
+
+
+@pytest.mark.usefixtures('both_families')
+@pytest.mark.parametrize('listening', ['127.0.0.1', '::1'])
+def test_name_of_both_families_reaches_a_server_that_listens_on_one(xmsrv, nsqds, lookupds, listening):
+    lookupd, = lookupds(1, host=listening)
+    nsqd, = nsqds(1, host=listening, lookupd=[lookupd])
+    fill(nsqd, 10)
+    registered(lookupd, nsqd)
+    xmsrv.once(nsq={'nsqd-tcp-address': [f'localhost:{nsqd.port}'], 'max-messages': 4})
+    xmsrv.once(nsq={'lookupd-http-address': [f'localhost:{lookupd.port + 1}']})
+    assert numbers(xmsrv) == list(range(10))
+
+
+# -------------------------------------------------------------------------------------------------- unreachable, broken
+
+BAD_NSQDS = {
+    'refused': proxies.refusing,
+    'silent': saying(b''),
+    'HTTP': saying(b'HTTP/1.1 400 Bad Request\r\n\r\n'),
+    'negative size': saying(b'\xff' * 8),
+    'no features': saying(proxies.frame(b'OK')),
+    'other JSON': saying(proxies.frame(b'[]')),
+    'error': saying(proxies.frame(b'E_INVALID go away', 1)),
+}
+
+
+@pytest.mark.parametrize('fault', BAD_NSQDS)
+def test_no_nsqd_within_reach_is_69_soon(xmsrv, fault):
+    with bad(BAD_NSQDS, fault) as address:
+        done = xmsrv.once(nsq={'nsqd-tcp-address': [address]}, timeout='60s', expect=69, within=15)
+    assert f'no nsqd can be reached: {address}' in done.stderr
+    assert not xmsrv.records()
+
+
+def test_unknown_host_is_69_soon(xmsrv):
+    done = xmsrv.once(nsq={'nsqd-tcp-address': ['nowhere.invalid:4150']}, expect=69, within=30)
+    assert 'no nsqd can be reached: nowhere.invalid:4150' in done.stderr
+
+
+@pytest.mark.parametrize('fault', BAD_NSQDS)
+def test_bad_nsqd_beside_a_good_one_costs_a_warning(xmsrv, nsqd, fault):
+    fill(nsqd, 10)
+    with bad(BAD_NSQDS, fault) as address:
+        done = xmsrv.once(nsq={'nsqd-tcp-address': [address, nsqd.tcp]}, timeout='8s', within=20)
+    assert numbers(xmsrv) == list(range(10))
+    assert left([nsqd]) == 0
+    assert len([line for line in done.stderr.splitlines() if line.startswith('warning') and address in line]) == 1
+
+
+@pytest.mark.parametrize('how', ['kill', 'stop'])
+def test_nsqd_that_restarts_in_mid_window_loses_nothing(xmsrv, nsqds, how):
+    """Messages are held when the connection breaks; with a disk queue nsqd does its own part."""
+    nsqd, = nsqds(1, '--mem-queue-size=0', '--sync-every=1')
+    fill(nsqd, 300)
+    with proxies.Proxy(nsqd) as proxy:
+        with waiting_store(xmsrv, nsqd, proxy, 100, **{'max-in-flight': 100}) as running:
+            getattr(nsqd, how)()
+            nsqd.restart()
+        assert ended(running) == 0
+    assert numbers(xmsrv) == list(range(300))
+    assert left([nsqd]) == 0
+    told = servers.summary(xmsrv.log.read_text())
+    assert (told['stored'], told['late']) == (told['received'], 100)
+
+
+def test_connection_that_breaks_in_mid_flow_loses_nothing(xmsrv, nsqds):
+    """nsqd hands back what was in flight after its msg-timeout; the window is still open then."""
+    nsqd, = nsqds(1, '--msg-timeout=1s')
+    fill_timed(nsqd, 2000)
+
+    def cut_once(event):
+        if proxy.count('message') == 500 and event.connection == 0:
+            raise ConnectionError
+
+    with proxies.Proxy(nsqd, judge=cut_once) as proxy:
+        xmsrv.configure(nsq=addresses(proxy, **{'max-in-flight': 200}), timeout='60s', idle_timeout='30s')
+        running = xmsrv.start('once')
+        wait_until(lambda: len(xmsrv.records()) == 2000 and not left([nsqd]), 'all are stored and finished', 20)
+        running.terminate()
+        assert ended(running) == 0
+    assert numbers(xmsrv) == list(range(2000))
+    assert {event.connection for event in proxy.events} == {0, 1}
+    warning, = [line for line in xmsrv.log.read_text().splitlines() if line.startswith('warning')]
+    assert proxy.addresses[0] in warning
+
+
+def test_nsqd_that_comes_up_in_mid_window_is_found(xmsrv, nsqds):
+    late, there = nsqds(2)
+    fill(late, 10)
+    fill(there, 10, 10)
+    late.stop()
+    xmsrv.configure([late, there], timeout='60s', idle_timeout='30s')
+    running = xmsrv.start('once')
+    wait_until(lambda: len(xmsrv.records()) == 10, 'the messages of the one that is there are stored')
+    late.restart()
+    wait_until(lambda: len(xmsrv.records()) == 20 and not left([late, there]), 'those of the other, too', 15)
+    running.terminate()
+    assert ended(running) == 0
+    assert numbers(xmsrv) == list(range(20))
+    warning, = [line for line in xmsrv.log.read_text().splitlines() if line.startswith('warning')]
+    assert late.tcp in warning
+
+
+def test_error_that_ends_a_connection_is_said_and_the_window_goes_on(xmsrv, nsqd):
+    fill(nsqd, 10)
+
+    def too_much_once(event):
+        return b'RDY 999999\n' if event.connection == 0 and event.name == 'RDY' else True
+
+    with proxies.Proxy(nsqd, judge=too_much_once) as proxy:
+        done = xmsrv.once(nsq=addresses(proxy))
+    assert numbers(xmsrv) == list(range(10))
+    warning, = [line for line in done.stderr.splitlines() if line.startswith('warning')]
+    assert proxy.addresses[0] in warning
+    assert 'E_INVALID' in warning
+
+
+# ------------------------------------------------------------------------------------------- held for long, TOUCH, late
+
+@pytest.mark.parametrize(('args', 'option'), [
+    (['--msg-timeout=1s'], {}), (['--msg-timeout=3s'], {'msg-timeout': '1s'}),
+], ids=str)
+def test_held_messages_are_touched_so_that_none_comes_twice(xmsrv, nsqds, args, option):
+    nsqd, = nsqds(1, *args)
+    fill_timed(nsqd, 10)
+    with proxies.Proxy(nsqd) as proxy:
+        with waiting_store(xmsrv, nsqd, proxy, 10, **{'max-messages': 10}, **option) as running:
+            wait_until(lambda: proxy.count('TOUCH') >= 50, 'more than twice the msg-timeout has passed')
+        assert ended(running) == 0
+    assert timed_out(nsqd) == left([nsqd]) == 0
+    assert (proxy.count('message'), proxy.count('FIN'), proxy.count('error')) == (10, 10, 0)
+    assert numbers(xmsrv) == list(range(10))
+
+
+def swallow_touch(event):
+    return event.name != 'TOUCH'
+
+
+def cut_at_first_touch(event):
+    """What is held then comes again on another connection."""
+    if event.name == 'TOUCH' and event.connection == 0:
+        raise ConnectionError
+
+
+@pytest.mark.parametrize(('args', 'judge'), [
+    (['--msg-timeout=1s'], swallow_touch),
+    (['--msg-timeout=1s'], cut_at_first_touch),
+    (['--msg-timeout=1s', '--max-msg-timeout=2s'], lambda event: True),
+], ids=['TOUCH lost', 'connection lost', 'max-msg-timeout'])
+def test_second_copy_of_a_held_message_joins_the_first(xmsrv, nsqds, args, judge):
+    nsqd, = nsqds(1, *args)
+    fill_timed(nsqd, 10)
+    with proxies.Proxy(nsqd, judge=judge) as proxy:
+        with waiting_store(xmsrv, nsqd, proxy, 10) as running:
+            wait_until(lambda: proxy.count('message') == 20, 'all have come again')
+        assert ended(running) == 0
+    told = servers.summary(xmsrv.log.read_text())
+    assert (told['received'], told['stored'], told['late']) == (10, 10, 0)
+    assert (proxy.count('FIN'), proxy.count('error'), left([nsqd])) == (10, 0, 0)
+    assert numbers(xmsrv) == list(range(10))
+
+
+def test_refused_fin_is_counted_and_warned_of_once_and_the_record_stays(xmsrv, nsqds):
+    nsqd, = nsqds(1, '--msg-timeout=1s')
+    fill_timed(nsqd, 10)
+    with proxies.Proxy(nsqd, judge=swallow_touch) as proxy:
+        with waiting_store(xmsrv, nsqd, proxy, 10, **{'max-messages': 10}) as running:
+            wait_until(lambda: timed_out(nsqd) == 10, 'nsqd has taken the messages back')
+        assert ended(running) == 0
+    log = xmsrv.log.read_text()
+    assert proxy.arguments('error')[0].startswith(b'E_FIN_FAILED')
+    assert log.count('E_FIN_FAILED') == 1
+    assert numbers(xmsrv) == list(range(10))
+    told = servers.summary(log)
+    assert (told['stored'], told['late'], told['requeued']) == (10, 10, 0)
+    assert nsqd.attempts(TOPIC, CHANNEL) == [2] * 10
+
+
+def test_redelivery_in_a_later_window_rewrites_the_same_record(xmsrv, nsqds):
+    nsqd, = nsqds(1, '--msg-timeout=1s')
+    fill_timed(nsqd, 10)
+    with proxies.Proxy(nsqd, judge=lambda event: event.name != 'FIN') as proxy:
+        xmsrv.once(nsq=addresses(proxy, **{'max-messages': 10}))
+    first = xmsrv.records()
+    assert (len(first), left([nsqd])) == (10, 10)
+    wait_until(lambda: timed_out(nsqd) == 10, 'nsqd has taken the messages back')
+    done = xmsrv.once(nsqd)
+    assert servers.summary(done.stderr)['stored'] == 10
+    assert xmsrv.records() == first
+    assert left([nsqd]) == 0
+
+
+def test_message_of_many_attempts_is_still_stored(xmsrv, nsqd):
+    fill(nsqd, 1)
+    nsqd.bounce(TOPIC, CHANNEL, 10)
+    xmsrv.once(nsqd)
+    assert numbers(xmsrv) == [0]
+    assert left([nsqd]) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- limits of nsqd
+
+@pytest.mark.parametrize(('args', 'option'), [
+    (['--max-msg-timeout=2s', '--msg-timeout=1s'], {'msg-timeout': '10s'}),
+    (['--max-heartbeat-interval=5s'], {}),
+    (['--min-output-buffer-timeout=100ms'], {}),
+    (['--max-output-buffer-size=16384'], {}),
+], ids=str)
+def test_identify_over_the_limits_is_tried_once_more_with_defaults(xmsrv, nsqds, args, option):
+    nsqd, = nsqds(1, *args)
+    fill(nsqd, 100)
+    with proxies.Proxy(nsqd) as proxy:
+        done = xmsrv.once(nsq=addresses(proxy, **option))
+    assert numbers(xmsrv) == list(range(100))
+    assert (proxy.count('IDENTIFY'), left([nsqd])) == (2, 0)
+    warning, = [line for line in done.stderr.splitlines() if line.startswith('warning')]
+    assert 'E_BAD_BODY' in warning
+    assert 'trying with its own defaults' in warning
+
+
+def test_idle_connection_with_default_heartbeats_is_kept(xmsrv, nsqds):
+    """nsqd's own default is a heartbeat each 30 s, three times what x-msrv asks for and was refused here."""
+    nsqd, = nsqds(1, '--max-heartbeat-interval=5s')
+    fill(nsqd, 0)
+    done = xmsrv.once(nsqd, timeout='25s', idle_timeout='25s')
+    assert connections(nsqd) == 2  # the one that was refused, and the one after it
+    assert len([line for line in done.stderr.splitlines() if line.startswith('warning')]) == 1
+
+
+def test_rdy_respects_the_limit_of_nsqd(xmsrv, nsqds):
+    nsqd, = nsqds(1, '--max-rdy-count=5')
+    fill(nsqd, 500)
+    with proxies.Proxy(nsqd) as proxy:
+        xmsrv.once(nsq=addresses(proxy))
+    assert numbers(xmsrv) == list(range(500))
+    assert max(map(int, proxy.arguments('RDY'))) == 5
+    assert proxy.count('error') == 0
+
+
+# ----------------------------------------------------------------------------------------------------- more than one
+
+def test_two_consumers_of_a_channel_share_its_messages(xmsrv, nsqd, workdir):
+    """Each takes half, exactly."""
+    fill(nsqd, 5000)
+    (workdir / 'second').mkdir()
+    second = servers.Xmsrv(workdir / 'second')
+    try:
+        for program in (xmsrv, second):
+            program.configure(nsqd, timeout='40s', idle_timeout='10s', nsq={'max-messages': 2500})
+        assert [ended(running) for running in [program.start('once') for program in (xmsrv, second)]] == [0, 0]
+        taken = [numbers(program) for program in (xmsrv, second)]
+    finally:
+        second.close()
+    assert [len(each) for each in taken] == [2500, 2500]
+    assert sorted(sum(taken, [])) == list(range(5000))
+    assert left([nsqd]) == counts([nsqd], 'timeout_count') == counts([nsqd], 'requeue_count') == 0
+
+
+def test_each_channel_of_a_topic_gets_every_message(xmsrv, nsqd):
+    fill(nsqd, 0)
+    nsqd.create(TOPIC, 'other')
+    nsqd.publish(TOPIC, numbered(100))
+    for channel in (CHANNEL, 'other'):
+        done = xmsrv.once(nsqd, channel=channel)
+        assert servers.summary(done.stderr)['stored'] == 100
+        assert nsqd.left(TOPIC, channel) == 0
+    assert numbers(xmsrv) == list(range(100))  # the key does not depend on the channel
