@@ -1,0 +1,332 @@
+"""What a person sees: the summary line, the log in its formats, the exit status, and what `check --connect` finds."""
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+
+import pytest
+import servers
+import trustme
+from servers import wait_until
+
+TOPIC, CHANNEL, DEAD, REPLAY = 'orders', 'x-msrv', 'orders.dead', 'x-msrv-replay'
+STRICT = {'fields': {'id': 'integer, required'}}
+SUMMARY = re.compile(r'\[orders/x-msrv\] received \d+, stored \d+, duplicate \d+, stale \d+, dead \d+, requeued \d+, '
+                     r'late \d+ in \d+\.\d\d s')
+
+
+def good(number):
+    """Messages that fit STRICT."""
+    return [json.dumps({'id': n}) for n in range(number)]
+
+
+# ---------------------------------------------------------------------------------------------------------- the summary
+
+def test_a_clean_window_says_one_line(nsqd, xmsrv):
+    """The summary, on stderr, with every count."""
+    nsqd.publish(TOPIC, [*good(8), '[]', '{'])
+    ran = xmsrv.once(nsqd)
+    line, = ran.stderr.splitlines()
+    assert SUMMARY.fullmatch(line)
+    assert line.startswith('[orders/x-msrv] received 10, stored 8, duplicate 0, stale 0, dead 2, requeued 0, late 0 ')
+    assert ran.stdout == ''
+
+
+@pytest.mark.parametrize('option', ['-q', '--quiet'])
+@pytest.mark.parametrize('place', ['before', 'after'])
+def test_quiet_says_nothing_of_a_clean_window(nsqd, xmsrv, option, place):
+    """Wherever the option stands."""
+    nsqd.publish(TOPIC, good(3))
+    xmsrv.configure(nsqd)
+    ran = xmsrv.run(*([option, 'once'] if place == 'before' else ['once', option]))
+    assert (ran.stdout, ran.stderr) == ('', '')
+    assert len(xmsrv.records()) == 3
+
+
+def test_quiet_still_says_what_failed(nsqds, xmsrv):
+    """A dead letter that can't be kept."""
+    refused_letter(*nsqds(1, '--max-msg-size=2000'), xmsrv)
+    assert 'could not be kept' in xmsrv.run('-q', 'once', expect=os.EX_TEMPFAIL).stderr
+
+
+def test_verbose_says_more_and_the_summary_too(nsqd, xmsrv):
+    """Which message became a dead letter, and why."""
+    nsqd.publish(TOPIC, '[]')
+    lines = xmsrv.once(nsqd, args=['-v']).stderr.splitlines()
+    assert len(lines) > 1
+    assert any('not-an-object' in line for line in lines)
+    assert sum(bool(SUMMARY.fullmatch(line)) for line in lines) == 1
+
+
+@pytest.mark.parametrize('loud', [[], ['-v']])
+def test_the_log_as_json_is_an_object_a_line(nsqds, xmsrv, loud):
+    """The counts of the summary are members, and so are level and time of each line."""
+    nsqd, = nsqds(1, '--max-msg-size=2000')
+    refused_letter(nsqd, xmsrv, log_format='json')
+    nsqd.publish(TOPIC, [*good(4), '[]'])
+    lines = [json.loads(line) for line in xmsrv.run(*loud, 'once', expect=os.EX_TEMPFAIL).stderr.splitlines()]
+    assert all({'time', 'level', 'message'} <= set(line) for line in lines)
+    found, = (line for line in lines if 'received' in line)
+    counts = {'received': 6, 'stored': 4, 'duplicate': 0, 'stale': 0, 'dead': 1, 'requeued': 1, 'late': 0}
+    assert {name: found[name] for name in counts} == counts
+    assert (found['topic'], found['channel'], found['level']) == (TOPIC, CHANNEL, 'info')
+    assert isinstance(found['seconds'], float)
+    assert {'warning', 'error', 'info'} <= {line['level'] for line in lines}
+    assert datetime.datetime.fromisoformat(found['time'].replace('Z', '+00:00')).tzinfo
+
+
+def refused_letter(nsqd, xmsrv, **settings):
+    """A message that becomes a dead letter too large for an nsqd of --max-msg-size=2000, which has no file to go to."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, json.dumps(['x' * 1900]))
+    xmsrv.configure(nsqd, **settings)
+
+
+# ----------------------------------------------------------------------------------------- bodies are no log's business
+
+MARKER = 'secret' * 50
+
+
+@pytest.mark.parametrize('log_format', ['text', 'json'])
+@pytest.mark.parametrize('body', [
+    {'id': 1, 'text': MARKER}, {'id': MARKER}, {MARKER: 1}, {'id': 1, 'text': {MARKER: '\0'}},
+    {'id': 1, 'key': [MARKER]}, [MARKER], MARKER, f'{{"id": "{MARKER}", cut',
+    f'{{"id": 1, "{MARKER}": 1, "{MARKER}": 2}}',
+], ids=['fine', 'schema', 'bin name', 'unsupported', 'key', 'list', 'string', 'cut', 'name twice'])
+def test_a_body_is_never_in_the_log_whole(nsqd, xmsrv, log_format, body):
+    """Neither where it is stored, nor where it becomes a dead letter, nor in replay; the list shows its beginning."""
+    nsqd.publish(TOPIC, body if isinstance(body, str) else json.dumps(body))
+    settings = {'log_format': log_format, 'message': STRICT, 'record': {'key': 'key'}}
+    runs = [xmsrv.once(nsqd, args=['-v'], **settings), xmsrv.run('replay', '--list'), xmsrv.run('-v', 'replay')]
+    assert servers.summary(runs[0].stderr)['received'] == servers.summary(runs[0].stderr)['dead'] == 1
+    for ran in runs:
+        assert MARKER not in ran.stdout + ran.stderr
+        assert MARKER[:250] not in ran.stdout + ran.stderr
+
+
+def test_a_body_is_not_in_the_log_when_it_is_stored(nsqd, xmsrv):
+    """With -v."""
+    nsqd.publish(TOPIC, json.dumps({'text': MARKER}))
+    assert MARKER[:60] not in xmsrv.once(nsqd, args=['-v']).stderr
+    assert [bins['text'] for bins in xmsrv.records().values()] == [MARKER]
+
+
+def test_a_body_is_not_in_the_log_when_its_letter_is_refused(nsqds, xmsrv, workdir):
+    """By nsqd, and by the file."""
+    nsqd, = nsqds(1, '--max-msg-size=2000')
+    nsqd.publish(TOPIC, json.dumps([MARKER * 6]))
+    ran = xmsrv.once(nsqd, args=['-v'], dead_letter={'file': workdir}, expect=os.EX_TEMPFAIL)
+    assert MARKER[:60] not in ran.stderr
+
+
+def test_a_body_is_not_in_the_log_when_the_store_fails(nsqd, xmsrv):
+    """An outage to the end of the window."""
+    xmsrv.once(nsqd, idle_timeout='50ms')
+    xmsrv.configure(nsqd, idle_timeout='60s', timeout='4s')
+    process = xmsrv.start('-v', 'once')
+    wait_until(lambda: nsqd.clients(TOPIC, CHANNEL), 'it has subscribed')
+    with xmsrv.locked():
+        nsqd.publish(TOPIC, json.dumps({'text': MARKER}))
+        assert process.wait(timeout=30) == os.EX_TEMPFAIL
+    assert MARKER[:60] not in xmsrv.log.read_text()
+
+
+# ------------------------------------------------------------------------------------------------- journal and terminal
+
+@pytest.mark.parametrize('ours', [True, False])
+def test_priorities_are_for_the_journal_alone(nsqds, xmsrv, workdir, ours):
+    """JOURNAL_STREAM names the very file that stderr is; inherited by another one it means nothing."""
+    refused_letter(*nsqds(1, '--max-msg-size=2000'), xmsrv)
+    with (workdir / 'journal').open('w+') as journal, (workdir / 'other').open('w') as other:
+        stream = os.fstat((journal if ours else other).fileno())
+        process = servers.spawn([servers.PROGRAM, '-c', xmsrv.path, '-v', 'once'], stderr=journal,
+                                env={**os.environ, 'JOURNAL_STREAM': f'{stream.st_dev}:{stream.st_ino}'})
+        assert process.wait(timeout=30) == os.EX_TEMPFAIL
+        lines = (workdir / 'journal').read_text().splitlines()
+    if ours:
+        assert {line[:3] for line in lines} == {'<3>', '<4>', '<6>', '<7>'}
+        assert SUMMARY.fullmatch(next(line for line in lines if line.startswith('<6>'))[3:])
+    else:
+        assert not [line for line in lines if line.startswith('<')]
+
+
+def test_each_line_of_several_has_its_priority(xmsrv, workdir):
+    """All faults of a file are one message."""
+    xmsrv.configure(nsq={'topik': 'a', 'max-messages': 'many'})
+    with (workdir / 'journal').open('w') as journal:
+        stream = os.fstat(journal.fileno())
+        process = servers.spawn([servers.PROGRAM, '-c', xmsrv.path, 'check'], stderr=journal,
+                                env={**os.environ, 'JOURNAL_STREAM': f'{stream.st_dev}:{stream.st_ino}'})
+        assert process.wait(timeout=30) == os.EX_CONFIG
+    lines = (workdir / 'journal').read_text().splitlines()
+    assert len(lines) >= 2 and all(line.startswith('<3>') for line in lines)
+
+
+def on_a_terminal(xmsrv, *arguments):
+    """What the command writes to a terminal that is its stderr, until it ends with 0."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
+    process = servers.spawn([servers.PROGRAM, '-c', xmsrv.path, *arguments], stderr=slave, stdout=subprocess.DEVNULL,
+                            env={**os.environ, 'TERM': 'xterm'})
+    os.close(slave)
+    seen = b''
+    with contextlib.suppress(OSError):   # EIO: the other end is closed
+        while data := os.read(master, 65536):
+            seen += data
+    os.close(master)
+    assert process.wait(timeout=30) == 0
+    return seen.decode()
+
+
+@pytest.mark.parametrize('limit', [0, 12])
+def test_a_terminal_shows_progress_of_a_long_window(nsqd, xmsrv, limit):
+    """How many of how many, where there is a limit; the summary stands on a line of its own."""
+    nsqd.publish(TOPIC, good(10))
+    xmsrv.configure(nsqd, idle_timeout='2s', nsq={'max-messages': limit})
+    seen = on_a_terminal(xmsrv, 'once')
+    assert ('10/12' if limit else '10msg') in seen
+    assert SUMMARY.fullmatch(re.split(r'[\r\n]+', seen.strip())[-1])
+
+
+@pytest.mark.parametrize('idle, arguments', [('100ms', ['once']), ('2s', ['-q', 'once'])])
+def test_a_terminal_shows_no_progress_of_a_short_window_nor_with_quiet(nsqd, xmsrv, idle, arguments):
+    """Nothing but the summary, or nothing at all."""
+    nsqd.publish(TOPIC, good(10))
+    xmsrv.configure(nsqd, idle_timeout=idle)
+    seen = on_a_terminal(xmsrv, *arguments)
+    assert SUMMARY.fullmatch(seen.strip()) if idle == '100ms' else seen == ''
+
+
+def test_a_terminal_shows_progress_of_replay(nsqd, xmsrv):
+    """The same bar."""
+    nsqd.publish(TOPIC, ['{"id": "1"}', '{"id": "2"}'])
+    xmsrv.once(nsqd, message=STRICT)
+    xmsrv.configure(nsqd, idle_timeout='2s')
+    assert '2msg' in on_a_terminal(xmsrv, 'replay')
+
+
+# ------------------------------------------------------------------------------------------------------ the exit status
+
+@pytest.mark.parametrize('arguments', [[], ['fetch'], ['--loud', 'once'], ['once', 'twice'], ['-v', '-q', 'once'],
+                                       ['replay', '--limit', '0'], ['replay', '--limit', 'all']])
+def test_64_is_a_command_line_that_is_wrong(nsqd, xmsrv, arguments):
+    """One line says so."""
+    xmsrv.configure(nsqd)
+    line, = xmsrv.run(*arguments, expect=os.EX_USAGE).stderr.splitlines()
+    assert line.startswith('x-msrv') and '--help' in line
+
+
+@pytest.mark.parametrize('command', [['once'], ['replay'], ['replay', '--list'], ['check', '--connect']])
+def test_69_is_a_queue_out_of_reach(nsqd, xmsrv, command):
+    """It says which."""
+    nsqd.kill()
+    xmsrv.configure(nsqd)
+    assert f'nsqd {nsqd.tcp}' in xmsrv.run(*command, expect=os.EX_UNAVAILABLE).stderr.replace('reached: ', 'nsqd ')
+
+
+@pytest.mark.parametrize('command', [['once'], ['replay'], ['check', '--connect']])
+def test_69_is_a_store_out_of_reach(nsqd, xmsrv, workdir, command):
+    """Its directory is a file. Nothing was taken."""
+    (workdir / 'file').touch()
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, good(3))
+    xmsrv.configure(nsqd, sqlite={'path': workdir / 'file' / 'records.sqlite'})
+    assert 'records.sqlite' in xmsrv.run(*command, expect=os.EX_UNAVAILABLE).stderr
+    assert nsqd.stats(TOPIC, CHANNEL)['depth'] == 3
+
+
+@pytest.mark.parametrize('loud', [[], ['-v']])
+def test_70_is_what_nobody_foresaw(xmsrv, loud):
+    """Here a full disk behind stdout. A line says what it was; the traceback is for -v."""
+    with open('/dev/full', 'w') as full, xmsrv.log.open('w') as log:
+        process = xmsrv.popen(*loud, 'config', '--sample', stdout=full, stderr=log)
+        assert process.wait(timeout=30) == os.EX_SOFTWARE
+    said = xmsrv.log.read_text()
+    assert said.startswith('error: internal error: OSError: ')
+    assert ('Traceback' in said) == bool(loud)
+
+
+def test_75_is_a_dead_letter_that_nobody_keeps(nsqds, xmsrv):
+    """The last line says how many messages went back, and why."""
+    refused_letter(*nsqds(1, '--max-msg-size=2000'), xmsrv)
+    last = xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr.splitlines()[-1]
+    assert last == 'error: 1 messages handed back: dead letters could not be kept'
+
+
+@pytest.mark.parametrize('command', [['once'], ['replay'], ['check'], ['config']])
+def test_78_is_a_fault_in_the_configuration(nsqd, xmsrv, command):
+    """Each line names the file, the option, the value and the rule."""
+    xmsrv.configure(nsqd, nsq={'max-messages': 'many'})
+    line, = xmsrv.run(*command, expect=os.EX_CONFIG).stderr.splitlines()
+    assert line == f'error: {xmsrv.path}: [nsq] max-messages = many: not a whole number'
+
+
+@pytest.mark.parametrize('arguments', [['--help'], ['--version'], ['config', '--sample'], ['replay', '--help']])
+def test_0_is_a_question_answered(xmsrv, arguments):
+    """Without any configuration."""
+    ran = xmsrv.run(*arguments)
+    assert ran.stdout and not ran.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ check --connect
+
+def test_check_says_what_it_found_and_makes_nothing(nsqd, xmsrv):
+    """Version and depth; no topic, no channel, no message touched."""
+    xmsrv.configure(nsqd)
+    ran = xmsrv.run('check', '--connect')
+    assert f'nsqd {nsqd.tcp}: version 1.3.0' in ran.stdout and 'depth of orders/x-msrv 0' in ran.stdout
+    assert str(xmsrv.database) in ran.stdout and ' 0 records' in ran.stdout
+    assert not json.loads(nsqd.request('GET', '/stats', format='json'))['topics']
+
+
+@pytest.mark.parametrize('way', ['nsqd', 'lookupd'])
+def test_check_says_the_depth(nsqds, nsqlookupd, xmsrv, way):
+    """Of each nsqd, named or found."""
+    pair = nsqds(2, lookupd=[nsqlookupd])
+    for number, nsqd in enumerate(pair, 1):
+        nsqd.create(TOPIC, CHANNEL)
+        nsqd.publish(TOPIC, good(number))
+    wait_until(lambda: [nsqd.stats(TOPIC, CHANNEL)['depth'] for nsqd in pair] == [1, 2], 'all are in the channel')
+    wait_until(lambda: len(nsqlookupd.producers(TOPIC)) == 2, 'both are known')
+    xmsrv.configure(pair if way == 'nsqd' else nsqlookupd)
+    lines = [line for line in xmsrv.run('check', '--connect').stdout.splitlines() if 'depth of' in line]
+    assert sorted(line.rsplit(' ', 1)[1] for line in lines) == ['1', '2']
+    assert {line.split()[1].rstrip(':') for line in lines} == {nsqd.tcp for nsqd in pair}
+
+
+def test_check_says_protocol_and_days_of_the_certificate(nsqds, xmsrv, workdir):
+    """30 days from now, less what has gone by."""
+    authority = trustme.CA()
+    expiry = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=30, hours=1)
+    issued = authority.issue_cert('127.0.0.1', not_after=expiry)
+    authority.cert_pem.write_to_path(workdir / 'ca.pem')
+    issued.cert_chain_pems[0].write_to_path(workdir / 'cert.pem')
+    issued.private_key_pem.write_to_path(workdir / 'key.pem')
+    nsqd, = nsqds(1, tls=(workdir / 'cert.pem', workdir / 'key.pem'))
+    xmsrv.configure(nsqd, nsq={'tls': {'ca-file': workdir / 'ca.pem'}})
+    ran = xmsrv.run('check', '--connect')
+    assert 'TLSv1.3, certificate valid for 30 days' in ran.stdout
+
+
+def test_check_reports_each_end_that_is_down(nsqds, xmsrv, workdir):
+    """The store, and one of two nsqds; what is up is still told of."""
+    up, down = nsqds(2)
+    down.kill()
+    (workdir / 'file').touch()
+    xmsrv.configure([up, down], sqlite={'path': workdir / 'file' / 'records.sqlite'})
+    ran = xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE)
+    assert f'nsqd {up.tcp}: version' in ran.stdout
+    assert f'error: nsqd {down.tcp}: ' in ran.stderr and 'records.sqlite' in ran.stderr
+
+
+def test_check_reports_lookupds_that_are_down(nsqlookupd, xmsrv):
+    """All of them."""
+    nsqlookupd.kill()
+    xmsrv.configure(nsqlookupd)
+    assert nsqlookupd.http in xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
