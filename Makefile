@@ -36,8 +36,8 @@ test: lint nsq  ## lint, then every test on the real nsqd (ARGS='-k name' for so
 lint: venv  ## ruff
 	@$(V)/ruff check --quiet
 
-bench: venv nsq  ## what it costs, against the obvious version
-	@$(V)/python bench/bench.py $(ARGS)
+bench: venv nsq  ## what it costs, against the obvious version (AEROSPIKE=host:port for its part, on a real server)
+	@$(V)/python bench/bench.py $(if $(AEROSPIKE),--aerospike $(AEROSPIKE)) $(ARGS)
 
 pins:  ## work out the versions and hashes anew from the *.in files, for every Python from 3.10 on
 	@$(PYTHON) -m venv build/pins

@@ -22,6 +22,7 @@ setup(
     entry_points={'console_scripts': ['x-msrv = xmsrv:main']},
     python_requires='>=3.10',
     install_requires=[
+        'aerospike>=19.3,<20',
         'pynsq>=0.9.1,<0.10',
         'tornado>=6.5.10,<6.6',  # 6.6 needs Python 3.11
         'voluptuous>=0.16,<0.17',

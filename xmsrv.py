@@ -13,8 +13,10 @@ import concurrent.futures
 import contextlib
 import datetime
 import difflib
+import errno
 import fcntl
 import functools
+import gc
 import ipaddress
 import itertools
 import json
@@ -55,6 +57,12 @@ class Failure(Exception):
     """Ends the program with a line for the operator; `status` is the exit status, named after sysexits(3)."""
 
     status = os.EX_SOFTWARE
+
+
+class UsageError(Failure):
+    """Options of the command line that do not go together."""
+
+    status = os.EX_USAGE
 
 
 class ConfigError(Failure):
@@ -106,6 +114,7 @@ DEFAULT_FILE = '/etc/x-msrv/x-msrv.conf'
 MAX_NAME = 64         # characters of a topic or channel: nsq internal/protocol/names.go
 MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store, so that a pipeline can move
 UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
+NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
 SIZES = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
 
 
@@ -125,10 +134,10 @@ def number(value, units, example):
 
 
 def duration(value):
-    """`500ms`, `10s`, `5m`, `30d` as seconds, more than none."""
+    """`500ms`, `10s`, `5m`, `30d` as seconds, a thousandth at least."""
     seconds = number(value, UNITS, 'a duration such as 500ms, 10s, 5m, 1h, 30d')
-    if not seconds:
-        raise ValueError('longer than nothing, please')
+    if seconds < UNITS['ms']:
+        raise ValueError('at least 1ms')
     return seconds
 
 
@@ -205,6 +214,27 @@ def bin_name(value):
     return value
 
 
+def aerospike_name(most):
+    """A validator of a namespace or set: at most `most` bytes, and nothing that the info protocol takes apart."""
+    def check(value):
+        if not re.fullmatch(r'[^\s:;,]+', text(value)):
+            raise ValueError('not a name for Aerospike: no white space and none of : ; ,')
+        if len(value.encode()) > most:
+            raise ValueError(f'{len(value.encode())} bytes; Aerospike takes {most} at most')
+        return value
+    return check
+
+
+def time_to_live(value):
+    """`default` as 0, `never` as NEVER, a duration as whole seconds: what the Aerospike client takes for them."""
+    if value in ('default', 'never'):
+        return 0 if value == 'default' else NEVER
+    seconds = number(value, UNITS, 'default, never or a duration such as 1h, 30d')
+    if not 1 <= seconds <= 3650 * 86400 or seconds % 1:
+        raise ValueError('a whole number of seconds, from 1s to 3650d')
+    return int(seconds)
+
+
 def address(value):
     """`host:port`, `192.0.2.1:4150` or `[2001:db8::1]:4150` as (host, port)."""
     match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:\[\]/@]+)):([0-9]{1,5})', text(value))
@@ -212,12 +242,19 @@ def address(value):
         raise ValueError('not host:port (IPv6 in brackets, [::1]:4150)')
     if match[1]:
         ipaddress.IPv6Address(match[1])
-    return match[1] or match[2], int(match[3])
+        return match[1], int(match[3])
+    try:
+        match[2].encode('idna')   # as the resolver does
+    except UnicodeError:
+        raise ValueError('not a host name: a part of it is empty or over 63 characters') from None
+    return match[2], int(match[3])
 
 
 def path(value):
     """A path; `~` is the home directory."""
-    return os.path.expanduser(text(value))
+    if not text(value):
+        raise ValueError('a path, please')
+    return os.path.expanduser(value)
 
 
 def secret_path(value):
@@ -352,7 +389,8 @@ OPTIONS = (
     Option('', 'timeout', '10s', duration, 'A window takes messages for at most this long.'),
     Option('', 'idle-timeout', '500ms', duration, 'A window ends early when the queue has been idle for this long.'),
     Option('', 'log-format', 'text', one_of('text', 'json'), 'text, or json: an object a line.'),
-    Option('', 'store', 'sqlite', one_of('sqlite'), 'Where records go.'),
+    Option('', 'store', 'aerospike', one_of('aerospike', 'sqlite'),
+           'Where records go: to [aerospike], or for a first run to a file, [sqlite].'),
 
     Option('nsq', 'nsqd-tcp-address', '', listed(address), 'host:port of each nsqd, separated by commas; or:'),
     Option('nsq', 'lookupd-http-address', '', listed(address),
@@ -383,7 +421,27 @@ OPTIONS = (
     Option('record', 'time', '$timestamp', text, 'That time: when it was published (ns), or an integer field.'),
     Option('record', 'write', 'replace', one_of('replace', 'create', 'update'),
            'replace: the newest wins; create: the first wins; update: bins are merged (with $id only).'),
+    Option('record', 'ttl', 'default', time_to_live,
+           'How long a record stays after its last write: default, as the namespace has it; never, for ever; or a '
+           'duration of whole seconds, up to 3650d.'),
     Option('record', 'bins', None, subsection(bin_name), 'A line a field, FIELD = BIN; all others keep their names.'),
+
+    Option('aerospike', 'hosts', '', listed(address),
+           'host:port of some nodes, separated by commas; they name the others. Must be set.'),
+    Option('aerospike', 'namespace', '', optional(aerospike_name(31)), 'Namespace of the records. Must be set.'),
+    Option('aerospike', 'set', '', optional(aerospike_name(63)), 'Set of the records; empty: the topic.'),
+    Option('aerospike', 'batch-size', '500', positive, 'Records a call at most.'),
+    Option('aerospike', 'writers', '4', positive, 'Calls at a time at most.'),
+    Option('aerospike', 'total-timeout', '2s', duration, 'How long a call may take.'),
+    Option('aerospike', 'user', '', optional(text), 'User to log in as; empty: no log-in.'),
+    Option('aerospike', 'password-file', '', optional(secret_path),
+           "File with the user's password, or credential:NAME."),
+    Option('aerospike.tls', 'ca-file', '', optional(path),
+           'Authorities to trust, PEM. Must be set: the client brings an OpenSSL of its own, which knows none.'),
+    Option('aerospike.tls', 'cert-file', '', optional(path), 'Client certificate, PEM.'),
+    Option('aerospike.tls', 'key-file', '', optional(secret_path), 'Its key, PEM, or credential:NAME.'),
+    Option('aerospike.tls', 'name', '', optional(text),
+           "Name that the nodes' certificates are for; empty: each host's own."),
 
     Option('sqlite', 'path', 'records.sqlite', path, 'Database file; a relative path starts at state-dir.'),
     Option('sqlite', 'set', '', optional(text), 'Value of the column "set"; empty: the topic.'),
@@ -394,7 +452,7 @@ OPTIONS = (
            'File for them, where there is no topic or it refuses; JSON lines.'),
     Option('dead-letter', 'discard', 'no', yes_no, 'yes: they are thrown away.'),
 )
-SUBSECTIONS = {'nsq.tls'}   # sections that are only on when the file has them
+SUBSECTIONS = {'nsq.tls', 'aerospike.tls'}   # only on when the file has them
 
 
 class Fault(collections.namedtuple('Fault', 'section option value rule')):
@@ -414,8 +472,8 @@ def configuration_schema():
     for option in OPTIONS:
         node = tree
         for part in filter(None, option.section.split('.')):
-            inside = 'nsq.' + part in SUBSECTIONS
-            key = vol.Optional(part) if inside else vol.Optional(part, default=dict)
+            off = option.section in SUBSECTIONS and option.section.endswith('.' + part)
+            key = vol.Optional(part) if off else vol.Optional(part, default=dict)
             node = node.setdefault(key, {})
         key = vol.Optional(option.name) if option.default is None else vol.Optional(option.name, default=option.default)
         node[key] = option.check if option.default is None else said(option.check)
@@ -490,15 +548,16 @@ def as_fault(raw, error):
     *sections, option = [str(part) for part in error.path]
     value = functools.reduce(lambda node, part: node.get(part, {}), sections, raw).get(option)
     section, rule = '.'.join(sections), error.msg
+    if rule == 'extra keys not allowed' and isinstance(value, dict):
+        depth = len(sections) + 1
+        return Fault(section, '[' * depth + option + ']' * depth, None, 'no such section' + nearest(section, option))
     if rule == 'extra keys not allowed':
-        rule = 'no such section' if isinstance(value, dict) else 'no such option'
+        rule = 'no such option'
     elif rule == 'expected a dictionary':
         rule = 'a section, not an option'
     elif isinstance(value, dict):
         return Fault(section, option, None, 'an option, not a section')
-    if rule.startswith('no such'):
-        return Fault(section, option, None if isinstance(value, dict) else value, rule + nearest(section, option))
-    return Fault(section, option, value, rule)
+    return Fault(section, option, value, rule + (nearest(section, option) if rule == 'no such option' else ''))
 
 
 def nearest(section, option):
@@ -537,6 +596,7 @@ def load(filename, settings=()):
         at_fault.add(('nsq', 'nsqd-tcp-address'))   # the one fault that stands for either
     config = namespace(sections)
     config.nsq.tls = getattr(config.nsq, 'tls', None)
+    config.aerospike.tls = getattr(config.aerospike, 'tls', None)
     config.message.fields = getattr(config.message, 'fields', {})
     config.record.bins = getattr(config.record, 'bins', {})
     derive(config)
@@ -550,6 +610,7 @@ def derive(config):
     record, dead = config.record, config.dead_letter
     config.sqlite.path = os.path.join(config.state_dir, config.sqlite.path)
     config.sqlite.set = config.sqlite.set or config.nsq.topic
+    config.aerospike.set = config.aerospike.set or config.nsq.topic
     if record.key == '$id' or record.write != 'replace':
         record.time_bin = None   # it serves newest-wins alone
     if dead.topic == '$topic.dead':
@@ -566,6 +627,7 @@ def cross_faults(config):
         yield Fault('nsq', 'nsqd-tcp-address', None, f'either this or lookupd-http-address: {both}')
     yield from dead_letter_faults(nsq_, dead)
     yield from mapping_faults(config)
+    yield from store_faults(config)
     yield from unreadable_files(config)
 
 
@@ -587,8 +649,11 @@ def mapping_faults(config):
     """Yields what is wrong between [message] and [record]."""
     message, record = config.message, config.record
     known = set(message.fields)
-    for option, name in [('key', record.key), ('time', record.time), *(('bins', name) for name in record.bins)]:
-        if known and message.unknown_fields != 'keep' and name not in known | {'$id', '$timestamp'}:
+    for option, name, own in [('key', record.key, '$id'), ('time', record.time, '$timestamp'),
+                              *(('bins', name, None) for name in record.bins)]:
+        if own and name != own and (not name or name.startswith('$')):
+            yield Fault('record', option, name, f'{own}, or the name of a field')
+        elif known and message.unknown_fields != 'keep' and name not in known | {own}:
             yield Fault('record', option, name, 'no such field in [message] [[fields]]')
     if message.unknown_fields != 'keep' and not known:
         yield Fault('message', 'unknown-fields', message.unknown_fields, 'without [[fields]] no field is known')
@@ -607,25 +672,53 @@ def mapping_faults(config):
             yield Fault('message.fields', name, None, f'over {MAX_BIN_NAME} bytes for a bin: map it in [[bins]]')
 
 
+def store_faults(config):
+    """Yields what is wrong with the store that is chosen; the section of another is not looked at."""
+    options = config.aerospike
+    if config.store == 'sqlite':
+        if config.record.ttl:
+            yield Fault('record', 'ttl', None, 'store = sqlite keeps records for ever: leave it at default')
+        return
+    for name in ('hosts', 'namespace'):
+        if not getattr(options, name):
+            yield Fault('aerospike', name, None, 'missing (or set store = sqlite, for a first run)')
+    if options.set and len(options.set.encode()) > 63:
+        yield Fault('aerospike', 'set', options.set, 'the topic has over 63 bytes: name a set')
+    if bool(options.user) != bool(options.password_file):
+        yield Fault('aerospike', 'user', options.user or '', 'user and password-file go together')
+    if options.tls and not options.tls.ca_file:
+        yield Fault('aerospike.tls', 'ca-file', None, 'missing: the client knows no authorities of its own')
+
+
 def unreadable_files(config):
     """Yields the secrets and certificates that can't be read."""
-    files = [('nsq', 'auth-secret-file', config.nsq.auth_secret_file)]
-    if config.nsq.tls:
-        files += [('nsq.tls', name, getattr(config.nsq.tls, name.replace('-', '_')))
-                  for name in ('ca-file', 'cert-file', 'key-file')]
-    broken = False
-    for section, option, filename in files:
-        try:
-            if filename and not open_secret(filename):
-                raise ValueError('empty')
-        except (OSError, ValueError) as error:
-            broken = True
-            yield Fault(section, option, filename, getattr(error, 'strerror', None) or str(error))
-    if config.nsq.tls and not broken:
-        try:
-            tls_context(config.nsq.tls)
-        except (OSError, ValueError) as error:
-            yield Fault('nsq', 'tls', None, f'the certificates do not load: {error}')
+    sections = {'nsq': config.nsq, **({'aerospike': config.aerospike} if config.store == 'aerospike' else {})}
+    for name, options in sections.items():
+        secret = 'auth-secret-file' if name == 'nsq' else 'password-file'
+        files = [(name, secret, getattr(options, secret.replace('-', '_')))]
+        if options.tls:
+            files += [(f'{name}.tls', option, getattr(options.tls, option.replace('-', '_')))
+                      for option in ('ca-file', 'cert-file', 'key-file')]
+        faults = [fault for file in files for fault in unreadable(*file)]
+        yield from faults or unloadable(name, options.tls)
+
+
+def unreadable(section, option, filename):
+    """Yields a Fault for a file that is named and can't be read, or has nothing in it."""
+    try:
+        if filename and not open_secret(filename):
+            raise ValueError('empty')
+    except (OSError, ValueError) as error:
+        yield Fault(section, option, filename, getattr(error, 'strerror', None) or str(error))
+
+
+def unloadable(section, tls):
+    """Yields a Fault for certificates that can be read and are none, or do not fit together."""
+    try:
+        if tls:
+            tls_context(tls)
+    except (OSError, ValueError) as error:
+        yield Fault(section, 'tls', None, f'the certificates do not load: {error}')
 
 
 def open_secret(filename):
@@ -641,8 +734,13 @@ def tls_context(tls):
     if tls.key_file and not tls.cert_file:
         raise ValueError('a key-file without its cert-file')
     if tls.cert_file:
-        context.load_cert_chain(tls.cert_file, tls.key_file)
+        context.load_cert_chain(tls.cert_file, tls.key_file, no_passphrase)
     return context
+
+
+def no_passphrase():
+    """Instead of OpenSSL's question on the terminal."""
+    raise ValueError('the key is encrypted: there is nobody to ask for its passphrase')
 
 
 def cross_warnings(config):
@@ -651,13 +749,15 @@ def cross_warnings(config):
         yield '[nsq] an #ephemeral topic or channel: what is published between runs is lost'
     if config.nsq.auth_secret_file and not config.nsq.tls:
         yield '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'
+    if config.store == 'aerospike' and config.aerospike.user and not config.aerospike.tls:
+        yield '[aerospike] user without [[tls]]: what proves the password crosses the network in the clear'
     if config.dead_letter.discard:
         yield '[dead-letter] discard = yes: what can never become a record is thrown away'
 
 
 def sample():
     """The full sample file: every option at its default, its help above it."""
-    lines, section = ['# x-msrv: every option at its default. See x-msrv.conf(5).'], ''
+    lines, section = ['# x-msrv: every option at its default.'], ''
     for option in OPTIONS:
         if option.section != section:
             section = option.section
@@ -676,7 +776,7 @@ def sample_line(option):
 def headline(section):
     """The lines that open a section in the sample."""
     outer, _, inner = section.partition('.')
-    return [f'# [[{inner}]] turns TLS on, with or without options.', f'# [[{inner}]]'] if inner else [f'[{outer}]']
+    return [f'# [[{inner}]] turns TLS on.', f'# [[{inner}]]'] if inner else [f'[{outer}]']
 
 
 def effective(raw):
@@ -734,9 +834,11 @@ class Message:
     deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (DESIGN: the id
     alone is not unique between nsqds, nor between topics of one). record: what Mapper made of it. unfit: why it can
     never be one. touched: loop time at which nsqd last (re)started its msg-timeout; received: at which it came.
+    parked: put aside for the window's end.
     """
 
-    __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'unfit', 'touched', 'received')
+    __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'unfit', 'touched', 'received',
+                 'parked')
 
     def __init__(self, conn, id, timestamp, attempts, body, now=0.0):
         self.conn = conn
@@ -747,6 +849,7 @@ class Message:
         self.key = f'{id.decode("ascii", "replace")}-{timestamp:x}-{zlib.crc32(body):x}'
         self.record = self.unfit = None
         self.touched = self.received = now
+        self.parked = False
 
 
 class Record:
@@ -996,6 +1099,9 @@ class Mapper:
 # stores
 # ---------------------------------------------------------------------------------------------------------------------
 
+THREADS = 'x-msrv'           # how the names of threads begin that may hang in a call: see leave_stuck_calls
+
+
 class Answer(collections.namedtuple('Answer', 'outcome reason detail', defaults=(None, None))):
     """What became of one message at a store or a dead-letter keeper; Window.settle says what follows."""
 
@@ -1004,17 +1110,17 @@ STORED = Answer('stored')           # durably
 DUPLICATE = Answer('duplicate')     # the key was there, and write = create
 STALE = Answer('stale')             # the stored record of that key is newer
 DEAD = Answer('dead')               # durably kept as dead letter, or discarded by wish
-RETRY = Answer('retry')             # not stored; may be later
-STOP = Answer('stop')               # not stored; the window ends
 UNKEPT = Answer('unkept')           # a dead letter that can't be kept: stays in the queue
 # and Answer('rejected', reason, detail): can never be stored
+# and Answer('retry', code, detail): not stored, or nobody knows; may be later
+# and Answer('stop', code, detail): not stored; the window ends
 
 
 class Store:
     """The shape of a store, and the one that stores nothing. All methods block: they run in the threads of a pool,
     `writers` at a time.
 
-    batch_size: records a call at most. patience: seconds after which a call has returned, whatever happens.
+    batch_size: records a call at most. patience: seconds after which a call has returned, unless it hangs.
     """
 
     batch_size = 500
@@ -1027,11 +1133,12 @@ class Store:
     def write(self, records):
         """Writes the records, each whole or not at all, durably. Returns an Answer for each. Raises StoreDown when
         none of them was written."""
-        return [STOP] * len(records)
+        raise StoreDown('no store', again=False)
 
     def describe(self):
-        """One line about what is at the other end, for `check --connect`. Raises StoreDown."""
-        return 'no store'
+        """What is at the other end, for `check --connect`: a line, and what is wrong with it as a list of lines.
+        Raises StoreDown."""
+        return 'no store', []
 
     def close(self):
         """Disconnects."""
@@ -1061,7 +1168,9 @@ class SqliteStore(Store):
             self.db.execute('PRAGMA synchronous = FULL')
             self.db.execute(self.table)
             self.db.execute('BEGIN IMMEDIATE')
+            self.upsert([Record('', {}, None)])   # a table of another form is found out before the first message
             self.db.execute('ROLLBACK')
+            self.file = os.stat(self.path)
 
     @contextlib.contextmanager
     def complaints(self):
@@ -1082,6 +1191,8 @@ class SqliteStore(Store):
             answers = self.judge(records) if self.judged else [STORED] * len(records)
             self.upsert([record for record, answer in zip(records, answers, strict=True) if answer is STORED])
             self.db.execute('COMMIT')
+            if not os.path.samestat(os.stat(self.path), self.file):   # with WAL, SQLite goes on in what nobody can find
+                raise OSError('the file was replaced while it was in use')
         return answers
 
     def upsert(self, records):
@@ -1092,7 +1203,8 @@ class SqliteStore(Store):
         rows = {record.key: self.to_json(record.bins) for record in records}   # an upsert takes no key twice
         self.db.execute(
             'INSERT INTO records SELECT ?1, column1, column2, ?2 FROM (VALUES ' + ','.join(['(?,?)'] * len(rows)) +
-            ') WHERE true ON CONFLICT DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at',
+            ') WHERE true ON CONFLICT ("set", "key")'
+            ' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at',
             (self.set, rfc3339(time.time()), *itertools.chain.from_iterable(rows.items())))
 
     def judge(self, records):
@@ -1100,11 +1212,10 @@ class SqliteStore(Store):
         there = self.stored(records)
         answers = []
         for record in records:
-            bins = there.get(record.key)
-            answer = STORED if bins is None else self.verdict(record, bins)
+            answer = self.verdict(record, there[record.key]) if record.key in there else STORED
             if answer is STORED:
-                if bins and self.mode == 'update':
-                    record.bins = {**bins, **record.bins}
+                if self.mode == 'update':
+                    record.bins = {**there.get(record.key, {}), **record.bins}
                 there[record.key] = record.bins
             answers.append(answer)
         return answers
@@ -1113,6 +1224,8 @@ class SqliteStore(Store):
         """The Answer for a record whose key is there, with `bins`."""
         if self.mode == 'create':
             return DUPLICATE
+        if not isinstance(bins, dict):
+            return Answer('rejected', 'rejected', 'the stored bins are no JSON object, so nothing can be said of them')
         if self.mode == 'update' or self.time_bin not in bins:
             return STORED
         moment = bins[self.time_bin]
@@ -1126,13 +1239,21 @@ class SqliteStore(Store):
         places = ','.join('?' * len(keys))
         query = f'SELECT "key", bins FROM records WHERE "set" = ? AND "key" IN ({places})'
         rows = self.db.execute(query, (self.set, *keys))
-        return {key: json.loads(bins) for key, bins in rows}
+        return {key: self.parsed(bins) for key, bins in rows}
+
+    @staticmethod
+    def parsed(bins):
+        """The bins of a row, or what else somebody wrote there."""
+        try:
+            return json.loads(bins)
+        except (ValueError, TypeError, RecursionError):
+            return bins
 
     def describe(self):
         """Path, number of records, SQLite's version."""
         with self.complaints():
             number = self.db.execute('SELECT count(*) FROM records WHERE "set" = ?', (self.set,)).fetchone()[0]
-        return f'sqlite {self.path}: {number} records in set {self.set}, SQLite {sqlite3.sqlite_version}'
+        return f'sqlite {self.path}: {number} records in set {self.set}, SQLite {sqlite3.sqlite_version}', []
 
     def close(self):
         """Closes the file."""
@@ -1140,7 +1261,219 @@ class SqliteStore(Store):
             self.db.close()
 
 
-STORES = {'sqlite': SqliteStore}
+# What an answer of the cluster means for its record (the names: aerospike.exception), in the order of its weight.
+ANSWERS = {
+    **dict.fromkeys((8, 20, 22, 80, 81, 82), 'stop'),   # full, no namespace, forbidden, not allowed
+    **dict.fromkeys((-15, -14, -10, -8, 7, 9, 11, 14, 18), 'retry'),   # no answer, time, load, the cluster
+    **dict.fromkeys((-2, 4, 12, 21), 'refused'),   # the message's own fault, or that of all: AerospikeStore.refused
+    0: 'stored', 5: 'duplicate', 13: 'too-big', 27: 'filtered',
+}
+JUDGED = ('stored', 'duplicate', 'filtered')   # answers that a write only gets where its form is right
+ADVICE = {8: 'make room', 9: 'see whether the nodes are overloaded or gone', 18: 'the disks are too slow for the load',
+          20: 'see namespace in [aerospike]', 22: 'see ttl in [record] and nsup-period of the namespace',
+          80: 'see user in [aerospike]', 81: 'give the user the role read-write', 82: 'the whitelist lacks this host'}
+
+
+class AerospikeStore(Store):
+    """Records in an Aerospike cluster: a batch_write a call, each record judged by its own answer.
+
+    The client's own retries are off: the window's are the only ones, so that its backoff and TOUCH hold. It is used in
+    the threads of the pool alone. proven: a write of this run was right in its form, so one that is refused has itself
+    to blame.
+    """
+
+    def __init__(self, config):
+        options = config.aerospike
+        self.options, self.record = options, config.record
+        self.namespace, self.set, self.time_bin = options.namespace, options.set, config.record.time_bin
+        self.batch_size, self.writers = options.batch_size, options.writers
+        self.patience = options.total_timeout + 0.5
+        self.where = f'aerospike {", ".join(map(spelled, options.hosts))}: {self.namespace}.{self.set}'
+        self.client, self.proven, self.strange = None, False, False
+        impossible = ({5} if self.record.write != 'create' else set()) | ({27} if not self.time_bin else set())
+        self.answers = {code: outcome for code, outcome in ANSWERS.items() if code not in impossible}
+
+    def open(self):
+        """Connects, after any fork. Imports the client here: no other store needs it."""
+        import aerospike
+        from aerospike_helpers.batch import records
+        self.aerospike, self.Batch, self.Write = aerospike, records.BatchRecords, records.Write
+        self.op = aerospike.OPERATOR_WRITE
+        self.names = {error.code: name for name, error in vars(aerospike.exception).items()
+                      if isinstance(getattr(error, 'code', None), int)}
+        self.policy = {'key': aerospike.POLICY_KEY_SEND, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
+                       'exists': getattr(aerospike, EXISTS[self.record.write]), 'ttl': self.record.ttl}
+        self.filter = newest_wins(self.time_bin) if self.time_bin else None
+        try:
+            self.client = aerospike.client(self.client_config())
+        except aerospike.exception.AerospikeError as error:
+            raise StoreDown(f'{self.where}: {self.named(error.code)}: {shortened(str(error.msg), 200)}') from None
+
+    def client_config(self):
+        """The client's own configuration; it refuses a name that it does not know (validate_keys)."""
+        options, tls = self.options, self.options.tls
+        milliseconds = int(options.total_timeout * 1000)
+        config = {'validate_keys': True, 'connect_timeout': milliseconds,
+                  'hosts': [(*host, tls.name) if tls and tls.name else host for host in options.hosts],
+                  'policies': {'batch_write': self.policy}}
+        if options.user:
+            config.update(user=options.user, password=open_secret(options.password_file).decode())
+        if tls:
+            config['tls'] = {'enable': True, 'cafile': tls.ca_file}
+            if tls.cert_file:
+                config['tls'].update(certfile=tls.cert_file, keyfile=tls.key_file or tls.cert_file)
+        return config
+
+    def named(self, code):
+        """An answer's code by its name, and what to do about it."""
+        name = self.names.get(code, 'not known to the client')
+        return f'{code} {name}' + (f' ({ADVICE[code]})' if code in ADVICE else '')
+
+    def limits(self, deadline):
+        """The policy of one call that has to be back at `deadline` (monotonic)."""
+        milliseconds = max(50, int((deadline - time.monotonic()) * 1000))
+        return {'total_timeout': milliseconds, 'socket_timeout': milliseconds, 'max_retries': 0}
+
+    # -- a batch's way
+
+    def write(self, records):
+        """Outages come as answers, not as exceptions."""
+        deadline = time.monotonic() + self.options.total_timeout
+        writes = [self.as_write(record) for record in records]
+        self.call(writes, deadline)
+        outcomes = [self.answers.get(write.result, 'unknown') for write in writes]
+        self.proven = self.proven or any(outcome in JUDGED for outcome in outcomes)
+        answers = [STORED if outcome == 'stored' else self.answer(outcome, write)
+                   for outcome, write in zip(outcomes, writes, strict=True)]
+        filtered = [place for place, outcome in enumerate(outcomes) if outcome == 'filtered']
+        for place, answer in zip(filtered, self.compare([records[at] for at in filtered], deadline), strict=True):
+            answers[place] = answer
+        return answers
+
+    def as_write(self, record):
+        """A record as the client takes it; without newest-wins its policy is the client's own default."""
+        write, policy = self.op, None
+        if self.filter:
+            before, (op, kind, _, children), after = self.filter
+            moment = (op, kind, {'val': record.time}, children)
+            policy = {**self.policy, 'expressions': [*before, moment, *after]}
+        ops = [{'op': write, 'bin': name, 'val': value} for name, value in record.bins.items()]
+        return self.Write((self.namespace, self.set, record.key), ops, None, policy)
+
+    def call(self, writes, deadline):
+        """Writes, and leaves the answer's code in each write. What the client refuses to send it refuses as a whole:
+        then each half goes by itself, until the culprit is alone."""
+        try:
+            batch = self.client.batch_write(self.Batch(writes), self.limits(deadline))
+            if batch.result and not any(write.result for write in writes):   # never seen: an error that is nobody's
+                self.leave(writes, batch.result)
+        except Exception as error:   # whatever it raises, nothing was written
+            code, half = getattr(error, 'code', -2), len(writes) // 2
+            if not half or self.answers.get(code) == 'retry':
+                self.leave(writes, code)
+            elif time.monotonic() > deadline:
+                self.leave(writes, -15)
+            else:
+                self.call(writes[:half], deadline)
+                self.call(writes[half:], deadline)
+
+    @staticmethod
+    def leave(writes, code):
+        """The same answer for all."""
+        for write in writes:
+            write.result = code
+
+    def answer(self, outcome, write):
+        """The Answer for what is not simply stored."""
+        code = write.result
+        text = f'{self.where}: answer {self.named(code)}' + (', perhaps written' if write.in_doubt else '')
+        if outcome == 'duplicate':
+            return DUPLICATE
+        if outcome == 'too-big':
+            return Answer('rejected', 'too-big', f'answer {self.named(code)}')
+        if outcome == 'refused' and self.proven:
+            return Answer('rejected', 'rejected', f'answer {self.named(code)}')
+        if outcome == 'refused':
+            return Answer('stop', code, f'{text}, and no write of this run has succeeded yet')
+        if outcome == 'unknown' and not self.strange:
+            self.strange = True
+            log.error('%s; its messages are tried again, and handed back', text)
+        return Answer('stop' if outcome == 'stop' else 'retry', code, text)
+
+    def compare(self, records, deadline):
+        """An Answer for each of the records that the cluster filtered out, by the time that is stored: one of another
+        type filters out as well, and one that is gone or older by now is for another try."""
+        if not records:
+            return []
+        keys = [(self.namespace, self.set, record.key) for record in records]
+        try:
+            found = self.client.batch_read(keys, [self.time_bin], self.limits(deadline)).batch_records
+        except self.aerospike.exception.AerospikeError as error:
+            return [Answer('retry', error.code, f'{self.where}: answer {self.named(error.code)}')] * len(records)
+        return [self.verdict(record, there) for record, there in zip(records, found, strict=True)]
+
+    def verdict(self, record, there):
+        """The Answer for one of them."""
+        stored = there.record[2].get(self.time_bin) if there.result == 0 else None
+        if TYPES['integer'](stored) and stored > record.time:
+            return STALE
+        if stored is None or TYPES['integer'](stored):
+            return Answer('retry', there.result, f'{self.where}: the record changed meanwhile')
+        return Answer('rejected', 'rejected', f'the stored {self.time_bin} is no integer, so neither is newer')
+
+    # -- what is at the other end
+
+    def describe(self):
+        """Nodes, version, whether the namespace is there, what it says of ttl and of the size of a record."""
+        version = self.ask('build')
+        facts = dict(fact.partition('=')[::2] for fact in self.ask(f'namespace/{self.namespace}').split(';'))
+        objects = dict(fact.partition('=')[::2] for fact in self.ask(f'sets/{self.namespace}/{self.set}').split(':'))
+        nodes = len(self.client.get_node_names())
+        line = (f'{self.where}: {nodes} node{"s" * (nodes > 1)}, server {version}, {objects.get("objects", 0)} records '
+                f'of at most {facts.get("max-record-size")} bytes, nsup-period {facts.get("nsup-period")}')
+        return line, list(self.problems(facts))
+
+    def problems(self, facts):
+        """Yields what would go wrong, by what the namespace says of itself."""
+        if 'nsup-period' not in facts:
+            yield f'{self.where}: no such namespace; there are {self.ask("namespaces").replace(";", ", ")}'
+        elif (self.record.ttl not in (0, NEVER)
+                and facts['nsup-period'] == '0' and facts.get('allow-ttl-without-nsup') != 'true'):
+            yield f'{self.where}: a ttl is refused, for nsup-period is 0 and allow-ttl-without-nsup is off'
+
+    def ask(self, question):
+        """What the first node that answers says to an info question."""
+        try:
+            for error, answer in self.client.info_all(question).values():
+                if not error and answer:
+                    return answer.strip()
+        except self.aerospike.exception.AerospikeError as error:
+            raise StoreDown(f'{self.where}: {self.named(error.code)}') from None
+        raise StoreDown(f'{self.where}: no node answers')
+
+    def close(self):
+        """Disconnects."""
+        if self.client:
+            self.client.close()
+
+
+EXISTS = {'replace': 'POLICY_EXISTS_CREATE_OR_REPLACE', 'create': 'POLICY_EXISTS_CREATE',
+          'update': 'POLICY_EXISTS_IGNORE'}
+
+
+def newest_wins(time_bin):
+    """The filter by which the newest message of a key wins: written where the stored time is absent or not newer.
+
+    The compiled expression, which is a list, as what comes before and after the one item that differs from record to
+    record: compiling costs 8 us a record, putting the item in its place 0.2.
+    """
+    from aerospike_helpers import expressions as exp
+    compiled = exp.Or(exp.Not(exp.BinExists(time_bin)), exp.LE(exp.IntBin(time_bin), 0)).compile()
+    place = next(place for place, item in enumerate(compiled) if item[2] == {'val': 0})
+    return compiled[:place], compiled[place], compiled[place + 1:]
+
+
+STORES = {'aerospike': AerospikeStore, 'sqlite': SqliteStore}
 
 
 def rfc3339(seconds):
@@ -1153,6 +1486,9 @@ def rfc3339(seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 
 REPLAY_CHANNEL = 'x-msrv-replay'
+LOCK_TIMEOUT = 5.0          # seconds for another process to be done with the file
+LETTERS = 100               # dead letters a call
+LETTER_BYTES = 4 << 20      # of their bodies: nsqd takes 5 MiB a request (--max-body-size)
 
 
 def envelope(message, key, unfit, topic, channel):
@@ -1173,9 +1509,9 @@ def opened(letter):
     try:
         header = json.loads(line)
         message = Message(None, header['id'].encode('ascii'), int(header['timestamp']), int(header['attempts']), body)
-        if not newline or not isinstance(header['reason'], str):
-            raise ValueError('no body')
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not newline or header['reason'] not in REASONS or message.timestamp not in INT64:
+            raise ValueError('no body, no such reason, or no such time')
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise Unfit('invalid-json', f'not a dead letter of x-msrv: {type(error).__name__}: {error}') from None
     return header, message
 
@@ -1193,7 +1529,7 @@ def append_durably(filename, lines):
     """Appends lines to a file, all or none, fsynced; one writer at a time by a lock on it. Raises OSError."""
     fd = os.open(filename, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        lock(fd, LOCK_TIMEOUT)
         end = os.fstat(fd).st_size
         torn = end and os.pread(fd, 1, end - 1) != b'\n'   # a writer was killed in mid-line: its message comes again
         try:
@@ -1207,6 +1543,18 @@ def append_durably(filename, lines):
             sync_directory(os.path.dirname(filename))
     finally:
         os.close(fd)
+
+
+def lock(fd, seconds):
+    """Locks a file against other writers. Raises OSError when it stays locked for so long."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise BlockingIOError(errno.EWOULDBLOCK, 'another process has it locked') from None
+            time.sleep(0.01)
 
 
 def write_all(fd, data):
@@ -1236,6 +1584,8 @@ class DeadLetters:
         self.by_id = config.record.key == '$id'
         self.link = link
         self.connections = {}   # (host, port) -> Publisher
+        self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f'{THREADS}-letters')
+        self.closed = False
 
     def header(self, message):
         """The header of a message's dead letter, with the record's key where it is known."""
@@ -1271,7 +1621,7 @@ class DeadLetters:
         except UNREACHABLE as error:
             self.connections.pop(address).close()
             half = len(messages) // 2
-            if half:
+            if half and not self.closed and not isinstance(error, asyncio.TimeoutError):
                 return await self.publish(address, messages[:half]) + await self.publish(address, messages[half:])
             log.warning('dead letter %s: nsqd %s: %s', messages[0].key, publisher, explained(error))
             return messages
@@ -1290,16 +1640,18 @@ class DeadLetters:
         """Appends dead letters to the file. Returns those that could not be."""
         lines = [filed(self.header(m), m.body) for m in messages]
         try:
-            await asyncio.get_running_loop().run_in_executor(None, append_durably, self.file, lines)
+            await asyncio.get_running_loop().run_in_executor(self.pool, append_durably, self.file, lines)
         except OSError as error:
             log.error('dead letters: %s: %s', self.file, error.strerror)
             return messages
         return []
 
     def close(self):
-        """Closes the connections; all that was published has been answered."""
+        """Closes the connections; what has no answer by now will have none."""
+        self.closed = True
         for publisher in self.connections.values():
             publisher.close()
+        self.pool.shutdown(wait=False)
 
 
 def grouped(items, key):
@@ -1329,7 +1681,7 @@ RESPONSE, ERROR, MESSAGE = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR, nsq.FR
 FRAME = struct.Struct('>ii')            # size of what follows, frame type
 HEAD = struct.Struct('>iiqH16s')        # of a message: size, type, timestamp, attempts, id
 REFUSED_ANSWERS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')   # not fatal: nsqd has delivered it again
-UNREACHABLE = (OSError, QueueError, asyncio.TimeoutError)
+UNREACHABLE = (OSError, QueueError, asyncio.TimeoutError, UnicodeError)   # the last: a name that is none
 
 
 def spelled(address):
@@ -1393,14 +1745,18 @@ class Connection:
     async def open(self):
         """Connects, up to the subscription where a topic is given. Raises one of UNREACHABLE."""
         try:
-            await asyncio.wait_for(self.shake_hands(self.link.wishes()), CONNECT_TIMEOUT)
+            await self.connect(self.link.wishes())
         except QueueError as error:
-            self.drop()
             if not str(error).startswith('E_BAD_BODY'):
                 raise
             log.warning('nsqd %s: %s; trying with its own defaults', self, error)
             self.heartbeat = DEFAULT_HEARTBEAT
-            await asyncio.wait_for(self.shake_hands({}), CONNECT_TIMEOUT)
+            await self.connect({})
+
+    async def connect(self, wishes):
+        """Shakes hands within CONNECT_TIMEOUT; what fails leaves no socket behind."""
+        try:
+            await asyncio.wait_for(self.shake_hands(wishes), CONNECT_TIMEOUT)
         except BaseException:
             self.drop()
             raise
@@ -1426,9 +1782,10 @@ class Connection:
         """nsqd's answer to IDENTIFY as a dict."""
         try:
             info = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             info = None
-        if not isinstance(info, dict):
+        limits = ('max_rdy_count', 'msg_timeout', 'max_msg_timeout', 'output_buffer_timeout')
+        if not isinstance(info, dict) or not all(TYPES['integer'](info.get(name, 0)) for name in limits):
             raise QueueError(f'not an answer of nsqd: {shortened(ascii(data), 60)}')
         return info
 
@@ -1437,7 +1794,14 @@ class Connection:
         if not self.info.get('tls_v1'):
             raise QueueError('TLS is asked for, and this nsqd does not offer it')
         stream, self.stream = self.stream, None
-        self.stream = await stream.start_tls(False, ssl_options=self.link.tls, server_hostname=self.address[0])
+        # tornado hands out the new stream only when it is good: the twin ends one that never gets there.
+        with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
+            try:
+                self.stream = await stream.start_tls(False, ssl_options=self.link.tls, server_hostname=self.address[0])
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    twin.shutdown(socket.SHUT_RDWR)
+                raise
         await self.answer(b'OK')
 
     async def authenticate(self):
@@ -1469,7 +1833,7 @@ class Connection:
             except StreamClosedError:
                 self.lost = True
 
-    async def read(self, until=None):
+    async def read(self):
         """Hands over what comes, chunk by chunk, until the connection ends; then raises why."""
         loop = asyncio.get_running_loop()
         while True:
@@ -1485,7 +1849,7 @@ class Connection:
         while end - at >= 8:
             size, kind = FRAME.unpack_from(data, at)
             after = at + 4 + size
-            if size < 4:
+            if size < (HEAD.size - 4 if kind == MESSAGE else 4):
                 raise QueueError('a frame of a size that there is not')
             if after > end:
                 break
@@ -1531,7 +1895,7 @@ class Publisher(Connection):
         loop = asyncio.get_running_loop()
         self.waiting = loop.create_future()
         self.send(nsq.mpub(self.topic, bodies))
-        timer = loop.call_later(PUBLISH_TIMEOUT, self.drop)
+        timer = loop.call_later(PUBLISH_TIMEOUT, self.answered, asyncio.TimeoutError())
         try:
             await self.waiting
         finally:
@@ -1569,14 +1933,15 @@ class Publisher(Connection):
 class Subscription(Connection):
     """A connection that receives messages.
 
-    rdy: what nsqd was last told. in_flight: messages held. listening: loop time since when it could have delivered.
+    rdy: what nsqd was last told. in_flight: messages held; parked: of them, those put aside for the window's end, for
+    which RDY has to be so much higher. listening: loop time since when it could have delivered.
     quiet: it could for a while, and had nothing; a new RDY gives it a new chance. tried: the same, until a message.
     """
 
     def __init__(self, address, consumer):
         super().__init__(address, consumer.link, consumer.topic, consumer.channel)
         self.consumer = consumer
-        self.rdy = self.in_flight = 0
+        self.rdy = self.in_flight = self.parked = 0
         self.quiet, self.tried, self.listening = False, False, 0.0
         self.closed = None
 
@@ -1669,7 +2034,7 @@ async def ask_lookupd(client, address, topic):
         if error.code == 404:
             return {}
         raise QueueError(str(error)) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise QueueError(f'not an answer of nsqlookupd: {error}') from None
 
 
@@ -1799,23 +2164,32 @@ class Consumer:
         if second is not first:
             if second.conn is not first.conn:
                 first.conn.in_flight -= 1
+                first.conn.parked -= first.parked
                 second.conn.in_flight += 1
+                second.conn.parked += first.parked
             first.conn, first.touched, first.received = second.conn, second.touched, second.received
+
+    def park(self, messages):
+        """Puts messages aside, to be handed back at the window's end."""
+        for message in messages:
+            if message.key in self.held and not message.parked:
+                message.parked = True
+                message.conn.parked += 1
 
     # -- RDY
 
     @property
     def budget(self):
-        """The most that the RDYs of all connections may add up to."""
+        """The most that the RDYs of all connections may add up to, beyond what is parked."""
         if self.closing or not self.window or not self.window.asking or self.held_bytes >= self.max_held:
             return 0
-        return min(self.window.left, self.max_in_flight)
+        return max(0, min(self.window.left, self.max_in_flight - sum([c.parked for c in self.connections])))
 
     def lower(self, connection):
         """Takes what has come off its connection's RDY, where the window is near its end or held bytes are many:
         before any FIN can free a slot, and without touching the RDY of another connection."""
         budget = self.budget
-        excess = sum(c.rdy for c in self.connections) - budget
+        excess = sum([c.rdy - c.parked for c in self.connections]) - budget
         if excess > 0:
             connection.ask(max(0, connection.rdy - excess))
         if budget == 0:
@@ -1825,7 +2199,9 @@ class Consumer:
         """Deals the budget out to the connections: what is lowered is sent first."""
         budget = self.budget
         far = bool(self.window) and self.window.left > 2 * self.max_in_flight
-        rdys = shares([(0 if far else c.rdy, c.quiet, c.listening, c.max_rdy) for c in self.connections], budget)
+        more = shares([(0 if far else max(0, c.rdy - c.parked), c.quiet, c.listening, max(0, c.max_rdy - c.parked))
+                       for c in self.connections], budget)
+        rdys = [share and share + c.parked for c, share in zip(self.connections, more, strict=True)]
         for connection, rdy in sorted(zip(self.connections, rdys, strict=True), key=lambda pair: pair[1] - pair[0].rdy):
             if rdy != connection.rdy:
                 log.debug('nsqd %s: RDY %d', connection, rdy)
@@ -1864,6 +2240,7 @@ class Consumer:
         late = 0
         for connection, group in grouped(messages, lambda message: message.conn):
             connection.in_flight -= len(group)
+            connection.parked -= sum([message.parked for message in group])
             if connection.lost:
                 late += len(group)
             else:
@@ -1879,6 +2256,7 @@ class Consumer:
         """nsqd refused a FIN, REQ or TOUCH."""
         if not data.startswith(b'E_TOUCH') and self.window:
             self.window.count['late'] += 1
+            self.window.count['requeued'] -= data.startswith(b'E_REQ')
         log.log(logging.DEBUG if self.warned_late else logging.WARNING, 'nsqd %s: late: %s', connection,
                 data.decode('utf-8', 'replace'))
         self.warned_late = True
@@ -1948,6 +2326,7 @@ def shares(states, budget):
 # window: one bounded receive, from the first message to the last answer
 # ---------------------------------------------------------------------------------------------------------------------
 
+REPEAT = 60.0               # seconds for which a failure that comes again is not warned of again
 BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
 OUTCOMES = ('received', 'stored', 'duplicate', 'stale', 'dead', 'requeued', 'late')
 # What follows for the message from each outcome: the one table that Window.settle goes by.
@@ -1960,12 +2339,12 @@ class Lane:
 
     A batch closes when it is full, and at once when none is under way: a lone message does not wait, and under load
     batches fill while the one before them is written. After a failure batches go one at a time, with backoff.
-    work: async, a batch -> an Answer each. settle: takes both, returns the messages to try again.
+    work: async, a batch -> an Answer each; the window settles them. size: messages a batch, most: bytes.
     """
 
-    def __init__(self, name, crew, work, settle, size, parallel):
-        self.name, self.crew, self.work, self.settle = name, crew, work, settle
-        self.size, self.parallel = size, parallel
+    def __init__(self, name, window, work, size, most, parallel):
+        self.name, self.crew, self.work, self.settle = name, window.crew, work, window.settle
+        self.size, self.most, self.parallel = size, most, parallel
         self.pending, self.bytes, self.busy = collections.deque(), 0, 0
         self.backoff = Backoff(0.1, 5)
         self.timer = None        # while it rests after a failure
@@ -1979,7 +2358,7 @@ class Lane:
     @property
     def full(self):
         """Whether a whole batch is pending."""
-        return len(self.pending) >= self.size or self.bytes >= BATCH_BYTES
+        return len(self.pending) >= self.size or self.bytes >= self.most
 
     def put(self, message):
         """Takes a message; a full batch goes off at once, where one may."""
@@ -1998,7 +2377,8 @@ class Lane:
     def cut(self):
         """Takes one batch off what is pending."""
         batch, weight = [], 0
-        while self.pending and len(batch) < self.size and weight < BATCH_BYTES:
+        while self.pending and len(batch) < self.size and (
+                not batch or weight + len(self.pending[0].body) <= self.most):
             batch.append(self.pending.popleft())
             weight += len(batch[-1].body)
         self.bytes -= weight
@@ -2010,6 +2390,8 @@ class Lane:
         self.busy -= 1
         again = self.settle(batch, answers)
         if again:
+            if len(again) < len(batch):
+                self.backoff.reset()   # it works, if only for some: no reason to wait longer each time
             self.pending.extendleft(reversed(again))
             self.bytes += sum(len(message.body) for message in again)
             self.timer = asyncio.get_running_loop().call_later(self.backoff.next(), self.rested)
@@ -2035,17 +2417,20 @@ class Window:
     def __init__(self, config, consumer, store, pool, mapper, dead_letters):
         self.config, self.consumer, self.crew, self.store, self.pool = config, consumer, consumer.crew, store, pool
         self.mapper, self.dead_letters = mapper, dead_letters
-        self.limit, self.timeout = config.nsq.max_messages, config.timeout
-        self.storing = Lane('store', self.crew, self.write, self.settle, store.batch_size, store.writers)
-        self.burying = Lane('dead letters', self.crew, self.keep, self.settle, 100, 1)
+        self.limit = config.nsq.max_messages
+        self.storing = Lane(config.store, self, self.write, store.batch_size, BATCH_BYTES, store.writers)
+        self.burying = Lane('dead letters', self, self.keep, LETTERS, LETTER_BYTES, 1)
         self.count = dict.fromkeys(OUTCOMES, 0)
         self.taken = 0           # of the limit
         self.open = 0            # messages in the lanes; what else is held stays for the end
         self.asking = False      # may RDY be more than 0? Not before, not after, not while the store is down
-        self.ended = False       # what is under way is waited for, nothing more is asked for
+        self.ended = None        # loop time since when nothing more is asked for, and what is under way waited for
         self.stopping = False    # by a signal
-        self.failure = None      # why messages go back though nobody asked for it
+        self.failure = None      # why the window ends, and messages go back, though nobody asked for it
+        self.unkept = 0          # dead letters that could not be kept: they go back at its end
         self.down_since = None   # loop time since when the store fails
+        self.moved = 0.0         # loop time at which a batch came back last
+        self.said = -math.inf    # loop time at which a failing store was last warned of
 
     # -- a message's way
 
@@ -2059,6 +2444,7 @@ class Window:
     def take(self, messages):
         """Makes records of messages and sends them on their way. Those beyond the limit stay held for the end."""
         self.count['received'] += len(messages)
+        self.consumer.park(messages[self.left:])
         messages = messages[:self.left]
         self.taken += len(messages)
         self.open += len(messages)
@@ -2077,23 +2463,33 @@ class Window:
         try:
             answers = await loop.run_in_executor(self.pool, self.store.write, [message.record for message in batch])
         except StoreDown as error:
-            return self.store_fails(error, len(batch))
-        if self.down_since:
-            log.warning('%s is back after %.1f s', self.config.store, loop.time() - self.down_since)
+            answers = [Answer('retry' if error.again else 'stop', None, str(error))] * len(batch)
+        failures = {answer.outcome: answer.detail for answer in answers if answer.outcome in ('retry', 'stop')}
+        if failures:
+            self.store_fails(failures, loop.time())
+        elif self.down_since:
+            log.log(self.loud(self.down_since), '%s is back after %.1f s', self.config.store,
+                    loop.time() - self.down_since)
             self.down_since = None
             self.ask(not self.ended)
         return answers
 
-    def store_fails(self, error, number):
-        """Says so once, and stops the flow: until the store is back, or for good. Returns the Answers."""
-        if not error.again:
-            self.failure = self.failure or str(error)
-            log.error('%s; the window ends, its messages go back to the queue', error)
+    def store_fails(self, failures, now):
+        """Says so once, and stops the flow: until a whole batch is through again, or for good."""
+        if 'stop' in failures:
+            log.log(logging.DEBUG if self.failure else logging.ERROR,
+                    '%s; the window ends, its messages go back to the queue', failures['stop'])
+            self.failure = self.failure or failures['stop']
         elif not self.down_since:
-            self.down_since = asyncio.get_running_loop().time()
-            log.warning('%s; trying again, nothing more is taken from the queue', error)
+            self.down_since = now
+            if now - self.said > REPEAT:
+                self.said = now
+            log.log(self.loud(now), '%s; trying again, nothing more is taken from the queue', failures['retry'])
         self.ask(False)
-        return [RETRY if error.again else STOP] * number
+
+    def loud(self, since):
+        """The level for a failure that began then: a store that fails again and again is warned of once in a while."""
+        return logging.WARNING if since == self.said else logging.DEBUG
 
     def reject(self, message, unfit):
         """The message can never become a record."""
@@ -2107,6 +2503,7 @@ class Window:
 
     def settle(self, batch, answers):
         """Does what follows from the answers. Returns the messages to try again."""
+        self.moved = asyncio.get_running_loop().time()
         follows = {'finish': [], 'again': [], 'leave': [], 'reject': []}
         for message, answer in zip(batch, answers, strict=True):
             follows[FOLLOWS[answer.outcome]].append((message, answer))
@@ -2115,8 +2512,8 @@ class Window:
         self.consumer.finish([message for message, _ in follows['finish']])
         for message, answer in follows['reject']:
             self.reject(message, Unfit(answer.reason, answer.detail))
-        if any(answer is UNKEPT for _, answer in follows['leave']):
-            self.failure = self.failure or 'dead letters could not be kept'
+        self.consumer.park([message for message, _ in follows['leave']])
+        self.unkept += sum(answer is UNKEPT for _, answer in follows['leave'])
         self.open -= len(follows['finish']) + len(follows['leave'])
         return [message for message, _ in follows['again']]
 
@@ -2130,26 +2527,27 @@ class Window:
         with progress(self) as show:
             self.ask(True)
             await self.until(lambda: show() or self.over(loop.time()))
-            self.ended = True
+            self.ended = loop.time()
             self.ask(False)
             if self.stopping or self.storing.troubled or self.failure:
                 self.halt()
-            await self.until(lambda: show() or self.drained, self.store.patience + 2)
+            await self.until(lambda: show() or self.drained, self.store.patience + 0.5)
         self.halt()
-        if any(lane.troubled for lane in (self.storing, self.burying)) and self.open:
-            self.failure = self.failure or 'the store did not come back'
+        if self.open and not self.stopping:
+            self.failure = self.failure or f'{self.stuck_lane.name}: no good answer till the end'
         self.consumer.hand_back(list(self.consumer.held.values()))
         self.seconds = loop.time() - self.started
 
     async def until(self, condition, seconds=None):
-        """Waits until the condition holds, or so many seconds are over; a task that failed ends the program."""
+        """Waits until the condition holds, or for so many seconds no batch came back; a task that failed ends the
+        program."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + seconds if seconds else None
+        begun = loop.time()
         while not condition():
             if self.crew.error:
                 raise self.crew.error
-            if end and loop.time() > end:
-                log.error('%s: a call has not come back in %.0f s', self.config.store, seconds)
+            if seconds and loop.time() - max(begun, self.moved) > seconds:
+                log.error('%s: a call has not come back in %.1f s', self.stuck_lane.name, seconds)
                 return
             self.crew.wake.clear()
             await self.crew.wake.wait()
@@ -2165,7 +2563,12 @@ class Window:
             self.active = now
         given_up = self.stopping or self.failure   # else a full window has until its timeout for a store that is down
         return (not self.left and (given_up or not self.open) or not self.consumer.addresses or self.stuck
-                or now - self.started >= self.timeout or now - self.active >= self.config.idle_timeout)
+                or now - self.since >= self.config.timeout or now - self.active >= self.config.idle_timeout)
+
+    @property
+    def since(self):
+        """The loop time from which `timeout` counts."""
+        return self.started
 
     @property
     def stuck(self):
@@ -2174,11 +2577,18 @@ class Window:
         return not self.open and connections and self.consumer.held and all(c.rdy <= c.in_flight for c in connections)
 
     @property
+    def stuck_lane(self):
+        """The lane whose messages are still open."""
+        return self.storing if self.storing.busy or self.storing.pending else self.burying
+
+    @property
     def drained(self):
-        """Whether nothing is under way that could still come to an end."""
+        """Whether nothing is under way that could still come to an end. A message may cross the RDY 0 of the window's
+        end: where there is room for it, it gets a moment to come, and need not go back."""
         lanes = (self.storing, self.burying)
         over = any(lane.halted or lane.troubled for lane in lanes) and not any(lane.busy for lane in lanes)
-        return not self.open or over
+        moment = self.left and asyncio.get_running_loop().time() - self.ended < TICK
+        return not (self.open or moment) or over
 
     def stop(self):
         """A signal: takes no more, finishes what is being stored, hands back the rest."""
@@ -2194,14 +2604,15 @@ class Window:
     @property
     def status(self):
         """The exit status of this window."""
-        return os.EX_TEMPFAIL if self.failure and not self.stopping else os.EX_OK
+        return os.EX_TEMPFAIL if (self.failure or self.unkept) and not self.stopping else os.EX_OK
 
     def report(self):
         """Logs the summary, and why messages went back where they had to; called when the connections are closed, for
         till then answers may be refused, and what was on the wire be handed back. Returns the exit status."""
         self.summary()
-        if self.failure:
-            log.error('%d messages handed back: %s', self.count['requeued'], self.failure)
+        if self.failure or self.unkept:
+            reason = self.failure or f'{self.unkept} dead letters could not be kept'
+            log.error('%d messages handed back: %s', self.count['requeued'], reason)
         return self.status
 
     def summary(self):
@@ -2215,7 +2626,7 @@ class Window:
 @contextlib.contextmanager
 def progress(window):
     """A progress bar on a terminal, for a window of more than a second; gives a function that redraws it."""
-    if not sys.stderr.isatty() or log.level > logging.INFO:
+    if not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
         yield lambda: None
         return
     import tqdm  # here: only a terminal needs it
@@ -2231,7 +2642,7 @@ async def pipeline(config, topic, channel, store):
     Raises Unavailable when one of them can't be reached; nothing was taken then.
     """
     loop, crew = asyncio.get_running_loop(), Crew()
-    pool = concurrent.futures.ThreadPoolExecutor(store.writers, thread_name_prefix='store')
+    pool = concurrent.futures.ThreadPoolExecutor(store.writers, thread_name_prefix=f'{THREADS}-store')
     consumer = Consumer(config, crew, Link(config), topic, channel)
     try:
         await loop.run_in_executor(pool, store.open)
@@ -2244,7 +2655,15 @@ async def pipeline(config, topic, channel, store):
             consumer.hand_back(list(consumer.held.values()))
         await consumer.close()
         await crew.cancel()
-        pool.shutdown(wait=False)
+        await close_store(store, pool, consumer.window)
+
+
+async def close_store(store, pool, window):
+    """Closes the store in its pool, within a bound; one with a call under way is left as it is."""
+    if not (window and window.storing.busy):
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, store.close), CLOSE_TIMEOUT)
+    pool.shutdown(wait=False)
 
 
 async def receive(config, stopper):
@@ -2287,15 +2706,23 @@ class ReplayMapper(Mapper):
 
 
 class Replay(Window):
-    """A pass over the dead letters: what fails again is held to its end and handed back."""
+    """A pass over the dead letters: what fails again is held to its end and handed back. It lasts for as long as there
+    are any, and letters come and go: `timeout` counts from the last one."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.limit, self.timeout = 0, math.inf
+        self.limit = 0
+
+    @property
+    def since(self):
+        """The loop time at which a batch came back last."""
+        return max(self.started, self.moved)
 
     def reject(self, message, unfit):
         """Stays where it is, and is reported."""
-        log.warning('%s stays a dead letter: %s', message.id.decode(), unfit)
+        log.warning('%s stays a dead letter: %s', message.id.decode(), plain(str(unfit)))
+        self.consumer.park([message])
+        self.moved = asyncio.get_running_loop().time()
         self.open -= 1
 
 
@@ -2305,9 +2732,11 @@ class Listing(Replay):
     def __init__(self, limit, *args):
         super().__init__(*args)
         self.limit, self.letters = limit, []
+        self.consumer.max_in_flight = max(self.consumer.max_in_flight, limit)
 
     def take(self, messages):
         """Keeps them for the list."""
+        self.consumer.park(messages)
         messages = messages[:self.left]
         self.taken += len(messages)
         self.letters += messages
@@ -2340,10 +2769,15 @@ def listed_line(message):
     try:
         header, inner = opened(message.body)
     except Unfit as unfit:
-        return f'{message.id.decode():16}  unreadable  {unfit.detail}'
+        return f'{message.id.decode():16}  unreadable  {plain(unfit.detail)}'
     age = human(time.time() - inner.timestamp / 1e9)
     body = shortened(ascii(inner.body[:80])[1:], 60)
-    return f'{header["id"]:16}  {age:>4}  {header["reason"]}: {header.get("detail")}  {body}'
+    return f'{plain(header["id"]):16}  {age:>4}  {header["reason"]}: {plain(str(header.get("detail")))}  {body}'
+
+
+def plain(text):
+    """Text as it may be shown on a terminal: anybody can publish to a topic, escape sequences too."""
+    return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
 
 
 def human(seconds):
@@ -2377,7 +2811,7 @@ async def depth_at(address, http_port, topic, channel):
             return None
         name = topic.replace('#', '%23')
         topics = json.loads((await fetch(f'{base}/stats?format=json&topic={name}')).body)['topics']
-    except (OSError, HTTPError, ValueError, KeyError, TypeError):
+    except (OSError, HTTPError, ValueError, KeyError, TypeError, RecursionError):
         return None
     finally:
         client.close()
@@ -2391,7 +2825,9 @@ async def check_connections(config):
     store = STORES[config.store](config)
     try:
         store.open()
-        print(store.describe())
+        line, faults = store.describe()
+        print(line)
+        problems += faults
         store.close()
     except StoreDown as error:
         problems.append(str(error))
@@ -2432,6 +2868,7 @@ def tls_facts(tls_socket):
 # command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+COLLECT_EVERY = 100_000   # objects: a window makes thousands at a time, none in a circle; 700 costs a third more CPU
 PRIORITIES = {'DEBUG': 7, 'INFO': 6, 'WARNING': 4, 'ERROR': 3, 'CRITICAL': 2}   # sd-daemon(3)
 
 
@@ -2464,7 +2901,10 @@ class JsonFormatter(logging.Formatter):
 
 def under_journal():
     """Whether stderr goes to the journal: systemd.exec(5), JOURNAL_STREAM."""
-    here = os.fstat(2)
+    try:
+        here = os.fstat(2)
+    except OSError:   # it is closed
+        return False
     return os.environ.get('JOURNAL_STREAM') == f'{here.st_dev}:{here.st_ino}'
 
 
@@ -2492,7 +2932,7 @@ EXAMPLES = """examples:
   x-msrv replay --list                       what became a dead letter, and why
 
 exit status: 0 done, 64 usage, 69 queue or store out of reach (nothing was taken), 70 internal error,
-75 messages handed back because the store failed, 78 configuration
+75 messages handed back because the store or the keeper of dead letters failed, 78 configuration
 """
 
 
@@ -2523,7 +2963,7 @@ def build_parser():
         add_common(made[name], after=True)
     made['check'].add_argument('--connect', action='store_true', help='also reach the queue and the store')
     made['replay'].add_argument('--list', action='store_true', help='only show them')
-    made['replay'].add_argument('--limit', type=positive, default=20, metavar='N', help='show N (default: 20)')
+    made['replay'].add_argument('--limit', type=positive, metavar='N', help='with --list: show N (default: 20)')
     made['config'].add_argument('--sample', action='store_true', help='print every option at its default')
     return parser
 
@@ -2556,10 +2996,12 @@ def command_check(arguments):
 def command_replay(arguments):
     """x-msrv replay"""
     config = configured(arguments)
+    if arguments.limit and not arguments.list:
+        raise UsageError('replay: --limit goes with --list')
     if not config.dead_letter.topic:
         raise ConfigError(f'{arguments.config}: [dead-letter] topic: there is none to replay')
     if arguments.list:
-        return run(lambda stopper: list_letters(config, stopper, arguments.limit))
+        return run(lambda stopper: list_letters(config, stopper, arguments.limit or 20))
     return run(lambda stopper: replay(config, stopper))
 
 
@@ -2581,17 +3023,18 @@ def run(command):
     """Runs an async command with a Stopper; a signal before its window ends it with 0: nothing was taken."""
     async def main_task():
         return await command(Stopper())
+    gc.freeze()
+    gc.set_threshold(COLLECT_EVERY)
     try:
         status = asyncio.run(main_task())
     except asyncio.CancelledError:
         status = os.EX_OK
-    leave_stuck_calls(status)
     return status
 
 
 def leave_stuck_calls(status):
-    """Exits at once where a call of the store has not come back in its time: the interpreter would wait for it."""
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith('store')]
+    """Exits at once where a call has not come back in its time: the interpreter would wait for it."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
     for thread in threads:
         thread.join(0.5)
     if any(thread.is_alive() for thread in threads):
@@ -2602,14 +3045,23 @@ def leave_stuck_calls(status):
 def main(arguments=None):
     """The command line. Returns the exit status."""
     parsed = build_parser().parse_args(arguments)
-    set_up_log(parsed)
+    status = obey(parsed)
+    leave_stuck_calls(status)
+    return status
+
+
+def obey(parsed):
+    """Runs the command, and says in a line why where it fails. Returns the exit status."""
     try:
+        set_up_log(parsed)
         return COMMANDS[parsed.command](parsed)
     except Failure as failure:
         log.error('%s', failure)
         return failure.status
     except BrokenPipeError:
         return os.EX_OK
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception as error:   # the one place that may: a bug must not look like success, nor like a known failure
         log.error('internal error: %s: %s', type(error).__name__, error, exc_info=parsed.verbose)
         return os.EX_SOFTWARE

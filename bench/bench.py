@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'test'))
 
-from servers import PROGRAM, Nsqd, Xmsrv, spawn, summary  # noqa: E402
+from servers import PROGRAM, Nsqd, Xmsrv, spawn, summary, wait_until  # noqa: E402
 
 TOPIC = 'bench'
 LARGE = 1_000_000
@@ -54,20 +54,58 @@ def fill(nsqd, count):
     nsqd.publish(TOPIC, [body(number) for number in range(count)])
 
 
-def once(nsqd, directory, count, **nsq):
-    """The Cost of `x-msrv once` for `count` messages to an empty database, all at its defaults."""
+def once(nsqd, directory, count, cluster=None, **nsq):
+    """The Cost of `x-msrv once` for `count` messages to an empty database or an emptied set, all at its defaults."""
     program = Xmsrv(tempfile.mkdtemp(dir=directory))
-    program.configure(nsqd, topic=TOPIC, timeout='10m', nsq=nsq)
+    program.configure(nsqd, topic=TOPIC, timeout='10m', nsq=nsq, **(cluster.emptied() if cluster else {}))
     cost = Cost([PROGRAM, '-c', program.path, 'once'], directory)
     if summary(cost.said)['stored'] != count:
         sys.exit(f'bench: not all of {count} messages were stored:\n{cost.said}')
     return cost
 
 
-def obvious(nsqd, directory, count):
+def obvious(nsqd, directory, count, cluster=None):
     """The Cost of the obvious version for the same messages."""
-    database = Path(tempfile.mkdtemp(dir=directory)) / 'records.sqlite'
-    return Cost([sys.executable, ROOT / 'bench' / 'obvious.py', nsqd.tcp, TOPIC, database, count], directory)
+    place = cluster.place() if cluster else Path(tempfile.mkdtemp(dir=directory)) / 'records.sqlite'
+    return Cost([sys.executable, ROOT / 'bench' / 'obvious.py', nsqd.tcp, TOPIC, place, count], directory)
+
+
+class Cluster:
+    """The real Aerospike server that the benchmark was given, and the set that it fills there."""
+
+    def __init__(self, address, namespace):
+        import aerospike  # here: without a server there is no need of it
+        self.address, self.namespace, self.set = address, namespace, f'bench-{os.getpid()}'
+        host, _, port = address.rpartition(':')
+        self.client = aerospike.client({'hosts': [(host, int(port))]})
+
+    def empty(self):
+        """Takes all records out, and waits until they are gone."""
+        self.client.truncate(self.namespace, self.set, 0)
+        wait_until(lambda: not self.count(), 'the set is empty', 60)
+
+    def count(self):
+        """The records in the set, as the server counts them."""
+        (_, answer), = self.client.info_all(f'sets/{self.namespace}/{self.set}').values()
+        return int(dict(fact.partition('=')[::2] for fact in answer.split(':')).get('objects', 0))
+
+    def emptied(self):
+        """What Xmsrv.configure() is told, with the set empty."""
+        self.empty()
+        options = {'hosts': self.address, 'namespace': self.namespace, 'set': self.set}
+        return {'store': 'aerospike', 'aerospike': options}
+
+    def place(self):
+        """The same for obvious.py."""
+        self.empty()
+        return f'aerospike:{self.address}:{self.namespace}:{self.set}'
+
+    def bare(self, directory, count):
+        """The messages a second of the bare client."""
+        self.empty()
+        command = [sys.executable, ROOT / 'bench' / 'bare.py', self.address, self.namespace, self.set, count]
+        said = subprocess.run([str(part) for part in command], cwd=directory, check=True, stdout=subprocess.PIPE).stdout
+        return count / float(said)
 
 
 def show(name, count, costs):
@@ -79,21 +117,25 @@ def show(name, count, costs):
     return rate
 
 
-def throughput(nsqd, directory, count, rounds):
-    """(a) against (b), in turns, so that a noisy neighbour meets both."""
-    ours, theirs = [], []
+def throughput(nsqd, directory, count, rounds, cluster=None):
+    """(a) against (b), with a cluster also (c), in turns, so that a noisy neighbour meets all."""
+    ours, theirs, bare = [], [], []
     for _ in range(rounds):
         fill(nsqd, count)
-        ours.append(once(nsqd, directory, count, **{'max-messages': count}))
-        theirs.append(obvious(nsqd, directory, count))
+        ours.append(once(nsqd, directory, count, cluster, **{'max-messages': count}))
+        theirs.append(obvious(nsqd, directory, count, cluster))
+        if cluster:
+            bare.append(cluster.bare(directory, count))
     print(f'\n{f"{count:,} messages of 80 bytes":44} {"msg/s":>9} {"CPU s/100k":>10} {"peak MiB":>8}')
-    a = show('(a) x-msrv once, sqlite', count, ours)
-    b = show('(b) pynsq Reader, insert, commit per 100', count, theirs)
-    print(f'(a) / (b)  {a / b:.1f}')
+    a = show(f'(a) x-msrv once, {"aerospike" if cluster else "sqlite"}', count, ours)
+    b = show(f'(b) pynsq Reader, {"one put" if cluster else "insert, commit per 100"}', count, theirs)
+    if cluster:
+        print(f'{"(c) bare client, batch_write of 500":44} {statistics.median(bare):9,.0f}')
+    print(f'(a) / (b)  {a / b:.1f}' + (f'   (a) / (c)  {a / statistics.median(bare):.2f}' if cluster else ''))
     return max(cost.memory for cost in ours)
 
 
-def start_to_exit(nsqd, directory, rounds):
+def start_to_exit(nsqd, directory, rounds, cluster=None):
     """Seconds of a run that finds ten messages, and of one that finds none."""
     print()
     for name, count, options in (('10 messages, max-messages = 10', 10, {'max-messages': 10}),
@@ -103,15 +145,15 @@ def start_to_exit(nsqd, directory, rounds):
             fill(nsqd, 0)
             if count:
                 nsqd.publish(TOPIC, [body(number) for number in range(count)])
-            costs.append(once(nsqd, directory, count, **options))
+            costs.append(once(nsqd, directory, count, cluster, **options))
         print(f'start to exit, {name:34} {statistics.median(cost.seconds for cost in costs):.2f} s')
 
 
-def large(nsqd, directory, memory):
+def large(nsqd, directory, memory, cluster=None):
     """Memory after ten times as many messages."""
     fill(nsqd, LARGE)
     print(f'\n{"ten times as many":44} {"msg/s":>9} {"CPU s/100k":>10} {"peak MiB":>8}')
-    cost = once(nsqd, directory, LARGE, **{'max-messages': LARGE})
+    cost = once(nsqd, directory, LARGE, cluster, **{'max-messages': LARGE})
     show(f'(a) {LARGE:,} messages', LARGE, [cost])
     print(f'memory grew by {cost.memory - memory:+.1f} MiB')
 
@@ -120,14 +162,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--count', type=int, default=100_000, help='messages a run (default: 100,000)')
     parser.add_argument('--rounds', type=int, default=3, help='runs of each; the median is shown (default: 3)')
+    parser.add_argument('--aerospike', metavar='HOST:PORT', help='a real Aerospike server, for its part')
+    parser.add_argument('--namespace', default='test', help='namespace there (default: test)')
+    parser.add_argument('--only', choices=['sqlite', 'aerospike'], help='one part alone')
     options = parser.parse_args()
+    stores = {'sqlite': None, 'aerospike': options.aerospike and Cluster(options.aerospike, options.namespace)}
     (ROOT / 'build').mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='bench-', dir=ROOT / 'build') as directory, \
             Nsqd(directory, f'--mem-queue-size={2 * LARGE}') as nsqd:
-        print(f'Python {sys.version.split()[0]}, {os.cpu_count()} cores, nsqd on the same machine', flush=True)
-        memory = throughput(nsqd, directory, options.count, options.rounds)
-        start_to_exit(nsqd, directory, options.rounds)
-        large(nsqd, directory, memory)
+        print(f'Python {sys.version.split()[0]}, {os.cpu_count()} cores, the servers on the same machine', flush=True)
+        for name in [options.only] if options.only else stores:
+            if name == 'aerospike' and not stores[name]:
+                print('\naerospike: skipped, for no server is named: make bench AEROSPIKE=host:port')
+                continue
+            memory = throughput(nsqd, directory, options.count, options.rounds, stores[name])
+            start_to_exit(nsqd, directory, options.rounds, stores[name])
+            large(nsqd, directory, memory, stores[name])
+    if stores['aerospike']:
+        stores['aerospike'].empty()
 
 
 if __name__ == '__main__':

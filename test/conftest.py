@@ -5,6 +5,7 @@ import os
 # Before hypothesis is imported, so that its examples land there too.
 os.environ.setdefault('HYPOTHESIS_STORAGE_DIRECTORY', 'build/hypothesis')
 
+import clusters
 import pytest
 import servers
 
@@ -42,6 +43,20 @@ def xmsrv(workdir):
     program = servers.Xmsrv(workdir)
     yield program
     program.close()
+
+
+@pytest.fixture
+def cluster():
+    """Where records go in a test that needs no fault of the store: a real server where one is named."""
+    with clusters.any_cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def standin():
+    """The same, always on the stand-in: cluster.server is what can be told to fail."""
+    with clusters.standin() as made:
+        yield made
 
 
 # ---------------------------------------------------------------------------------------------- a skip is no pass in CI

@@ -9,7 +9,7 @@ import ssl
 import struct
 import threading
 
-WITH_BODY = (b'IDENTIFY', b'AUTH', b'PUB')
+WITH_BODY = (b'IDENTIFY', b'AUTH', b'PUB', b'MPUB')
 FRAMES = {0: 'response', 1: 'error', 2: 'message'}
 
 # `name` is a command (RDY, FIN, ...), or what nsqd sent: response, error, message. `argument`: the rest of a command's
@@ -221,20 +221,19 @@ class Says(Thread):
     """Takes connections, says `greeting` on each, reads what comes, and never says more: silent where it is empty."""
 
     def __init__(self, greeting=b''):
-        self.greeting = greeting
+        self.greeting, self.taken = greeting, []
         self._listener = socket.create_server(('127.0.0.1', 0))
         self._listener.settimeout(0.1)
         self.address = f'127.0.0.1:{self._listener.getsockname()[1]}'
         super().__init__()
 
     def _serve(self):
-        taken = []
         while not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 connection, _ = self._listener.accept()
-                taken.append(connection)
+                self.taken.append(connection)
                 connection.sendall(self.greeting)
-        for connection in (*taken, self._listener):
+        for connection in (*self.taken, self._listener):
             connection.close()
 
 

@@ -402,7 +402,7 @@ class Xmsrv:
         servers = [servers] if isinstance(servers, Server) else list(servers)
         state = self.directory / 'state'
         state.mkdir(exist_ok=True)
-        settings = {'state-dir': state, 'timeout': '5s', 'nsq': {'topic': topic, 'channel': channel},
+        settings = {'state-dir': state, 'timeout': '5s', 'store': 'sqlite', 'nsq': {'topic': topic, 'channel': channel},
                     'sqlite': {'path': self.database}, 'dead-letter': {'topic': f'{topic}.dead'}}
         if any(isinstance(server, Nsqlookupd) for server in servers):
             settings['nsq']['lookupd-http-address'] = [server.http for server in servers]

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from xmsrv import OPTIONS, ConfigError, address, count, duration, effective, field, main, overlay, positive, size
 
-TOP = 'state-dir = {directory}\n'
+TOP = 'state-dir = {directory}\nstore = sqlite\n'
 NSQ = '[nsq]\nnsqd-tcp-address = 127.0.0.1:4150\ntopic = orders\n'
 VALID = TOP + NSQ
+CLUSTER = 'state-dir = {directory}\n' + NSQ + '[aerospike]\nhosts = [::1]:3000, b:3000\nnamespace = test\n'
 CLOSED = VALID + '[message]\nunknown-fields = reject\n[[fields]]\nid = integer, required\n'
 
 
@@ -40,6 +41,7 @@ def test_all_faults_are_reported_at_once(faults):
     """Unknown names, wrong types and what only shows between options: one run names them all."""
     found = faults('''
         state-dir = {directory}
+        store = sqlite
         timeout = soon
         max-messages = 5
         nonsense = 1
@@ -63,7 +65,7 @@ def test_all_faults_are_reported_at_once(faults):
         'timeout = soon: not a duration such as 500ms, 10s, 5m, 1h, 30d',
         'max-messages = 5: no such option; it belongs to [nsq]',
         'nonsense = 1: no such option',
-        'elsewhere: no such section',
+        '[elsewhere]: no such section',
         '[nsq] topik = orders: no such option; did you mean topic?',
         '[nsq] topic: missing; name the topic to read',
         '[nsq] nsqd-tcp-address: either this or lookupd-http-address: one of them is needed',
@@ -82,9 +84,9 @@ def test_all_faults_are_reported_at_once(faults):
     ('topic = x\n' + VALID, 'topic = x: no such option; it belongs to [nsq]'),
     (VALID + 'timeout = 1s\n', '[nsq] timeout = 1s: no such option; it belongs to the top, before any section'),
     (VALID + 'ca-file = x\n', '[nsq] ca-file = x: no such option; it belongs to [nsq.tls]'),
-    (VALID + '[recrod]\nkey = id\n', 'recrod: no such section; did you mean record?'),
-    (VALID + '[[tsl]]\n', '[nsq] tsl: no such section; did you mean tls?'),
-    (VALID + '[[topics]]\n', '[nsq] topics: no such section; did you mean topic?'),
+    (VALID + '[recrod]\nkey = id\n', '[recrod]: no such section; did you mean record?'),
+    (VALID + '[[tsl]]\n', '[nsq] [[tsl]]: no such section; did you mean tls?'),
+    (VALID + '[[topics]]\n', '[nsq] [[topics]]: no such section; did you mean topic?'),
     # a section for an option and the other way round
     (TOP + 'nsq = 5\n[message]\n', 'nsq = 5: a section, not an option'),
     (VALID + '[message]\nfields = x\n', '[message] fields = x: a section, not an option'),
@@ -97,7 +99,7 @@ def test_all_faults_are_reported_at_once(faults):
     (VALID + 'max-messages = 1, 2\n',
      '[nsq] max-messages = 1, 2: one value, not a list (quote it if it holds a comma)'),
     (VALID + 'max-held = 32MB\n', '[nsq] max-held = 32MB: not a size such as 4096, 64KiB, 32MiB'),
-    (VALID + 'msg-timeout = 0s\n', '[nsq] msg-timeout = 0s: longer than nothing, please'),
+    (VALID + 'msg-timeout = 0s\n', '[nsq] msg-timeout = 0s: at least 1ms'),
     ('idle-timeout = 500\n' + VALID, 'idle-timeout = 500: not a duration such as 500ms, 10s, 5m, 1h, 30d'),
     ('log-format = xml\n' + VALID, 'log-format = xml: not one of text, json'),
     (VALID + '[dead-letter]\ndiscard = maybe\n', '[dead-letter] discard = maybe: not one of yes, no'),
@@ -131,6 +133,10 @@ def test_all_faults_are_reported_at_once(faults):
      '[dead-letter] discard = yes: with a topic or a file nothing is thrown away: one or the other'),
     (VALID + '[dead-letter]\nfile = /nonexistent/dead\n',
      '[dead-letter] file = /nonexistent/dead: its directory is not there'),
+    (TOP + '[nsq]\ntopic = orders\nnsqd-tcp-address = queue1..example:4150\n', '[nsq] nsqd-tcp-address = '
+     'queue1..example:4150: not a host name: a part of it is empty or over 63 characters'),
+    (VALID.replace('state-dir = {directory}', 'state-dir ='), 'state-dir = : a path, please'),
+    (VALID + 'msg-timeout = 0.5ms\n', '[nsq] msg-timeout = 0.5ms: at least 1ms'),
     # mapping
     (CLOSED + '[record]\nkey = uid\n', '[record] key = uid: no such field in [message] [[fields]]'),
     (CLOSED + '[record]\nkey = id\ntime = ts\n', '[record] time = ts: no such field in [message] [[fields]]'),
@@ -147,11 +153,34 @@ def test_all_faults_are_reported_at_once(faults):
     (CLOSED + '[record]\nid-bin = id\n', '[record] bins = id: more than one value would go into this bin'),
     (CLOSED + 'name = string\n[record]\n[[bins]]\nid = name\n',
      '[record] bins = name: more than one value would go into this bin'),
+    (VALID + '[record]\nkey = $Id\n', '[record] key = $Id: $id, or the name of a field'),
+    (VALID + '[record]\nkey = $timestamp\n', '[record] key = $timestamp: $id, or the name of a field'),
+    (VALID + '[record]\nkey =\n', '[record] key = : $id, or the name of a field'),
+    (VALID + '[record]\nkey = id\ntime = $now\n', '[record] time = $now: $timestamp, or the name of a field'),
     (VALID + '[record]\nkey = gid\n', '[record] key = gid: its bin is also id-bin or time-bin: rename one of them'),
     (VALID + '[record]\nkey = id\nwrite = update\n',
      '[record] write = update: bins cannot be merged in order; it needs key = $id'),
     (VALID + '[record]\nkey = id\ntime-bin =\n',
      '[record] time-bin = : with a field as key and write = replace it is needed: the newest wins'),
+    # store
+    (VALID + '[record]\nttl = 30d\n', '[record] ttl: store = sqlite keeps records for ever: leave it at default'),
+    (CLUSTER + '[record]\nttl = 1.5s\n', '[record] ttl = 1.5s: a whole number of seconds, from 1s to 3650d'),
+    (CLUSTER + '[record]\nttl = 3651d\n', '[record] ttl = 3651d: a whole number of seconds, from 1s to 3650d'),
+    (CLUSTER + '[record]\nttl = soon\n', '[record] ttl = soon: not default, never or a duration such as 1h, 30d'),
+    (CLUSTER.replace('hosts = [::1]:3000, b:3000\n', ''),
+     '[aerospike] hosts: missing (or set store = sqlite, for a first run)'),
+    (CLUSTER.replace('namespace = test\n', ''),
+     '[aerospike] namespace: missing (or set store = sqlite, for a first run)'),
+    (CLUSTER + 'set = a:b\n', '[aerospike] set = a:b: not a name for Aerospike: no white space and none of : ; ,'),
+    (CLUSTER + f'set = {"x" * 64}\n', f'[aerospike] set = {"x" * 64}: 64 bytes; Aerospike takes 63 at most'),
+    (CLUSTER.replace('orders', 'x' * 64) + '[dead-letter]\ntopic = dead\n',
+     f'[aerospike] set = {"x" * 64}: the topic has over 63 bytes: name a set'),
+    (CLUSTER + 'user = writer\n', '[aerospike] user = writer: user and password-file go together'),
+    (CLUSTER + 'password-file = {directory}/x-msrv.conf\n',
+     '[aerospike] user = : user and password-file go together'),
+    (CLUSTER + 'user = a\npassword-file = /nonexistent/p\n',
+     '[aerospike] password-file = /nonexistent/p: No such file or directory'),
+    (CLUSTER + '[[tls]]\n', '[aerospike] [[tls]] ca-file: missing: the client knows no authorities of its own'),
     # fields
     (VALID + '[message]\n[[fields]]\nid = int\n', "[message] [[fields]] id = int: no type 'int'; there are string, "
      'integer, number, boolean, list, object, any'),
@@ -188,10 +217,21 @@ def test_a_fault_is_one_line_with_its_place_and_rule(xmsrv, capsys, text, fault)
     assert located(capsys.readouterr().err, xmsrv.path) == [fault.replace('{directory}', str(xmsrv.directory))]
 
 
-def test_a_certificate_that_does_not_load_is_a_fault(faults, workdir):
+@pytest.mark.parametrize('text, section', [
+    (VALID + '[[tls]]\ncert-file = {directory}/cert.pem\n', 'nsq'),
+    (CLUSTER + '[[tls]]\nca-file = {directory}/cert.pem\n', 'aerospike'),
+])
+def test_a_certificate_that_does_not_load_is_a_fault(faults, workdir, text, section):
     (workdir / 'cert.pem').write_text('no certificate')
-    found, = faults(VALID + '[[tls]]\ncert-file = {directory}/cert.pem\n')
-    assert found.startswith('[nsq] tls: the certificates do not load: ')
+    found, = faults(text)
+    assert found.startswith(f'[{section}] tls: the certificates do not load: ')
+
+
+def test_an_encrypted_key_is_a_fault_and_no_question(faults, workdir):
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-passout', 'pass:secret', '-subj', '/CN=a',
+                    '-keyout', workdir / 'key.pem', '-out', workdir / 'cert.pem'], check=True, capture_output=True)
+    found, = faults(VALID + '[[tls]]\ncert-file = {directory}/cert.pem\nkey-file = {directory}/key.pem\n')
+    assert found.endswith('the key is encrypted: there is nobody to ask for its passphrase')
 
 
 def test_lines_that_are_no_ini_are_all_named(faults):
@@ -234,6 +274,10 @@ def test_no_command_runs_with_a_fault(xmsrv, command):
     VALID + '[record]\nid-bin =\nkey = gid\n',
     VALID + '[record]\n[[bins]]\na = ' + '\u00e9' * 7 + '\n',
     VALID + '[[tls]]\n',
+    VALID + '[aerospike]\nuser = nobody\n[[tls]]\n',
+    CLUSTER,
+    CLUSTER + '[record]\nttl = never\n',
+    CLUSTER + '[record]\nttl = 3650d\nkey = id\n',
     '\ufeff' + VALID,
     VALID.replace('\n', '\r\n'),
     VALID + '# \u00e9\nmax-messages = 10 # a remark\nmsg-timeout = 1.5m\nmax-held = 1.5KiB\n',
@@ -249,12 +293,15 @@ def test_a_valid_file_has_no_fault(xmsrv, text):
     ("topic = 'orders#ephemeral'\n", '[nsq] an #ephemeral topic or channel: what is published between runs is lost'),
     ('auth-secret-file = {directory}/secret\n',
      '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'),
+    ('[aerospike]\nhosts = a:1\nnamespace = n\nuser = u\npassword-file = {directory}/secret\n',
+     "[aerospike] user without [[tls]]: what proves the password crosses the network in the clear"),
     ('[dead-letter]\ndiscard = yes\n',
      '[dead-letter] discard = yes: what can never become a record is thrown away'),
 ])
 def test_what_is_seldom_meant_is_a_warning(xmsrv, more, warning):
     (xmsrv.directory / 'secret').write_text('s3cret\n')
     base = VALID.replace('topic = orders\n', '') if 'topic =' in more else VALID
+    base = base.replace('store = sqlite\n', '') if '[aerospike]' in more else base
     xmsrv.write((base + more).replace('{directory}', str(xmsrv.directory)))
     assert xmsrv.run('check').stderr == f'warning: {xmsrv.path}: {warning}\n'
     assert xmsrv.run('-q', 'config').stderr == ''
@@ -380,14 +427,23 @@ def test_the_shipped_files_are_valid(xmsrv, name):
     assert done.stderr == ''
 
 
-def test_the_full_file_needs_only_a_topic_and_an_address(xmsrv):
+def authority(directory):
+    """The file of a certificate authority."""
+    path = directory / 'ca.pem'
+    trustme.CA().cert_pem.write_to_path(path)
+    return path
+
+
+def test_the_full_file_needs_only_a_topic_an_address_and_a_namespace(xmsrv):
     """Its commented lines are as good: with all of them it is valid, too."""
     full = servers.ROOT / 'etc' / 'x-msrv-full.conf'
-    needed = '--set=nsq.topic=t', '--set=nsq.nsqd-tcp-address=a:1'
+    needed = ['--set=nsq.topic=t', '--set=nsq.nsqd-tcp-address=a:1']
+    needed += ['--set=aerospike.hosts=a:1', '--set=aerospike.namespace=n']
     assert xmsrv.run('-c', full, *needed, 'check').stderr == ''
-    assert len(xmsrv.run('-c', full, 'check', expect=78).stderr.splitlines()) == 2
+    assert len(xmsrv.run('-c', full, 'check', expect=78).stderr.splitlines()) == len(needed)
     xmsrv.write(re.sub(r'^# (\[\[\w+\]\]|[a-z-]+ =)$', r'\1', full.read_text(), flags=re.MULTILINE))
-    assert '\n[[tls]]\n' in xmsrv.path.read_text()
+    assert xmsrv.path.read_text().count('\n[[tls]]\n') == 2
+    needed.append(f'--set=aerospike.tls.ca-file={authority(xmsrv.directory)}')
     assert xmsrv.run(*needed, 'check').stderr == ''
 
 
@@ -447,7 +503,7 @@ def test_config_shows_every_option_and_runs_alone(xmsrv):
     """Each default is spelled out, TLS only where it is on."""
     xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)))
     found = shown(xmsrv, 'config')
-    expected = {option.name for option in OPTIONS if option.default is not None and option.section != 'nsq.tls'}
+    expected = {option.name for option in OPTIONS if option.default is not None and '.' not in option.section}
     assert {name for part in [found, *filter(lambda v: isinstance(v, dict), found.values())]
             for name, value in part.items() if not isinstance(value, dict)} == expected
     assert shown(xmsrv, '--set=nsq.tls.cert-file=', 'config')['nsq']['tls'] == {

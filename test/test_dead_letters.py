@@ -3,7 +3,9 @@ import base64
 import collections
 import contextlib
 import datetime
+import fcntl
 import json
+import math
 import os
 import random
 import re
@@ -15,6 +17,7 @@ import stat
 import threading
 import time
 
+import proxies
 import pytest
 import servers
 from servers import wait_until
@@ -40,6 +43,12 @@ def bury(xmsrv, nsqd, bodies, **settings):
     nsqd.publish(TOPIC, bodies)
     count = servers.summary(xmsrv.once(nsqd, message=STRICT, **settings).stderr)
     assert (count['dead'], count['requeued']) == (len(bodies), 0)
+
+
+def letter(**members):
+    """A dead letter as somebody else would publish it."""
+    header = {'reason': 'schema', 'detail': 'x', 'id': '0123456789abcdef', 'timestamp': '5', 'attempts': 1, **members}
+    return json.dumps(header).encode() + b'\n{"id": 1}'
 
 
 def ids(xmsrv):
@@ -180,6 +189,41 @@ def test_what_the_topic_refuses_stays_in_the_queue_beside_good_ones(nsqds, xmsrv
     assert nsqd.drain(TOPIC, CHANNEL) == big
 
 
+def test_a_letter_that_nobody_keeps_ends_no_window(nsqds, xmsrv):
+    """It is put aside, and the good ones behind it flow as if it were not there."""
+    nsqd, = nsqds(1, '--max-msg-size=2000')
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, [*unfit(3, **BIG), *good(5000)])
+    ran = xmsrv.once(nsqd, message=STRICT, nsq={'max-in-flight': 100}, expect=os.EX_TEMPFAIL)
+    count = servers.summary(ran.stderr)
+    assert (count['stored'], count['requeued']) == (5000, 3)
+    assert '3 dead letters could not be kept' in ran.stderr
+    assert sorted(nsqd.attempts(TOPIC, CHANNEL)) == [2] * 3
+
+
+def test_n_is_exact_with_letters_that_nobody_keeps(nsqds, xmsrv):
+    """They count as taken, and take no credit from the others."""
+    nsqd, = nsqds(1, '--max-msg-size=2000')
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, [*unfit(3, **BIG), *good(50)])
+    ran = xmsrv.once(nsqd, message=STRICT, nsq={'max-messages': 10}, expect=os.EX_TEMPFAIL, timeout='20s')
+    count = servers.summary(ran.stderr)
+    assert (count['received'], count['stored'], count['requeued']) == (10, 7, 3)
+    assert sorted(nsqd.attempts(TOPIC, CHANNEL)) == [1] * 43 + [2] * 3
+
+
+def test_letters_without_an_answer_end_in_75(nsqd, xmsrv):
+    """nsqd takes what is published and says nothing. Each letter is published once, and not in halves again."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, [*unfit(50), *good(5)])
+    with proxies.Proxy(nsqd, judge=lambda event: event.name != 'MPUB') as proxy:
+        xmsrv.configure(nsq={'nsqd-tcp-address': proxy.addresses}, message=STRICT)
+        ran = xmsrv.run('once', expect=os.EX_TEMPFAIL)
+        assert proxy.count('MPUB') <= 2   # the first goes off at once with what is there, the rest together
+    count = servers.summary(ran.stderr)
+    assert (count['stored'], count['dead'], count['requeued'], nsqd.left(TOPIC, CHANNEL)) == (5, 0, 50, 50)
+
+
 def test_what_the_topic_refuses_goes_to_the_file_and_nothing_else_does(nsqds, xmsrv, workdir):
     """Many at once, the refused among them: each is kept once, in one of the two."""
     nsqd, = nsqds(1, '--max-msg-size=2000')
@@ -291,6 +335,20 @@ def test_a_line_torn_by_a_kill_stays_by_itself(nsqd, xmsrv, workdir):
     assert sorted(json.loads(line)['body'].encode() for line in lines) == unfit(2)
 
 
+def test_a_file_that_another_has_locked_leaves_the_message_in_the_queue(nsqd, xmsrv, workdir):
+    """For a while it is waited for, and not for ever."""
+    path = workdir / 'dead.json'
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, [*good(5), *unfit(2)])
+    with path.open('w') as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        xmsrv.configure(nsqd, message=STRICT, dead_letter={'topic': '', 'file': path})
+        ran = xmsrv.run('once', expect=os.EX_TEMPFAIL)
+    assert 'another process has it locked' in ran.stderr
+    count = servers.summary(ran.stderr)
+    assert (count['stored'], count['requeued'], nsqd.left(TOPIC, CHANNEL)) == (5, 2, 2)
+
+
 @pytest.mark.parametrize('where, says', [('/dev/full', 'No space left'), ('.', 'Is a directory')])
 def test_a_file_that_cannot_be_written_leaves_the_message_in_the_queue(nsqd, xmsrv, workdir, where, says):
     """A full disk, and something that is no file: 75, and the good ones are stored."""
@@ -397,8 +455,10 @@ def test_what_fails_again_stays_a_dead_letter_and_is_reported(nsqd, xmsrv):
 
 @pytest.mark.parametrize('letter', [
     b'{"id": 1}', b'no letter at all', b'{"reason": "schema", "id": "0123456789abcdef"}\n{"id": 1}', b'[]\n[]',
-    b'\xff\n{}',
-])
+    b'\xff\n{}', b'[' * 200_000, letter(timestamp=math.inf), letter(timestamp='9' * 400),
+    letter(timestamp='-1' + '0' * 30), letter(reason='no such reason'), letter(reason=['schema']),
+    letter(attempts=None),
+], ids=lambda letter: ascii(letter[:40]))
 def test_a_letter_that_cannot_be_read_stays_and_is_reported(nsqd, xmsrv, letter):
     """It may be anybody's; the one beside it is replayed."""
     bury(xmsrv, nsqd, unfit(1))
@@ -426,6 +486,39 @@ def test_replay_never_puts_an_old_message_over_a_newer_record(nsqd, xmsrv, order
     expected = (0, 1, 5) if order == 'letter first' else (1, 0, 'bad')
     assert (count['stored'], count['stale'], xmsrv.records()[1]['id']) == expected
     assert nsqd.left(DEAD, REPLAY) == 0
+
+
+def test_what_anybody_wrote_reaches_no_terminal_as_it_is(nsqd, xmsrv):
+    """Neither escape sequences nor lines of its own."""
+    bury(xmsrv, nsqd, unfit(1))
+    nsqd.publish(DEAD, letter(detail='\x1b[2J\nfirst 9 of depth 9 \ud800', id='\x1b[31m'))
+    listed = xmsrv.run('replay', '--list').stdout
+    assert len(listed.splitlines()) == 3
+    assert listed.isascii() and listed.replace('\n', '').isprintable()
+
+
+def test_the_list_shows_as_many_as_it_says_whatever_their_size(nsqd, xmsrv):
+    """Those that it holds are in flight to the end: RDY has to be so much higher."""
+    bury(xmsrv, nsqd, unfit(25, text='x' * 200_000), nsq={'max-in-flight': 3})
+    assert xmsrv.run('replay', '--list').stdout.splitlines()[-1] == f'first 20 of depth 25 in {DEAD}'
+
+
+@pytest.mark.parametrize('outage', ['queue', 'store'])
+def test_replay_ends_when_nothing_moves_for_timeout(nsqd, xmsrv, outage):
+    """Its letters stay where they are."""
+    bury(xmsrv, nsqd, unfit(5))
+    nsqd.pause(DEAD, REPLAY)
+    xmsrv.configure(nsqd, message=RELAXED, timeout='2s', idle_timeout='60s')
+    running = xmsrv.start('replay')
+    wait_until(lambda: nsqd.stats(DEAD, REPLAY)['clients'], 'replay is subscribed, its store open')
+    if outage == 'queue':
+        nsqd.kill()
+        assert running.wait(timeout=20) == 0
+        return
+    with xmsrv.locked():
+        nsqd.unpause(DEAD, REPLAY)
+        assert running.wait(timeout=30) == os.EX_TEMPFAIL
+    assert (xmsrv.rows(), nsqd.left(DEAD, REPLAY)) == ([], 5)
 
 
 def test_the_list_shows_each_letter_and_changes_nothing(nsqd, xmsrv):

@@ -6,10 +6,12 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import termios
 
+import proxies
 import pytest
 import servers
 import trustme
@@ -222,6 +224,27 @@ def test_64_is_a_command_line_that_is_wrong(nsqd, xmsrv, arguments):
     assert line.startswith('x-msrv') and '--help' in line
 
 
+def test_64_is_a_limit_without_a_list(nsqd, xmsrv):
+    xmsrv.configure(nsqd)
+    assert '--limit goes with --list' in xmsrv.run('replay', '--limit', '5', expect=os.EX_USAGE).stderr
+
+
+def test_130_is_an_interrupted_check_without_a_word(xmsrv):
+    with proxies.Says() as silent:
+        xmsrv.configure(nsq={'nsqd-tcp-address': silent.address})
+        running = xmsrv.start('check', '--connect')
+        servers.wait_until(lambda: silent.taken, 'it is connected')
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=10) == 130
+    assert 'Traceback' not in xmsrv.log.read_text()
+
+
+def test_a_closed_stderr_is_no_fault(nsqd, xmsrv):
+    xmsrv.configure(nsqd)
+    command = ['sh', '-c', f'exec {servers.PROGRAM} -c {xmsrv.path} once 2>&-']
+    assert subprocess.run(command, check=False, timeout=30).returncode == 0
+
+
 @pytest.mark.parametrize('command', [['once'], ['replay'], ['replay', '--list'], ['check', '--connect']])
 def test_69_is_a_queue_out_of_reach(nsqd, xmsrv, command):
     """It says which."""
@@ -256,7 +279,7 @@ def test_75_is_a_dead_letter_that_nobody_keeps(nsqds, xmsrv):
     """The last line says how many messages went back, and why."""
     refused_letter(*nsqds(1, '--max-msg-size=2000'), xmsrv)
     last = xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr.splitlines()[-1]
-    assert last == 'error: 1 messages handed back: dead letters could not be kept'
+    assert last == 'error: 1 messages handed back: 1 dead letters could not be kept'
 
 
 @pytest.mark.parametrize('command', [['once'], ['replay'], ['check'], ['config']])

@@ -9,7 +9,7 @@ import pytest
 import servers
 from servers import wait_until
 
-from xmsrv import Crew
+from xmsrv import Connection, Crew, QueueError
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'
 
@@ -265,8 +265,9 @@ def test_messages_that_trickle_keep_the_window_open_until_timeout(xmsrv, nsqd):
             break
     told = servers.summary(xmsrv.log.read_text())
     assert 3 <= told['seconds'] < 6
-    assert told['stored'] == told['received'] == len(xmsrv.records())
-    assert told['requeued'] == told['late'] == counts([nsqd], 'requeue_count') == counts([nsqd], 'in_flight_count') == 0
+    assert told['stored'] == told['received'] - told['requeued'] == len(xmsrv.records())
+    assert told['requeued'] == counts([nsqd], 'requeue_count') <= 1   # one may cross the RDY 0 of the window's end
+    assert told['late'] == counts([nsqd], 'in_flight_count') == 0
 
 
 def test_endless_flow_ends_at_timeout_and_nothing_is_handed_back(xmsrv, nsqd):
@@ -312,6 +313,12 @@ def test_task_that_loses_a_cancellation_ends_all_the_same():
         return crew
 
     assert not asyncio.run(start_and_cancel()).tasks
+
+
+@pytest.mark.parametrize('data', [proxies.frame(b'short', 2), b'\0\0\0\3\0\0\0\0', b'\xff' * 8], ids=repr)
+def test_frame_of_a_size_that_there_is_not_ends_its_connection(data):
+    with pytest.raises(QueueError, match='size'):
+        Connection(('127.0.0.1', 1), None).unpack(data)
 
 
 def test_nsqd_that_hangs_at_the_end_holds_nothing_up(xmsrv, nsqd):
@@ -382,6 +389,8 @@ BAD_LOOKUPDS = {
     'no JSON': web(200, b'<html>'),
     'other JSON': web(200, b'[]'),
     'odd producers': web(200, b'{"producers": [{}]}'),
+    'deep JSON': web(200, b'[' * 100_000),
+    'odd port': web(200, b'{"producers": [{"broadcast_address": "a", "tcp_port": 1, "http_port": 1e999}]}'),
 }
 
 
@@ -465,6 +474,8 @@ BAD_NSQDS = {
     'no features': saying(proxies.frame(b'OK')),
     'other JSON': saying(proxies.frame(b'[]')),
     'error': saying(proxies.frame(b'E_INVALID go away', 1)),
+    'deep JSON': saying(proxies.frame(b'[' * 100_000)),
+    'odd limits': saying(proxies.frame(b'{"max_rdy_count": "x"}')),
 }
 
 

@@ -103,7 +103,7 @@ def test_sets_share_a_file(opened, xmsrv):
     store.write([Record('k', {'a': 2}, None)])
     assert {(where, key): bins for where, key, bins, _ in xmsrv.rows()} == {
         ('orders', 'k'): {'a': 1}, ('others', 'k'): {'a': 2}}
-    assert '1 records in set others' in store.describe()
+    assert '1 records in set others' in store.describe()[0]
 
 
 def test_what_is_answered_is_durable(opened, xmsrv):
@@ -351,6 +351,37 @@ def file_size_limit(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize('how', ['removed', 'moved'])
+def test_a_database_that_is_taken_away_is_no_store_any_more(opened, xmsrv, how):
+    """SQLite itself would go on, in a file that nobody can find."""
+    store = opened()
+    assert store.write([Record('a', {'n': 1}, None)]) == [STORED]
+    for path in xmsrv.directory.glob('records.sqlite*'):
+        if how == 'removed':
+            path.unlink()
+        else:
+            path.rename(path.with_name('elsewhere' + path.name))
+    with pytest.raises(StoreDown, match='records.sqlite') as failure:
+        store.write([Record('b', {'n': 2}, None)])
+    assert not failure.value.again
+
+
+@pytest.mark.parametrize('bins', ['oops', '5', '[]', 'null', '[' * 100_000, None])
+def test_a_stored_row_that_is_no_record_is_not_overwritten(opened, xmsrv, bins):
+    store = opened(**BY_ID)
+    store.db.execute('INSERT INTO records VALUES (?, ?, ?, ?)', ('orders', 'k', bins or b'\xff', 'now'))
+    rejected, stored = store.write([newer('k', 4), newer('l', 4)])
+    assert (rejected.outcome, stored) == ('rejected', STORED)
+
+
+def test_a_table_of_another_form_takes_nothing(nsqd, xmsrv):
+    nsqd.publish('orders', numbered(range(3)))
+    with contextlib.closing(sqlite3.connect(xmsrv.database)) as database:
+        database.execute('CREATE TABLE records (a)')
+    ran = xmsrv.once(nsqd, expect=69)
+    assert 'records.sqlite' in ran.stderr and nsqd.left('orders', 'x-msrv') == 3
 
 
 def test_a_full_disk_loses_nothing(nsqd, xmsrv):

@@ -1,0 +1,327 @@
+"""The Aerospike store: what it keeps, what it does with a key that is there, and what follows from each answer."""
+import contextlib
+import os
+import random
+import time
+
+import aerospike
+import clusters
+import pytest
+import servers
+from aerospike_helpers import expressions as exp
+from aerospike_server import Lost
+from clusters import NAMESPACE
+
+from xmsrv import ANSWERS, DUPLICATE, STALE, STORED, AerospikeStore, Record, StoreDown, load, newest_wins
+
+BY_ID = {'key': 'id'}
+
+
+@pytest.fixture
+def opened(xmsrv):
+    """A function: opened(cluster, key='id', write='create') is an open AerospikeStore with such a [record]."""
+    with contextlib.ExitStack() as stack:
+        def make(cluster, connected=True, more=(), **record):
+            settings = cluster.settings(**dict(more))
+            xmsrv.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'}, record=record, **settings)
+            config, faults, _ = load(str(xmsrv.path))
+            assert not faults
+            store = AerospikeStore(config)
+            stack.callback(store.close)
+            if connected:
+                store.open()
+            return store
+        yield make
+
+
+def newer(key, time, **bins):
+    """A record under a field as key, with its time in the bin gts."""
+    return Record(key, {'id': key, **bins, 'gts': time}, time)
+
+
+def numbered(count, first=0):
+    """Records that differ in n, each under a key of its own."""
+    return [Record(f'key-{n}', {'n': n}, None) for n in range(first, first + count)]
+
+
+def outcomes(answers):
+    return [answer.outcome for answer in answers]
+
+
+# ------------------------------------------------------------------------------------------------------- what is kept
+
+def test_a_record_is_kept_as_it_is(opened, cluster):
+    bins = {'n': 1, 'f': 1.0, 't': True, 'z': -0.0, 's': '\u00e9"\\\n', '': [None, {'a': [2**63 - 1, -2**63]}], 'e': {},
+            'deep': [{'': [True, 1, 1.0, None]}]}
+    assert opened(cluster).write([Record('k', dict(bins), None)]) == [STORED]
+    (key, kept), = cluster.rows()
+    assert (key, sorted(map(repr, kept.items()))) == ('k', sorted(map(repr, bins.items())))
+
+
+def test_a_key_keeps_its_type(opened, cluster):
+    keys = ['1', 1, -2**63, 2**63 - 1, ' ', '\u00e9', 'k' * 1000]
+    opened(cluster).write([Record(key, {'n': place}, None) for place, key in enumerate(keys)])
+    assert sorted(map(repr, cluster.rows())) == sorted(repr((key, {'n': n})) for n, key in enumerate(keys))
+
+
+def test_a_second_write_of_a_key_replaces_the_record(opened, cluster):
+    store = opened(cluster)
+    store.write([Record('k', {'a': 1, 'b': 1}, None)])
+    assert store.write([Record('k', {'b': 2}, None)]) == [STORED]
+    assert cluster.records() == {'k': {'b': 2}}
+
+
+def test_a_full_batch_is_stored(opened, cluster):
+    assert opened(cluster).write(numbered(500)) == [STORED] * 500
+    assert cluster.numbers() == list(range(500))
+
+
+def test_create_keeps_the_first(opened, cluster):
+    store = opened(cluster, write='create')
+    records = [Record('k', {'n': 1}, None), Record('l', {'n': 2}, None), Record('k', {'n': 3}, None)]
+    answers = store.write(records)
+    assert sorted(outcomes(answers)) == ['duplicate', 'stored', 'stored'] and answers[1] is STORED
+    first = cluster.records()
+    assert store.write(records) == [DUPLICATE] * 3
+    assert cluster.records() == first
+
+
+def test_update_merges_bins(opened, cluster):
+    store = opened(cluster, write='update')
+    store.write([Record('k', {'a': 1, 'b': 1}, None)])
+    assert store.write([Record('k', {'b': 2, 'c': 2}, None)]) == [STORED]
+    assert cluster.records() == {'k': {'a': 1, 'b': 2, 'c': 2}}
+
+
+@pytest.mark.parametrize('ttl, least, most', [
+    ('1h', 3590, 3600), ('3650d', 315359990, 315360000), ('never', None, None),
+])
+def test_ttl(opened, cluster, ttl, least, most):
+    assert opened(cluster, ttl=ttl).write([Record('k', {'n': 1}, None)]) == [STORED]
+    _, meta = cluster.client.exists((NAMESPACE, cluster.set, 'k'))
+    assert meta['ttl'] == aerospike.TTL_NEVER_EXPIRE if least is None else least <= meta['ttl'] <= most
+
+
+# ---------------------------------------------------------------------------------------------------- the newest wins
+
+def test_the_filter_is_the_one_that_the_client_compiles():
+    """Ours is compiled once, and one item of it is put in its place for each record."""
+    before, (op, kind, _, children), after = newest_wins('gts')
+    for moment in (0, 5, -2**63, 2**63 - 1):
+        compiled = exp.Or(exp.Not(exp.BinExists('gts')), exp.LE(exp.IntBin('gts'), moment)).compile()
+        assert [*before, (op, kind, {'val': moment}, children), *after] == compiled
+
+
+@pytest.mark.parametrize('stored, answer, left', [(5, STALE, 5), (4, STORED, 4), (3, STORED, 4), (None, STORED, 4)])
+def test_the_newest_wins(opened, cluster, stored, answer, left):
+    if stored:
+        cluster.put('k', {'id': 'k', 'gts': stored})
+    assert opened(cluster, **BY_ID).write([newer('k', 4)]) == [answer]
+    assert cluster.records() == {'k': {'id': 'k', 'gts': left}}
+
+
+@pytest.mark.parametrize('moment', ['soon', 5.0, [5], {'a': 5}, True], ids=repr)
+def test_a_stored_time_of_another_type_is_not_overwritten(opened, cluster, moment):
+    cluster.put('k', {'id': 'k', 'gts': moment})
+    rejected, stored = opened(cluster, **BY_ID).write([newer('k', 4), newer('l', 4)])
+    assert (rejected.outcome, rejected.reason, stored) == ('rejected', 'rejected', STORED)
+    assert 'gts' in rejected.detail
+    assert cluster.records()['k'] == {'id': 'k', 'gts': moment}
+
+
+@pytest.mark.parametrize('times', [(1, 2, 3), (3, 2, 1), (2, 3, 1), (2, 1, 2)])
+def test_the_newest_wins_inside_a_batch(opened, cluster, times):
+    answers = opened(cluster, **BY_ID).write([newer('k', time) for time in times])
+    assert set(outcomes(answers)) <= {'stored', 'stale'} and STORED in answers
+    assert cluster.records()['k']['gts'] == max(times)
+
+
+def test_any_order_of_batches_leaves_the_newest(opened, cluster):
+    store, draw = opened(cluster, **BY_ID), random.Random(4)
+    records = [(f'k{number % 20}', time) for number, time in enumerate(draw.sample(range(10_000), 400))]
+    for first in range(0, 400, 50):
+        store.write([newer(*record) for record in records[first:first + 50]])
+    newest = {key: max(time for name, time in records if name == key) for key, _ in records}
+    assert {key: bins['gts'] for key, bins in cluster.records().items()} == newest
+
+
+def test_a_record_without_the_time_is_overwritten(opened, cluster):
+    cluster.put('k', {'other': 1})
+    assert opened(cluster, **BY_ID).write([newer('k', 4)]) == [STORED]
+    assert cluster.records() == {'k': {'id': 'k', 'gts': 4}}
+
+
+# ------------------------------------------------------------------------------------------- what one bad record costs
+
+UNFIT = {
+    'integer': {'n': 2**63}, 'deep integer': {'a': [{'b': -2**63 - 1}]}, 'name': {'x' * 16: 1},
+    'surrogate': {'s': '\ud800'}, 'no bins': {}, 'type': {'n': object()},
+}
+
+
+@pytest.mark.parametrize('bins', UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize('place', [0, 37, 99])
+def test_what_the_client_refuses_takes_no_other_record_along(opened, cluster, bins, place):
+    """The mapper lets none of them through; if the client has more to refuse than we know, this is what happens."""
+    records = numbered(99)
+    records.insert(place, Record('bad', bins, None))
+    answers = opened(cluster).write(records)
+    bad = answers.pop(place)
+    assert answers == [STORED] * 99
+    assert bad.outcome in ('rejected', 'retry')
+    assert cluster.numbers() == list(range(99))
+
+
+def test_a_record_that_is_too_big_is_rejected_alone(opened, cluster):
+    records = numbered(9)
+    records.insert(4, Record('big', {'n': 'x' * (2 << 20)}, None))
+    answers = opened(cluster).write(records)
+    big = answers.pop(4)
+    assert (big.outcome, big.reason, answers) == ('rejected', 'too-big', [STORED] * 9)
+
+
+def test_a_null_takes_its_record_along(opened, cluster):
+    """The mapper leaves them out; with replace the server answers 4."""
+    answers = opened(cluster).write([Record('k', {'n': None}, None), *numbered(2)])
+    assert (outcomes(answers), answers[0].reason) == (['rejected', 'stored', 'stored'], 'rejected')
+
+
+def test_a_namespace_that_is_not_there_stops_the_window(opened, cluster):
+    answers = opened(cluster, more={'namespace': 'nowhere'}).write(numbered(3))
+    assert set(outcomes(answers)) <= {'stop', 'retry'}
+    assert 'nowhere' in answers[0].detail
+
+
+# ------------------------------------------------------------------------------------------------- the table of answers
+
+def answered(store, cluster, code):
+    """The Answers to four records, of which the third gets `code`."""
+    cluster.server.judge = lambda write: code if write.key == 'key-2' else None
+    return store.write(numbered(4))
+
+
+@pytest.mark.parametrize('code', [code for code, what in ANSWERS.items() if what in ('retry', 'stop') and code > 0])
+def test_an_answer_that_is_nobodys_fault(opened, standin, code):
+    answers = answered(opened(standin), standin, code)
+    assert outcomes(answers) == ['stored', 'stored', ANSWERS[code], 'stored']
+    assert f'answer {code} ' in answers[2].detail and f'{NAMESPACE}.{standin.set}' in answers[2].detail
+    assert standin.numbers() == [0, 1, 3]
+
+
+@pytest.mark.parametrize('code', [4, 12, 21])
+def test_a_refusal_is_a_dead_letter_where_others_were_stored(opened, standin, code):
+    answer = answered(opened(standin), standin, code)[2]
+    assert (answer.outcome, answer.reason) == ('rejected', 'rejected')
+    assert f'answer {code} ' in answer.detail
+
+
+@pytest.mark.parametrize('code', [4, 12, 21])
+def test_a_refusal_of_all_stops_the_window(opened, standin, code):
+    """A wrong policy answers so to every record."""
+    standin.server.judge = lambda write: code
+    store = opened(standin)
+    answers = store.write(numbered(4))
+    assert outcomes(answers) == ['stop'] * 4
+    assert 'no write of this run has succeeded yet' in answers[0].detail
+    standin.server.judge = lambda write: None
+    assert store.write(numbered(4)) == [STORED] * 4
+    standin.server.judge = lambda write: code
+    assert outcomes(store.write(numbered(4))) == ['rejected'] * 4
+
+
+@pytest.mark.parametrize('code, write', [
+    (99, 'replace'), (5, 'replace'), (27, 'replace'), (2, 'replace'), (27, 'create'),
+])
+def test_an_answer_that_is_not_in_the_table_is_tried_again_and_said(opened, standin, caplog, code, write, monkeypatch):
+    monkeypatch.setattr('xmsrv.log.propagate', True)
+    answer = answered(opened(standin, write=write), standin, code)[2]
+    assert answer.outcome == 'retry'
+    assert [f'answer {code} ' in record.message for record in caplog.records if record.levelname == 'ERROR'] == [True]
+
+
+def test_a_write_that_is_in_doubt_is_tried_again(opened, standin):
+    store = opened(standin)
+    answer = answered(store, standin, Lost(9))[2]
+    assert answer.outcome == 'retry'
+    assert standin.numbers() == [0, 1, 2, 3]
+    standin.server.judge = lambda write: None
+    assert store.write(numbered(4)) == [STORED] * 4
+    assert standin.numbers() == [0, 1, 2, 3]
+
+
+def test_filtered_out_by_what_is_gone_is_tried_again(opened, standin):
+    """The record expired, or was deleted, between the write and the look at it."""
+    standin.server.judge = lambda write: 27
+    answer, = opened(standin, **BY_ID).write([newer('k', 4)])
+    assert answer.outcome == 'retry'
+
+
+# -------------------------------------------------------------------------------------------------------------- outages
+
+def test_a_cluster_that_is_not_there_is_down(opened, standin):
+    standin.server.refuse()
+    with pytest.raises(StoreDown, match=NAMESPACE):
+        opened(standin)
+
+
+def test_a_server_that_answers_nothing_is_down_in_time(opened, standin):
+    store = opened(standin, more={'total-timeout': '500ms'})
+    standin.server.hang()
+    begun = time.monotonic()
+    assert outcomes(store.write(numbered(3))) == ['retry'] * 3
+    assert time.monotonic() - begun < store.patience
+    standin.server.resume()
+    servers.wait_until(lambda: store.write(numbered(3)) == [STORED] * 3, 'it is back')
+
+
+def test_a_server_that_dies_and_comes_back(opened, standin):
+    store = opened(standin, more={'total-timeout': '500ms'})
+    assert store.write(numbered(3)) == [STORED] * 3
+    standin.server.refuse()
+    assert outcomes(store.write(numbered(3))) == ['retry'] * 3
+    standin.server.listen()
+    servers.wait_until(lambda: store.write(numbered(3)) == [STORED] * 3, 'it is back')
+
+
+def test_answers_that_are_lost_after_the_write(opened, standin):
+    store = opened(standin)
+    standin.server.drop_answers = 1
+    answers = store.write(numbered(3))
+    assert outcomes(answers) == ['retry'] * 3
+    assert 'perhaps written' in answers[0].detail
+    assert standin.numbers() == [0, 1, 2]
+    servers.wait_until(lambda: store.write(numbered(3)) == [STORED] * 3, 'it is tried again')
+    assert standin.numbers() == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------ check --connect
+
+def test_check_says_what_is_there(nsqd, xmsrv, cluster):
+    xmsrv.configure(nsqd, record={'ttl': '1h'}, **cluster.settings())
+    cluster.put('k', {'a': 1})
+    ran = xmsrv.run('check', '--connect')
+    line, = [line for line in ran.stdout.splitlines() if line.startswith('aerospike ')]
+    assert f'aerospike {cluster.address}: {NAMESPACE}.{cluster.set}: 1 node, server ' in line
+    assert 'nsup-period' in line and 'bytes' in line
+
+
+def test_check_says_that_the_namespace_is_not_there(nsqd, xmsrv, cluster):
+    xmsrv.configure(nsqd, **cluster.settings(namespace='nowhere'))
+    said = xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
+    assert f'no such namespace; there are {NAMESPACE}' in said
+
+
+def test_check_says_that_a_ttl_would_be_refused(nsqd, xmsrv):
+    with clusters.standin(nsup_period=0) as cluster:
+        xmsrv.configure(nsqd, record={'ttl': '1h'}, **cluster.settings())
+        assert 'a ttl is refused' in xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
+        xmsrv.configure(nsqd, record={'ttl': 'never'}, **cluster.settings())
+        xmsrv.run('check', '--connect')
+
+
+def test_check_says_that_the_cluster_is_down(nsqd, xmsrv, standin):
+    standin.server.refuse()
+    xmsrv.configure(nsqd, **standin.settings())
+    ran = xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE)
+    assert f'aerospike {standin.address}: {NAMESPACE}.{standin.set}: ' in ran.stderr
+    assert 'nsqd' in ran.stdout
