@@ -1305,9 +1305,23 @@ class AerospikeStore(Store):
                        'exists': getattr(aerospike, EXISTS[self.record.write]), 'ttl': self.record.ttl}
         self.filter = newest_wins(self.time_bin) if self.time_bin else None
         try:
-            self.client = aerospike.client(self.client_config())
+            self.client = self.connected(self.client_config())
         except aerospike.exception.AerospikeError as error:
             raise StoreDown(f'{self.where}: {self.named(error.code)}: {shortened(str(error.msg), 200)}') from None
+
+    def connected(self, config):
+        """A client that is connected. It refuses a cluster of which it finds one node and misses one of the hosts (of
+        two nodes, when one is down): then one node is enough."""
+        try:
+            return self.aerospike.client(config)
+        except self.aerospike.exception.AerospikeError:
+            if len(self.options.hosts) == 1:
+                raise
+            client = self.aerospike.client({**config, 'fail_if_not_connected': False})
+            if client.get_node_names():
+                return client
+            client.close()
+            raise
 
     def client_config(self):
         """The client's own configuration; it refuses a name that it does not know (validate_keys)."""

@@ -2,12 +2,16 @@
 import contextlib
 import os
 import random
+import ssl
 import time
 
 import aerospike
 import clusters
+import proxies
 import pytest
+import roundtrip
 import servers
+import trustme
 from aerospike_helpers import expressions as exp
 from aerospike_server import Lost
 from clusters import NAMESPACE
@@ -100,6 +104,16 @@ def test_ttl(opened, cluster, ttl, least, most):
     assert opened(cluster, ttl=ttl).write([Record('k', {'n': 1}, None)]) == [STORED]
     _, meta = cluster.client.exists((NAMESPACE, cluster.set, 'k'))
     assert meta['ttl'] == aerospike.TTL_NEVER_EXPIRE if least is None else least <= meta['ttl'] <= most
+
+
+def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, xmsrv, cluster):
+    settings = cluster.settings(set='')   # the topic's name
+
+    def rows(topic):
+        cluster.set = topic
+        return cluster.rows()
+
+    roundtrip.check(nsqd, xmsrv, rows, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------- the newest wins
@@ -232,11 +246,12 @@ def test_a_refusal_of_all_stops_the_window(opened, standin, code):
 @pytest.mark.parametrize('code, write', [
     (99, 'replace'), (5, 'replace'), (27, 'replace'), (2, 'replace'), (27, 'create'),
 ])
-def test_an_answer_that_is_not_in_the_table_is_tried_again_and_said(opened, standin, caplog, code, write, monkeypatch):
-    monkeypatch.setattr('xmsrv.log.propagate', True)
-    answer = answered(opened(standin, write=write), standin, code)[2]
-    assert answer.outcome == 'retry'
-    assert [f'answer {code} ' in record.message for record in caplog.records if record.levelname == 'ERROR'] == [True]
+def test_an_answer_that_is_not_in_the_table_is_tried_again_and_said(opened, standin, monkeypatch, code, write):
+    said = []
+    monkeypatch.setattr('xmsrv.log.error', lambda text, *values: said.append(text % values))
+    store = opened(standin, write=write)
+    assert [answered(store, standin, code)[2].outcome for _ in range(2)] == ['retry', 'retry']
+    assert len(said) == 1 and f'answer {code} ' in said[0]
 
 
 def test_a_write_that_is_in_doubt_is_tried_again(opened, standin):
@@ -292,6 +307,87 @@ def test_answers_that_are_lost_after_the_write(opened, standin):
     assert standin.numbers() == [0, 1, 2]
     servers.wait_until(lambda: store.write(numbered(3)) == [STORED] * 3, 'it is tried again')
     assert standin.numbers() == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------- how it is reached
+
+def test_one_of_several_hosts_is_enough(opened, standin):
+    with proxies.refusing() as address:
+        store = opened(standin, more={'hosts': f'{address}, {standin.address}'})
+        assert store.write(numbered(2)) == [STORED] * 2
+
+
+def test_ipv6(opened):
+    with clusters.standin(host='::1') as cluster:
+        assert opened(cluster).write(numbered(2)) == [STORED] * 2
+
+
+@pytest.fixture
+def authority(workdir):
+    """A certificate authority in ca.pem, and a function that makes the context of a server by that name."""
+    made = trustme.CA()
+    made.cert_pem.write_to_path(workdir / 'ca.pem')
+    client = made.issue_cert('x-msrv')
+    client.private_key_and_cert_chain_pem.write_to_path(workdir / 'client.pem')
+
+    def context(name, mutual=False):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.issue_cert(name).configure_cert(context)
+        if mutual:
+            made.configure_trust(context)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+    return context
+
+
+TLS = {'ca-file': 'ca.pem', 'name': 'db.example'}
+
+
+def tls(workdir, **options):
+    """The option [[tls]], with files in the directory."""
+    merged = {**TLS, **options}
+    return {'tls': {name: workdir / value if name.endswith('-file') else value for name, value in merged.items()}}
+
+
+def test_tls(opened, authority, workdir):
+    with clusters.standin(tls=authority('db.example')) as cluster:
+        assert opened(cluster, more=tls(workdir)).write(numbered(2)) == [STORED] * 2
+
+
+def test_tls_with_a_client_certificate(opened, authority, workdir):
+    with clusters.standin(tls=authority('db.example', mutual=True)) as cluster:
+        more = tls(workdir, **{'cert-file': 'client.pem', 'key-file': 'client.pem'})
+        assert opened(cluster, more=more).write(numbered(2)) == [STORED] * 2
+        with pytest.raises(StoreDown):
+            opened(cluster, more=tls(workdir))
+
+
+def test_tls_of_another_name_is_refused(opened, authority, workdir):
+    with clusters.standin(tls=authority('other.example')) as cluster, pytest.raises(StoreDown):
+        opened(cluster, more=tls(workdir))
+
+
+def test_tls_of_an_unknown_authority_is_refused(opened, authority, workdir):
+    trustme.CA().cert_pem.write_to_path(workdir / 'theirs.pem')
+    with clusters.standin(tls=authority('db.example')) as cluster, pytest.raises(StoreDown):
+        opened(cluster, more=tls(workdir, **{'ca-file': 'theirs.pem'}))
+
+
+def test_tls_asked_for_and_not_there_is_refused(opened, authority, workdir):
+    with clusters.standin() as cluster, pytest.raises(StoreDown):
+        opened(cluster, more=tls(workdir))
+
+
+def test_user(opened, workdir):
+    (workdir / 'password').write_text('s3cret\n')
+    login = {'user': 'writer', 'password-file': workdir / 'password'}
+    with clusters.standin(users={'writer': 's3cret'}) as cluster:
+        assert opened(cluster, more=login).write(numbered(2)) == [STORED] * 2
+        with pytest.raises(StoreDown) as failure:
+            opened(cluster, more={**login, 'user': 'nobody'})
+        assert 's3cret' not in str(failure.value)
+        with pytest.raises(StoreDown):
+            opened(cluster)
 
 
 # ------------------------------------------------------------------------------------------------------ check --connect

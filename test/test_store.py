@@ -1,15 +1,14 @@
 """The sqlite store: what it keeps, what it does with a key that is there, and what an outage of it does to messages."""
-import collections
 import contextlib
 import itertools
 import json
-import random
 import resource
 import sqlite3
 
 import pytest
+import roundtrip
 import servers
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xmsrv import DUPLICATE, STALE, STORED, Record, SqliteStore, StoreDown, load
@@ -447,89 +446,10 @@ def test_two_programs_share_one_database(nsqds, xmsrv):
     assert sorted(bins['n'] for bins in xmsrv.records().values()) == list(range(6000))
 
 
-# --- any message: equal in the store, or a dead letter byte for byte
-
-texts = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), max_size=10)
-scalars = st.none() | st.booleans() | st.integers(-1 << 63, (1 << 63) - 1) | st.floats(
-    allow_nan=False, allow_infinity=False) | texts
-fit = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-                   max_leaves=8)
-names = st.text('abcdefghijklm \u00e9."', max_size=7).filter(lambda name: name not in ('n', 'gid'))
-wild = st.recursive(
-    scalars | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(['\ud800', '\0', 2**63, 1e308 * 10]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=20), inner, max_size=3), max_leaves=8)
-objects = st.dictionaries(names, fit, max_size=4).map(lambda value: (True, value))
-wilder = st.dictionaries(names | st.text(max_size=20), wild, max_size=4).map(lambda value: (False, value))
-batches = st.lists(objects | wilder, min_size=40, max_size=80)
-
-
-def encoded(number, value, ascii_only):
-    """A message's body, the number under n."""
-    return json.dumps({'n': number, **value}, ensure_ascii=ascii_only).encode('utf-8', 'surrogatepass')
-
-
-def damaged(body, seed):
-    """The body with one byte changed, cut or doubled."""
-    place = random.Random(seed).randrange(len(body))
-    return [body[:place] + body[place + 1:], body[:place] + b'\xff' + body[place + 1:], body + body[place:],
-            body.replace(b'"n"', b'"n": 1, "n"', 1)][seed % 4]
-
+# --- any message
 
 def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, xmsrv):
-    topics = (f'topic-{number}' for number in itertools.count())
+    def rows(topic):
+        return [(key, bins) for where, key, bins, _ in xmsrv.rows() if where == topic]
 
-    # Each example is a window of half a second, and a batch is not worth an hour of shrinking: the message is named.
-    @settings(max_examples=5, deadline=None, phases=[Phase.generate])
-    @given(batches, st.booleans(), st.integers(0, 1000))
-    def round_trip(batch, ascii_only, seed):
-        bodies = [encoded(n, value, ascii_only) for n, (_, value) in enumerate(batch)]
-        bodies += [damaged(body, seed + n) for n, body in enumerate(bodies[:8])] + [b'[]', b'1', b'\0', b'\xff']
-        stored, dead = window(nsqd, xmsrv, next(topics), bodies)
-        neither = collections.Counter(bodies) - collections.Counter(stored + dead)
-        assert not neither, 'these are not stored with their very value, nor dead with their very bytes'
-        assert len(stored + dead) == len(bodies)
-        lost = [body for body, (harmless, _) in zip(bodies, batch, strict=False) if harmless and body in dead]
-        assert not lost, 'these had no fault'
-
-    round_trip()
-
-
-def window(nsqd, xmsrv, topic, bodies):
-    """One window over `bodies`: (those whose record equals them, the bodies of the dead letters)."""
-    nsqd.create(topic, 'x-msrv')
-    nsqd.publish(topic, bodies)
-    counts = servers.summary(xmsrv.once(nsqd, topic=topic, nsq={'max-messages': len(bodies)}).stderr)
-    assert (counts['received'], counts['stored'] + counts['dead']) == (len(bodies), len(bodies))
-    letters = nsqd.drain(f'{topic}.dead', 'x-msrv-replay', expected=counts['dead'])
-    rows = [(key, bins) for where, key, bins, _ in xmsrv.rows() if where == topic]
-    return equals(rows, bodies), [letter.partition(b'\n')[2] for letter in letters]
-
-
-def equals(rows, bodies):
-    """For each row the body that it was made of; AssertionError where there is none."""
-    expected = {}
-    for body in bodies:
-        try:
-            value = json.loads(body, object_pairs_hook=each_once)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            bins = {name: item for name, item in value.items() if item is not None}
-            expected.setdefault(exact(bins), []).append(body)
-    found = []
-    for key, bins in rows:
-        assert bins.pop('gid') == key
-        found.append(expected[exact(bins)].pop())
-    return found
-
-
-def each_once(pairs):
-    """An object; ValueError where a name comes twice."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError('twice')
-    return dict(pairs)
-
-
-def exact(value):
-    """`value` as text in which 1, 1.0 and True differ, and names have no order."""
-    return json.dumps(value, sort_keys=True)
+    roundtrip.check(nsqd, xmsrv, rows)
