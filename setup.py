@@ -28,6 +28,7 @@ setup(
         'voluptuous>=0.16,<0.17',
         'configobj>=5.0.9,<6',
         'tqdm>=4.66,<5',
+        'prometheus_client>=0.21,<1',
     ],
     options={'build': {'build_base': LEFTOVERS}, 'egg_info': {'egg_base': LEFTOVERS}},
 )

@@ -8,15 +8,18 @@ Subscription.read -> Consumer.receive -> Window.take -> Mapper.record -> Lane ->
 import argparse
 import asyncio
 import binascii
+import bisect
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import datetime
 import difflib
 import errno
 import fcntl
 import functools
 import gc
+import html
 import ipaddress
 import itertools
 import json
@@ -31,6 +34,7 @@ import sqlite3
 import ssl
 import struct
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -63,6 +67,12 @@ class UsageError(Failure):
     """Options of the command line that do not go together."""
 
     status = os.EX_USAGE
+
+
+class Busy(Failure):
+    """Another process runs with this configuration; nothing was taken."""
+
+    status = os.EX_TEMPFAIL
 
 
 class ConfigError(Failure):
@@ -139,6 +149,11 @@ def duration(value):
     if seconds < UNITS['ms']:
         raise ValueError('at least 1ms')
     return seconds
+
+
+def period(value):
+    """A duration, or 0: one window after the other."""
+    return 0.0 if value == '0' else duration(value)
 
 
 def size(value):
@@ -388,6 +403,9 @@ OPTIONS = (
     Option('', 'state-dir', '/var/lib/x-msrv', path, 'Directory of what must outlive a run; made when missing.'),
     Option('', 'timeout', '10s', duration, 'A window takes messages for at most this long.'),
     Option('', 'idle-timeout', '500ms', duration, 'A window ends early when the queue has been idle for this long.'),
+    Option('', 'period', '10s', period,
+           'The daemon starts a window every so long; 0: one after the other, or without max-messages one for ever.'),
+    Option('', 'workers', '1', positive, 'Processes of the daemon that share max-messages; for more than one core.'),
     Option('', 'log-format', 'text', one_of('text', 'json'), 'text, or json: an object a line.'),
     Option('', 'store', 'aerospike', one_of('aerospike', 'sqlite'),
            'Where records go: to [aerospike], or for a first run to a file, [sqlite].'),
@@ -451,6 +469,11 @@ OPTIONS = (
     Option('dead-letter', 'file', '', optional(path),
            'File for them, where there is no topic or it refuses; JSON lines.'),
     Option('dead-letter', 'discard', 'no', yes_no, 'yes: they are thrown away.'),
+
+    Option('metrics', 'listen', '', optional(address),
+           'host:port at which the daemon answers /metrics, /healthz, /readyz and a page to look at; empty: nowhere.'),
+    Option('metrics', 'textfile', '', optional(path),
+           'File that `once` writes the same figures to, NAME.prom in the directory of node_exporter; empty: none.'),
 )
 SUBSECTIONS = {'nsq.tls', 'aerospike.tls'}   # only on when the file has them
 
@@ -586,11 +609,16 @@ def namespace(sections):
 
 
 def load(filename, settings=()):
-    """The configuration of `filename` with `settings` laid over, as (config, faults, warnings).
+    """The configuration of `filename` with `settings` laid over, as (config, faults, warnings): see typed()."""
+    return typed(read_file(filename, settings))
+
+
+def typed(raw):
+    """Raw sections as (config, faults, warnings).
 
     `config` has a value for each option, the derived ones filled in; with faults it is fit for no run.
     """
-    sections, faults = validate(read_file(filename, settings))
+    sections, faults = validate(copy.deepcopy(raw))
     at_fault = {(fault.section, fault.option) for fault in faults}
     if ('nsq', 'lookupd-http-address') in at_fault:
         at_fault.add(('nsq', 'nsqd-tcp-address'))   # the one fault that stands for either
@@ -1502,6 +1530,7 @@ def rfc3339(seconds):
 REPLAY_CHANNEL = 'x-msrv-replay'
 LOCK_TIMEOUT = 5.0          # seconds for another process to be done with the file
 LETTERS = 100               # dead letters a call
+LETTERS_PATIENCE = 60.0     # seconds that a call for them may take: a publish in halves, each with its own bound
 LETTER_BYTES = 4 << 20      # of their bodies: nsqd takes 5 MiB a request (--max-body-size)
 
 
@@ -2102,6 +2131,7 @@ class Consumer:
     def __init__(self, config, crew, link, topic, channel):
         self.config, self.crew, self.link, self.topic, self.channel = config, crew, link, topic, channel
         self.max_in_flight, self.max_held = config.nsq.max_in_flight, config.nsq.max_held
+        self.addresses = []         # of the nsqds that are to be asked
         self.connections = []       # Subscriptions that are up
         self.attempted = {}         # address -> None, or the error of its first attempt
         self.held = {}              # key -> Message without an answer yet
@@ -2115,10 +2145,8 @@ class Consumer:
 
     async def open(self):
         """Finds the nsqds and connects; returns when the first is up. Raises Unavailable when none is."""
-        addresses = list(await find_nsqds(self.config, self.topic))
-        for address in addresses:
-            self.crew.start(self.keep(address))
-        self.addresses = addresses
+        self.look_after(await find_nsqds(self.config, self.topic))
+        addresses = self.addresses
         while addresses and not self.connections and len(self.attempted) < len(addresses) and not self.crew.error:
             self.crew.wake.clear()
             await self.crew.wake.wait()
@@ -2129,16 +2157,36 @@ class Consumer:
                 f'{spelled(address)}: {error}' for address, error in self.attempted.items()))
         self.crew.start(self.tick())
 
+    async def refresh(self):
+        """Asks nsqlookupd again, for a consumer that lasts longer than a window."""
+        if self.config.nsq.lookupd_http_address:
+            try:
+                found = await find_nsqds(self.config, self.topic)
+            except Unavailable as error:
+                log.warning('%s; going on with the nsqds that are known', error)
+            else:
+                self.look_after(found)
+
+    def look_after(self, found):
+        """Connects to the nsqds that are new; one that is named no more stays for as long as its connection does."""
+        up = [connection.address for connection in self.connections]
+        for address in found:
+            if address not in self.addresses:
+                self.crew.start(self.keep(address))
+        self.addresses = list(dict.fromkeys([*found, *up]))
+
     async def keep(self, address):
-        """Keeps a connection to one nsqd up, with backoff, until the consumer closes."""
+        """Keeps a connection to one nsqd up, with backoff, until the consumer closes or nobody names it any more."""
         backoff = Backoff(0.1, 5)
-        while not self.closing:
+        while not self.closing and address in self.addresses:
             connection = Subscription(address, self)
             try:
                 await connection.open()
                 self.attempted[address] = None
                 self.connections.append(connection)
                 self.crew.wake.set()
+                if backoff.tries:
+                    log.info('nsqd %s is back', connection)
                 backoff.reset()
                 await connection.read()
             except UNREACHABLE as error:
@@ -2190,6 +2238,19 @@ class Consumer:
                 message.parked = True
                 message.conn.parked += 1
 
+    def carry_over(self):
+        """What came when no window could take it, for the next one."""
+        for message in self.held.values():
+            message.conn.parked -= message.parked
+            message.parked = False
+        return list(self.held.values())
+
+    def begin(self, window):
+        """From now on what comes is the window's; each nsqd has to show anew that it has nothing."""
+        self.window, self.warned_late = window, False
+        for connection in self.connections:
+            connection.quiet = connection.tried = False
+
     # -- RDY
 
     @property
@@ -2197,7 +2258,8 @@ class Consumer:
         """The most that the RDYs of all connections may add up to, beyond what is parked."""
         if self.closing or not self.window or not self.window.asking or self.held_bytes >= self.max_held:
             return 0
-        return max(0, min(self.window.left, self.max_in_flight - sum([c.parked for c in self.connections])))
+        parked = sum([c.parked for c in self.connections])
+        return max(0, min(self.window.left, self.window.allowance, self.max_in_flight - parked))
 
     def lower(self, connection):
         """Takes what has come off its connection's RDY, where the window is near its end or held bytes are many:
@@ -2363,6 +2425,7 @@ class Lane:
         self.backoff = Backoff(0.1, 5)
         self.timer = None        # while it rests after a failure
         self.halted = False
+        self.calls = []          # loop times at which those under way began
 
     @property
     def troubled(self):
@@ -2400,7 +2463,10 @@ class Lane:
 
     async def run(self, batch):
         """One batch, from the call to what follows."""
+        begun = asyncio.get_running_loop().time()
+        self.calls.append(begun)
         answers = await self.work(batch)
+        self.calls.remove(begun)
         self.busy -= 1
         again = self.settle(batch, answers)
         if again:
@@ -2428,13 +2494,18 @@ class Lane:
 class Window:
     """One bounded receive: what may still come (`left`), what came, and what became of it (`count`)."""
 
-    def __init__(self, config, consumer, store, pool, mapper, dead_letters):
+    def __init__(self, config, consumer, store, pool, mapper, dead_letters, figures=None, limit=None):
         self.config, self.consumer, self.crew, self.store, self.pool = config, consumer, consumer.crew, store, pool
-        self.mapper, self.dead_letters = mapper, dead_letters
-        self.limit = config.nsq.max_messages
+        self.mapper, self.dead_letters, self.figures = mapper, dead_letters, figures or Figures()
+        self.limit = config.nsq.max_messages if limit is None else limit
+        self.timeout, self.idle_timeout = config.timeout, config.idle_timeout
+        self.lasting = False     # the consumer goes on after it: what came beyond the limit is for the next window
+        self.allowance = sys.maxsize   # messages in flight, until the store has shown that it works
+        self.leaving = False     # it is to end, and to finish what it has
         self.storing = Lane(config.store, self, self.write, store.batch_size, BATCH_BYTES, store.writers)
         self.burying = Lane('dead letters', self, self.keep, LETTERS, LETTER_BYTES, 1)
         self.count = dict.fromkeys(OUTCOMES, 0)
+        self.followed = dict(self.count)   # what of it is in the figures
         self.taken = 0           # of the limit
         self.open = 0            # messages in the lanes; what else is held stays for the end
         self.asking = False      # may RDY be more than 0? Not before, not after, not while the store is down
@@ -2442,6 +2513,7 @@ class Window:
         self.stopping = False    # by a signal
         self.failure = None      # why the window ends, and messages go back, though nobody asked for it
         self.unkept = 0          # dead letters that could not be kept: they go back at its end
+        self.beyond = []         # what came beyond the limit
         self.down_since = None   # loop time since when the store fails
         self.moved = 0.0         # loop time at which a batch came back last
         self.said = -math.inf    # loop time at which a failing store was last warned of
@@ -2451,15 +2523,16 @@ class Window:
     @property
     def left(self):
         """How many messages the window may still take."""
-        if self.stopping or self.failure:
+        if self.stopping or self.failure or self.leaving:
             return 0
         return self.limit - self.taken if self.limit else sys.maxsize
 
     def take(self, messages):
         """Makes records of messages and sends them on their way. Those beyond the limit stay held for the end."""
-        self.count['received'] += len(messages)
-        self.consumer.park(messages[self.left:])
-        messages = messages[:self.left]
+        beyond, messages = messages[self.left:], messages[:self.left]
+        self.came(len(messages) if self.lasting else len(messages) + len(beyond))
+        self.beyond += beyond
+        self.consumer.park(beyond)
         self.taken += len(messages)
         self.open += len(messages)
         for message in messages:
@@ -2471,13 +2544,20 @@ class Window:
                 self.storing.put(message)
         self.storing.pump()
 
+    def came(self, number):
+        """Counts what was received."""
+        self.count['received'] += number
+        self.figures.add('xmsrv_received_total', number)
+
     async def write(self, batch):
         """Writes a batch in a thread of the store. Returns an Answer for each."""
         loop = asyncio.get_running_loop()
+        begun = loop.time()
         try:
             answers = await loop.run_in_executor(self.pool, self.store.write, [message.record for message in batch])
         except StoreDown as error:
-            answers = [Answer('retry' if error.again else 'stop', None, str(error))] * len(batch)
+            answers = [Answer('retry' if error.again else 'stop', 'down', str(error))] * len(batch)
+        self.figures.batch(len(batch), loop.time() - begun, answers)
         failures = {answer.outcome: answer.detail for answer in answers if answer.outcome in ('retry', 'stop')}
         if failures:
             self.store_fails(failures, loop.time())
@@ -2486,6 +2566,8 @@ class Window:
                     loop.time() - self.down_since)
             self.down_since = None
             self.ask(not self.ended)
+        if not failures:
+            self.allowance = sys.maxsize
         return answers
 
     def store_fails(self, failures, now):
@@ -2523,6 +2605,7 @@ class Window:
             follows[FOLLOWS[answer.outcome]].append((message, answer))
         for _, answer in follows['finish']:
             self.count[answer.outcome] += 1
+        self.figures.settled(follows['finish'], time.time())
         self.consumer.finish([message for message, _ in follows['finish']])
         for message, answer in follows['reject']:
             self.reject(message, Unfit(answer.reason, answer.detail))
@@ -2537,8 +2620,10 @@ class Window:
         """Takes messages until the window is over, waits for what is under way, and hands the rest back."""
         loop = asyncio.get_running_loop()
         self.started = self.active = loop.time()
-        self.consumer.window = self
+        self.consumer.begin(self)
         with progress(self) as show:
+            if self.lasting:
+                self.take(self.consumer.carry_over())
             self.ask(True)
             await self.until(lambda: show() or self.over(loop.time()))
             self.ended = loop.time()
@@ -2549,7 +2634,11 @@ class Window:
         self.halt()
         if self.open and not self.stopping:
             self.failure = self.failure or f'{self.stuck_lane.name}: no good answer till the end'
-        self.consumer.hand_back(list(self.consumer.held.values()))
+        kept = self.beyond if self.lasting and not (self.stopping or self.failure) else []
+        if self.lasting and not kept:
+            self.came(len(self.beyond))   # else the next window counts them
+        keys = {message.key for message in kept}
+        self.consumer.hand_back([message for key, message in self.consumer.held.items() if key not in keys])
         self.seconds = loop.time() - self.started
 
     async def until(self, condition, seconds=None):
@@ -2575,9 +2664,10 @@ class Window:
         """Whether the window has ended: full, stopped, out of time, idle, or stuck with what it can't get rid of."""
         if self.open or not self.consumer.starved:
             self.active = now
-        given_up = self.stopping or self.failure   # else a full window has until its timeout for a store that is down
+        # Else a full window has until its timeout for a store that is down.
+        given_up = self.stopping or self.failure or self.leaving
         return (not self.left and (given_up or not self.open) or not self.consumer.addresses or self.stuck
-                or now - self.since >= self.config.timeout or now - self.active >= self.config.idle_timeout)
+                or now - self.since >= self.timeout or now - self.active >= self.idle_timeout)
 
     @property
     def since(self):
@@ -2588,7 +2678,8 @@ class Window:
     def stuck(self):
         """Whether nothing can come any more: what is held waits for the end, and leaves no room for another."""
         connections = self.consumer.connections
-        return not self.open and connections and self.consumer.held and all(c.rdy <= c.in_flight for c in connections)
+        return (not self.open and connections and self.consumer.held and self.timeout < math.inf
+                and all(c.rdy <= c.in_flight for c in connections))
 
     @property
     def stuck_lane(self):
@@ -2610,6 +2701,16 @@ class Window:
         self.halt()
         self.crew.wake.set()
 
+    def leave(self):
+        """Takes no more, and finishes what it has."""
+        self.leaving = True
+        self.crew.wake.set()
+
+    def healthy(self, now):
+        """Whether no call has been under way for longer than it may."""
+        return (now - min(self.storing.calls, default=now) <= self.store.patience + 2
+                and now - min(self.burying.calls, default=now) <= LETTERS_PATIENCE)
+
     def halt(self):
         """No new batches."""
         self.storing.halt()
@@ -2623,6 +2724,7 @@ class Window:
     def report(self):
         """Logs the summary, and why messages went back where they had to; called when the connections are closed, for
         till then answers may be refused, and what was on the wire be handed back. Returns the exit status."""
+        self.figures.ended(self)
         self.summary()
         if self.failure or self.unkept:
             reason = self.failure or f'{self.unkept} dead letters could not be kept'
@@ -2640,7 +2742,7 @@ class Window:
 @contextlib.contextmanager
 def progress(window):
     """A progress bar on a terminal, for a window of more than a second; gives a function that redraws it."""
-    if not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
+    if window.lasting or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
         yield lambda: None
         return
     import tqdm  # here: only a terminal needs it
@@ -2680,12 +2782,13 @@ async def close_store(store, pool, window):
     pool.shutdown(wait=False)
 
 
-async def receive(config, stopper):
+async def receive(config, stopper, figures):
     """One window. Returns the exit status."""
     store = STORES[config.store](config)
+    Notifier().say(EXTEND_TIMEOUT_USEC=int((config.timeout + store.patience + GRACE) * 1e6))
     async with pipeline(config, config.nsq.topic, config.nsq.channel, store) as (consumer, pool):
         dead_letters = DeadLetters(config, consumer.link)
-        window = stopper.window = Window(config, consumer, store, pool, Mapper(config), dead_letters)
+        window = stopper.window = Window(config, consumer, store, pool, Mapper(config), dead_letters, figures)
         await window.run()
         dead_letters.close()
     return window.report()
@@ -2705,6 +2808,904 @@ class Stopper:
             self.window.stop()
         else:
             self.task.cancel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# daemon: windows without end, in this process or shared out to several
+# ---------------------------------------------------------------------------------------------------------------------
+
+GRACE = 5.0                 # seconds beyond a window's timeout for its end, in which systemd is not to kill `once`
+ON_TIME = 0.05              # seconds by which a start may be late and still count as on time
+REFRESH = 60.0              # seconds between questions to nsqlookupd in a window that never ends
+HEARTBEAT_OF_WORKERS = 0.5  # seconds between what a worker says of itself
+SILENCE_OF_WORKERS = 5.0    # seconds without a word after which one counts as stuck
+STAYS_UP = 10.0             # seconds that a worker has to live, for its end not to count as a failed start
+STARTS = 5                  # failed starts of every worker in a row that end the daemon
+
+
+class Notifier:
+    """sd_notify(3): tells systemd how things are; silent where it does not listen. interval: seconds in which it wants
+    to hear WATCHDOG=1, by half; None: never."""
+
+    def __init__(self):
+        self.address = os.environ.get('NOTIFY_SOCKET', '')
+        ours = os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
+        self.interval = int(os.environ['WATCHDOG_USEC']) / 2e6 if ours and 'WATCHDOG_USEC' in os.environ else None
+
+    def say(self, **fields):
+        """Sends fields such as READY=1; a failure changes nothing."""
+        if not self.address:
+            return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(0.1)   # a systemd that does not read must not stop us
+            sender.connect('\0' + self.address[1:] if self.address[0] == '@' else self.address)
+            sender.send('\n'.join(f'{name}={value}' for name, value in fields.items()).encode())
+
+
+class RunLock:
+    """What `once` and `daemon` of one configuration exclude each other by: NAME.lock in state-dir, for NAME.conf, with
+    the holder's pid in it. Not in the runtime directory: systemd removes that with the first unit that ends."""
+
+    def __init__(self, config, filename):
+        name = os.path.basename(filename).removesuffix('.conf') + '.lock'
+        self.path, self.fd = os.path.join(config.state_dir, name), None
+
+    def take(self):
+        """Returns None when it is ours, else the holder's pid as text. Raises Unavailable when there can be none."""
+        try:
+            os.makedirs(os.path.dirname(self.path) or '.', mode=0o750, exist_ok=True)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise Unavailable(f'{self.path}: {error.strerror}') from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode('ascii', 'replace').strip()
+            os.close(fd)
+            return holder or 'unknown'
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f'{os.getpid()}\n'.encode(), 0)
+        self.fd = fd
+        return None
+
+    def release(self):
+        """Gives it back; the file stays, for to remove it could take it from the next holder."""
+        if self.fd is not None:
+            os.ftruncate(self.fd, 0)
+            os.close(self.fd)
+            self.fd = None
+
+
+@contextlib.contextmanager
+def locked(config, filename):
+    """The lock of a configuration, for `once`. Raises Busy with the holder's pid."""
+    lock = RunLock(config, filename)
+    holder = lock.take()
+    if holder:
+        raise Busy(f'another x-msrv has this configuration: process {holder} ({lock.path})')
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Schedule:
+    """When windows start: every `period` seconds, from start to start, without drift. A start that is late is where the
+    next period begins: what was missed is not made up for, so there are never two in one period."""
+
+    def __init__(self, period):
+        self.period, self.begun = period, -math.inf
+
+    def wait(self, now):
+        """Seconds to the next start."""
+        return max(0.0, self.begun + self.period - now)
+
+    def start(self, now):
+        """A window starts now."""
+        due = self.begun + self.period
+        self.begun = due if now - due <= ON_TIME else now
+
+
+class Flow:
+    """Windows in this process, one for each grant, on connections that stay open; what is down is waited for.
+
+    grant: async, waits until a window may begin and returns its limit. report: called with each window that has ended.
+    """
+
+    def __init__(self, config, figures, grant, report):
+        self.config, self.figures, self.grant, self.report = config, figures, grant, report
+        self.endless = not config.period and not config.nsq.max_messages
+        self.consumer = self.window = self.trouble = self.task = None
+        self.since = 0.0         # loop time since when there is trouble
+        self.ending = self.stopped = False
+
+    async def run(self):
+        """Until stop() or leave(). Returns the exit status."""
+        self.task = asyncio.ensure_future(self.keep_going())
+        if self.ending:
+            self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        return os.EX_OK
+
+    async def keep_going(self):
+        """Opens both ends again and again, with backoff while one is down."""
+        backoff = Backoff(1, 30)
+        while not self.ending:
+            try:
+                await self.windows(backoff)
+            except Unavailable as error:
+                self.down(str(error))
+                await asyncio.sleep(backoff.next())
+
+    async def windows(self, backoff):
+        """Windows on one set of connections. Raises Unavailable when an end can't be reached, or fails in a window."""
+        store = STORES[self.config.store](self.config)
+        async with pipeline(self.config, self.config.nsq.topic, self.config.nsq.channel, store) as (consumer, pool):
+            self.consumer, letters = consumer, DeadLetters(self.config, consumer.link)
+            if self.endless:
+                consumer.crew.start(self.refresh(consumer))
+            try:
+                while not self.ending:
+                    limit = await self.grant()
+                    await self.one(limit, store, pool, letters)
+                    self.up(backoff)
+            finally:
+                self.consumer = None
+                letters.close()
+
+    async def one(self, limit, store, pool, letters):
+        """One window. Raises Unavailable when it failed for more than a message's fault."""
+        consumer = self.consumer
+        if not self.endless:
+            await consumer.refresh()
+        window = Window(self.config, consumer, store, pool, Mapper(self.config), letters, self.figures, limit)
+        window.lasting = True
+        if self.endless:
+            window.timeout = window.idle_timeout = math.inf
+        if self.trouble:
+            window.allowance = store.batch_size   # one batch finds out
+        self.window = window
+        await window.run()
+        consumer.window = self.window = None
+        window.report()
+        self.report(window)
+        if window.failure and not window.stopping:
+            raise Unavailable(window.failure)
+
+    async def refresh(self, consumer):
+        """Looks for new nsqds in a window that never ends."""
+        while True:
+            await asyncio.sleep(REFRESH)
+            await consumer.refresh()
+
+    def down(self, text):
+        """Says so once."""
+        log.log(logging.DEBUG if self.trouble else logging.WARNING, '%s; trying again until all is well', text)
+        self.since = self.since if self.trouble else asyncio.get_running_loop().time()
+        self.trouble = text
+
+    def up(self, backoff):
+        """Says so once, and only when there was trouble."""
+        backoff.reset()
+        if self.trouble:
+            log.warning('all is well again after %.1f s', asyncio.get_running_loop().time() - self.since)
+            self.trouble = None
+
+    def stop(self):
+        """Hands back what is not being stored, and ends."""
+        self.ending = True
+        if self.window:
+            self.window.stop()
+        elif self.task:
+            self.task.cancel()
+
+    def leave(self):
+        """Finishes the window that is open, and ends."""
+        self.ending = True
+        if self.window:
+            self.window.leave()
+        elif self.task:
+            self.task.cancel()
+
+    @property
+    def ends(self):
+        """What is up: {'queue': bool, 'store': bool}."""
+        failing = self.trouble or not self.consumer or (self.window and self.window.down_since)
+        return {'queue': bool(self.consumer and self.consumer.connections), 'store': not failing}
+
+    def healthy(self, now):
+        """Whether every wait is inside its own bound: that the loop turns is shown by the call itself."""
+        return not self.window or self.window.healthy(now)
+
+    def gauges(self):
+        """The figures as they are now."""
+        consumer = self.consumer
+        if self.window:
+            self.figures.follow(self.window)
+        up = len(consumer.connections) if consumer else 0
+        known = len(consumer.addresses) if consumer else 0
+        self.figures.set('xmsrv_in_flight', len(consumer.held) if consumer else 0)
+        self.figures.set('xmsrv_connections', up, 'up')
+        self.figures.set('xmsrv_connections', max(0, known - up), 'down')
+        self.figures.set('xmsrv_store_up', int(self.ends['store']))
+        return [self.figures]
+
+
+class Member:
+    """One worker process, as its parent sees it. state: `away` until it can take a grant, `idle`, `granted`."""
+
+    def __init__(self, place):
+        self.place, self.process, self.state = place, None, 'away'
+        self.heard, self.healthy, self.starts = 0.0, True, 0
+        self.ends = {'queue': False, 'store': False}
+        self.snapshot = None     # its figures, as it told them last
+
+    def tell(self, **message):
+        """Sends it a line; one that is gone is found so by its reader."""
+        if self.process:
+            self.process.stdin.write(json.dumps(message).encode() + b'\n')
+
+
+class Team:
+    """The worker processes of a daemon. It holds no connection of its own: it starts them, starts every period and
+    grants each its share, hears how they are, and stops them."""
+
+    def __init__(self, daemon):
+        self.config, self.raw, self.arguments = daemon.config, daemon.raw, daemon.arguments
+        self.figures, self.report, self.schedule = daemon.figures, daemon.note, daemon.schedule
+        config = self.config
+        self.members, self.turn = [Member(place) for place in range(config.workers)], 0
+        self.endless = not config.period and not config.nsq.max_messages
+        self.crew, self.changed = Crew(), asyncio.Event()
+        self.past = Figures()    # of workers that are gone
+        self.trouble, self.failed = None, False
+        self.ending = None       # how a member is told to end, once that is wished
+        self.patience = 0.0      # seconds that it then has
+        self.over = asyncio.Event()
+
+    async def run(self):
+        """Until stop() or leave(), or until no worker stays up. Returns the exit status."""
+        for member in self.members:
+            self.crew.start(self.keep(member))
+        grants = asyncio.ensure_future(self.periods())
+        while self.crew.tasks and not self.crew.error:
+            self.crew.wake.clear()
+            await self.crew.wake.wait()
+        grants.cancel()
+        await self.crew.cancel()
+        if self.crew.error:
+            raise self.crew.error
+        return os.EX_SOFTWARE if self.failed else os.EX_OK
+
+    # -- its members
+
+    async def keep(self, member):
+        """Keeps one worker up, with backoff."""
+        loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
+        while not self.ending:
+            begun = member.heard = loop.time()
+            await self.start(member)
+            if self.ending:
+                self.dismiss(member)
+            await self.listen(member)
+            status = await member.process.wait()
+            self.gone(member)
+            if self.ending:
+                return
+            member.starts = 0 if loop.time() - begun > STAYS_UP else member.starts + 1
+            if not member.starts:
+                backoff.reset()
+            log.error('worker %d (process %d) ended: %s', member.place + 1, member.process.pid, told(status))
+            if all(each.starts >= STARTS for each in self.members):
+                log.critical('no worker stays up')
+                self.failed = True
+                self.stop()
+                return
+            self.figures.add('xmsrv_worker_restarts_total')
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.over.wait(), backoff.next())
+
+    async def start(self, member):
+        """Starts a worker, with the configuration that holds now, whatever the file says by now. It has a session of
+        its own, so that Ctrl-C on a terminal is for us to pass on."""
+        flags = ['-v'] * self.arguments.verbose + ['-q'] * self.arguments.quiet
+        outside = {name: value for name, value in os.environ.items() if name not in SYSTEMD}
+        member.process = await asyncio.create_subprocess_exec(
+            *own_command(), '-c', self.arguments.config, *flags, 'worker', stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, limit=1 << 24, env=outside, start_new_session=True)
+        member.tell(raw=self.raw)
+
+    async def listen(self, member):
+        """What a worker says, until it ends."""
+        async for line in member.process.stdout:
+            message = json.loads(line)
+            member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
+            member.ends, member.snapshot = message['ends'], message['figures']
+            if message['idle'] != (member.state == 'idle'):
+                member.state = 'idle' if message['idle'] else 'away' if member.state == 'idle' else member.state
+            for window in message['windows']:
+                member.state = 'away'
+                self.report(types.SimpleNamespace(**window))
+            self.changed.set()
+
+    def gone(self, member):
+        """Keeps the figures of a worker that has ended."""
+        if member.snapshot:
+            self.past.merge(member.snapshot, gauges=False)
+        member.state, member.snapshot, member.ends = 'away', None, {'queue': False, 'store': False}
+        self.changed.set()
+
+    # -- its periods
+
+    async def periods(self):
+        """Starts every period: each worker that is idle gets its share. One that has just been started waits for the
+        next; nobody starts while another still has its grant of the last."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.schedule.wait(loop.time()))
+            while not any(member.state == 'idle' for member in self.members) or (
+                    not self.endless and any(member.state == 'granted' for member in self.members)):
+                self.changed.clear()
+                await self.changed.wait()
+            self.schedule.start(loop.time())
+            for member, share in zip(self.members, self.split(), strict=True):
+                if member.state == 'idle' and (share or not self.config.nsq.max_messages):
+                    member.state = 'granted'
+                    member.tell(grant=share)
+
+    def split(self):
+        """The share of each worker in max-messages; what does not divide goes round from period to period."""
+        share, extra = divmod(self.config.nsq.max_messages, len(self.members))
+        self.turn += 1
+        return [share + ((place + self.turn) % len(self.members) < extra) for place in range(len(self.members))]
+
+    # -- its end
+
+    def stop(self):
+        """All hand back what they do not store, and end; one that does not in its time is killed."""
+        self.end(lambda member: member.process.terminate(), 0.0)
+
+    def leave(self):
+        """All finish their windows, and end."""
+        self.end(lambda member: member.tell(leave=True), self.config.timeout)
+
+    def end(self, how, more):
+        """Tells all to end, those too that are just being started."""
+        self.ending, self.patience = how, more + self.config.aerospike.total_timeout + 2
+        self.over.set()
+        for member in self.members:
+            self.dismiss(member)
+
+    def dismiss(self, member):
+        """Tells one to end, and sees to it that it does."""
+        if member.process and member.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.ending(member)
+            asyncio.get_running_loop().call_later(self.patience, self.kill, member)
+
+    def kill(self, member):
+        """The last resort."""
+        if member.process.returncode is None:
+            log.error('worker %d (process %d) does not end: killed', member.place + 1, member.process.pid)
+            member.process.kill()
+
+    # -- how it is
+
+    @property
+    def ends(self):
+        """What is up for all of them."""
+        return {end: all(member.ends[end] for member in self.members) for end in ('queue', 'store')}
+
+    def healthy(self, now):
+        """Whether every worker has been heard of, and says that it is."""
+        return all(member.healthy and now - member.heard < SILENCE_OF_WORKERS
+                   for member in self.members if member.process and member.process.returncode is None)
+
+    def gauges(self):
+        """The figures of all together."""
+        return [self.figures, self.past, *(member.snapshot for member in self.members if member.snapshot)]
+
+
+SYSTEMD = ('NOTIFY_SOCKET', 'WATCHDOG_PID', 'WATCHDOG_USEC')   # only the parent tells systemd
+
+
+def own_command():
+    """The command that runs this module again, by the same Python and from the same place."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())'
+    return [sys.executable, *(['-I'] if sys.flags.isolated else []), '-c', code]
+
+
+def told(status):
+    """An exit status of subprocess in words."""
+    return f'killed by {signal.Signals(-status).name}' if status < 0 else f'exit status {status}'
+
+
+class Worker:
+    """A process of the daemon's. It hears of the configuration and its grants on stdin, and says on stdout how it is;
+    an end of stdin is the end of its parent."""
+
+    def __init__(self, arguments):
+        self.arguments, self.figures = arguments, Figures()
+        self.grants, self.windows, self.waiting = asyncio.Queue(), [], False
+
+    async def run(self, stopper):
+        """Until it is told to end. Returns the exit status."""
+        stdin = asyncio.StreamReader(limit=1 << 24)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+        config, faults, _ = typed(json.loads(await stdin.readline())['raw'])
+        if faults:
+            raise ConfigError('\n'.join(map(str, faults)))
+        set_up_log(self.arguments, config.log_format)
+        self.flow = stopper.window = Flow(config, self.figures, self.grant, self.windows.append)
+        crew = Crew()
+        crew.start(self.listen(stdin))
+        crew.start(self.talk())
+        status = await self.flow.run()
+        await crew.cancel()
+        self.say()
+        return status
+
+    async def listen(self, stdin):
+        """What the parent says."""
+        async for line in stdin:
+            message = json.loads(line)
+            if 'grant' in message:
+                self.grants.put_nowait(message['grant'])
+            if 'leave' in message:
+                self.flow.leave()
+        self.flow.stop()
+
+    async def grant(self):
+        """Waits for a grant; whoever waits is idle."""
+        self.waiting = True
+        self.say()
+        limit = await self.grants.get()
+        self.waiting = False
+        return limit
+
+    async def talk(self):
+        """Says how it is, all the time: silence means that it is stuck."""
+        while True:
+            self.say()
+            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
+
+    def say(self):
+        """One line for the parent."""
+        windows, self.windows[:] = [facts(window) for window in self.windows], []
+        figures = self.flow.gauges()[0].snapshot()
+        healthy = self.flow.healthy(asyncio.get_running_loop().time())
+        line = json.dumps({'idle': self.waiting, 'healthy': healthy, 'ends': self.flow.ends, 'windows': windows,
+                           'figures': figures})
+        with contextlib.suppress(BrokenPipeError):
+            write_all(1, line.encode() + b'\n')
+
+
+def facts(window):
+    """What is told of a window that has ended."""
+    return {'count': window.count, 'seconds': window.seconds, 'failed': bool(window.failure or window.unkept),
+            'ended': time.time()}
+
+
+class Daemon:
+    """The long-lived form: it holds the lock, keeps one Flow or Team going, reads its file again when told to, and
+    tells systemd and whoever asks by HTTP how things are."""
+
+    def __init__(self, arguments):
+        self.arguments, self.figures, self.notifier = arguments, Figures(), Notifier()
+        self.raw, self.config = reread(arguments)
+        self.schedule = Schedule(self.config.period)
+        self.windows = collections.deque(maxlen=60)   # facts() of the latest
+        self.engine, self.stopping, self.site = None, False, None
+        self.status = 'starting'
+
+    async def run(self, stopper):
+        """Until a signal. Returns the exit status."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self.hang_up)
+        stopper.window, crew = self, Crew()
+        self.open_site()
+        self.notifier.say(READY=1, STATUS=self.status)
+        crew.start(self.watch())
+        lock = RunLock(self.config, self.arguments.config)
+        try:
+            await self.wait_for(lock)
+            return await self.keep_going()
+        finally:
+            self.notifier.say(STOPPING=1)
+            self.close_site()
+            await crew.cancel()
+            lock.release()
+
+    async def wait_for(self, lock):
+        """Waits until no other run has this configuration."""
+        said = False
+        while not self.stopping and (holder := lock.take()):
+            if not said:
+                said, self.status = True, f'waiting for process {holder}, which has {lock.path}'
+                log.warning('%s', self.status)
+                self.notifier.say(STATUS=self.status)
+            await asyncio.sleep(TICK * 4)
+
+    async def keep_going(self):
+        """One engine after the other: a new one for each configuration that is read."""
+        status = os.EX_OK
+        while not self.stopping and not status:
+            self.figures.set('xmsrv_period_seconds', self.config.period)
+            self.engine = engine = self.new_engine()
+            if self.config.workers > 1:
+                log.info('%d workers, a window every %g s', self.config.workers, self.config.period)
+            status = await engine.run()
+            if isinstance(engine, Team):   # what they counted is not forgotten
+                self.figures.merge(engine.past.snapshot(), gauges=False)
+        return status
+
+    def new_engine(self):
+        """A Flow here, or a Team of workers."""
+        self.schedule.period = self.config.period   # the last start counts, also by another file
+        if self.config.workers > 1:
+            return Team(self)
+        return Flow(self.config, self.figures, self.grant,
+                    lambda window: self.note(types.SimpleNamespace(**facts(window))))
+
+    async def grant(self):
+        """Waits for the next period. Returns max-messages."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self.schedule.wait(loop.time()))
+        self.schedule.start(loop.time())
+        return self.config.nsq.max_messages
+
+    def note(self, window):
+        """A window has ended."""
+        self.windows.append(window)
+        counts = ', '.join(f'{name} {number}' for name, number in window.count.items() if number)
+        self.status = f'last window: {counts or "nothing came"} in {window.seconds:.2f} s'
+
+    async def watch(self):
+        """Tells systemd that all goes on, as long as it does, and what is waited for."""
+        loop, told = asyncio.get_running_loop(), None
+        pause = min(self.notifier.interval or 1.0, 1.0)
+        while True:
+            if not self.engine or self.engine.healthy(loop.time()):
+                self.notifier.say(WATCHDOG=1)
+            status = (self.engine and self.engine.trouble) or self.status
+            if status != told:
+                told = status
+                self.notifier.say(STATUS=status)
+            await asyncio.sleep(pause)
+
+    def hang_up(self):
+        """SIGHUP: reads the file again. A good one holds from the next window on, a bad one is reported in full."""
+        self.notifier.say(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
+        try:
+            self.raw, self.config = reread(self.arguments)
+        except ConfigError as error:
+            log.error('%s\nthe configuration as it was stays in force', error)
+        else:
+            log.info('%s is read again', self.arguments.config)
+            self.close_site()
+            self.open_site()
+            if self.engine:
+                self.engine.leave()
+        self.notifier.say(READY=1)
+
+    def stop(self):
+        """SIGTERM, SIGINT."""
+        self.stopping = True
+        if self.engine:
+            self.engine.stop()
+
+    # -- what others may ask
+
+    def open_site(self):
+        """Listens for HTTP, where that is wished."""
+        if self.config.metrics.listen:
+            self.site = listen(self)
+
+    def close_site(self):
+        """Listens no more."""
+        if self.site:
+            self.site.stop()
+            self.site = None
+
+    @property
+    def ends(self):
+        """What is up."""
+        return self.engine.ends if self.engine else {'queue': False, 'store': False}
+
+    def healthy(self):
+        """Alive and making progress."""
+        return not self.engine or self.engine.healthy(asyncio.get_running_loop().time())
+
+    def exposition(self):
+        """All figures in Prometheus' text format."""
+        return exposition(self.engine.gauges() if self.engine else [self.figures])
+
+    def total(self):
+        """All figures together."""
+        return together(self.engine.gauges() if self.engine else [self.figures])
+
+
+def reread(arguments):
+    """The configuration of the command line as (raw sections, config). Raises ConfigError, a line for each fault."""
+    raw = read_file(arguments.config, arguments.set_before + arguments.set_after)
+    return raw, faultless(arguments, raw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics: what is counted, and who may ask for it
+# ---------------------------------------------------------------------------------------------------------------------
+
+Metric = collections.namedtuple('Metric', 'name kind labels help join', defaults=(sum,))
+
+# The one table of figures. join: what becomes of a gauge's values of several workers. No label takes a value that a
+# message could choose.
+METRICS = (
+    Metric('xmsrv_received_total', 'counter', (), 'Messages that came, those that came again too.'),
+    Metric('xmsrv_messages_total', 'counter', ('outcome',), 'What became of them.'),
+    Metric('xmsrv_dead_letters_total', 'counter', ('reason',), 'Messages that can never become a record.'),
+    Metric('xmsrv_store_errors_total', 'counter', ('code',), 'Records that the store did not take, by its answer.'),
+    Metric('xmsrv_store_batch_seconds', 'histogram', (), 'Seconds that a call of the store took.'),
+    Metric('xmsrv_store_batch_records', 'histogram', (), 'Records in a call of the store.'),
+    Metric('xmsrv_lag_seconds', 'histogram', (), 'Age of a message when it was stored, in seconds.'),
+    Metric('xmsrv_in_flight', 'gauge', (), 'Messages held, without an answer to nsqd yet.'),
+    Metric('xmsrv_connections', 'gauge', ('state',), 'nsqds that are connected (up), and that are not (down).'),
+    Metric('xmsrv_store_up', 'gauge', (), '1 while the store takes records, 0 while it does not.', min),
+    Metric('xmsrv_windows_total', 'counter', ('result',), 'Windows that ended well (done), or not (failed).'),
+    Metric('xmsrv_last_success_timestamp_seconds', 'gauge', (), 'When a window last ended well.', max),
+    Metric('xmsrv_period_seconds', 'gauge', (), 'The configured period.', max),
+    Metric('xmsrv_worker_restarts_total', 'counter', (), 'Workers that ended and were started again.'),
+    Metric('xmsrv_build_info', 'gauge', ('version',), 'Always 1.', max),
+)
+KINDS = {metric.name: metric for metric in METRICS}
+BOUNDS = {   # upper bounds of the buckets
+    'xmsrv_store_batch_seconds': (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    'xmsrv_store_batch_records': (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+    'xmsrv_lag_seconds': (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 21600, 86400),
+}
+RECENT = 10   # dead letters that are shown
+
+
+class Figures:
+    """Numbers by (name, values of the labels), histograms by name as a count for each bucket and the sum behind them.
+    recent: of the latest dead letters (seconds since 1970, reason, detail)."""
+
+    def __init__(self):
+        self.numbers = {}
+        self.histograms = {name: [0] * (len(bounds) + 2) for name, bounds in BOUNDS.items()}
+        self.recent = collections.deque(maxlen=RECENT)
+        for outcome in OUTCOMES[1:]:   # so that a rate of it can be asked for before the first
+            self.add('xmsrv_messages_total', 0, outcome)
+        for result in ('done', 'failed'):
+            self.add('xmsrv_windows_total', 0, result)
+        self.add('xmsrv_received_total', 0)
+        self.set('xmsrv_build_info', 1, __version__)
+
+    def add(self, name, number=1, *labels):
+        """Counts."""
+        key = (name, *labels)
+        self.numbers[key] = self.numbers.get(key, 0) + number
+
+    def set(self, name, number, *labels):
+        """What is so now."""
+        self.numbers[(name, *labels)] = number
+
+    def observe(self, name, value):
+        """One value of a histogram."""
+        histogram = self.histograms[name]
+        histogram[bisect.bisect_left(BOUNDS[name], value)] += 1
+        histogram[-1] += value
+
+    # -- what is counted
+
+    def batch(self, records, seconds, answers):
+        """A call of the store."""
+        self.observe('xmsrv_store_batch_seconds', seconds)
+        self.observe('xmsrv_store_batch_records', records)
+        for answer in answers:
+            if answer.outcome in ('retry', 'stop'):
+                self.add('xmsrv_store_errors_total', 1, str(answer.reason))
+
+    def settled(self, finished, now):
+        """Messages that are finished, as (message, answer)."""
+        for message, answer in finished:
+            if answer is STORED:
+                self.observe('xmsrv_lag_seconds', now - message.timestamp / 1e9)
+            elif answer is DEAD:
+                self.add('xmsrv_dead_letters_total', 1, message.unfit.reason)
+                self.recent.append((now, message.unfit.reason, message.unfit.detail))
+
+    def follow(self, window):
+        """What a window has counted since it was asked last."""
+        for outcome in OUTCOMES[1:]:
+            self.add('xmsrv_messages_total', window.count[outcome] - window.followed[outcome], outcome)
+        window.followed = dict(window.count)
+
+    def ended(self, window):
+        """A window has ended."""
+        self.follow(window)
+        failed = bool(window.failure or window.unkept)
+        self.add('xmsrv_windows_total', 1, 'failed' if failed else 'done')
+        if not failed:
+            self.set('xmsrv_last_success_timestamp_seconds', time.time())
+
+    # -- from one process to another, and from one run to the next
+
+    def snapshot(self):
+        """All of it as JSON can say it."""
+        return {'numbers': [[*key, number] for key, number in self.numbers.items()], 'histograms': self.histograms,
+                'recent': list(self.recent)}
+
+    def merge(self, snapshot, gauges=True):
+        """Takes in what another process counted."""
+        for *key, number in snapshot['numbers']:
+            kind = KINDS[key[0]]
+            if kind.kind == 'counter':
+                self.add(key[0], number, *key[1:])
+            elif gauges:
+                there = self.numbers.get(tuple(key))
+                self.set(key[0], number if there is None else kind.join((there, number)), *key[1:])
+        for name, counts in snapshot['histograms'].items():
+            self.histograms[name] = [a + b for a, b in zip(self.histograms[name], counts, strict=True)]
+        self.recent = collections.deque(sorted([*self.recent, *map(tuple, snapshot['recent'])]), maxlen=RECENT)
+
+    def collect(self):
+        """Yields the families, as prometheus_client asks for them."""
+        from prometheus_client import core
+        for metric in METRICS:
+            if metric.kind == 'histogram':
+                *counts, total = self.histograms[metric.name]
+                bounds = [*map(str, BOUNDS[metric.name]), '+Inf']
+                buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
+                yield core.HistogramMetricFamily(metric.name, metric.help, buckets, total)
+                continue
+            family = core.CounterMetricFamily if metric.kind == 'counter' else core.GaugeMetricFamily
+            made = family(metric.name, metric.help, labels=metric.labels)
+            for key, number in self.numbers.items():
+                if key[0] == metric.name:
+                    made.add_metric(key[1:], number)
+            yield made
+
+
+def together(parts):
+    """Figures, or snapshots of them, as one."""
+    total = Figures()
+    for part in parts:
+        total.merge(part.snapshot() if isinstance(part, Figures) else part)
+    return total
+
+
+def exposition(parts):
+    """Figures, or snapshots of them, together in Prometheus' text format, as bytes."""
+    import prometheus_client
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(together(parts))
+    return prometheus_client.generate_latest(registry)
+
+
+def write_textfile(filename, figures):
+    """Writes the figures for node_exporter: whole or not at all, readable for everybody, and with what the runs before
+    counted. A failure is worth a warning, no more: the messages are stored."""
+    try:
+        figures.merge(carried_over(filename), gauges=False)
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(filename) or '.', delete=False) as file:
+            file.write(exposition([figures]))
+            os.fchmod(file.fileno(), 0o644)
+        os.replace(file.name, filename)
+    except (OSError, ValueError) as error:
+        log.warning('%s: %s', filename, error)
+
+
+def carried_over(filename):
+    """What the file has of the runs before, as a snapshot. Raises OSError and ValueError."""
+    from prometheus_client import parser
+    snapshot = {'numbers': [], 'histograms': {}, 'recent': []}
+    if not os.path.exists(filename):
+        return snapshot
+    with open(filename, encoding='utf-8') as file:
+        samples = [sample for family in parser.text_fd_to_metric_families(file) for sample in family.samples]
+    for sample in samples:
+        metric = KINDS.get(sample.name)
+        if metric and metric.kind == 'counter':
+            snapshot['numbers'].append([sample.name, *(sample.labels[label] for label in metric.labels), sample.value])
+    for name, bounds in BOUNDS.items():
+        sums = [sample.value for sample in samples if sample.name == f'{name}_bucket']
+        if len(sums) == len(bounds) + 1:
+            counts = [int(b - a) for a, b in zip([0, *sums], sums, strict=False)]
+            snapshot['histograms'][name] = [*counts, next(s.value for s in samples if s.name == f'{name}_sum')]
+    return snapshot
+
+
+def listen(daemon):
+    """An HTTP server for a Daemon; it stops by stop(). Raises ConfigError when the address can't be had."""
+    from tornado import web
+    host, port = daemon.config.metrics.listen
+
+    class Handler(web.RequestHandler):
+        """GET /metrics, /healthz, /readyz, /."""
+
+        def get(self):
+            self.set_header('Cache-Control', 'no-store')
+            kind, good, text = answers[self.request.path](daemon)
+            self.set_header('Content-Type', f'{kind}; charset=utf-8')
+            self.set_status(200 if good else 503)
+            self.finish(text)
+
+    answers = {'/metrics': lambda d: ('text/plain; version=0.0.4', True, d.exposition()),
+               '/healthz': lambda d: ('text/plain', d.healthy(), 'ok\n' if d.healthy() else 'no progress\n'),
+               '/readyz': lambda d: ('text/plain', all(d.ends.values()), readiness(d)),
+               '/': lambda d: ('text/html', True, page(d))}
+    try:
+        site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
+        return site.listen(port, host)
+    except OSError as error:
+        raise ConfigError(f'[metrics] listen = {spelled((host, port))}: {error.strerror}') from None
+
+
+def readiness(daemon):
+    """Which end is up, a line each."""
+    return ''.join(f'{end}: {"up" if up else "down"}\n' for end, up in daemon.ends.items())
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em}
+body{color:#222;background:#fff}h1{font-size:1.3em}h2{font-size:1em;margin:1.5em 0 .3em}
+.up{color:#176b35}.down{color:#a01818;font-weight:bold}
+table{border-collapse:collapse}td,th{padding:.1em 1em .1em 0;text-align:left;vertical-align:top}
+svg{background:#f4f4f4;width:100%;height:auto}.stored{fill:#3a7d44}.dead{fill:#c28800}.requeued{fill:#a01818}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}svg{background:#1c1c1c}.up{color:#6c6}.down{color:#f77}}"""
+
+
+def page(daemon):
+    """The page to look at: it loads itself again every 2 s, and takes nothing from elsewhere."""
+    name = html.escape(f'{daemon.config.nsq.topic}/{daemon.config.nsq.channel}')
+    total, ends = daemon.total(), daemon.ends
+    trouble = daemon.engine and daemon.engine.trouble
+    states = ' '.join(f'<span id="{end}" class="{"up" if up else "down"}">{end}: {"up" if up else "down"}</span>'
+                      for end, up in ends.items())
+    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2">'
+            f'<title>x-msrv {name}</title><style>{STYLE}</style></head><body><h1>x-msrv {name}</h1><p>{states}</p>'
+            f'<p id="status">{html.escape(trouble or daemon.status)}</p>{figures_table(daemon, total)}'
+            f'<h2>The last windows</h2>{chart(list(daemon.windows))}'
+            f'<h2>The latest dead letters</h2>{letters_table(total.recent)}</body></html>')
+
+
+def figures_table(daemon, total):
+    """Rates and lag, of the last windows together."""
+    windows = list(daemon.windows)
+    seconds = sum(window.seconds for window in windows)
+    stored = sum(window.count['stored'] for window in windows)
+    *counts, age = total.histograms['xmsrv_lag_seconds']
+    rows = [('stored', total.numbers.get(('xmsrv_messages_total', 'stored'), 0)),
+            ('messages/s in the last windows', f'{stored / seconds:.0f}' if seconds else 'none yet'),
+            ('mean lag', f'{age / sum(counts):.2f} s' if sum(counts) else 'none yet'),
+            ('in flight', total.numbers.get(('xmsrv_in_flight',), 0)),
+            ('dead letters', total.numbers.get(('xmsrv_messages_total', 'dead'), 0))]
+    return '<table>' + ''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in rows) + '</table>'
+
+
+def chart(windows):
+    """The windows as stacked bars: stored, dead, requeued; the latest at the right."""
+    most = max([sum(window.count[kind] for kind in ('stored', 'dead', 'requeued')) for window in windows] or [0]) or 1
+    bars = []
+    for place, window in enumerate(windows, 60 - len(windows)):
+        base = 100.0
+        for kind in ('stored', 'dead', 'requeued'):
+            height = 96 * window.count[kind] / most
+            base -= height
+            label = f'{rfc3339(window.ended)[11:19]} {kind} {window.count[kind]}'
+            if height:
+                bars.append(f'<rect class="{kind}" x="{place * 10 + 1}" y="{base:.1f}" width="8" height="{height:.1f}">'
+                            f'<title>{label}</title></rect>')
+    return (f'<svg viewBox="0 0 600 100" role="img" aria-label="the last windows">{"".join(bars)}</svg>'
+            f'<p>at most {most} in one</p>')
+
+
+def letters_table(recent):
+    """The latest dead letters' times, reasons and details; nothing of their bodies."""
+    rows = [f'<tr><td>{rfc3339(when)[:19]}Z</td><td>{html.escape(reason)}</td><td>{html.escape(detail)}</td></tr>'
+            for when, reason, detail in reversed(recent)]
+    return f'<table id="letters">{"".join(rows)}</table>' if rows else '<p>none</p>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2943,6 +3944,7 @@ EXAMPLES = """examples:
   x-msrv check --connect                     is the file right, are both ends there?
   x-msrv once                                one window, as the timer does it
   x-msrv --set nsq.max-messages=10 once      the same, at most ten messages
+  x-msrv daemon                              a window every period; SIGHUP reads the file again
   x-msrv replay --list                       what became a dead letter, and why
 
 exit status: 0 done, 64 usage, 69 queue or store out of reach (nothing was taken), 70 internal error,
@@ -2970,7 +3972,9 @@ def build_parser():
     add_common(parser, after=False)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     made = {}
-    for name, help in (('once', 'one window, then exit'), ('check', 'every fault in the configuration at once'),
+    add_common(commands.add_parser('worker'), after=True)   # no help: only the daemon starts it
+    for name, help in (('once', 'one window, then exit'), ('daemon', 'a window every period, until told to stop'),
+                       ('check', 'every fault in the configuration at once'),
                        ('replay', 'run dead letters through again, under their first key'),
                        ('config', 'print the effective configuration')):
         made[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.')
@@ -2984,7 +3988,12 @@ def build_parser():
 
 def configured(arguments):
     """The configuration, checked. Raises ConfigError with a line for each fault."""
-    config, faults, warnings = load(arguments.config, arguments.set_before + arguments.set_after)
+    return reread(arguments)[1]
+
+
+def faultless(arguments, raw):
+    """Raw sections as the configuration. Raises ConfigError with a line for each fault."""
+    config, faults, warnings = typed(raw)
     if faults:
         raise ConfigError('\n'.join(f'{arguments.config}: {fault}' for fault in faults))
     set_up_log(arguments, config.log_format)
@@ -2996,8 +4005,22 @@ def configured(arguments):
 
 def command_once(arguments):
     """x-msrv once"""
-    config = configured(arguments)
-    return run(lambda stopper: receive(config, stopper))
+    config, figures = configured(arguments), Figures()
+    with locked(config, arguments.config):
+        status = run(lambda stopper: receive(config, stopper, figures))
+    if config.metrics.textfile:
+        write_textfile(config.metrics.textfile, figures)
+    return status
+
+
+def command_daemon(arguments):
+    """x-msrv daemon"""
+    return run(lambda stopper: Daemon(arguments).run(stopper))
+
+
+def command_worker(arguments):
+    """x-msrv worker: a process of the daemon's, which alone starts it."""
+    return run(lambda stopper: Worker(arguments).run(stopper))
 
 
 def command_check(arguments):
@@ -3030,7 +4053,8 @@ def command_config(arguments):
     return os.EX_OK
 
 
-COMMANDS = {'once': command_once, 'check': command_check, 'replay': command_replay, 'config': command_config}
+COMMANDS = {'once': command_once, 'daemon': command_daemon, 'worker': command_worker, 'check': command_check,
+            'replay': command_replay, 'config': command_config}
 
 
 def run(command):

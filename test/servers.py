@@ -386,6 +386,8 @@ def _chunks(bodies, most):
 class Xmsrv:
     """The installed command, with a configuration file, a state directory and an sqlite file in `directory`."""
 
+    extra = {}  # more of its environment
+
     def __init__(self, directory):
         self.directory = Path(directory)
         self.path = self.directory / 'x-msrv.conf'
@@ -409,6 +411,11 @@ class Xmsrv:
         elif servers:
             settings['nsq']['nsqd-tcp-address'] = [server.tcp for server in servers]
         self.write('\n'.join(ini(merge(settings, {name.replace('_', '-'): value for name, value in sections.items()}))))
+
+    def copy(self):
+        """Another file with the same configuration, for a second process: of one file only one `once` runs."""
+        self.path = self.path.with_name(f'{self.path.stem}-2.conf')
+        self.path.write_text(self.path.with_name('x-msrv.conf').read_text())
 
     def write(self, text):
         """The configuration file, word for word."""
@@ -439,7 +446,7 @@ class Xmsrv:
     def popen(self, *args, **options):
         # Without the journal's variables, which would add priority prefixes to each line.
         environment = {name: value for name, value in os.environ.items()
-                       if name not in ('JOURNAL_STREAM', 'INVOCATION_ID', 'NOTIFY_SOCKET')}
+                       if name not in ('JOURNAL_STREAM', 'INVOCATION_ID', 'NOTIFY_SOCKET')} | self.extra
         process = spawn([PROGRAM, '-c', self.path, *args], text=True, errors='backslashreplace', env=environment,
                         cwd=self.directory, **options)
         self.started.append(process)

@@ -319,7 +319,9 @@ def test_one_of_two_consumers_is_killed(nsqds, xmsrv, standin):
     fill(nsqd, 6000)
     slow(standin, 0.3)
     xmsrv.configure(nsqd, idle_timeout='3s', timeout='60s', nsq={'max-in-flight': 500}, **standin.settings())
-    first, second = xmsrv.start('once'), xmsrv.start('once')
+    first = xmsrv.start('once')
+    xmsrv.copy()
+    second = xmsrv.start('once')
     wait_until(lambda: [bool(each['in_flight_count']) for each in nsqd.clients(TOPIC, CHANNEL)] == [True, True],
                'both hold messages', 20)
     first.kill()

@@ -325,7 +325,9 @@ def test_one_of_two_consumers_is_killed(nsqds, xmsrv):
     nsqd, = nsqds(1, SHORT)
     prepared(xmsrv, nsqd, idle_timeout='3s', timeout='60s', slow=500, nsq={'max-in-flight': 500})
     nsqd.publish(TOPIC, bodies(6000))
-    first, second = xmsrv.start('once'), xmsrv.start('once')
+    first = xmsrv.start('once')
+    xmsrv.copy()
+    second = xmsrv.start('once')
     wait_until(lambda: [bool(each['in_flight_count']) for each in nsqd.clients(TOPIC, CHANNEL)] == [True, True],
                'both hold messages', 20)
     first.kill()

@@ -438,6 +438,8 @@ def test_two_programs_share_one_database(nsqds, xmsrv):
     processes = []
     for server in (first, second):
         xmsrv.configure(server, nsq={'max-messages': 3000})
+        if server is second:
+            xmsrv.copy()
         processes.append(xmsrv.start('once'))
         # It has read its file when it is subscribed; the next one gets another under the same name.
         servers.wait_until(lambda server=server: server.stats('orders', 'x-msrv')['message_count'] and (

@@ -1,0 +1,625 @@
+"""The daemon: its periods, its workers, what it says to systemd, and that neither an outage nor a kill ends or costs
+anything."""
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import proxies
+import pytest
+import servers
+from servers import wait_until
+
+from xmsrv import Schedule
+
+TOPIC, CHANNEL, DEAD = 'orders', 'x-msrv', 'orders.dead'
+
+
+def bodies(number, first=0):
+    """`number` messages, told apart by `n`."""
+    return [json.dumps({'n': n}) for n in range(first, first + number)]
+
+
+def fill(nsqd, number, first=0):
+    """Publish messages to a channel that is there."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, bodies(number, first))
+
+
+def numbers(xmsrv):
+    """The `n` of each record, in order: twice in the list where a message became two records."""
+    return sorted(bins['n'] for _, _, bins, _ in xmsrv.rows())
+
+
+def count(xmsrv, word):
+    """How often the log has it."""
+    return xmsrv.log.read_text().count(word) if xmsrv.log.exists() else 0
+
+
+def ended(process, status=0, seconds=10):
+    """The process ends by itself, with this exit status."""
+    assert process.wait(timeout=seconds) == status
+
+
+def stopped(process, seconds=10):
+    """SIGTERM ends it well."""
+    process.terminate()
+    ended(process, seconds=seconds)
+
+
+def children(process):
+    """The pids of its worker processes."""
+    found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def passed(seconds):
+    """Whether so much time is over, from now on: for a fault that has to last."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() >= end
+
+
+class Systemd(proxies.Thread):
+    """The socket that systemd would listen at. It reads all the time, as systemd does: few datagrams find room."""
+
+    def __init__(self, directory):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.path = str(directory / 'notify')
+        self.socket.bind(self.path)
+        self.socket.settimeout(0.1)
+        self.heard = []
+        super().__init__()
+
+    def _serve(self):
+        while not self._closing.is_set():
+            with contextlib.suppress(TimeoutError):
+                self.heard += [line.partition('=') for line in self.socket.recv(1 << 16).decode().split('\n')]
+        self.socket.close()
+
+    def fields(self, name):
+        """All values of a field, so far."""
+        return [value for key, _, value in list(self.heard) if key == name]
+
+
+@pytest.fixture
+def systemd(workdir, monkeypatch):
+    """What x-msrv tells systemd, with a watchdog of 1 s."""
+    with Systemd(workdir) as made:
+        monkeypatch.setattr(servers.Xmsrv, 'extra', {'NOTIFY_SOCKET': made.path, 'WATCHDOG_USEC': '1000000'})
+        yield made
+
+
+@pytest.fixture
+def changed(workdir, monkeypatch):
+    """A function: changed(code) has each process of x-msrv run that before its own, to stand for what can't be had."""
+    def change(code):
+        (workdir / 'sitecustomize.py').write_text(code)
+        monkeypatch.setenv('PYTHONPATH', str(workdir))
+    return change
+
+
+# -------------------------------------------------------------------------------------------------------------- periods
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_twenty_periods_of_ten(nsqd, xmsrv, workers):
+    """500 messages wait: never more than 10 in a period, and none is skipped."""
+    fill(nsqd, 500)
+    xmsrv.configure(nsqd, period='1s', workers=workers, nsq={'max-messages': 10})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) >= 200, 'twenty periods are over', 40)
+    stopped(running)
+    times = sorted(epoch(stored_at) for _, _, _, stored_at in xmsrv.rows())
+    starts = [times[0], *(b for a, b in itertools.pairwise(times) if b - a > 0.5)]
+    sizes = [sum(start <= each < start + 0.5 for each in times) for start in starts]
+    assert sum(sizes) == len(times) and max(sizes) <= 10
+    assert sizes[2:20] == [10] * 18   # the first may find only some of the workers up
+    assert all(0.8 < b - a < 1.4 for a, b in itertools.pairwise(starts[1:]))
+    assert numbers(xmsrv) == list(range(len(times)))
+    assert (nsqd.left(TOPIC, CHANNEL), nsqd.stats(TOPIC, CHANNEL)['requeue_count']) == (500 - len(times), 0)
+
+
+def epoch(stored_at):
+    """A record's time in seconds."""
+    return datetime.datetime.fromisoformat(stored_at.replace('Z', '+00:00')).timestamp()
+
+
+def test_the_connection_stays_open_between_windows(nsqd, xmsrv):
+    fill(nsqd, 30)
+    xmsrv.configure(nsqd, period='500ms', nsq={'max-messages': 10})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 30, 'three windows are over')
+    assert nsqd.log.read_bytes().count(b'new client(') == 1
+    stopped(running)
+
+
+def test_no_drift_and_no_making_up():
+    schedule = Schedule(10.0)
+    assert schedule.wait(100.0) == 0
+    schedule.start(100.0)
+    assert schedule.wait(103.0) == 7
+    schedule.start(110.02)   # on time, but for a moment
+    assert schedule.wait(110.02) == pytest.approx(9.98)
+    schedule.start(147.0)    # late: three are missed
+    assert (schedule.wait(147.0), schedule.wait(160.0)) == (10, 0)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_window_without_end_flows(nsqd, xmsrv, workers):
+    fill(nsqd, 1000)
+    xmsrv.configure(nsqd, period='0', workers=workers, timeout='1s', idle_timeout='100ms')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 1000, 'all are stored')
+    still = passed(2)
+    wait_until(still, 'timeout and idle-timeout are long over')
+    nsqd.publish(TOPIC, bodies(1, 1000))
+    wait_until(lambda: len(xmsrv.rows()) == 1001, 'a late one is stored at once', 2)
+    assert count(xmsrv, 'received') == 0
+    stopped(running)
+    assert numbers(xmsrv) == list(range(1001))
+    assert count(xmsrv, 'received') == workers
+
+
+def test_what_comes_beyond_n_is_kept_for_the_next_window(nsqds, xmsrv):
+    """With RDY moved about between nsqds some may come too many: none is handed back, none is lost, none doubled."""
+    started = nsqds(3)
+    for place, nsqd in enumerate(started):
+        fill(nsqd, 100, 100 * place)
+    xmsrv.configure(started, period='100ms', nsq={'max-messages': 7})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 300, 'all are stored', 30)
+    stopped(running)
+    assert numbers(xmsrv) == list(range(300))
+    assert sum(nsqd.stats(TOPIC, CHANNEL)['requeue_count'] for nsqd in started) == 0
+    told = [int(number) for number in re.findall(r'stored (\d+)', xmsrv.log.read_text())]
+    assert max(told) == 7 and sum(told) == 300
+
+
+# -------------------------------------------------------------------------------------------------------------- workers
+
+def test_workers_killed_ten_times_lose_nothing(nsqds, xmsrv):
+    nsqd, = nsqds(1, '--msg-timeout=1s')
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.lapse(TOPIC, CHANNEL)
+    xmsrv.configure(nsqd, period='0', workers=3, nsq={'max-in-flight': 100})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 3, 'all workers are subscribed')
+    for kill in range(10):
+        nsqd.publish(TOPIC, bodies(1000, 1000 * kill))
+        os.kill(children(running)[kill % 3], signal.SIGKILL)
+        wait_until(lambda kill=kill: count(xmsrv, 'killed by SIGKILL') == kill + 1, 'that one is missed')
+        wait_until(lambda: len(children(running)) == 3, 'it is started again', 30)
+    wait_until(lambda: len(xmsrv.rows()) == 10000, 'all are stored', 60)
+    wait_until(lambda: not nsqd.left(TOPIC, CHANNEL), 'and finished', 30)
+    stopped(running)
+    assert numbers(xmsrv) == list(range(10000))
+
+
+def test_workers_end_with_their_parent(nsqd, xmsrv):
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, period='0', workers=2)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
+    pids = children(running)
+    running.kill()
+    wait_until(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in pids), 'they have ended')
+
+
+def test_a_daemon_whose_workers_do_not_stay_up_ends_with_70(nsqd, xmsrv, changed):
+    changed('import sys\nif "worker" in sys.argv:\n    sys.exit("cannot run")\n')
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, workers=2)
+    ended(xmsrv.start('daemon'), 70, 60)
+    assert count(xmsrv, 'no worker stays up') == 1
+
+
+def test_a_worker_that_does_not_end_is_killed(nsqd, xmsrv):
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, period='0', workers=2, aerospike={'total-timeout': '100ms'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
+    os.kill(children(running)[0], signal.SIGSTOP)
+    stopped(running)
+    assert count(xmsrv, 'does not end: killed') == 1
+
+
+# ------------------------------------------------------------------------------------------------ the file, and the end
+
+def test_a_good_file_holds_from_the_next_window_on_and_a_bad_one_never(nsqd, xmsrv, systemd):
+    fill(nsqd, 1000)
+    xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 1})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) >= 3, 'it is under way')
+    xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 100}, timeout='soon', nonsense='1')
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: count(xmsrv, 'stays in force'), 'the bad one is reported')
+    assert count(xmsrv, 'timeout = soon: not a duration') == count(xmsrv, 'nonsense = 1: no such option') == 1
+    there = len(xmsrv.rows())
+    wait_until(lambda: len(xmsrv.rows()) >= there + 2, 'it goes on')
+    assert len(xmsrv.rows()) < there + 20
+    xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 100})
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(xmsrv.rows()) == 1000, 'the good one holds')
+    stopped(running)
+    assert numbers(xmsrv) == list(range(1000))
+    assert (len(systemd.fields('RELOADING')), len(systemd.fields('MONOTONIC_USEC'))) == (2, 2)
+    assert (len(systemd.fields('READY')), systemd.fields('STOPPING')) == (3, ['1'])
+
+
+def test_a_reload_changes_the_number_of_workers(nsqd, xmsrv):
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, period='0', workers=2)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(children(running)) == 2, 'there are two')
+    xmsrv.configure(nsqd, period='0', workers=3)
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 3, 'there are three')
+    xmsrv.configure(nsqd, period='0', workers=1)
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: not children(running) and nsqd.stats(TOPIC, CHANNEL)['clients'] == 1, 'there is none')
+    stopped(running)
+
+
+def test_a_reload_makes_no_second_window_in_a_period(nsqd, xmsrv):
+    fill(nsqd, 100)
+    xmsrv.configure(nsqd, period='5s', nsq={'max-messages': 10})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'the first window is over')
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: count(xmsrv, 'is read again'), 'the file is read again')
+    still = passed(1.5)
+    wait_until(still, 'a window would have begun by now')
+    assert len(xmsrv.rows()) == 10
+    wait_until(lambda: len(xmsrv.rows()) == 20, 'the next one comes in its time', 6)
+    stopped(running)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_stop_in_mid_window_ends_soon(nsqd, xmsrv, workers, changed):
+    """Within total-timeout and 2 s, though timeout is a minute and a lot is waiting."""
+    changed(SLOW)
+    fill(nsqd, 20000)
+    xmsrv.configure(nsqd, timeout='60s', workers=workers)
+    running = xmsrv.start('daemon')
+    wait_until(xmsrv.rows, 'it is under way')
+    stopped(running, 4)
+    wait_until(lambda: not nsqd.stats(TOPIC, CHANNEL)['in_flight_count'], 'nsqd has read all answers')
+    assert numbers(xmsrv) == sorted(numbers(xmsrv)) and len(numbers(xmsrv)) < 20000
+    assert len(set(numbers(xmsrv))) == len(numbers(xmsrv)) == 20000 - nsqd.stats(TOPIC, CHANNEL)['depth']
+
+
+SLOW = '''
+import time
+import xmsrv
+write = xmsrv.SqliteStore.write
+xmsrv.SqliteStore.batch_size = 100
+xmsrv.SqliteStore.write = lambda self, records: time.sleep(0.1) or write(self, records)
+'''
+
+
+# ------------------------------------------------------------------------------------------------------------- the lock
+
+def test_once_says_who_has_the_configuration(nsqd, xmsrv):
+    fill(nsqd, 5)
+    xmsrv.configure(nsqd, period='60s')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 5, 'it is under way')
+    ran = xmsrv.run('once', expect=os.EX_TEMPFAIL)
+    assert f'process {running.pid}' in ran.stderr and 'x-msrv.lock' in ran.stderr
+    stopped(running)
+    xmsrv.run('once')
+
+
+def test_the_daemon_waits_for_once_and_says_so(nsqd, xmsrv, systemd):
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, timeout='60s', idle_timeout='60s')
+    first = xmsrv.start('once')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is subscribed')
+    daemon = xmsrv.start('daemon')
+    wait_until(lambda: count(xmsrv, f'waiting for process {first.pid}'), 'the daemon says so')
+    wait_until(lambda: any('waiting for process' in text for text in systemd.fields('STATUS')), 'to systemd as well')
+    stopped(first)
+    nsqd.publish(TOPIC, bodies(3))
+    wait_until(lambda: len(xmsrv.rows()) == 3, 'the daemon has taken over')
+    stopped(daemon)
+
+
+def test_a_state_directory_that_cannot_be_is_69(nsqd, xmsrv, workdir):
+    (workdir / 'file').write_text('')
+    xmsrv.configure(nsqd, state_dir=workdir / 'file' / 'state')
+    assert 'x-msrv.lock' in xmsrv.run('once', expect=os.EX_UNAVAILABLE).stderr
+
+
+# ------------------------------------------------------------------------------------- outages, and what systemd hears
+
+def test_a_boot_with_the_store_down_is_ready_and_says_so(nsqd, xmsrv, standin, systemd):
+    fill(nsqd, 10)
+    standin.server.refuse()
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, period='200ms', metrics={'listen': f'127.0.0.1:{port}'}, **standin.settings())
+    running = xmsrv.start('daemon')
+    wait_until(lambda: systemd.fields('READY'), 'it is ready')
+    wait_until(lambda: any(standin.address in text for text in systemd.fields('STATUS')), 'and says what is down')
+    assert get(port, '/healthz')[0] == 200
+    assert get(port, '/readyz') == (503, 'queue: down\nstore: down\n')
+    standin.server.listen()
+    wait_until(lambda: standin.stored() == 10, 'all are stored', 40)
+    wait_until(lambda: get(port, '/readyz') == (200, 'queue: up\nstore: up\n'), 'both ends are up')
+    stopped(running)
+    assert count(xmsrv, 'trying again until all is well') == count(xmsrv, 'all is well again') == 1
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('period', ['0', '300ms'])
+def test_a_store_away_for_five_watchdog_intervals_ends_nothing(nsqd, xmsrv, standin, systemd, period, workers):
+    fill(nsqd, 100)
+    settings = standin.settings(**{'total-timeout': '300ms'})
+    xmsrv.configure(nsqd, period=period, timeout='2s', workers=workers, **settings)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: standin.stored() == 100, 'it is under way')
+    standin.server.refuse()
+    nsqd.publish(TOPIC, bodies(100, 100))
+    still, beats = passed(6), len(systemd.fields('WATCHDOG'))
+    wait_until(still, 'the outage goes on for more than five watchdog intervals')
+    assert len(systemd.fields('WATCHDOG')) - beats >= 9   # two an interval; the machine may be busy
+    standin.server.listen()
+    wait_until(lambda: standin.stored() == 200, 'all are stored', 60)
+    wait_until(lambda: not nsqd.left(TOPIC, CHANNEL), 'and finished', 20)
+    stopped(running)
+    assert standin.numbers() == list(range(200))
+
+
+def test_a_queue_that_goes_away_and_comes_back(nsqds, xmsrv, systemd):
+    nsqd, = nsqds(1, '--mem-queue-size=0', '--sync-every=1')
+    fill(nsqd, 10)
+    xmsrv.configure(nsqd, period='200ms', timeout='1s')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'it is under way')
+    nsqd.stop()
+    wait_until(lambda: count(xmsrv, f'nsqd {nsqd.tcp}'), 'it is missed')
+    still, beats = passed(3), len(systemd.fields('WATCHDOG'))
+    wait_until(still, 'it is away for a while')
+    assert len(systemd.fields('WATCHDOG')) - beats >= 4
+    nsqd.restart()
+    nsqd.publish(TOPIC, bodies(10, 10))
+    wait_until(lambda: len(xmsrv.rows()) == 20, 'all are stored', 30)
+    stopped(running)
+    assert count(xmsrv, f'nsqd {nsqd.tcp} is back') == 1
+
+
+def test_a_queue_that_is_not_there_at_the_start(nsqd, xmsrv, systemd):
+    fill(nsqd, 10)
+    nsqd.stop()
+    xmsrv.configure(nsqd, period='200ms')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: count(xmsrv, 'no nsqd can be reached'), 'it says so')
+    assert systemd.fields('READY') == ['1']
+    nsqd.restart()
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 40)
+    stopped(running)
+
+
+def test_nsqds_that_nsqlookupd_names_later_are_found(nsqds, nsqlookupd, xmsrv):
+    first, second = nsqds(2, lookupd=[nsqlookupd])
+    fill(first, 5)
+    wait_until(lambda: nsqlookupd.producers(TOPIC), 'nsqlookupd knows the first')
+    xmsrv.configure(nsqlookupd, period='200ms')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 5, 'it is under way')
+    fill(second, 5, 5)
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'the second is found', 20)
+    stopped(running)
+
+
+def beats_end(systemd):
+    """The watchdog is not fed for so long that systemd would act: three times its interval."""
+    def silent():
+        nonlocal seen, since
+        if len(systemd.fields('WATCHDOG')) != seen:
+            seen, since = len(systemd.fields('WATCHDOG')), time.monotonic()
+        return time.monotonic() - since > 3
+    seen, since = -1, time.monotonic()
+    wait_until(silent, 'the watchdog is not fed any more', 40)
+
+
+@pytest.mark.parametrize('who', ['daemon', 'worker'])
+def test_a_stuck_process_starves_the_watchdog(nsqd, xmsrv, systemd, who):
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, period='0', workers=1 if who == 'daemon' else 2)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] and systemd.fields('WATCHDOG'), 'it is under way')
+    os.kill(running.pid if who == 'daemon' else children(running)[0], signal.SIGSTOP)
+    beats_end(systemd)
+
+
+def test_a_store_call_that_never_ends_starves_the_watchdog(nsqd, xmsrv, systemd, changed):
+    changed('import time, xmsrv\nxmsrv.SqliteStore.write = lambda self, records: time.sleep(600)\n'
+            'xmsrv.SqliteStore.patience = 1.0\n')
+    fill(nsqd, 5)
+    xmsrv.configure(nsqd, period='0')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: systemd.fields('WATCHDOG'), 'it is under way')
+    beats_end(systemd)
+    stopped(running)
+
+
+def test_a_systemd_that_does_not_read_stops_nothing(nsqd, xmsrv, workdir, monkeypatch):
+    fill(nsqd, 100)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(str(workdir / 'deaf'))
+        monkeypatch.setattr(servers.Xmsrv, 'extra', {'NOTIFY_SOCKET': str(workdir / 'deaf'), 'WATCHDOG_USEC': '100000'})
+        xmsrv.configure(nsqd, period='500ms', nsq={'max-messages': 10})
+        running = xmsrv.start('daemon')
+        wait_until(lambda: len(xmsrv.rows()) == 100, 'all are stored', 20)
+        stopped(running)
+
+
+def test_only_the_parent_tells_systemd(nsqd, xmsrv, systemd):
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, period='0', workers=2)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
+    for pid in children(running):
+        with open(f'/proc/{pid}/environ', 'rb') as file:
+            assert b'NOTIFY_SOCKET' not in file.read()
+    assert systemd.fields('READY') == ['1']
+    stopped(running)
+
+
+def test_once_asks_for_the_time_that_it_may_take(nsqd, xmsrv, systemd):
+    xmsrv.once(nsqd, timeout='7s')
+    assert int(systemd.fields('EXTEND_TIMEOUT_USEC')[0]) > 7e6
+
+
+# ------------------------------------------------------------------------------------------------------------- by HTTP
+
+def get(port, path):
+    """(status, text) of an answer; (0, '') when nobody listens."""
+    try:
+        with urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except urllib.error.URLError:
+        return 0, ''
+
+
+def figure(port, name):
+    """The value of a series in /metrics, or None."""
+    lines = [line.rpartition(' ') for line in get(port, '/metrics')[1].splitlines() if not line.startswith('#')]
+    return next((float(value) for series, _, value in lines if series == name), None)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_figures_under_load_and_at_the_end(nsqd, xmsrv, workers):
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, [*bodies(20000), *['no JSON'] * 30])
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, period='0', workers=workers, metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    stored = 'xmsrv_messages_total{outcome="stored"}'
+    seen = []
+    wait_until(lambda: seen.append(figure(port, stored) or 0) or seen[-1] == 20000, 'all are counted', 30)
+    assert seen == sorted(seen)
+    wait_until(lambda: figure(port, 'xmsrv_messages_total{outcome="dead"}') == 30, 'the dead letters too')
+    expected = {'xmsrv_received_total': 20030, 'xmsrv_dead_letters_total{reason="invalid-json"}': 30,
+                'xmsrv_lag_seconds_count': 20000, 'xmsrv_store_up': 1, 'xmsrv_in_flight': 0,
+                'xmsrv_connections{state="up"}': workers, 'xmsrv_connections{state="down"}': 0,
+                'xmsrv_period_seconds': 0, 'xmsrv_messages_total{outcome="late"}': 0}
+    wait_until(lambda: {name: figure(port, name) for name in expected} == expected, 'the figures are as expected')
+    assert figure(port, 'xmsrv_store_batch_records_sum') == 20000
+    assert 'no JSON' not in get(port, '/metrics')[1]
+    assert get(port, '/healthz') == (200, 'ok\n')
+    assert get(port, '/nothing')[0] == 404
+    stopped(running)
+
+
+def test_counts_of_a_dead_worker_are_not_forgotten(nsqd, xmsrv):
+    fill(nsqd, 1000)
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, period='0', workers=2, metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    stored = 'xmsrv_messages_total{outcome="stored"}'
+    wait_until(lambda: figure(port, stored) == 1000, 'all are counted')
+    for pid in children(running):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: figure(port, 'xmsrv_worker_restarts_total') == 2, 'both are started again')
+    assert figure(port, stored) == 1000
+    stopped(running)
+
+
+def test_an_address_that_is_taken_is_a_fault(nsqd, xmsrv):
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        address = f'127.0.0.1:{taken.getsockname()[1]}'
+        xmsrv.configure(nsqd, metrics={'listen': address})
+        running = xmsrv.start('daemon')
+        ended(running, os.EX_CONFIG)
+    assert count(xmsrv, f'[metrics] listen = {address}')
+
+
+def test_the_page_in_a_browser(nsqd, xmsrv):
+    """A screenshot of it is kept in build/."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, [*bodies(300), '{"<script>alert(1)</script>": 1, "<script>alert(1)</script>": 2}', '[1]'])
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 40}, metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: nsqd.left(DEAD, 'x-msrv-replay') == 2 and len(xmsrv.rows()) == 300, 'all are stored', 20)
+    shot = servers.ROOT / 'build' / 'page.png'
+    options = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
+               '--disable-background-networking', '--disable-component-update', '--window-size=900,700',
+               f'--user-data-dir={xmsrv.directory}/browser', '--virtual-time-budget=1000']
+    url = f'http://127.0.0.1:{port}/'
+    dom = browse(*options, '--dump-dom', url)
+    browse(*options, f'--screenshot={shot}', url)
+    assert '<span id="queue" class="up">' in dom and '<span id="store" class="up">' in dom
+    assert len(re.findall(r'<rect class="stored"', dom)) >= 8
+    assert 'not-an-object' in dom and 'invalid-json' in dom
+    assert '<script' not in dom and 'http' not in dom.replace('http-equiv', '')
+    assert shot.stat().st_size > 5000
+    stopped(running)
+
+
+def browse(*options):
+    """What Debian's chromium prints."""
+    return subprocess.run(['chromium', *options], capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+# ------------------------------------------------------------------------------------------------------ in a textfile
+
+def series(path):
+    """The samples of a textfile."""
+    lines = [line.rpartition(' ') for line in path.read_text().splitlines() if not line.startswith('#')]
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_the_textfile_carries_its_counts_over(nsqd, xmsrv, workdir):
+    path = workdir / 'x-msrv.prom'
+    settings = {'metrics': {'textfile': path}}
+    fill(nsqd, 10)
+    xmsrv.once(nsqd, **settings)
+    first = series(path)
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert first['xmsrv_messages_total{outcome="stored"}'] == first['xmsrv_lag_seconds_count'] == 10
+    nsqd.publish(TOPIC, [*bodies(5, 10), 'no JSON'])
+    xmsrv.once(nsqd, **settings)
+    second = series(path)
+    assert second['xmsrv_messages_total{outcome="stored"}'] == second['xmsrv_lag_seconds_count'] == 15
+    assert second['xmsrv_dead_letters_total{reason="invalid-json"}'] == 1
+    assert second['xmsrv_windows_total{result="done"}'] == 2
+    assert second['xmsrv_lag_seconds_sum'] > first['xmsrv_lag_seconds_sum']
+    assert [each.name for each in workdir.glob('*tmp*')] == []
+
+
+@pytest.mark.parametrize('content', [b'rubbish {{{\n', b'\xff\xfe', b'xmsrv_received_total x\n'])
+def test_a_textfile_that_cannot_be_read_costs_a_warning(nsqd, xmsrv, workdir, content):
+    path = workdir / 'x-msrv.prom'
+    path.write_bytes(content)
+    fill(nsqd, 10)
+    assert f'warning: {path}' in xmsrv.once(nsqd, metrics={'textfile': path}).stderr
+    assert len(xmsrv.rows()) == 10
+
+
+def test_a_failed_window_is_in_the_textfile(nsqd, xmsrv, workdir):
+    path = workdir / 'x-msrv.prom'
+    fill(nsqd, 10)
+    xmsrv.once(nsqd)
+    xmsrv.configure(nsqd, timeout='2s', idle_timeout='60s', metrics={'textfile': path})
+    running = xmsrv.start('once')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is subscribed')
+    with contextlib.closing(sqlite3.connect(xmsrv.database, isolation_level=None)) as database:
+        database.execute('BEGIN IMMEDIATE')
+        nsqd.publish(TOPIC, bodies(5, 10))
+        ended(running, os.EX_TEMPFAIL, 30)
+    written = series(path)
+    assert written['xmsrv_windows_total{result="failed"}'] == 1
+    assert written['xmsrv_messages_total{outcome="requeued"}'] == 5
+    assert written['xmsrv_store_errors_total{code="down"}'] >= 5
