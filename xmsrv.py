@@ -47,6 +47,8 @@ from tornado.tcpclient import TCPClient
 __version__ = '0.1.0'
 
 log = logging.getLogger('x-msrv')
+NOTICE = (logging.INFO + logging.WARNING) // 2   # what an operator wants to see of a run in which all is well
+logging.addLevelName(NOTICE, 'NOTICE')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2626,15 +2628,22 @@ class Window:
         self.summary()
         if self.failure or self.unkept:
             reason = self.failure or f'{self.unkept} dead letters could not be kept'
-            log.error('%d messages handed back: %s', self.count['requeued'], reason)
+            log.error('%d messages handed back: %s', self.count['requeued'], reason, extra={'fields': self.outcome})
         return self.status
+
+    @property
+    def outcome(self):
+        """Fields of a log record: which pipeline, and whether its window was as it should be."""
+        return {'topic': self.consumer.topic, 'channel': self.consumer.channel,
+                'outcome': 'failed' if self.status else 'done'}
 
     def summary(self):
         """Logs the line of this window."""
         topic, channel = self.consumer.topic, self.consumer.channel
-        fields = {'topic': topic, 'channel': channel, **self.count, 'seconds': round(self.seconds, 2)}
+        fields = {**self.outcome, **self.count, 'seconds': round(self.seconds, 2)}
         counts = ', '.join(f'{name} {number}' for name, number in self.count.items())
-        log.info('[%s/%s] %s in %.2f s', topic, channel, counts, self.seconds, extra={'fields': fields})
+        level = NOTICE if self.count['received'] or self.status else logging.INFO   # an empty queue is no news
+        log.log(level, '[%s/%s] %s in %.2f s', topic, channel, counts, self.seconds, extra={'fields': fields})
 
 
 @contextlib.contextmanager
@@ -2879,38 +2888,109 @@ def tls_facts(tls_socket):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# command line
+# log: where its lines go, and in which form
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLLECT_EVERY = 100_000   # objects: a window makes thousands at a time, none in a circle; 700 costs a third more CPU
-PRIORITIES = {'DEBUG': 7, 'INFO': 6, 'WARNING': 4, 'ERROR': 3, 'CRITICAL': 2}   # sd-daemon(3)
+JOURNAL = '/run/systemd/journal/socket'   # systemd.io/JOURNAL_NATIVE_PROTOCOL
+PRIORITIES = {'DEBUG': 7, 'INFO': 6, 'NOTICE': 5, 'WARNING': 4, 'ERROR': 3, 'CRITICAL': 2}   # sd-daemon(3)
 
 
 class TextFormatter(logging.Formatter):
-    """`warning: text` on a terminal or in a file, `<4>text` under the journal."""
-
-    def __init__(self, journal):
-        super().__init__('%(message)s')
-        self.journal = journal
+    """`warning: text`, for a terminal or a file; what is said with -v has the seconds since the start."""
 
     def format(self, record):
         """The line of a record."""
         line = super().format(record)
-        if self.journal:
-            return f'<{PRIORITIES[record.levelname]}>' + line.replace('\n', f'\n<{PRIORITIES[record.levelname]}>')
-        return line if record.levelno == logging.INFO else f'{record.levelname.lower()}: {line}'
+        if record.levelno == logging.DEBUG:
+            line = f'{record.relativeCreated / 1000:.3f} {line}'
+        return line if record.levelno in (logging.INFO, NOTICE) else f'{record.levelname.lower()}: {line}'
+
+
+class PriorityFormatter(logging.Formatter):
+    """`<4>text`, each line of several: what the journal reads from stderr."""
+
+    def format(self, record):
+        """The lines of a record."""
+        prefix = f'<{PRIORITIES[record.levelname]}>'
+        return prefix + super().format(record).replace('\n', f'\n{prefix}')
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; the summary's counts are members of their own."""
+    """One JSON object a line; `common` is in each, and the summary's counts are members of their own."""
+
+    def __init__(self, common):
+        super().__init__()
+        self.common = common
 
     def format(self, record):
         """The line of a record."""
         members = {'time': rfc3339(record.created), 'level': record.levelname.lower(), 'message': record.getMessage(),
-                   **getattr(record, 'fields', {})}
+                   **self.common, **getattr(record, 'fields', {})}
         if record.exc_info:
             members['traceback'] = self.formatException(record.exc_info)
         return json.dumps(members)
+
+
+class JournalHandler(logging.StreamHandler):
+    """To the journal, a datagram of fields a record; `common` is in each. Lines with their priority go to stderr where
+    its socket is not there or refuses."""
+
+    def __init__(self, common):
+        super().__init__()
+        self.common, self.plain = common, logging.Formatter()
+        self.setFormatter(PriorityFormatter())
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def emit(self, record):
+        """Sends a record; what can't be formatted is logging's to report."""
+        try:
+            self.send(self.entry(record))
+        except OSError:
+            super().emit(record)
+        except Exception:
+            self.handleError(record)
+
+    def entry(self, record):
+        """A record as the journal takes it: the summary's counts and whatever else it has are fields XMSRV_..."""
+        fields = {**self.common, **getattr(record, 'fields', {})}
+        return journal_entry({'MESSAGE': self.plain.format(record), 'PRIORITY': PRIORITIES[record.levelname],
+                              'SYSLOG_IDENTIFIER': 'x-msrv',
+                              **{f'XMSRV_{name.upper()}': value for name, value in fields.items()}})
+
+    def send(self, entry):
+        """Sends a datagram. By name each time, so that a journal that was started anew gets it. Raises OSError."""
+        try:
+            self.socket.sendto(entry, JOURNAL)
+        except OSError as error:
+            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
+                raise
+            self.send_sealed(entry)
+
+    def send_sealed(self, entry):
+        """What is too large for the socket goes as a file in memory, sealed, so that nobody changes it any more."""
+        fd = os.memfd_create('x-msrv', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            write_all(fd, entry)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS,
+                        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+            self.socket.sendmsg([], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('i', fd))], 0, JOURNAL)
+        finally:
+            os.close(fd)
+
+    def close(self):
+        """Closes the socket; stderr stays open."""
+        self.socket.close()
+        super().close()
+
+
+def journal_entry(fields):
+    """Fields in the journal's form: `NAME=value`, or the name, the length and a value that has a newline in it."""
+    lines = []
+    for name, value in fields.items():
+        data = str(value).encode('utf-8', 'backslashreplace')
+        given = b'\n' + struct.pack('<Q', len(data)) + data if b'\n' in data else b'=' + data
+        lines.append(name.encode() + given + b'\n')
+    return b''.join(lines)
 
 
 def under_journal():
@@ -2922,13 +3002,29 @@ def under_journal():
     return os.environ.get('JOURNAL_STREAM') == f'{here.st_dev}:{here.st_ino}'
 
 
-def set_up_log(arguments, log_format='text'):
-    """Sends the log to stderr, at the level that -v and -q ask for."""
+def log_handler(log_format, common):
+    """The handler for a format, and for what stderr is."""
+    if log_format == 'text' and under_journal():
+        return JournalHandler(common)
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if log_format == 'json' else TextFormatter(under_journal()))
-    log.handlers, log.propagate = [handler], False
+    handler.setFormatter(JsonFormatter(common) if log_format == 'json' else TextFormatter())
+    return handler
+
+
+def set_up_log(arguments, log_format='text', **common):
+    """Sends the log to stderr or the journal, at the level that -v and -q ask for. `common`: fields of each record."""
+    for handler in log.handlers:
+        handler.close()
+    log.handlers, log.propagate = [log_handler(log_format, common)], False
     log.setLevel(logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO)
     logging.getLogger('tornado').setLevel(logging.CRITICAL)   # it reports again what is raised to us
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLLECT_EVERY = 100_000   # objects: a window makes thousands at a time, none in a circle; 700 costs a third more CPU
 
 
 class Parser(argparse.ArgumentParser):
@@ -2987,7 +3083,7 @@ def configured(arguments):
     config, faults, warnings = load(arguments.config, arguments.set_before + arguments.set_after)
     if faults:
         raise ConfigError('\n'.join(f'{arguments.config}: {fault}' for fault in faults))
-    set_up_log(arguments, config.log_format)
+    set_up_log(arguments, config.log_format, topic=config.nsq.topic, channel=config.nsq.channel)
     if arguments.command == 'check':
         for warning in warnings:
             log.warning('%s: %s', arguments.config, warning)

@@ -1,0 +1,185 @@
+"""What an operator reads afterwards: the journal and its fields, a fault that repeats, and the story that -v tells."""
+import contextlib
+import json
+import os
+import socket
+import struct
+import sys
+
+import proxies
+import pytest
+import servers
+
+TOPIC, CHANNEL = 'orders', 'x-msrv'
+
+
+def good(number):
+    """Messages that become records."""
+    return [json.dumps({'id': n}) for n in range(number)]
+
+
+# ------------------------------------------------------------------------------------------------------------- a notice
+
+@pytest.mark.parametrize('number, level', [(3, 'notice'), (0, 'info')])
+def test_the_summary_is_a_notice_where_something_came(nsqd, xmsrv, number, level):
+    """An empty queue is no news. It has its outcome, and each line says of which pipeline it is."""
+    nsqd.publish(TOPIC, good(number))
+    line, = map(json.loads, xmsrv.once(nsqd, log_format='json').stderr.splitlines())
+    assert (line['level'], line['outcome'], line['stored']) == (level, 'done', number)
+    assert (line['topic'], line['channel']) == (TOPIC, CHANNEL)
+
+
+def test_the_summary_of_a_window_that_failed_says_so(nsqds, xmsrv):
+    nsqd, = nsqds(1, '--max-msg-size=2000')
+    refused_letter(nsqd)
+    lines = xmsrv.once(nsqd, log_format='json', expect=os.EX_TEMPFAIL).stderr.splitlines()
+    failed = [line for line in map(json.loads, lines) if line.get('outcome') == 'failed']
+    assert [line['level'] for line in failed] == ['notice', 'error']
+    assert {line['topic'] for line in map(json.loads, lines)} == {TOPIC}
+
+
+def refused_letter(nsqd):
+    """A message whose dead letter is too large for an nsqd of --max-msg-size=2000."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, json.dumps(['x' * 1900]))
+
+
+# ---------------------------------------------------------------------------------------------------------- the journal
+
+# Not the path of the machine's own journal, which is there or not.
+START = 'import sys, xmsrv; xmsrv.JOURNAL = sys.argv.pop(1); sys.exit(xmsrv.main())'
+
+
+class Journal(proxies.Thread):
+    """A socket at `path`, as the journal has one. `entries`: the fields of each record that came; `files`: how many of
+    them came as a file."""
+
+    def __init__(self, path):
+        self.entries, self.files = [], 0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(0.1)
+        super().__init__()
+
+    def _serve(self):
+        while not self._closing.is_set():
+            with contextlib.suppress(TimeoutError):
+                data, fds, _, _ = socket.recv_fds(self._socket, 1 << 20, 1)
+                self.files += len(fds)
+                self.entries.append(decoded(contents(*fds) if fds else data))
+        self._socket.close()
+
+    def wait_for(self, condition):
+        """The first entry for which the condition holds."""
+        return servers.wait_until(lambda: next(filter(condition, list(self.entries)), None), 'the journal has it')
+
+
+def contents(fd):
+    """The bytes of the file that came along, which nobody can change any more."""
+    try:
+        with pytest.raises(PermissionError):
+            os.pwrite(fd, b'more', 0)
+        return os.pread(fd, 1 << 24, 0)
+    finally:
+        os.close(fd)
+
+
+def decoded(data):
+    """The fields of an entry: systemd.io/JOURNAL_NATIVE_PROTOCOL."""
+    fields = {}
+    while data:
+        line, _, data = data.partition(b'\n')
+        name, equals, value = line.partition(b'=')
+        if not equals:
+            size, = struct.unpack_from('<Q', data)
+            value, end, data = data[8:8 + size], data[8 + size:9 + size], data[9 + size:]
+            assert end == b'\n'
+        assert name.decode() not in fields
+        fields[name.decode()] = value.decode()
+    return fields
+
+
+@pytest.fixture
+def journal(workdir):
+    """The test's own."""
+    with Journal(workdir / 'socket') as made:
+        yield made
+
+
+def under(workdir, xmsrv, *arguments, ours=True, path='socket'):
+    """Run the command with stderr in a file that JOURNAL_STREAM names, or not: its status, and the lines there."""
+    with (workdir / 'stderr').open('w+') as stderr, (workdir / 'other').open('w') as other:
+        stream = os.fstat((stderr if ours else other).fileno())
+        process = servers.spawn([sys.executable, '-c', START, workdir / path, '-c', xmsrv.path, *arguments],
+                                stderr=stderr, env={**os.environ, 'JOURNAL_STREAM': f'{stream.st_dev}:{stream.st_ino}'})
+        return process.wait(timeout=30), (workdir / 'stderr').read_text().splitlines()
+
+
+def test_the_journal_gets_fields(nsqds, xmsrv, workdir, journal):
+    """Priority, pipeline, outcome and counts; nothing is left for stderr."""
+    nsqd, = nsqds(1, '--max-msg-size=2000')
+    refused_letter(nsqd)
+    nsqd.publish(TOPIC, good(4))
+    xmsrv.configure(nsqd)
+    assert under(workdir, xmsrv, '-v', 'once') == (os.EX_TEMPFAIL, [])
+    found = journal.wait_for(lambda entry: 'handed back' in entry['MESSAGE'])
+    assert (found['PRIORITY'], found['XMSRV_OUTCOME']) == ('3', 'failed')
+    found = journal.wait_for(lambda entry: 'XMSRV_RECEIVED' in entry)
+    assert found['MESSAGE'].startswith('[orders/x-msrv] received 5, stored 4, ')
+    assert (found['PRIORITY'], found['XMSRV_OUTCOME']) == ('5', 'failed')
+    assert (found['XMSRV_RECEIVED'], found['XMSRV_STORED'], found['XMSRV_REQUEUED']) == ('5', '4', '1')
+    assert float(found['XMSRV_SECONDS']) >= 0
+    assert {entry['PRIORITY'] for entry in journal.entries} == {'3', '4', '5', '7'}
+    for entry in journal.entries:
+        assert (entry['SYSLOG_IDENTIFIER'], entry['XMSRV_TOPIC'], entry['XMSRV_CHANNEL']) == ('x-msrv', TOPIC, CHANNEL)
+
+
+@pytest.mark.parametrize('options', [3, 3000], ids=['as bytes', 'as a file'])
+def test_the_journal_gets_lines_that_belong_together_as_one(xmsrv, workdir, journal, options):
+    """All faults of a file are one message; one that is too large for the socket comes whole as well."""
+    xmsrv.configure(nsq={f'{"option-" * 20}{n}': n for n in range(options)})
+    assert under(workdir, xmsrv, 'check') == (os.EX_CONFIG, [])
+    entry = journal.wait_for(lambda entry: True)
+    assert len(entry['MESSAGE'].splitlines()) > options and entry['PRIORITY'] == '3'
+    assert 'XMSRV_TOPIC' not in entry and len(journal.entries) == 1
+    assert journal.files == (options > 3)
+
+
+def test_the_journal_is_only_for_text(nsqd, xmsrv, workdir, journal):
+    """Who asks for JSON gets it, on stderr."""
+    xmsrv.configure(nsqd, log_format='json')
+    status, lines = under(workdir, xmsrv, 'once')
+    assert status == 0 and json.loads(lines[-1])['channel'] == CHANNEL and not journal.entries
+
+
+@pytest.mark.parametrize('path', ['nowhere', 'stderr'])
+def test_stderr_has_priorities_where_the_journal_is_out_of_reach(nsqds, xmsrv, workdir, path):
+    """Its socket is not there, or is none."""
+    nsqd, = nsqds(1, '--max-msg-size=2000')
+    refused_letter(nsqd)
+    xmsrv.configure(nsqd)
+    status, lines = under(workdir, xmsrv, '-v', 'once', path=path)
+    assert status == os.EX_TEMPFAIL and {line[:3] for line in lines} == {'<3>', '<4>', '<5>', '<7>'}
+    assert any(line.startswith('<5>[orders/x-msrv] received 1, ') for line in lines)
+
+
+def test_each_line_of_several_has_its_priority(xmsrv, workdir):
+    """All faults of a file are one message."""
+    xmsrv.configure(nsq={'topik': 'a', 'max-messages': 'many'})
+    status, lines = under(workdir, xmsrv, 'check', path='nowhere')
+    assert status == os.EX_CONFIG and len(lines) >= 2 and all(line.startswith('<3>') for line in lines)
+
+
+def test_a_journal_that_is_not_ours_gets_nothing(nsqd, xmsrv, workdir, journal):
+    """JOURNAL_STREAM, inherited by a process with another stderr, means nothing."""
+    nsqd.publish(TOPIC, good(3))
+    xmsrv.configure(nsqd)
+    status, lines = under(workdir, xmsrv, 'once', ours=False)
+    assert status == 0 and lines[-1].startswith('[orders/x-msrv] received 3, ') and not journal.entries
+
+
+def test_text_that_is_no_utf8_reaches_the_journal(workdir, xmsrv, journal):
+    """A file name of any bytes."""
+    xmsrv.path = workdir / os.fsdecode(b'\xff.conf')
+    assert under(workdir, xmsrv, 'check') == (os.EX_CONFIG, [])
+    assert '\\udcff.conf' in journal.wait_for(lambda entry: True)['MESSAGE']
