@@ -2893,6 +2893,9 @@ def tls_facts(tls_socket):
 
 JOURNAL = '/run/systemd/journal/socket'   # systemd.io/JOURNAL_NATIVE_PROTOCOL
 PRIORITIES = {'DEBUG': 7, 'INFO': 6, 'NOTICE': 5, 'WARNING': 4, 'ERROR': 3, 'CRITICAL': 2}   # sd-daemon(3)
+FEW = 5                     # warnings and errors of a kind, in a row, before they are only counted
+MINUTE = 60.0               # seconds for which they are
+MORE = '%d more like this in the last minute: %s'
 
 
 class TextFormatter(logging.Formatter):
@@ -2993,6 +2996,53 @@ def journal_entry(fields):
     return b''.join(lines)
 
 
+class Repeats(logging.Filter):
+    """Holds back warnings and errors that repeat: the first FEW of a kind (a template, or where it has no words of its
+    own the whole text) pass, the others are counted, and the count is said when the minute is over or at exit.
+
+    seen: kind -> (since when, how many, the last one). With -v all pass.
+    """
+
+    def __init__(self, clock=time.monotonic):
+        super().__init__()
+        self.clock, self.seen, self.lock = clock, {}, threading.Lock()   # the store's threads log as well
+
+    def filter(self, record):
+        """Whether a record passes."""
+        if record.levelno < logging.WARNING or record.msg == MORE or log.isEnabledFor(logging.DEBUG):
+            return True
+        self.tell_old()
+        kind = record.msg if re.search('[a-z]{2}', record.msg) else record.getMessage()
+        with self.lock:
+            since, number, _ = self.seen.get(kind, (self.clock(), 0, None))
+            number += 1
+            self.seen[kind] = since, number, record
+        if number == FEW + 1:
+            self.set_timer()
+        return number <= FEW
+
+    def set_timer(self):
+        """So that the count is said in time, though nothing else is; a thread, for there need not be a loop."""
+        timer = threading.Timer(MINUTE, self.tell_old)
+        timer.daemon = True
+        timer.start()
+
+    def tell_old(self):
+        """Says the counts of which the minute is over."""
+        self.tell(self.clock() - MINUTE)
+
+    def tell(self, until=math.inf):
+        """Says the counts that began until then, and forgets them."""
+        with self.lock:
+            over = [self.seen.pop(kind) for kind, (since, *_) in list(self.seen.items()) if since <= until]
+        for _, number, last in over:
+            if number > FEW:
+                log.log(last.levelno, MORE, number - FEW, last.getMessage())
+
+
+repeats = Repeats()
+
+
 def under_journal():
     """Whether stderr goes to the journal: systemd.exec(5), JOURNAL_STREAM."""
     try:
@@ -3016,6 +3066,7 @@ def set_up_log(arguments, log_format='text', **common):
     for handler in log.handlers:
         handler.close()
     log.handlers, log.propagate = [log_handler(log_format, common)], False
+    log.addFilter(repeats)
     log.setLevel(logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO)
     logging.getLogger('tornado').setLevel(logging.CRITICAL)   # it reports again what is raised to us
 
@@ -3156,6 +3207,7 @@ def main(arguments=None):
     """The command line. Returns the exit status."""
     parsed = build_parser().parse_args(arguments)
     status = obey(parsed)
+    repeats.tell()
     leave_stuck_calls(status)
     return status
 

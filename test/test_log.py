@@ -1,14 +1,18 @@
 """What an operator reads afterwards: the journal and its fields, a fault that repeats, and the story that -v tells."""
 import contextlib
 import json
+import logging
 import os
 import socket
 import struct
 import sys
+import threading
 
 import proxies
 import pytest
 import servers
+
+import xmsrv as module
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'
 
@@ -183,3 +187,118 @@ def test_text_that_is_no_utf8_reaches_the_journal(workdir, xmsrv, journal):
     xmsrv.path = workdir / os.fsdecode(b'\xff.conf')
     assert under(workdir, xmsrv, 'check') == (os.EX_CONFIG, [])
     assert '\\udcff.conf' in journal.wait_for(lambda entry: True)['MESSAGE']
+
+
+# ------------------------------------------------------------------------------------------------- a fault that repeats
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def said(monkeypatch, clock):
+    """The lines of the log, in this process, behind a filter of its own that goes by `clock`."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(f'{record.levelname.lower()}: {record.getMessage()}')
+    monkeypatch.setattr(module, 'repeats', module.Repeats(clock))
+    for name, value in (('handlers', [handler]), ('filters', [module.repeats]), ('propagate', False)):
+        monkeypatch.setattr(module.log, name, value)
+    before = module.log.level
+    module.log.setLevel(logging.INFO)
+    yield lines
+    module.log.setLevel(before)
+
+
+def test_a_fault_that_repeats_is_counted(said, clock):
+    """The first few are said; when the minute is over so is how many more there were, and it begins anew."""
+    for number in range(20):
+        module.log.warning('nsqd %d: gone', number)
+    few = [f'warning: nsqd {number}: gone' for number in range(module.FEW)]
+    assert said == few
+    clock.now += module.MINUTE
+    module.log.warning('nsqd %d: gone', 99)
+    assert said[len(few):] == ['warning: 15 more like this in the last minute: nsqd 19: gone', 'warning: nsqd 99: gone']
+
+
+def test_a_count_is_said_at_the_end(said):
+    """And no count of what was said whole."""
+    for _ in range(module.FEW + 1):
+        module.log.error('lost')
+    module.log.warning('just once')
+    module.repeats.tell()
+    assert said[-2:] == ['warning: just once', 'error: 1 more like this in the last minute: lost']
+    module.repeats.tell()
+    assert len(said) == module.FEW + 2
+
+
+def test_a_count_is_said_in_time_though_nothing_else_is(said, clock, monkeypatch):
+    monkeypatch.setattr(module, 'MINUTE', 0.2)
+    for _ in range(module.FEW + 3):
+        module.log.warning('lost')
+    clock.now += 1
+    servers.wait_until(lambda: said[-1] == 'warning: 3 more like this in the last minute: lost', 'the count')
+
+
+def test_one_fault_hides_no_other(said):
+    """Neither another template, nor another text where the template has no words of its own."""
+    for number in range(20):
+        module.log.warning('lost')
+        module.log.error('%s', f'fault {number}')
+    module.log.warning('another')
+    assert [line for line in said if line.startswith('error')] == [f'error: fault {number}' for number in range(20)]
+    assert said[-1] == 'warning: another' and said.count('warning: lost') == module.FEW
+
+
+@pytest.mark.parametrize('level', [logging.INFO, module.NOTICE])
+def test_what_is_no_fault_is_never_held_back(said, level):
+    """The summary of window after window."""
+    for _ in range(100):
+        module.log.log(level, 'received 1')
+    assert len(said) == 100
+
+
+def test_verbose_shows_each(said):
+    module.log.setLevel(logging.DEBUG)
+    for _ in range(100):
+        module.log.warning('lost')
+    assert len(said) == 100
+
+
+def test_faults_of_many_threads_are_counted_right(said):
+    def fail():
+        for _ in range(200):
+            module.log.warning('lost')
+    threads = [threading.Thread(target=fail) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    module.repeats.tell()
+    assert len(said) == module.FEW + 1
+    assert said[-1] == f'warning: {8 * 200 - module.FEW} more like this in the last minute: lost'
+
+
+def test_an_nsqd_that_comes_and_goes_does_not_fill_the_log(nsqd, xmsrv):
+    """Eight times; then it stays."""
+    def cut(event):
+        if event.name == 'RDY' and event.connection < 8:
+            raise ConnectionError
+        return True
+    nsqd.publish(TOPIC, good(3))
+    with proxies.Proxy(nsqd, judge=cut) as proxy:
+        done = xmsrv.once(timeout='30s', nsq={'nsqd-tcp-address': proxy.addresses})
+    lost = f'warning: nsqd {proxy.addresses[0]}: the connection was closed'
+    assert servers.summary(done.stderr)['stored'] == 3
+    assert done.stderr.splitlines().count(lost) == module.FEW == 5
+    assert done.stderr.splitlines()[-1] == lost.replace(': ', ': 3 more like this in the last minute: ', 1)
