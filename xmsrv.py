@@ -1173,6 +1173,7 @@ class SqliteStore(Store):
             self.upsert([Record('', {}, None)])   # a table of another form is found out before the first message
             self.db.execute('ROLLBACK')
             self.file = os.stat(self.path)
+        log.debug('sqlite %s: open', self.path)
 
     @contextlib.contextmanager
     def complaints(self):
@@ -1308,6 +1309,7 @@ class AerospikeStore(Store):
         self.filter = newest_wins(self.time_bin) if self.time_bin else None
         try:
             self.client = self.connected(self.client_config())
+            log.debug('%s: connected', self.where)
         except aerospike.exception.AerospikeError as error:
             raise StoreDown(f'{self.where}: {self.named(error.code)}: {shortened(str(error.msg), 200)}') from None
 
@@ -1610,8 +1612,9 @@ class DeadLetters:
 
     async def keep(self, messages):
         """Keeps the messages, each with its `unfit`. Returns DEAD or UNKEPT for each."""
-        for message in messages:
-            log.debug('dead letter %s: %s', message.key, message.unfit)
+        for message in messages if log.isEnabledFor(logging.DEBUG) else ():
+            fields = {'outcome': 'dead', 'reason': message.unfit.reason}
+            log.debug('dead letter %s: %s', message.key, message.unfit, extra={'fields': fields})
         if self.discard:
             return [DEAD] * len(messages)
         left = messages
@@ -1903,6 +1906,7 @@ class Publisher(Connection):
         await super().open()
         self.waiting = None      # a future, while an MPUB is without its answer
         self.reader = asyncio.ensure_future(self.read_answers())
+        log.debug('nsqd %s: connected, for dead letters in %s', self, self.topic)
 
     async def publish(self, bodies):
         """Publishes all or none, in one MPUB: nsqd looks at each before it takes the first. Raises one of UNREACHABLE;
@@ -1968,6 +1972,8 @@ class Subscription(Connection):
         self.msg_timeout = self.info.get('msg_timeout', 60000) / 1000
         self.max_msg_timeout = self.info.get('max_msg_timeout', 900000) / 1000
         self.silence = 2 * self.info.get('output_buffer_timeout', 250) / 1000
+        log.debug('nsqd %s: connected, version %s, RDY at most %d, msg-timeout %g s', self, self.info.get('version'),
+                  self.max_rdy, self.msg_timeout)
 
     async def deliver(self, messages):
         """Hands messages on; reads no further while too much is held."""
@@ -1990,6 +1996,7 @@ class Subscription(Connection):
                 self.listening = asyncio.get_running_loop().time()
             if not self.rdy:
                 self.quiet = False
+            log.debug('nsqd %s: RDY %d -> %d', self, self.rdy, rdy)
             self.rdy = rdy
             self.send(nsq.ready(rdy))
 
@@ -2002,6 +2009,7 @@ class Subscription(Connection):
             await asyncio.wait_for(self.closed.wait(), CLOSE_TIMEOUT)
         self.consumer.hand_back([message for message in self.consumer.held.values() if message.conn is self])
         self.drop()
+        log.debug('nsqd %s: disconnected', self)
 
 
 class Backoff:
@@ -2145,7 +2153,10 @@ class Consumer:
                 await connection.read()
             except UNREACHABLE as error:
                 self.parted(connection, error, backoff.tries)
-            await asyncio.sleep(backoff.next())
+            delay = backoff.next()
+            if not self.closing:
+                log.debug('nsqd %s: connecting again in %.1f s', connection, delay)
+            await asyncio.sleep(delay)
 
     def parted(self, connection, error, tries):
         """A connection could not be made, or has ended."""
@@ -2219,9 +2230,7 @@ class Consumer:
                        for c in self.connections], budget)
         rdys = [share and share + c.parked for c, share in zip(self.connections, more, strict=True)]
         for connection, rdy in sorted(zip(self.connections, rdys, strict=True), key=lambda pair: pair[1] - pair[0].rdy):
-            if rdy != connection.rdy:
-                log.debug('nsqd %s: RDY %d', connection, rdy)
-                connection.ask(rdy)
+            connection.ask(rdy)
 
     @property
     def starved(self):
@@ -2284,6 +2293,7 @@ class Consumer:
                if now - message.touched >= message.conn.msg_timeout / 2 - 2 * TICK
                and now - message.received < message.conn.max_msg_timeout]
         for connection, group in grouped(due, lambda message: message.conn):
+            log.debug('nsqd %s: TOUCH for %d messages', connection, len(group))
             connection.send(b''.join([b'TOUCH %s\n' % message.id for message in group]))
         for message in due:
             message.touched = now
@@ -2402,7 +2412,9 @@ class Lane:
 
     async def run(self, batch):
         """One batch, from the call to what follows."""
+        begun = asyncio.get_running_loop().time()
         answers = await self.work(batch)
+        self.tell(batch, answers, asyncio.get_running_loop().time() - begun)
         self.busy -= 1
         again = self.settle(batch, answers)
         if again:
@@ -2410,10 +2422,20 @@ class Lane:
                 self.backoff.reset()   # it works, if only for some: no reason to wait longer each time
             self.pending.extendleft(reversed(again))
             self.bytes += sum(len(message.body) for message in again)
-            self.timer = asyncio.get_running_loop().call_later(self.backoff.next(), self.rested)
+            delay = self.backoff.next()
+            log.debug('%s: %d messages wait %.1f s for the next try', self.name, len(self.pending), delay)
+            self.timer = asyncio.get_running_loop().call_later(delay, self.rested)
         elif self.troubled and not self.halted:
             self.backoff.reset()
         self.pump()
+
+    def tell(self, batch, answers, seconds):
+        """What came of a batch, for -v."""
+        if log.isEnabledFor(logging.DEBUG):
+            outcomes = collections.Counter(answer.outcome for answer in answers)
+            log.debug('%s: batch of %d, %d bytes, in %.0f ms: %s', self.name, len(batch),
+                      sum(len(message.body) for message in batch), seconds * 1000,
+                      ', '.join(f'{name} {number}' for name, number in outcomes.items()))
 
     def rested(self):
         """The time to try again."""
@@ -2540,10 +2562,14 @@ class Window:
         loop = asyncio.get_running_loop()
         self.started = self.active = loop.time()
         self.consumer.window = self
+        log.debug('window: begins, at most %s messages, %g s, idle %g s, %d in flight', self.limit or 'any number of',
+                  self.config.timeout, self.config.idle_timeout, self.consumer.max_in_flight)
         with progress(self) as show:
             self.ask(True)
             await self.until(lambda: show() or self.over(loop.time()))
             self.ended = loop.time()
+            log.debug('window: ends after %.2f s, %s; %d taken, %d under way', self.ended - self.started, self.cause,
+                      self.taken, self.open)
             self.ask(False)
             if self.stopping or self.storing.troubled or self.failure:
                 self.halt()
@@ -2580,6 +2606,14 @@ class Window:
         given_up = self.stopping or self.failure   # else a full window has until its timeout for a store that is down
         return (not self.left and (given_up or not self.open) or not self.consumer.addresses or self.stuck
                 or now - self.since >= self.config.timeout or now - self.active >= self.config.idle_timeout)
+
+    @property
+    def cause(self):
+        """Why it has ended, for -v."""
+        causes = {'stopped': self.stopping, 'failed': self.failure, 'full': not self.left,
+                  'no nsqd': not self.consumer.addresses, 'stuck': self.stuck,
+                  'out of time': self.ended - self.since >= self.config.timeout}
+        return next((cause for cause, holds in causes.items() if holds), 'the queue is idle')
 
     @property
     def since(self):

@@ -3,6 +3,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import struct
 import sys
@@ -186,7 +187,7 @@ def test_text_that_is_no_utf8_reaches_the_journal(workdir, xmsrv, journal):
     """A file name of any bytes."""
     xmsrv.path = workdir / os.fsdecode(b'\xff.conf')
     assert under(workdir, xmsrv, 'check') == (os.EX_CONFIG, [])
-    assert '\\udcff.conf' in journal.wait_for(lambda entry: True)['MESSAGE']
+    assert r'\udcff.conf' in journal.wait_for(lambda entry: True)['MESSAGE']
 
 
 # ------------------------------------------------------------------------------------------------- a fault that repeats
@@ -302,3 +303,76 @@ def test_an_nsqd_that_comes_and_goes_does_not_fill_the_log(nsqd, xmsrv):
     assert servers.summary(done.stderr)['stored'] == 3
     assert done.stderr.splitlines().count(lost) == module.FEW == 5
     assert done.stderr.splitlines()[-1] == lost.replace(': ', ': 3 more like this in the last minute: ', 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ the story
+
+STORY = r"""
+sqlite \S+: open
+nsqd A: connected, version 1.3.0, RDY at most 2500, msg-timeout 60 s
+window: begins, at most 4 messages, 60 s, idle 30 s, 2500 in flight
+nsqd A: RDY 0 -> \d+
+nsqd A: \d+ messages
+sqlite \S+: database is locked; trying again, nothing more is taken from the queue
+nsqd A: RDY \d+ -> 0
+sqlite: batch of \d+, \d+ bytes, in \d+ ms: retry \d+
+sqlite: \d+ messages wait 0\.\d s for the next try
+sqlite is back after \d+\.\d s
+sqlite: batch of \d+, \d+ bytes, in \d+ ms: stored \d+
+nsqd A: connected, for dead letters in orders.dead
+dead letters: batch of 1, 2 bytes, in \d+ ms: dead 1
+window: ends after \d+\.\d\d s, full; 4 taken, 0 under way
+nsqd A: disconnected
+\[orders/x-msrv\] received 4, stored 3, duplicate 0, stale 0, dead 1, .*
+""".strip().splitlines()
+
+
+def test_verbose_tells_the_story(nsqds, xmsrv):
+    """Of two nsqds, an outage of the store and a dead letter: a line for each thing that happens, with its time."""
+    pair = nsqds(2)
+    xmsrv.once(pair, idle_timeout='50ms')
+    xmsrv.configure(pair, timeout='60s', idle_timeout='30s', nsq={'max-messages': 4})
+    process = xmsrv.start('-v', 'once')
+    servers.wait_until(lambda: all(nsqd.clients(TOPIC, CHANNEL) for nsqd in pair), 'both are connected')
+    with xmsrv.locked():
+        pair[0].publish(TOPIC, good(1))
+        servers.wait_until(lambda: 'trying again' in xmsrv.log.read_text(), 'the store is down', 20)
+    pair[1].publish(TOPIC, [*good(2), '[]'])
+    assert process.wait(timeout=30) == 0
+    lines = xmsrv.log.read_text().splitlines()
+    lines = [re.sub(r'^(debug: \d+\.\d{3}|warning:) ', '', line) for line in lines]
+    told = iter([line.replace(pair[0].tcp, 'A').replace(pair[1].tcp, 'A') for line in lines])
+    missing = [pattern for pattern in STORY if not any(re.fullmatch(pattern, line) for line in told)]
+    assert not missing, (missing[0], lines)
+    for nsqd in pair:
+        follows_on(re.findall(rf'nsqd {nsqd.tcp}: RDY (\d+) -> (\d+)', '\n'.join(lines)))
+
+
+def follows_on(changes):
+    """Each RDY is told as what the last one was, and it was another."""
+    rdy = '0'
+    for before, after in changes:
+        assert before == rdy != after, changes
+        rdy = after
+
+
+def test_verbose_tells_of_an_nsqd_that_is_away(nsqds, xmsrv):
+    """When it is tried again."""
+    up, down = nsqds(2)
+    down.kill()
+    xmsrv.configure([up, down], timeout='2s', idle_timeout='1s')
+    lines = xmsrv.run('-v', 'once').stderr.splitlines()
+    told = [line.partition(f'nsqd {down.tcp}: ')[2] for line in lines if down.tcp in line]
+    assert 'Connection refused' in told
+    assert [line for line in told if re.fullmatch(r'connecting again in \d\.\d s', line)]
+    assert [line for line in lines if re.search(r' window: ends after .*, the queue is idle; 0 taken, 0 under', line)]
+
+
+def test_verbose_says_why_the_window_ended(nsqd, xmsrv):
+    """Here a signal."""
+    xmsrv.configure(nsqd, timeout='60s', idle_timeout='60s')
+    process = xmsrv.start('-v', 'once')
+    servers.wait_until(lambda: 'window: begins, at most any number of' in xmsrv.log.read_text(), 'it runs')
+    process.terminate()
+    assert process.wait(timeout=10) == 0
+    assert re.search(r'window: ends after \d\.\d\d s, stopped; 0 taken', xmsrv.log.read_text())
