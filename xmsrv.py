@@ -3106,6 +3106,142 @@ def set_up_log(arguments, log_format='text', **common):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# completion: what a shell has to know of the command line, made from its parser
+# ---------------------------------------------------------------------------------------------------------------------
+
+BASH = """\
+# bash completion for x-msrv, printed by: x-msrv completion bash
+_x_msrv() {
+    local cur=${COMP_WORDS[COMP_CWORD]} word words='' command='' option='' joined=''
+    COMPREPLY=()
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case $word in '=' | ':') joined=1; continue ;; esac   # where bash takes a word apart
+        if [[ $option ]]; then
+            option=''
+        elif [[ ! $joined ]]; then
+            case $word in
+                %(valued)s) option=$word ;;
+                %(commands)s) command=${command:-$word} ;;
+            esac
+        fi
+        joined=''
+    done
+    case $cur in '=' | ':') joined=1 cur='' ;; esac
+    if [[ $joined && ! $option ]]; then return; fi   # amid a value
+    case $command in
+        %(words)s
+    esac
+    case $option in
+        %(values)s
+    esac
+    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+}
+complete -F _x_msrv x-msrv
+"""
+ZSH = """\
+#compdef x-msrv
+# zsh completion for x-msrv, printed by: x-msrv completion zsh
+_x_msrv_settings() {
+    compadd -S '' -- %(settings)s
+}
+_x_msrv() {
+    local state line context
+    typeset -A opt_args
+    _arguments -C %(options)s '1:command:((%(commands)s))' '*::argument:->rest'
+    if [[ $state == rest ]]; then
+        case $words[1] in
+            %(cases)s
+        esac
+    fi
+}
+if [[ $funcstack[1] == _x-msrv ]]; then _x_msrv "$@"; else compdef _x_msrv x-msrv; fi
+"""
+
+
+def completion(shell, parser):
+    """What bash or zsh reads to complete the command line of `parser`."""
+    # argparse has no public way to ask a parser for what it takes.
+    found = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    commands = {action.dest: (action.help, found.choices[action.dest]) for action in found._choices_actions
+                if action.help != argparse.SUPPRESS}
+    return bash_completion(parser, commands) if shell == 'bash' else zsh_completion(parser, commands)
+
+
+def shown(parser):
+    """What a parser takes and says so in its help, but for the commands."""
+    return [action for action in parser._actions
+            if action.help != argparse.SUPPRESS and not isinstance(action, argparse._SubParsersAction)]
+
+
+def settings():
+    """What may follow --set, from the table of options."""
+    return ' '.join(f'{option.section}.{option.name}'.lstrip('.') + ('=' if option.default is not None else '.')
+                    for option in OPTIONS)
+
+
+def bash_completion(parser, commands):
+    """The same, for bash; `commands`: name -> (help, parser)."""
+    parsers = {"''": parser, **{name: made for name, (_, made) in commands.items()}}
+    valued = {name: action for made in parsers.values() for action in shown(made) if action.nargs != 0
+              for name in action.option_strings}
+    words = {name: [word for action in shown(made) for word in action.option_strings or action.choices or ()]
+             for name, made in parsers.items()}
+    words["''"] += commands
+    between = '\n        '
+    return BASH % {
+        'valued': ' | '.join(valued), 'commands': ' | '.join(commands),
+        'words': between.join(f"{name}) words='{' '.join(some)}' ;;" for name, some in words.items()),
+        'values': between.join(f'{name}) {bash_value(action)} ;;' for name, action in valued.items())}
+
+
+def bash_value(action):
+    """What bash does for the value of an option."""
+    metavar = action.metavar or ''
+    if 'FILE' in metavar:
+        return 'compopt -o filenames; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return'
+    if metavar == SETTING:
+        return f"compopt -o nospace; words='{settings()}'"
+    return f"words='{' '.join(action.choices)}'" if action.choices else 'return'
+
+
+def zsh_completion(parser, commands):
+    """The same, for zsh."""
+    cases = [f'{name}) _arguments {zsh_options(made)} ;;' for name, (_, made) in commands.items()]
+    known = ' '.join(f'{name}\\:"{zsh_text(help)}"' for name, (help, _) in commands.items())
+    return ZSH % {'settings': settings(), 'options': zsh_options(parser), 'commands': known,
+                  'cases': '\n            '.join(cases)}
+
+
+def zsh_options(parser):
+    """What a parser takes, as specifications for _arguments."""
+    specs = []
+    for action in shown(parser):
+        names, value = action.option_strings, ''
+        if action.nargs != 0:
+            value = f':{zsh_text(action.metavar or action.dest)}:{zsh_value(action)}'
+        others = '*' if isinstance(action, argparse._AppendAction) else f'({" ".join(names)})'
+        for name in names:
+            joint = ('=' if name.startswith('--') else '+') if value else ''
+            specs.append(f"'{others}{name}{joint}[{zsh_text(action.help or '')}]{value}'")
+        if not names:
+            specs.append(f"'{value}'")
+    return ' '.join(specs)
+
+
+def zsh_value(action):
+    """What zsh does for the value of an option."""
+    metavar = action.metavar or ''
+    if metavar == SETTING:
+        return '_x_msrv_settings'
+    return '_files' if 'FILE' in metavar else f'({" ".join(action.choices or ())})'
+
+
+def zsh_text(text):
+    """A text inside a specification."""
+    return re.sub(r'([\[\]:])', r'\\\1', text.replace("'", "'\\''"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3120,11 +3256,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(os.EX_USAGE, f'{self.prog}: {message}; see {self.prog} --help\n')
 
 
+SETTING = 'SECTION.OPTION=VALUE'
 EXAMPLES = """examples:
   x-msrv check --connect                     is the file right, are both ends there?
   x-msrv once                                one window, as the timer does it
   x-msrv --set nsq.max-messages=10 once      the same, at most ten messages
   x-msrv replay --list                       what became a dead letter, and why
+  source <(x-msrv completion bash)           complete all this with TAB; for zsh the same, with zsh
 
 exit status: 0 done, 64 usage, 69 queue or store out of reach (nothing was taken), 70 internal error,
 75 messages handed back because the store or the keeper of dead letters failed, 78 configuration
@@ -3136,7 +3274,7 @@ def add_common(parser, after):
     absent = argparse.SUPPRESS
     parser.add_argument('-c', '--config', metavar='FILE', default=absent if after else DEFAULT_FILE,
                         help=f'configuration (default: {DEFAULT_FILE})')
-    parser.add_argument('--set', metavar='SECTION.OPTION=VALUE', action='append', default=[],
+    parser.add_argument('--set', metavar=SETTING, action='append', default=[],
                         dest='set_after' if after else 'set_before', help='set one option, over the file')
     loud = parser.add_mutually_exclusive_group()
     loud.add_argument('-v', '--verbose', action='store_true', default=absent if after else False, help='say more')
@@ -3153,13 +3291,15 @@ def build_parser():
     made = {}
     for name, help in (('once', 'one window, then exit'), ('check', 'every fault in the configuration at once'),
                        ('replay', 'run dead letters through again, under their first key'),
-                       ('config', 'print the effective configuration')):
+                       ('config', 'print the effective configuration'),
+                       ('completion', 'print what bash or zsh reads to complete the command line')):
         made[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.')
         add_common(made[name], after=True)
     made['check'].add_argument('--connect', action='store_true', help='also reach the queue and the store')
     made['replay'].add_argument('--list', action='store_true', help='only show them')
     made['replay'].add_argument('--limit', type=positive, metavar='N', help='with --list: show N (default: 20)')
     made['config'].add_argument('--sample', action='store_true', help='print every option at its default')
+    made['completion'].add_argument('shell', choices=('bash', 'zsh'))
     return parser
 
 
@@ -3211,7 +3351,14 @@ def command_config(arguments):
     return os.EX_OK
 
 
-COMMANDS = {'once': command_once, 'check': command_check, 'replay': command_replay, 'config': command_config}
+def command_completion(arguments):
+    """x-msrv completion"""
+    print(completion(arguments.shell, build_parser()), end='')
+    return os.EX_OK
+
+
+COMMANDS = {'once': command_once, 'check': command_check, 'replay': command_replay, 'config': command_config,
+            'completion': command_completion}
 
 
 def run(command):
