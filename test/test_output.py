@@ -77,9 +77,9 @@ def test_the_log_as_json_is_an_object_a_line(nsqds, xmsrv, loud):
     found, = (line for line in lines if 'received' in line)
     counts = {'received': 6, 'stored': 4, 'duplicate': 0, 'stale': 0, 'dead': 1, 'requeued': 1, 'late': 0}
     assert {name: found[name] for name in counts} == counts
-    assert (found['topic'], found['channel'], found['level']) == (TOPIC, CHANNEL, 'info')
+    assert (found['topic'], found['channel'], found['level']) == (TOPIC, CHANNEL, 'notice')
     assert isinstance(found['seconds'], float)
-    assert {'warning', 'error', 'info'} <= {line['level'] for line in lines}
+    assert {'warning', 'error', 'notice'} <= {line['level'] for line in lines}
     assert datetime.datetime.fromisoformat(found['time'].replace('Z', '+00:00')).tzinfo
 
 
@@ -139,36 +139,7 @@ def test_a_body_is_not_in_the_log_when_the_store_fails(nsqd, xmsrv):
     assert MARKER[:60] not in xmsrv.log.read_text()
 
 
-# ------------------------------------------------------------------------------------------------- journal and terminal
-
-@pytest.mark.parametrize('ours', [True, False])
-def test_priorities_are_for_the_journal_alone(nsqds, xmsrv, workdir, ours):
-    """JOURNAL_STREAM names the very file that stderr is; inherited by another one it means nothing."""
-    refused_letter(*nsqds(1, '--max-msg-size=2000'), xmsrv)
-    with (workdir / 'journal').open('w+') as journal, (workdir / 'other').open('w') as other:
-        stream = os.fstat((journal if ours else other).fileno())
-        process = servers.spawn([servers.PROGRAM, '-c', xmsrv.path, '-v', 'once'], stderr=journal,
-                                env={**os.environ, 'JOURNAL_STREAM': f'{stream.st_dev}:{stream.st_ino}'})
-        assert process.wait(timeout=30) == os.EX_TEMPFAIL
-        lines = (workdir / 'journal').read_text().splitlines()
-    if ours:
-        assert {line[:3] for line in lines} == {'<3>', '<4>', '<6>', '<7>'}
-        assert SUMMARY.fullmatch(next(line for line in lines if line.startswith('<6>'))[3:])
-    else:
-        assert not [line for line in lines if line.startswith('<')]
-
-
-def test_each_line_of_several_has_its_priority(xmsrv, workdir):
-    """All faults of a file are one message."""
-    xmsrv.configure(nsq={'topik': 'a', 'max-messages': 'many'})
-    with (workdir / 'journal').open('w') as journal:
-        stream = os.fstat(journal.fileno())
-        process = servers.spawn([servers.PROGRAM, '-c', xmsrv.path, 'check'], stderr=journal,
-                                env={**os.environ, 'JOURNAL_STREAM': f'{stream.st_dev}:{stream.st_ino}'})
-        assert process.wait(timeout=30) == os.EX_CONFIG
-    lines = (workdir / 'journal').read_text().splitlines()
-    assert len(lines) >= 2 and all(line.startswith('<3>') for line in lines)
-
+# --------------------------------------------------------------------------------------------------------- the terminal
 
 def on_a_terminal(xmsrv, *arguments):
     """What the command writes to a terminal that is its stderr, until it ends with 0."""

@@ -1,0 +1,112 @@
+"""What bash and zsh make of a TAB: each shell is typed into, on a terminal, and shows what would be run."""
+import argparse
+import contextlib
+import os
+import pty
+import re
+import shutil
+import subprocess
+
+import pytest
+import servers
+
+from xmsrv import OPTIONS, build_parser, completion
+
+SHELLS = {
+    'bash': ['bash', '--noprofile', '--norc', '-i'],
+    'zsh': ['zsh', '-f', '-i'],
+}
+PREPARE = {
+    'bash': "PS1='ready> '; bind 'set bell-style none'; source completion",
+    'zsh': "PS1='ready> '; autoload -Uz compinit; compinit -u -D; unsetopt beep; source ./completion",
+}
+# Stands in for the program, and shows each of its arguments.
+FUNCTION = "x-msrv() { printf '<%s>' \"$@\"; echo ' was typed'; }"
+HERE = [name for name in SHELLS if shutil.which(name)]   # zsh may be missing; of it the text is looked at all the same
+
+
+@pytest.fixture(params=HERE)
+def shell(request, workdir, xmsrv):
+    """An interactive shell that has read what `x-msrv completion` prints for it."""
+    (workdir / 'completion').write_text(xmsrv.run('completion', request.param).stdout)
+    (workdir / 'orders.conf').touch()
+    with Terminal(SHELLS[request.param], workdir) as terminal:
+        terminal.type(f'{PREPARE[request.param]}; {FUNCTION}; echo pre""pared\n', 'prepared')
+        yield terminal
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, command, directory):
+        self.seen = ''
+        self.master, slave = pty.openpty()
+        os.set_blocking(self.master, False)
+        environment = {'PATH': os.environ['PATH'], 'TERM': 'dumb', 'HOME': str(directory), 'LC_ALL': 'C.UTF-8'}
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=directory,
+                                        env=environment, start_new_session=True)
+        os.close(slave)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+    def type(self, keys, expected):
+        """Type, and wait for `expected` to be shown behind all that was there before."""
+        begin = len(self.seen)
+        os.write(self.master, keys.encode())
+        servers.wait_until(lambda: self.shown(begin, expected), f'{expected!r} is shown behind {keys!r}')
+
+    def shown(self, begin, expected):
+        with contextlib.suppress(BlockingIOError):
+            self.seen += os.read(self.master, 65536).decode()
+        return expected in self.seen[begin:]
+
+
+@pytest.mark.parametrize('typed, run', [
+    ('rep\t--lis\t', '<replay><--list>'),
+    ('--set nsq.topic=on\tx once', '<--set><nsq.topic=onx><once>'),
+    ('--set nsq.max-m\t5 onc\t', '<--set><nsq.max-messages=5><once>'),
+    ('--set=sqlite.pa\tx onc\t', '<--set=sqlite.path=x><once>'),
+    ('once --set idl\t1s --verb\t', '<once><--set><idle-timeout=1s><--verbose>'),
+    ('-c ord\tche\t--conn\t', '<-c><orders.conf><check><--connect>'),
+    ('--config ord\tonce', '<--config><orders.conf><once>'),
+    ('-c once rep\t', '<-c><once><replay>'),
+    ('completion z\t', '<completion><zsh>'),
+    ('--set message.fie\tid=integer onc\t', '<--set><message.fields.id=integer><once>'),
+])
+def test_a_tab_completes(shell, typed, run):
+    """Commands, their options, files, and settings, behind which no blank is put."""
+    shell.type(f'x-msrv {typed}\n', f'{run} was typed')
+
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_the_text_has_all_that_the_help_and_the_table_of_options_have(xmsrv, shell):
+    """Of each command; without any configuration."""
+    text = xmsrv.run('completion', shell).stdout
+    commands = re.findall(r'^    (\w+) ', xmsrv.run('--help').stdout, re.MULTILINE)
+    assert {'once', 'check', 'replay', 'config', 'completion'} <= set(commands)
+    for command in commands:
+        line, = re.findall(rf'^ +{command}\) .*', text, re.MULTILINE)
+        for option in re.findall(r'(?:^  |, )(--?\w[\w-]*)', xmsrv.run(command, '--help').stdout, re.MULTILINE):
+            assert re.search(rf"[' )*]{option}[+=' \[]", line), (command, option)
+    for option in OPTIONS:
+        assert f' {option.section}.{option.name}'.replace(' .', ' ') in text.replace("'", ' ')
+
+
+def test_what_the_help_hides_is_not_completed():
+    """A command and an option without help."""
+    parser = build_parser()
+    commands = parser._actions[-1]
+    commands.add_parser('worker')
+    commands.choices['once'].add_argument('--hidden', help=argparse.SUPPRESS)
+    for shell in SHELLS:
+        assert not re.search('worker|hidden', completion(shell, parser))
+
+
+def test_64_is_a_shell_that_is_not_known(xmsrv):
+    assert 'fish' in xmsrv.run('completion', 'fish', expect=os.EX_USAGE).stderr
