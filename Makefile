@@ -21,7 +21,7 @@ apt = { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing
 stop = { echo "make: $(1)" >&2; exit 1; }
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 venv: .venv/program-$(PYTHON_VERSION)  ## make .venv from the pins; the program is .venv/bin/x-msrv
 
@@ -30,8 +30,13 @@ nsq: build/bin/.built  ## build nsqd, nsqlookupd and the other NSQ tools into bu
 demo: venv nsq  ## messages from a real nsqd become records: see it work
 	@$(V)/python test/demo
 
-test: lint nsq  ## lint, then every test on the real nsqd (ARGS='-k name' for some of them)
+test: lint nsq tools  ## lint, then every test on the real nsqd (ARGS='-k name' for some of them)
 	@$(V)/python -m pytest $(ARGS)
+
+# What some tests run: Debian's browser for the daemon's page, promtool for the alert rules.
+tools:
+	@command -v chromium >/dev/null || $(call apt,chromium) || $(call stop,no chromium on PATH: apt-get install chromium)
+	@command -v promtool >/dev/null || $(call apt,prometheus) || $(call stop,no promtool on PATH: apt-get install prometheus)
 
 lint: venv  ## ruff
 	@$(V)/ruff check --quiet
@@ -48,7 +53,7 @@ pins:  ## work out the versions and hashes anew from the *.in files, for every P
 	pin vendor/build; pin vendor/requirements; pin test/requirements --constraint=vendor/build.txt --constraint=vendor/requirements.txt
 
 clean:  ## remove all that make made
-	rm -rf build .venv
+	rm -rf build dist .venv
 
 # The stamps are written last and moved into place, so that what was cut short is done again.
 .venv/pins-$(PYTHON_VERSION): $(PINS)
@@ -76,6 +81,90 @@ build/bin/.built: test/nsq/go.mod test/nsq/go.sum test/nsq/tools.go
 		go install github.com/nsqio/nsq/apps/...
 	@touch $@.new && mv $@.new $@
 
+# --- packages: `make vendor` needs the network, `make deb rpm` after it does not
+
+ARCH = $(if $(filter aarch64,$(shell uname -m)),arm64,amd64)
+DIST = dist
+STAGE = build/stage
+RPM_ARCH = $(if $(filter arm64,$(ARCH)),aarch64,x86_64)
+STRIP = $(if $(filter $(shell uname -m),$(RPM_ARCH)),strip,$(RPM_ARCH)-linux-gnu-strip)
+BINUTILS = $(if $(filter strip,$(STRIP)),binutils,binutils-$(RPM_ARCH)-linux-gnu)
+
+vendor: build/vendor/.$(ARCH)  ## bring the libraries that the packages carry, and say which they are (ARCH=arm64)
+	@cat build/vendor/$(ARCH).txt
+
+deb: build/vendor/.$(ARCH)  ## build dist/*.deb
+	@command -v dh >/dev/null || $(call apt,debhelper) || $(call stop,no debhelper here: apt-get install debhelper)
+	@set -e; umask 022; rm -rf $(STAGE)/deb; set -- $$($(PYTHON) packaging/stage.py $(ARCH) $(STAGE)/deb/x-msrv); \
+		export SOURCE_DATE_EPOCH=$$2 DEB_BUILD_OPTIONS=nocheck; \
+		(cd $(STAGE)/deb/x-msrv && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps --host-arch=$(ARCH)) \
+			>$(STAGE)/deb.log 2>&1 || { cat $(STAGE)/deb.log >&2; exit 1; }; \
+		mkdir -p $(DIST); mv $(STAGE)/deb/*.deb $(DIST); echo $(DIST)/x-msrv_$$1_$(ARCH).deb
+
+rpm: build/vendor/.$(ARCH)  ## build dist/*.rpm
+	@command -v rpmbuild >/dev/null || $(call apt,rpm) || $(call stop,no rpmbuild here: apt-get install rpm)
+	@set -e; umask 022; rm -rf $(STAGE)/rpm; set -- $$($(PYTHON) packaging/stage.py $(ARCH) $(STAGE)/rpm/x-msrv); \
+		export SOURCE_DATE_EPOCH=$$2; cd $(STAGE)/rpm; mv x-msrv x-msrv-$$1; mkdir -p SOURCES; \
+		tar -cf SOURCES/x-msrv-$$1.tar x-msrv-$$1; \
+		rpmbuild -bb --target $(RPM_ARCH)-linux --define "_topdir $$PWD" --define "x_version $$1" \
+			--define 'deb_arch $(ARCH)' x-msrv-$$1/rpm/x-msrv.spec >../rpm.log 2>&1 || { cat ../rpm.log >&2; exit 1; }; \
+		cd $(CURDIR); mkdir -p $(DIST); mv $(STAGE)/rpm/RPMS/*/*.rpm $(DIST); echo $(DIST)/x-msrv-$$1-1.$(RPM_ARCH).rpm
+
+test-packages: venv deb rpm  ## what the packages hold, reproducible builds, lintian, rpmlint
+	@for tool in lintian rpmlint mandoc; do command -v $$tool >/dev/null || $(call apt,$$tool) \
+		|| $(call stop,no $$tool here: apt-get install $$tool); done
+	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 2 --timeout 600 test/packages $(ARGS)
+
+man: venv  ## write the option list of x-msrv.conf(5) anew, from the table of options
+	@$(V)/python man/options.py man/x-msrv.conf.5
+
+# What both packages are made of. The libraries are those of `make vendor`.
+LIB = $(DESTDIR)/usr/lib/x-msrv
+MANDIR = /usr/share/man
+DOCDIR = /usr/share/doc/x-msrv
+UNITDIR = /usr/lib/systemd/system
+RUNITDIR = /etc/sv/x-msrv
+BASHDIR = /usr/share/bash-completion/completions
+ZSHDIR = /usr/share/zsh/vendor-completions
+VENDOR = build/vendor/$(ARCH)
+put = umask 022 && install -D -m $(1)
+
+install:  ## put all files below DESTDIR=, as the packages have them
+	@[ -d $(VENDOR) ] || $(call stop,no $(VENDOR): make vendor)
+	$(call put,755) bin/x-msrv $(DESTDIR)/usr/bin/x-msrv
+	$(call put,755) packaging/maintain $(LIB)/maintain
+	$(call put,644) packaging/__main__.py $(LIB)/__main__.py
+	$(call put,644) xmsrv.py $(LIB)/xmsrv.py
+	umask 022 && cp -R $(VENDOR)/. $(LIB) && chmod -R u=rwX,go=rX $(LIB)
+	$(call put,640) etc/x-msrv.conf $(DESTDIR)/etc/x-msrv/x-msrv.conf
+	umask 022 && install -D -m 644 -t $(DESTDIR)$(UNITDIR) systemd/*.service systemd/*.timer
+	$(call put,644) systemd/x-msrv.sysusers $(DESTDIR)/usr/lib/sysusers.d/x-msrv.conf
+	$(call put,644) systemd/x-msrv.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/x-msrv.conf
+	$(call put,755) runit/run $(DESTDIR)$(RUNITDIR)/run
+	$(call put,755) runit/finish $(DESTDIR)$(RUNITDIR)/finish
+	$(call put,755) runit/log/run $(DESTDIR)$(RUNITDIR)/log/run
+	$(call put,644) man/x-msrv.8 $(DESTDIR)$(MANDIR)/man8/x-msrv.8
+	$(call put,644) man/x-msrv.conf.5 $(DESTDIR)$(MANDIR)/man5/x-msrv.conf.5
+	$(call put,644) build/vendor/$(ARCH).txt $(DESTDIR)$(DOCDIR)/libraries.txt
+	umask 022 && install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples etc/x-msrv-full.conf etc/x-msrv-local.conf
+	[ ! -d monitoring ] || (umask 022 && install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples/monitoring \
+		$$(find monitoring -maxdepth 1 -type f))
+	$(call complete,bash,$(DESTDIR)$(BASHDIR)/x-msrv)
+	$(call complete,zsh,$(DESTDIR)$(ZSHDIR)/_x-msrv)
+
+# The program prints its completions itself. (An older one does not; that shows in the log of the build.)
+complete = PYTHONPATH=$(VENDOR) $(PYTHON) xmsrv.py completion $(1) >build/completion && $(call put,644) build/completion $(2) || true
+
+build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/vendor.py
+	@[ -n "$(PYTHON_VERSION)" ] || $(call stop,$(PYTHON) is missing or older than 3.10)
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || $(call apt,python3-venv) || $(call stop,$(PYTHON) has no venv module: apt-get install python3-venv)
+	@command -v $(STRIP) >/dev/null || $(call apt,$(BINUTILS)) || $(call stop,no $(STRIP) here: apt-get install $(BINUTILS))
+	@echo "bringing the libraries for $(ARCH)"
+	@rm -rf build/vendor/venv && $(PYTHON) -m venv build/vendor/venv
+	@build/vendor/venv/bin/python -m pip --quiet --disable-pip-version-check --no-input install --require-hashes -r vendor/build.txt
+	@$(PYTHON) packaging/vendor.py $(ARCH) build/vendor/venv $(VENDOR) >/dev/null
+	@touch $@.new && mv $@.new $@
+
 comma = ,
 .DELETE_ON_ERROR:
-.PHONY: help venv nsq demo test lint bench pins clean
+.PHONY: help venv nsq demo test tools lint bench pins clean vendor deb rpm test-packages man install

@@ -102,7 +102,6 @@ def test_what_the_help_hides_is_not_completed():
     """A command and an option without help."""
     parser = build_parser()
     commands = parser._actions[-1]
-    commands.add_parser('worker')
     commands.choices['once'].add_argument('--hidden', help=argparse.SUPPRESS)
     for shell in SHELLS:
         assert not re.search('worker|hidden', completion(shell, parser))
