@@ -205,12 +205,14 @@ def test_a_terminal_shows_no_progress_of_a_short_window_nor_with_quiet(nsqd, xms
     assert SUMMARY.fullmatch(seen.strip()) if idle == '100ms' else seen == ''
 
 
-def test_a_terminal_shows_progress_of_replay(nsqd, xmsrv):
+@pytest.mark.parametrize('where', ['topic', 'file'])
+def test_a_terminal_shows_progress_of_replay(nsqd, xmsrv, workdir, where):
     """The same bar."""
-    nsqd.publish(TOPIC, ['{"id": "1"}', '{"id": "2"}'])
-    xmsrv.once(nsqd, message=STRICT)
-    xmsrv.configure(nsqd, idle_timeout='2s')
-    assert '2msg' in on_a_terminal(xmsrv, 'replay')
+    letters = {} if where == 'topic' else {'topic': '', 'file': workdir / 'dead.json'}
+    nsqd.publish(TOPIC, ['{"id": "1"}', '{"id": "2"}', '{"id": "3"}'])
+    xmsrv.once(nsqd, message=STRICT, dead_letter=letters)
+    xmsrv.configure(nsqd, idle_timeout='2s', dead_letter=letters)
+    assert '3msg' in on_a_terminal(xmsrv, 'replay', '--rate', '1')
 
 
 # ------------------------------------------------------------------------------------------------------ the exit status
@@ -222,11 +224,6 @@ def test_64_is_a_command_line_that_is_wrong(nsqd, xmsrv, arguments):
     xmsrv.configure(nsqd)
     line, = xmsrv.run(*arguments, expect=os.EX_USAGE).stderr.splitlines()
     assert line.startswith('x-msrv') and '--help' in line
-
-
-def test_64_is_a_limit_without_a_list(nsqd, xmsrv):
-    xmsrv.configure(nsqd)
-    assert '--limit goes with --list' in xmsrv.run('replay', '--limit', '5', expect=os.EX_USAGE).stderr
 
 
 def test_130_is_an_interrupted_check_without_a_word(xmsrv):
