@@ -67,6 +67,12 @@ class UsageError(Failure):
     status = os.EX_USAGE
 
 
+class DataError(Failure):
+    """A message that can never become a record, where that was the question."""
+
+    status = os.EX_DATAERR
+
+
 class ConfigError(Failure):
     """The configuration has faults; the text has one line for each."""
 
@@ -3228,6 +3234,30 @@ async def describe_nsqd(config, address, http_port):
     return ', '.join(parts)
 
 
+BIN_TYPES = {bool: 'boolean', int: 'integer', float: 'float', str: 'string', list: 'list', dict: 'map'}   # Aerospike's
+
+
+def check_message(config, body):
+    """Prints the record that a message would become. Raises DataError where it can't; the store is not asked."""
+    message = Message(None, b'', 0, 1, body)
+    try:
+        record = Mapper(config).record(message)
+    except Unfit as unfit:
+        raise DataError(plain(str(unfit))) from None
+    options, made = config.record, {}    # by nsqd, when it takes the message
+    if options.key == '$id':
+        made[options.id_bin] = '$id (made by nsqd)'
+    if options.time_bin and options.time == '$timestamp':
+        made[options.time_bin] = '$timestamp (made by nsqd)'
+    key = '$id (made by nsqd)' if options.key == '$id' else json.dumps(record.key)
+    print(f'set   {plain(getattr(config, config.store).set)}')
+    print(f'key   {BIN_TYPES[type(record.key)]}  {key}')
+    names = {name: plain(name) for name in record.bins}
+    width = max(map(len, names.values()))
+    for name, value in record.bins.items():
+        print(f'bin   {names[name]:{width}}  {BIN_TYPES[type(value)]:7}  {made.get(name) or json.dumps(value)}')
+
+
 def tls_facts(tls_socket):
     """The protocol, and the days to the expiry of the peer's certificate."""
     expiry = ssl.cert_time_to_seconds(tls_socket.getpeercert()['notAfter'])
@@ -3299,11 +3329,13 @@ EXAMPLES = """examples:
   x-msrv check --connect                     is the file right, are both ends there?
   x-msrv once                                one window, as the timer does it
   x-msrv --set nsq.max-messages=10 once      the same, at most ten messages
+  x-msrv check --message order.json          which record would this become?
   x-msrv replay --list                       what became a dead letter, and why
   x-msrv replay --dry-run --reason schema    which of them would pass now?
 
-exit status: 0 done, 64 usage, 69 queue or store out of reach (nothing was taken), 70 internal error,
-75 messages handed back because the store or the keeper of dead letters failed, 78 configuration
+exit status: 0 done, 64 usage, 65 the message of check --message can never become a record, 69 queue
+or store out of reach (nothing was taken), 70 internal error, 75 messages handed back because the store or
+the keeper of dead letters failed, 78 configuration
 """
 
 
@@ -3332,7 +3364,9 @@ def build_parser():
                        ('config', 'print the effective configuration')):
         made[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.')
         add_common(made[name], after=True)
-    made['check'].add_argument('--connect', action='store_true', help='also reach the queue and the store')
+    asked = made['check'].add_mutually_exclusive_group()
+    asked.add_argument('--connect', action='store_true', help='also reach the queue and the store')
+    asked.add_argument('--message', metavar='FILE', help='show the record that the message in FILE (-: stdin) becomes')
     add_replay(made['replay'])
     made['config'].add_argument('--sample', action='store_true', help='print every option at its default')
     return parser
@@ -3379,8 +3413,20 @@ def command_once(arguments):
 def command_check(arguments):
     """x-msrv check"""
     config = configured(arguments)
+    if arguments.message is not None:
+        check_message(config, read_message(arguments.message))
+        return os.EX_OK
     print(f'{arguments.config}: no fault found', flush=True)
     return asyncio.run(check_connections(config)) if arguments.connect else os.EX_OK
+
+
+def read_message(filename):
+    """The bytes of a file, or (-) of standard input."""
+    try:
+        with open(0 if filename == '-' else filename, 'rb', closefd=filename != '-') as file:
+            return file.read()
+    except OSError as error:
+        raise UsageError(f'--message {filename}: {error.strerror}') from None
 
 
 def command_replay(arguments):
