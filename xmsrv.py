@@ -7,6 +7,7 @@ Subscription.read -> Consumer.receive -> Window.take -> Mapper.record -> Lane ->
 
 import argparse
 import asyncio
+import base64
 import binascii
 import bisect
 import collections
@@ -28,6 +29,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -69,6 +71,12 @@ class UsageError(Failure):
     """Options of the command line that do not go together."""
 
     status = os.EX_USAGE
+
+
+class DataError(Failure):
+    """A message that can never become a record, where that was the question."""
+
+    status = os.EX_DATAERR
 
 
 class Busy(Failure):
@@ -1536,6 +1544,7 @@ LOCK_TIMEOUT = 5.0          # seconds for another process to be done with the fi
 LETTERS = 100               # dead letters a call
 LETTERS_PATIENCE = 60.0     # seconds that a call for them may take: a publish in halves, each with its own bound
 LETTER_BYTES = 4 << 20      # of their bodies: nsqd takes 5 MiB a request (--max-body-size)
+HISTORY = 20                # former failures that a letter in a file keeps: a nightly replay must not swell it for ever
 
 
 def envelope(message, key, unfit, topic, channel):
@@ -1553,14 +1562,45 @@ def enveloped(header, body):
 def opened(letter):
     """A dead letter from a topic as (header, the Message it was); raises Unfit for anything else."""
     line, newline, body = letter.partition(b'\n')
-    try:
+    with foreign_refused():
         header = json.loads(line)
-        message = Message(None, header['id'].encode('ascii'), int(header['timestamp']), int(header['attempts']), body)
-        if not newline or header['reason'] not in REASONS or message.timestamp not in INT64:
-            raise ValueError('no body, no such reason, or no such time')
+        if not newline:
+            raise ValueError('no body')
+        return header, first_message(header, body)
+
+
+def unfiled(line):
+    """A dead letter from a file, as opened() gives one from a topic."""
+    with foreign_refused():
+        header = json.loads(line)
+        text = header.pop('body', None)
+        body = base64.b64decode(header.pop('body_base64'), validate=True) if text is None else text.encode()
+        return header, first_message(header, body)
+
+
+@contextlib.contextmanager
+def foreign_refused():
+    """Turns what can go wrong with something that anybody may have written into Unfit."""
+    try:
+        yield
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise Unfit('invalid-json', f'not a dead letter of x-msrv: {type(error).__name__}: {error}') from None
-    return header, message
+
+
+def first_message(header, body):
+    """The Message that became a dead letter with this header."""
+    message = Message(None, header['id'].encode('ascii'), int(header['timestamp']), int(header['attempts']), body)
+    if header['reason'] not in REASONS or message.timestamp not in INT64:
+        raise ValueError('no such reason, or no such time')
+    return message
+
+
+def failed_again(header, unfit):
+    """The header of a letter that failed again: today's reason, and the former ones in `history`, the oldest first."""
+    history = header.get('history')
+    former = {name: header.get(name) for name in ('time', 'reason', 'detail')}
+    return {**header, 'reason': unfit.reason, 'detail': unfit.detail, 'time': rfc3339(time.time()),
+            'history': [*(history if isinstance(history, list) else ()), former][-HISTORY:]}
 
 
 def filed(header, body):
@@ -1574,9 +1614,8 @@ def filed(header, body):
 
 def append_durably(filename, lines):
     """Appends lines to a file, all or none, fsynced; one writer at a time by a lock on it. Raises OSError."""
-    fd = os.open(filename, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+    fd = open_locked(filename, os.O_RDWR | os.O_CREAT | os.O_APPEND, LOCK_TIMEOUT)
     try:
-        lock(fd, LOCK_TIMEOUT)
         end = os.fstat(fd).st_size
         torn = end and os.pread(fd, 1, end - 1) != b'\n'   # a writer was killed in mid-line: its message comes again
         try:
@@ -1590,6 +1629,31 @@ def append_durably(filename, lines):
             sync_directory(os.path.dirname(filename))
     finally:
         os.close(fd)
+
+
+def open_locked(filename, flags, seconds):
+    """Opens a file and locks it against other writers, within so many seconds. Returns its descriptor. Raises OSError.
+
+    Replay renames a new file over the old one: what was opened before that is an orphan once the lock is had.
+    """
+    while True:
+        fd = os.open(filename, flags | os.O_CLOEXEC, 0o640)
+        try:
+            lock(fd, seconds)
+            if in_place(fd, filename):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def in_place(fd, filename):
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(filename))
+    except FileNotFoundError:
+        return False
 
 
 def lock(fd, seconds):
@@ -3754,82 +3818,384 @@ def letters_table(recent):
 # replay: dead letters once more, under their first key
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Choice(collections.namedtuple('Choice', 'reasons since limit rate', defaults=((), 0, 0, 0))):
+    """What a pass is asked for: letters of these reasons (none: of any) that were published at `since` or later (ns
+    since 1970), at most `limit` of them (0: all), `rate` a second (0: as fast as may be)."""
+
+    @property
+    def narrow(self):
+        """Whether it leaves any letter out."""
+        return bool(self.reasons or self.since)
+
+    def takes(self, header, message):
+        """Whether it is for this letter."""
+        return (not self.reasons or header['reason'] in self.reasons) and message.timestamp >= self.since
+
+
 class ReplayMapper(Mapper):
     """Makes the record of the message inside a dead letter: same key, same time as its first delivery's."""
 
+    def __init__(self, config, letter):
+        super().__init__(config)
+        self.letter = letter     # opened or unfiled
+
     def record(self, message):
         """The Record; raises Unfit, also for what is no dead letter."""
-        return super().record(opened(message.body)[1])
+        return super().record(self.letter(message.body)[1])
 
 
 class Replay(Window):
-    """A pass over the dead letters: what fails again is held to its end and handed back. It lasts for as long as there
-    are any, and letters come and go: `timeout` counts from the last one."""
+    """A pass over the dead letters: what fails again is held to its end and handed back, and so is what `choice` leaves
+    out. It lasts for as long as there are any, and letters come and go: `timeout` counts from the last one."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.limit = 0
+    def __init__(self, config, queue, store, pool, letter, choice):
+        super().__init__(config, queue, store, pool, ReplayMapper(config, letter), None)
+        self.letter, self.choice, self.limit = letter, choice, choice.limit
+        self.left_out = 0        # by the choice
+        self.due = 0.0           # loop time at which the next batch may be written, by `rate`
+        if choice.rate:
+            self.storing.size = min(self.storing.size, max(1, choice.rate // 10))
 
     @property
     def since(self):
-        """The loop time at which a batch came back last."""
+        """The loop time at which a letter came, or a batch came back, last."""
         return max(self.started, self.moved)
+
+    def take(self, messages):
+        """Leaves out those that nobody asked for."""
+        super().take(self.chosen(messages))
+
+    def chosen(self, messages):
+        """Those of the messages that were asked for; the others are put aside."""
+        self.moved = asyncio.get_running_loop().time()
+        if not self.choice.narrow:
+            return messages
+        chosen, others = [], []
+        for message in messages:
+            (chosen if self.chooses(message) else others).append(message)
+        self.consumer.park(others)
+        self.left_out += len(others)
+        self.count['received'] += len(others)
+        return chosen
+
+    def chooses(self, message):
+        """Whether a letter was asked for; what is no letter has no reason and no time, so it was not."""
+        try:
+            return self.choice.takes(*self.letter(message.body))
+        except Unfit:
+            return False
+
+    async def write(self, batch):
+        """Writes a batch when its time has come."""
+        if self.choice.rate:
+            now = asyncio.get_running_loop().time()
+            begin = max(now, self.due)
+            self.due = begin + len(batch) / self.choice.rate
+            await asyncio.sleep(begin - now)
+        return await super().write(batch)
 
     def reject(self, message, unfit):
         """Stays where it is, and is reported."""
         log.warning('%s stays a dead letter: %s', message.id.decode(), plain(str(unfit)))
+        message.unfit = unfit
         self.consumer.park([message])
         self.moved = asyncio.get_running_loop().time()
         self.open -= 1
 
+    def summary(self):
+        """Logs the line of this pass, and how many letters nobody asked for."""
+        super().summary()
+        if self.left_out:
+            most = f' (of a topic at most max-in-flight, {self.config.nsq.max_in_flight}, can be held and looked at)'
+            log.info('%d of them were left out by --reason or --since, and stay where they are%s', self.left_out,
+                     most if self.letter is opened else '')
+
 
 class Listing(Replay):
-    """A pass that only looks: `letters` are held, and handed back at the end."""
+    """A pass that only looks: `letters` has what was asked for, and all is handed back at the end."""
 
-    def __init__(self, limit, *args):
+    def __init__(self, *args):
         super().__init__(*args)
-        self.limit, self.letters = limit, []
-        self.consumer.max_in_flight = max(self.consumer.max_in_flight, limit)
+        self.letters = []
+        self.consumer.max_in_flight = max(self.consumer.max_in_flight, self.limit)
 
     def take(self, messages):
         """Keeps them for the list."""
-        self.consumer.park(messages)
-        messages = messages[:self.left]
-        self.taken += len(messages)
-        self.letters += messages
+        chosen = self.chosen(messages)
+        self.consumer.park(chosen)
+        chosen = chosen[:self.left]
+        self.taken += len(chosen)
+        self.letters += chosen
 
 
-async def replay(config, stopper):
-    """Runs the dead letters of the topic through again. Returns the exit status."""
+class LetterFile:
+    """The file of dead letters in the place of a Consumer: it has all that a Window asks of one.
+
+    Each line comes as the body of a Message, whose key has the line's number and checksum: a line leaves the file only
+    where both are what was stored. Nothing is changed before the pass is over. Then the file is written anew beside
+    the old one, and renamed over it under the writers' lock; that new file's own lock keeps a second replay out.
+    held: key -> Message without an answer yet. gone: keys of what was stored; failed: key -> Unfit of what failed
+    again. fresh: the new file; None where one only looks.
+    """
+
+    connections = ()             # for Window.stuck: none that could be
+    starved = False              # it never gets idle; it ends: see addresses
+
+    def __init__(self, config, crew, path):
+        self.crew, self.topic, self.channel = crew, path, REPLAY_CHANNEL
+        self.max_in_flight, self.max_held = config.nsq.max_in_flight, config.nsq.max_held
+        self.window = self.fresh = None
+        self.held, self.held_bytes = {}, 0
+        self.gone, self.failed = set(), {}
+        self.exhausted = False
+        self.opened = time.time_ns()
+        self.files = contextlib.ExitStack()
+        self.beside = f'{path}.replay'   # the name of the new file until it takes the old one's place
+
+    def __str__(self):
+        return self.topic
+
+    def open(self, looking):
+        """Opens the file up to where it ends now, which under the lock is no writer's half line. Raises Unavailable."""
+        try:
+            if not looking:
+                fd = open_locked(self.beside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0)
+                self.fresh = self.files.enter_context(os.fdopen(fd, 'wb'))
+            fd = open_locked(self.topic, os.O_RDONLY, LOCK_TIMEOUT)
+            self.file = self.files.enter_context(os.fdopen(fd, 'rb'))
+            self.end = os.fstat(self.file.fileno()).st_size
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+        except OSError as error:
+            busy = isinstance(error, BlockingIOError) and not (looking or self.fresh)
+            raise Unavailable(f'{error.filename or self}: '
+                              + ('another replay is at work on it' if busy else error.strerror)) from None
+        self.coming = self.messages()
+        self.crew.start(self.feed())
+
+    def messages(self):
+        """Yields each line as a Message."""
+        self.file.seek(0)
+        left = self.end
+        for number in itertools.count(1):
+            line = self.file.readline(left)
+            if not line:
+                return
+            left -= len(line)
+            yield Message(self, b'line %d' % number, self.opened, 1, line)
+
+    # -- what a Window asks of a Consumer
+
+    async def feed(self):
+        """Hands lines to the window, for as long as there are any, as it has room for them."""
+        while True:
+            room = self.room
+            lines = list(itertools.islice(self.coming, room))
+            self.exhausted = self.exhausted or len(lines) < room
+            letters = [message for message in lines if message.body.strip()]   # a blank line is nobody's
+            if letters:
+                self.held.update((message.key, message) for message in letters)
+                self.held_bytes += sum(len(message.body) for message in letters)
+                self.window.take(letters)
+            self.crew.wake.set()
+            await asyncio.sleep(0 if lines else TICK)
+
+    @property
+    def room(self):
+        """How many lines may come now."""
+        if not self.window or not self.window.asking or self.held_bytes >= self.max_held:
+            return 0
+        return max(0, min(self.window.left, self.max_in_flight - len(self.held), 500))
+
+    @property
+    def addresses(self):
+        """Where letters may still come from: nowhere, when all are read and answered."""
+        return () if self.exhausted and not self.held else (self.topic,)
+
+    def begin(self, window):
+        """From now on lines go to the window."""
+        self.window = window
+
+    def deal(self):
+        """feed() looks for itself whether the window asks."""
+
+    def finish(self, messages):
+        """These leave the file."""
+        self.gone.update(message.key for message in self.let_go(messages))
+
+    def park(self, messages):
+        """These stay in it."""
+        self.hand_back(messages)
+
+    def hand_back(self, messages):
+        """These stay in it; those that failed again with their history."""
+        messages = self.let_go(messages)
+        self.failed.update((message.key, message.unfit) for message in messages if message.unfit)
+        self.window.count['requeued'] += len(messages)
+
+    def let_go(self, messages):
+        """Holds them no longer. Returns those that were held."""
+        messages = [message for message in messages if self.held.pop(message.key, None)]
+        self.held_bytes -= sum(len(message.body) for message in messages)
+        return messages
+
+    # -- the new file
+
+    def settle(self):
+        """Writes the file anew, without what was stored. Where that fails, all letters stay: the next replay stores
+        them again, under the same keys."""
+        if not self.fresh or not (self.gone or self.failed):
+            return
+        try:
+            self.rewrite()
+        except OSError as error:
+            self.window.failure = f'{self}: not written anew, all its letters stay in it: {error.strerror}'
+
+    def rewrite(self):
+        """The new file in the old one's place. What is long goes before the lock, for which writers wait."""
+        was, now = os.fstat(self.file.fileno()), os.fstat(self.fresh.fileno())
+        self.fresh.truncate()    # a replay that was killed may have left something
+        if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
+            os.fchown(self.fresh.fileno(), was.st_uid, was.st_gid)
+        os.fchmod(self.fresh.fileno(), was.st_mode & 0o7777)
+        self.fresh.writelines(self.kept(message) for message in self.messages())
+        self.sync()
+        lock(self.file.fileno(), LOCK_TIMEOUT)
+        if not in_place(self.file.fileno(), self.topic) or os.fstat(self.file.fileno()).st_size < self.end:
+            raise OSError(errno.ESTALE, 'somebody else has replaced or cut it meanwhile')
+        self.file.seek(self.end)
+        shutil.copyfileobj(self.file, self.fresh)   # what came meanwhile
+        self.sync()
+        os.rename(self.beside, self.topic)
+        sync_directory(os.path.dirname(self.topic))
+
+    def sync(self):
+        """Makes durable what was written."""
+        self.fresh.flush()
+        os.fsync(self.fresh.fileno())
+
+    def kept(self, message):
+        """What stands in the new file for a line of the old one."""
+        if message.key in self.gone:
+            return b''
+        if message.key in self.failed:
+            with contextlib.suppress(Unfit):   # what is no letter has no history
+                header, first = unfiled(message.body)
+                return filed(failed_again(header, self.failed[message.key]), first.body)
+        return message.body
+
+    def close(self):
+        """Closes the files, which unlocks them; what is not in place by now is removed."""
+        with contextlib.suppress(OSError):   # a full disk has been reported
+            if self.fresh and in_place(self.fresh.fileno(), self.beside):
+                os.unlink(self.beside)
+            self.files.close()
+
+
+@contextlib.asynccontextmanager
+async def file_pipeline(config, path, store, looking):
+    """As pipeline(), for a file of dead letters; at the end of a pass that does not only look it is written anew."""
+    loop, crew = asyncio.get_running_loop(), Crew()
+    pool = concurrent.futures.ThreadPoolExecutor(store.writers, thread_name_prefix=f'{THREADS}-store')
+    letters = LetterFile(config, crew, path)
+    try:
+        await loop.run_in_executor(pool, store.open)
+        letters.open(looking)
+        yield letters, pool
+        letters.settle()
+    except StoreDown as error:
+        raise Unavailable(str(error)) from None
+    finally:
+        await crew.cancel()
+        await close_store(store, pool, letters.window)
+        letters.close()
+
+
+def source(config, path, store, looking=False):
+    """Where the letters come from, the file at `path` or (None) the topic: (pipeline, what opens one of them)."""
+    if path:
+        return file_pipeline(config, path, store, looking), unfiled
+    return pipeline(config, config.dead_letter.topic, REPLAY_CHANNEL, store), opened
+
+
+async def replay(config, stopper, path, choice):
+    """Runs dead letters through again. Returns the exit status."""
     store = STORES[config.store](config)
-    async with pipeline(config, config.dead_letter.topic, REPLAY_CHANNEL, store) as (consumer, pool):
-        window = stopper.window = Replay(config, consumer, store, pool, ReplayMapper(config), None)
+    pipe, letter = source(config, path, store)
+    async with pipe as (queue, pool):
+        window = stopper.window = Replay(config, queue, store, pool, letter, choice)
         await window.run()
     return window.report()
 
 
-async def list_letters(config, stopper, limit):
-    """Prints the first dead letters of the topic. Returns the exit status."""
-    topic = config.dead_letter.topic
-    depth = await total_depth(config, topic, REPLAY_CHANNEL)
-    async with pipeline(config, topic, REPLAY_CHANNEL, Store()) as (consumer, pool):
-        listing = stopper.window = Listing(limit, config, consumer, Store(), pool, None, None)
+async def look(config, stopper, path, choice, arguments):
+    """Prints the letters, by --dry-run also what would become of them. Returns the exit status."""
+    topic = path or config.dead_letter.topic
+    depth = letters_in(path) if path else await total_depth(config, topic, REPLAY_CHANNEL)
+    pipe, letter = source(config, path, Store(), looking=True)
+    async with pipe as (queue, pool):
+        listing = stopper.window = Listing(config, queue, Store(), pool, letter, choice)
         await listing.run()
+    fates = collections.Counter()
     for message in listing.letters:
-        print(listed_line(message))
-    print(f'first {len(listing.letters)} of depth {"unknown" if depth is None else depth} in {topic}')
+        told = described(message, letter)
+        if arguments.dry_run:
+            told.update(foreseen(message, listing.mapper))
+            fates[told['passes']] += 1
+        print(json.dumps(told) if arguments.json else listed_line(told))
+    shown = len(listing.letters)
+    first = f'{shown} of the first {shown + listing.left_out}' if choice.narrow else f'first {shown}'
+    fate = f'{fates[True]} would be stored, {fates[False]} would stay; ' if arguments.dry_run else ''
+    end = f'{fate}{first} of depth {"unknown" if depth is None else depth} in {topic}'
+    if arguments.json:
+        log.info('%s', end)
+    else:
+        print(end)
     return os.EX_OK
 
 
-def listed_line(message):
-    """A line of the list: reason, detail, age, id, the first bytes of the body."""
+def described(message, letter):
+    """What is told of a letter, for JSON; `age` in seconds since it was published, `body`: its first characters."""
     try:
-        header, inner = opened(message.body)
+        header, first = letter(message.body)
     except Unfit as unfit:
-        return f'{message.id.decode():16}  unreadable  {plain(unfit.detail)}'
-    age = human(time.time() - inner.timestamp / 1e9)
-    body = shortened(ascii(inner.body[:80])[1:], 60)
-    return f'{plain(header["id"]):16}  {age:>4}  {header["reason"]}: {plain(str(header.get("detail")))}  {body}'
+        return {'reason': 'unreadable', 'detail': unfit.detail, 'id': message.id.decode(), 'body': start(message.body)}
+    return {'reason': header['reason'], 'detail': header.get('detail'),
+            'age': round(time.time() - first.timestamp / 1e9, 3), 'key': header.get('key'), 'id': header['id'],
+            'nsqd': header.get('nsqd'), 'attempts': first.attempts, 'timestamp': str(first.timestamp),
+            'body': start(first.body)}
+
+
+def foreseen(message, mapper):
+    """Whether the mapper takes a letter now, and if not, why."""
+    try:
+        mapper.record(message)
+    except Unfit as unfit:
+        return {'passes': False, 'why': str(unfit)}
+    return {'passes': True}
+
+
+def start(body):
+    """The first bytes of a body as text."""
+    return shortened(body[:80].decode('utf-8', 'backslashreplace'), 60)
+
+
+def listed_line(told):
+    """A line of the list: id, age, reason, detail and the first bytes of the body; or what would become of it."""
+    words = {name: plain(str(value)) for name, value in told.items()}
+    if 'passes' in told:
+        return f'{words["id"]:16}  ' + ('would be stored' if told['passes'] else f'would stay: {words["why"]}')
+    if 'age' not in told:
+        return f'{words["id"]:16}  unreadable  {words["detail"]}'
+    return f'{words["id"]:16}  {human(told["age"]):>4}  {words["reason"]}: {words["detail"]}  {words["body"]}'
+
+
+def letters_in(path):
+    """The lines of a file that are not blank. Raises Unavailable."""
+    try:
+        with open(path, 'rb') as file:
+            return sum(bool(line.strip()) for line in file)
+    except OSError as error:
+        raise Unavailable(f'{path}: {error.strerror}') from None
 
 
 def plain(text):
@@ -3913,6 +4279,30 @@ async def describe_nsqd(config, address, http_port):
     depth = await depth_at(address, http_port, config.nsq.topic, config.nsq.channel)
     parts.append(f'depth of {config.nsq.topic}/{config.nsq.channel} {"unknown" if depth is None else depth}')
     return ', '.join(parts)
+
+
+BIN_TYPES = {bool: 'boolean', int: 'integer', float: 'float', str: 'string', list: 'list', dict: 'map'}   # Aerospike's
+
+
+def check_message(config, body):
+    """Prints the record that a message would become. Raises DataError where it can't; the store is not asked."""
+    message = Message(None, b'', 0, 1, body)
+    try:
+        record = Mapper(config).record(message)
+    except Unfit as unfit:
+        raise DataError(plain(str(unfit))) from None
+    options, made = config.record, {}    # by nsqd, when it takes the message
+    if options.key == '$id':
+        made[options.id_bin] = '$id (made by nsqd)'
+    if options.time_bin and options.time == '$timestamp':
+        made[options.time_bin] = '$timestamp (made by nsqd)'
+    key = '$id (made by nsqd)' if options.key == '$id' else json.dumps(record.key)
+    print(f'set   {plain(getattr(config, config.store).set)}')
+    print(f'key   {BIN_TYPES[type(record.key)]}  {key}')
+    names = {name: plain(name) for name in record.bins}
+    width = max(map(len, names.values()))
+    for name, value in record.bins.items():
+        print(f'bin   {names[name]:{width}}  {BIN_TYPES[type(value)]:7}  {made.get(name) or json.dumps(value)}')
 
 
 def tls_facts(tls_socket):
@@ -4262,11 +4652,14 @@ EXAMPLES = """examples:
   x-msrv once                                one window, as the timer does it
   x-msrv --set nsq.max-messages=10 once      the same, at most ten messages
   x-msrv daemon                              a window every period; SIGHUP reads the file again
+  x-msrv check --message order.json          which record would this become?
   x-msrv replay --list                       what became a dead letter, and why
+  x-msrv replay --dry-run --reason schema    which of them would pass now?
   source <(x-msrv completion bash)           complete all this with TAB; for zsh the same, with zsh
 
-exit status: 0 done, 64 usage, 69 queue or store out of reach (nothing was taken), 70 internal error,
-75 messages handed back because the store or the keeper of dead letters failed, 78 configuration
+exit status: 0 done, 64 usage, 65 the message of check --message can never become a record, 69 queue
+or store out of reach (nothing was taken), 70 internal error, 75 messages handed back because the store or
+the keeper of dead letters failed, 78 configuration
 """
 
 
@@ -4298,12 +4691,33 @@ def build_parser():
                        ('completion', 'print what bash or zsh reads to complete the command line')):
         made[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.')
         add_common(made[name], after=True)
-    made['check'].add_argument('--connect', action='store_true', help='also reach the queue and the store')
-    made['replay'].add_argument('--list', action='store_true', help='only show them')
-    made['replay'].add_argument('--limit', type=positive, metavar='N', help='with --list: show N (default: 20)')
+    asked = made['check'].add_mutually_exclusive_group()
+    asked.add_argument('--connect', action='store_true', help='also reach the queue and the store')
+    asked.add_argument('--message', metavar='FILE', help='show the record that the message in FILE (-: stdin) becomes')
+    add_replay(made['replay'])
     made['config'].add_argument('--sample', action='store_true', help='print every option at its default')
     made['completion'].add_argument('shell', choices=('bash', 'zsh'))
     return parser
+
+
+def add_replay(parser):
+    """The options of replay."""
+    parser.epilog = ('What --reason and --since leave out stays where it is. Of a topic at most max-in-flight letters '
+                     'can be held at a time, so they look at the first of them; of a file, at all. A pass can be '
+                     'stopped, or killed, and run again.')
+    parser.add_argument('--file', metavar='PATH', nargs='?', const='',
+                        help='those in a file (default: file of [dead-letter]), not in the topic; the default where '
+                             'there is no topic')
+    looks = parser.add_mutually_exclusive_group()
+    looks.add_argument('--list', action='store_true', help='only show them, 20 where there is no --limit')
+    looks.add_argument('--dry-run', action='store_true',
+                       help='only say of each whether it would pass now; the store is not asked')
+    parser.add_argument('--json', action='store_true', help='with --list or --dry-run: a JSON object a line')
+    parser.add_argument('--reason', action='append', choices=REASONS, metavar='R', default=[],
+                        help='those with this reason (may be repeated): ' + ', '.join(REASONS))
+    parser.add_argument('--since', type=duration, metavar='DURATION', help='those published within, say, 2h or 30d')
+    parser.add_argument('--limit', type=positive, metavar='N', help='at most N of them')
+    parser.add_argument('--rate', type=positive, metavar='N', help='at most N a second')
 
 
 def configured(arguments):
@@ -4346,20 +4760,59 @@ def command_worker(arguments):
 def command_check(arguments):
     """x-msrv check"""
     config = configured(arguments)
+    if arguments.message is not None:
+        check_message(config, read_message(arguments.message))
+        return os.EX_OK
     print(f'{arguments.config}: no fault found', flush=True)
     return asyncio.run(check_connections(config)) if arguments.connect else os.EX_OK
 
 
+def read_message(filename):
+    """The bytes of a file, or (-) of standard input."""
+    try:
+        with open(0 if filename == '-' else filename, 'rb', closefd=filename != '-') as file:
+            return file.read()
+    except OSError as error:
+        raise UsageError(f'--message {filename}: {error.strerror}') from None
+
+
 def command_replay(arguments):
     """x-msrv replay"""
+    looking = arguments.list or arguments.dry_run
+    if arguments.json and not looking:
+        raise UsageError('replay: --json goes with --list or --dry-run')
+    if arguments.rate and looking:
+        raise UsageError('replay: --rate does not go with --list or --dry-run, which store nothing')
     config = configured(arguments)
-    if arguments.limit and not arguments.list:
-        raise UsageError('replay: --limit goes with --list')
-    if not config.dead_letter.topic:
-        raise ConfigError(f'{arguments.config}: [dead-letter] topic: there is none to replay')
-    if arguments.list:
-        return run(lambda stopper: list_letters(config, stopper, arguments.limit or 20))
-    return run(lambda stopper: replay(config, stopper))
+    path = letter_path(arguments, config)
+    since = time.time_ns() - int(arguments.since * 1e9) if arguments.since else 0
+    limit = arguments.limit or (20 if arguments.list else 0)
+    choice = Choice(tuple(arguments.reason), since, limit, arguments.rate or 0)
+    if path and not os.path.isfile(path):
+        return no_letters(path, arguments.file)
+    if looking:
+        return run(lambda stopper: look(config, stopper, path, choice, arguments))
+    return run(lambda stopper: replay(config, stopper, path, choice))
+
+
+def letter_path(arguments, config):
+    """The file to replay; None: the topic."""
+    dead = config.dead_letter
+    if dead.topic and arguments.file is None:
+        return None
+    path = arguments.file or dead.file
+    if not path:
+        raise ConfigError(f'{arguments.config}: [dead-letter]: there is no topic and no file to replay' if
+                          arguments.file is None else f'{arguments.config}: [dead-letter] file: none; say --file PATH')
+    return os.path.realpath(path)
+
+
+def no_letters(path, asked_for):
+    """What follows where the file is not there: that of the configuration comes with the first dead letter."""
+    if asked_for or os.path.exists(path):
+        raise UsageError(f'replay: {path}: no such file')
+    log.info('%s is not there: no letter to replay', path)
+    return os.EX_OK
 
 
 def command_config(arguments):

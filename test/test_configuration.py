@@ -527,7 +527,7 @@ def test_help_fits_one_screen_and_names_every_command_and_status(xmsrv):
     assert max(map(len, text.splitlines())) <= 110
     for word in ('once', 'check', 'replay', 'config', '--set', '--connect', '-c FILE', '/etc/x-msrv/x-msrv.conf'):
         assert word in text
-    for status in ('0', '64', '69', '70', '75', '78'):
+    for status in ('0', '64', '65', '69', '70', '75', '78'):
         assert re.search(rf'\b{status} [a-z]', text), status
 
 

@@ -1,18 +1,15 @@
-"""Dead letters: kept with the reason in a topic or a file, or thrown away by wish; run through again by `replay`."""
+"""Dead letters: kept with the reason in a topic or a file, or thrown away by wish."""
 import base64
 import collections
 import contextlib
 import datetime
 import fcntl
 import json
-import math
 import os
 import random
 import re
 import resource
-import signal
 import socket
-import sqlite3
 import stat
 import threading
 import time
@@ -43,12 +40,6 @@ def bury(xmsrv, nsqd, bodies, **settings):
     nsqd.publish(TOPIC, bodies)
     count = servers.summary(xmsrv.once(nsqd, message=STRICT, **settings).stderr)
     assert (count['dead'], count['requeued']) == (len(bodies), 0)
-
-
-def letter(**members):
-    """A dead letter as somebody else would publish it."""
-    header = {'reason': 'schema', 'detail': 'x', 'id': '0123456789abcdef', 'timestamp': '5', 'attempts': 1, **members}
-    return json.dumps(header).encode() + b'\n{"id": 1}'
 
 
 def ids(xmsrv):
@@ -392,177 +383,3 @@ def test_discard_throws_away_and_says_how_many(nsqd, xmsrv):
     count = servers.summary(ran.stderr)
     assert (count['stored'], count['dead'], nsqd.left(TOPIC, CHANNEL)) == (3, 2, 0)
     assert DEAD not in nsqd.request('GET', '/stats').decode()
-
-
-# --------------------------------------------------------------------------------------------------------------- replay
-
-def test_replay_stores_under_the_key_of_the_first_delivery(nsqd, xmsrv, workdir):
-    """Another channel of the topic gets the same messages, and is read with the relaxed schema from the start."""
-    for channel in (CHANNEL, 'other'):
-        nsqd.create(TOPIC, channel)
-    bury(xmsrv, nsqd, unfit(50))
-    xmsrv.configure(nsqd, message=RELAXED)
-    count = servers.summary(xmsrv.run('replay').stderr)
-    assert (count['received'], count['stored'], count['requeued']) == (50, 50, 0)
-    assert (nsqd.left(DEAD, REPLAY), nsqd.left(TOPIC, CHANNEL)) == (0, 0)
-    replayed = xmsrv.records()
-    assert ids(xmsrv) == list(range(50))
-    xmsrv.database = workdir / 'other.sqlite'
-    xmsrv.once(nsqd, channel='other', message=RELAXED)
-    assert xmsrv.records() == replayed
-
-
-def test_replay_killed_in_the_middle_and_run_again_leaves_one_record_each(nsqds, xmsrv):
-    """What the killed one held comes back after msg-timeout and is stored under the same key."""
-    nsqd, = nsqds(1, '--msg-timeout=1s')
-    bury(xmsrv, nsqd, unfit(3000))
-    nsqd.restart()   # it looks for timeouts in a new channel only after 5 s, in one that it starts with at once
-    execute(xmsrv, '''
-        CREATE VIEW burn AS
-            WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000) SELECT i FROM n;
-        CREATE TRIGGER slow BEFORE INSERT ON records WHEN (SELECT max(i) FROM burn) > 0 BEGIN SELECT 1; END''')
-    xmsrv.configure(nsqd, message=RELAXED)
-    process = xmsrv.start('replay')
-    wait_until(xmsrv.rows, 'a first batch is stored', 30)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert 0 < len(xmsrv.rows()) < 3000
-    execute(xmsrv, 'DROP TRIGGER slow')
-    wait_until(lambda: not nsqd.stats(DEAD, REPLAY)['in_flight_count'], 'nsqd takes back what the dead one held')
-    xmsrv.run('replay')
-    assert ids(xmsrv) == list(range(3000))
-    assert nsqd.left(DEAD, REPLAY) == 0
-
-
-def execute(xmsrv, script):
-    """A script in the test's own connection to the store."""
-    with contextlib.closing(sqlite3.connect(xmsrv.database, timeout=60)) as connection:
-        connection.executescript(script)
-
-
-def test_what_fails_again_stays_a_dead_letter_and_is_reported(nsqd, xmsrv):
-    """Held to the end of the pass, so that it comes round once; then back in the channel at once."""
-    still = [b'{"cut', b'[7]', b'caf\xe9']
-    bury(xmsrv, nsqd, [*still, *unfit(6)])
-    xmsrv.configure(nsqd, message=RELAXED)
-    ran = xmsrv.run('replay')
-    count = servers.summary(ran.stderr)
-    assert (count['received'], count['stored'], count['requeued']) == (9, 6, 3)
-    assert ran.stderr.count('stays a dead letter') == 3
-    now = nsqd.stats(DEAD, REPLAY)
-    assert (now['depth'], now['in_flight_count'], now['requeue_count']) == (3, 0, 3)
-    assert sorted(body for _, body in nsqd.letters(DEAD)) == sorted(still)
-    assert ids(xmsrv) == list(range(6))
-
-
-@pytest.mark.parametrize('letter', [
-    b'{"id": 1}', b'no letter at all', b'{"reason": "schema", "id": "0123456789abcdef"}\n{"id": 1}', b'[]\n[]',
-    b'\xff\n{}', b'[' * 200_000, letter(timestamp=math.inf), letter(timestamp='9' * 400),
-    letter(timestamp='-1' + '0' * 30), letter(reason='no such reason'), letter(reason=['schema']),
-    letter(attempts=None),
-], ids=lambda letter: ascii(letter[:40]))
-def test_a_letter_that_cannot_be_read_stays_and_is_reported(nsqd, xmsrv, letter):
-    """It may be anybody's; the one beside it is replayed."""
-    bury(xmsrv, nsqd, unfit(1))
-    nsqd.publish(DEAD, letter)
-    xmsrv.configure(nsqd, message=RELAXED)
-    listed = xmsrv.run('replay', '--list').stdout
-    assert 'unreadable' in listed and 'first 2 of depth 2' in listed
-    ran = xmsrv.run('replay')
-    assert 'stays a dead letter' in ran.stderr and 'not a dead letter of x-msrv' in ran.stderr
-    assert ids(xmsrv) == [0]
-    assert nsqd.drain(DEAD, REPLAY) == [letter]
-
-
-@pytest.mark.parametrize('order', ['letter first', 'letter last'])
-def test_replay_never_puts_an_old_message_over_a_newer_record(nsqd, xmsrv, order):
-    """With a field as key the newest wins, by the time at which it was first published."""
-    record = {'key': 'order'}
-    bad, fine = b'{"order": 1, "id": "bad"}', b'{"order": 1, "id": 5}'
-    for body in [bad, fine] if order == 'letter first' else [fine, bad]:
-        nsqd.publish(TOPIC, body)
-        xmsrv.once(nsqd, message=STRICT, record=record)
-    assert {key: bins['id'] for key, bins in xmsrv.records().items()} == {1: 5}
-    xmsrv.configure(nsqd, message=RELAXED, record=record)
-    count = servers.summary(xmsrv.run('replay').stderr)
-    expected = (0, 1, 5) if order == 'letter first' else (1, 0, 'bad')
-    assert (count['stored'], count['stale'], xmsrv.records()[1]['id']) == expected
-    assert nsqd.left(DEAD, REPLAY) == 0
-
-
-def test_what_anybody_wrote_reaches_no_terminal_as_it_is(nsqd, xmsrv):
-    """Neither escape sequences nor lines of its own."""
-    bury(xmsrv, nsqd, unfit(1))
-    nsqd.publish(DEAD, letter(detail='\x1b[2J\nfirst 9 of depth 9 \ud800', id='\x1b[31m'))
-    listed = xmsrv.run('replay', '--list').stdout
-    assert len(listed.splitlines()) == 3
-    assert listed.isascii() and listed.replace('\n', '').isprintable()
-
-
-def test_the_list_shows_as_many_as_it_says_whatever_their_size(nsqd, xmsrv):
-    """Those that it holds are in flight to the end: RDY has to be so much higher."""
-    bury(xmsrv, nsqd, unfit(25, text='x' * 200_000), nsq={'max-in-flight': 3})
-    assert xmsrv.run('replay', '--list').stdout.splitlines()[-1] == f'first 20 of depth 25 in {DEAD}'
-
-
-@pytest.mark.parametrize('outage', ['queue', 'store'])
-def test_replay_ends_when_nothing_moves_for_timeout(nsqd, xmsrv, outage):
-    """Its letters stay where they are."""
-    bury(xmsrv, nsqd, unfit(5))
-    nsqd.pause(DEAD, REPLAY)
-    xmsrv.configure(nsqd, message=RELAXED, timeout='2s', idle_timeout='60s')
-    running = xmsrv.start('replay')
-    wait_until(lambda: nsqd.stats(DEAD, REPLAY)['clients'], 'replay is subscribed, its store open')
-    if outage == 'queue':
-        nsqd.kill()
-        assert running.wait(timeout=20) == 0
-        return
-    with xmsrv.locked():
-        nsqd.unpause(DEAD, REPLAY)
-        assert running.wait(timeout=30) == os.EX_TEMPFAIL
-    assert (xmsrv.rows(), nsqd.left(DEAD, REPLAY)) == ([], 5)
-
-
-def test_the_list_shows_each_letter_and_changes_nothing(nsqd, xmsrv):
-    """Reason, detail, id and the first bytes of the body; every letter is in the channel as before."""
-    bodies = [b'{"cut', *unfit(3), b'[' + b'1,' * 500 + b'1]']
-    bury(xmsrv, nsqd, bodies)
-    for path in xmsrv.directory.glob('records.sqlite*'):
-        path.unlink()
-    listed = xmsrv.run('replay', '--list').stdout.splitlines()
-    assert listed[-1] == f'first 5 of depth 5 in {DEAD}'
-    assert not xmsrv.database.exists()
-    now = nsqd.stats(DEAD, REPLAY)
-    assert (now['depth'], now['in_flight_count']) == (5, 0)
-    for header, body in nsqd.letters(DEAD):
-        line, = (each for each in listed if each.startswith(header['id']))
-        assert f"{header['reason']}: {header['detail']}" in line
-        assert body[:40].decode() in line
-        assert len(line) < 200
-
-
-def test_the_list_ends_at_its_limit(nsqd, xmsrv):
-    """And says how many there are."""
-    bury(xmsrv, nsqd, unfit(10))
-    listed = xmsrv.run('replay', '--list', '--limit', '3').stdout.splitlines()
-    assert len(listed) == 4
-    assert listed[-1] == f'first 3 of depth 10 in {DEAD}'
-    now = nsqd.stats(DEAD, REPLAY)
-    assert (now['depth'], now['in_flight_count']) == (10, 0)
-
-
-@pytest.mark.parametrize('arguments', [('replay',), ('replay', '--list')])
-@pytest.mark.parametrize('topic', ['empty', 'not there'])
-def test_replay_of_nothing_ends_soon(nsqd, xmsrv, arguments, topic):
-    """Long before its window would."""
-    if topic == 'empty':
-        nsqd.create(DEAD, REPLAY)
-    xmsrv.configure(nsqd, timeout='120s')
-    xmsrv.run(*arguments, timeout=30)
-    assert xmsrv.rows() == []
-
-
-def test_replay_without_a_topic_is_a_fault(nsqd, xmsrv, workdir):
-    """A file is not for replay."""
-    xmsrv.configure(nsqd, dead_letter={'topic': '', 'file': workdir / 'dead.json'})
-    assert 'none to replay' in xmsrv.run('replay', expect=os.EX_CONFIG).stderr

@@ -176,12 +176,14 @@ def test_a_terminal_shows_no_progress_of_a_short_window_nor_with_quiet(nsqd, xms
     assert SUMMARY.fullmatch(seen.strip()) if idle == '100ms' else seen == ''
 
 
-def test_a_terminal_shows_progress_of_replay(nsqd, xmsrv):
+@pytest.mark.parametrize('where', ['topic', 'file'])
+def test_a_terminal_shows_progress_of_replay(nsqd, xmsrv, workdir, where):
     """The same bar."""
-    nsqd.publish(TOPIC, ['{"id": "1"}', '{"id": "2"}'])
-    xmsrv.once(nsqd, message=STRICT)
-    xmsrv.configure(nsqd, idle_timeout='2s')
-    assert '2msg' in on_a_terminal(xmsrv, 'replay')
+    letters = {} if where == 'topic' else {'topic': '', 'file': workdir / 'dead.json'}
+    nsqd.publish(TOPIC, ['{"id": "1"}', '{"id": "2"}', '{"id": "3"}'])
+    xmsrv.once(nsqd, message=STRICT, dead_letter=letters)
+    xmsrv.configure(nsqd, idle_timeout='2s', dead_letter=letters)
+    assert '3msg' in on_a_terminal(xmsrv, 'replay', '--rate', '1')
 
 
 # ------------------------------------------------------------------------------------------------------ the exit status
@@ -193,11 +195,6 @@ def test_64_is_a_command_line_that_is_wrong(nsqd, xmsrv, arguments):
     xmsrv.configure(nsqd)
     line, = xmsrv.run(*arguments, expect=os.EX_USAGE).stderr.splitlines()
     assert line.startswith('x-msrv') and '--help' in line
-
-
-def test_64_is_a_limit_without_a_list(nsqd, xmsrv):
-    xmsrv.configure(nsqd)
-    assert '--limit goes with --list' in xmsrv.run('replay', '--limit', '5', expect=os.EX_USAGE).stderr
 
 
 def test_130_is_an_interrupted_check_without_a_word(xmsrv):
@@ -214,6 +211,14 @@ def test_a_closed_stderr_is_no_fault(nsqd, xmsrv):
     xmsrv.configure(nsqd)
     command = ['sh', '-c', f'exec {servers.PROGRAM} -c {xmsrv.path} once 2>&-']
     assert subprocess.run(command, check=False, timeout=30).returncode == 0
+
+
+@pytest.mark.parametrize('where', ['file', '-'])
+def test_65_is_a_message_that_is_no_record(xmsrv, workdir, where):
+    """Reason and detail on stderr, as its dead letter would have them; nothing on stdout."""
+    xmsrv.configure(nsq={'nsqd-tcp-address': '127.0.0.1:9'}, message=STRICT)
+    ran = checked(xmsrv, workdir, where, b'{"id": "1"}', expect=os.EX_DATAERR)
+    assert (ran.stdout, ran.stderr) == ('', 'error: schema: id: not an integer\n')
 
 
 @pytest.mark.parametrize('command', [['once'], ['replay'], ['replay', '--list'], ['check', '--connect']])
@@ -266,6 +271,52 @@ def test_0_is_a_question_answered(xmsrv, arguments):
     """Without any configuration."""
     ran = xmsrv.run(*arguments)
     assert ran.stdout and not ran.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ check --message
+
+def checked(xmsrv, workdir, where, body, expect=0):
+    """`check --message` of a body in a file or on standard input; it needs neither queue nor store."""
+    (workdir / 'message').write_bytes(body)
+    with (workdir / 'message').open('rb') as file:
+        name = '-' if where == '-' else file.name
+        ran = subprocess.run([servers.PROGRAM, '-c', xmsrv.path, 'check', '--message', name], stdin=file,
+                             capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == expect, ran.stderr
+    return ran
+
+
+@pytest.mark.parametrize('where', ['file', '-'])
+def test_check_shows_the_record_of_a_message(xmsrv, workdir, where):
+    """Key, set, and the bins with the types that Aerospike has for them."""
+    body = {'id': 8, 'msg': 'gr\u00fc\u00df \x1b[2J', 'f': 1.0, 'yes': True, 'l': [1, None], 'm': {'a': {}}, 'no': None}
+    xmsrv.configure(nsq={'nsqd-tcp-address': '127.0.0.1:9'}, record={'bins': {'msg': 'text'}})
+    ran = checked(xmsrv, workdir, where, json.dumps(body, ensure_ascii=False).encode() + b'\n')
+    assert ran.stderr == ''
+    assert ran.stdout.splitlines() == [
+        'set   orders', 'key   string  $id (made by nsqd)', 'bin   id    integer  8',
+        'bin   text  string   "gr\\u00fc\\u00df \\u001b[2J"', 'bin   f     float    1.0', 'bin   yes   boolean  true',
+        'bin   l     list     [1, null]', 'bin   m     map      {"a": {}}', 'bin   gid   string   $id (made by nsqd)']
+    assert not xmsrv.database.exists()
+
+
+def test_check_shows_a_key_and_a_time_of_the_message(xmsrv, workdir):
+    """In the set of the store that is chosen; a time that nsqd makes can't be known before."""
+    settings = {'nsq': {'nsqd-tcp-address': '127.0.0.1:9'}, 'store': 'aerospike',
+                'aerospike': {'hosts': '127.0.0.1:9', 'namespace': 'test', 'set': 'shop'}}
+    for time, bin_of_time in (('$timestamp', '$timestamp (made by nsqd)'), ('at', '77')):
+        xmsrv.configure(**settings, record={'key': 'order', 'id-bin': '', 'time': time})
+        lines = checked(xmsrv, workdir, '-', b'{"order": 5, "at": 77}').stdout.splitlines()
+        assert lines == ['set   shop', 'key   integer  5', 'bin   order  integer  5', 'bin   at     integer  77',
+                         f'bin   gts    integer  {bin_of_time}']
+
+
+@pytest.mark.parametrize('arguments', [['--message', '/nonexistent'], ['--message', '/'], ['--message'],
+                                       ['--message', '-', '--connect']])
+def test_64_is_a_message_that_cannot_be_read_or_one_too_many_questions(nsqd, xmsrv, arguments):
+    xmsrv.configure(nsqd)
+    line, = xmsrv.run('check', *arguments, expect=os.EX_USAGE).stderr.splitlines()
+    assert '--message' in line
 
 
 # ------------------------------------------------------------------------------------------------------ check --connect
