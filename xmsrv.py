@@ -97,6 +97,10 @@ class Unavailable(Failure):
     status = os.EX_UNAVAILABLE
 
 
+class StoreAway(Unavailable):
+    """It is the store's end that can't be reached, or fails."""
+
+
 class QueueError(Exception):
     """An nsqd refused something or broke the protocol; its connection is of no more use."""
 
@@ -2871,7 +2875,7 @@ async def pipeline(config, topic, channel, store):
         await consumer.open()
         yield consumer, pool
     except StoreDown as error:
-        raise Unavailable(str(error)) from None
+        raise StoreAway(str(error)) from None
     finally:
         if consumer.held:
             consumer.hand_back(list(consumer.held.values()))
@@ -2897,6 +2901,8 @@ async def receive(config, stopper, figures):
         window = stopper.window = Window(config, consumer, store, pool, Mapper(config), dead_letters, figures)
         await window.run()
         dead_letters.close()
+        figures.set('xmsrv_store_up', int(not window.down_since and not window.failure))
+        figures.holds(consumer)
     return window.report()
 
 
@@ -3022,8 +3028,9 @@ class Flow:
         self.config, self.figures, self.grant, self.report = config, figures, grant, report
         self.endless = not config.period and not config.nsq.max_messages
         self.consumer = self.window = self.trouble = self.task = None
+        self.away = None         # `queue` or `store`: which end it is that fails
         self.since = 0.0         # loop time since when there is trouble
-        self.ending = self.stopped = False
+        self.ending = False
 
     async def run(self):
         """Until stop() or leave(). Returns the exit status."""
@@ -3041,6 +3048,7 @@ class Flow:
             try:
                 await self.windows(backoff)
             except Unavailable as error:
+                self.away = 'store' if isinstance(error, StoreAway) else 'queue'
                 self.down(str(error))
                 await asyncio.sleep(backoff.next())
 
@@ -3077,7 +3085,7 @@ class Flow:
         window.report()
         self.report(window)
         if window.failure and not window.stopping:
-            raise Unavailable(window.failure)
+            raise StoreAway(window.failure)
 
     async def refresh(self, consumer):
         """Looks for new nsqds in a window that never ends."""
@@ -3094,6 +3102,7 @@ class Flow:
     def up(self, backoff):
         """Says so once, and only when there was trouble."""
         backoff.reset()
+        self.away = None
         if self.trouble:
             log.warning('all is well again after %.1f s', asyncio.get_running_loop().time() - self.since)
             self.trouble = None
@@ -3117,8 +3126,9 @@ class Flow:
     @property
     def ends(self):
         """What is up: {'queue': bool, 'store': bool}."""
-        failing = self.trouble or not self.consumer or (self.window and self.window.down_since)
-        return {'queue': bool(self.consumer and self.consumer.connections), 'store': not failing}
+        failing = self.away == 'store' or (self.window and self.window.down_since)
+        seen = self.consumer or self.away == 'queue'   # the store is opened first
+        return {'queue': bool(self.consumer and self.consumer.connections), 'store': bool(seen and not failing)}
 
     def healthy(self, now):
         """Whether every wait is inside its own bound: that the loop turns is shown by the call itself."""
@@ -3126,16 +3136,17 @@ class Flow:
 
     def gauges(self):
         """The figures as they are now."""
-        consumer = self.consumer
-        if self.window:
-            self.figures.follow(self.window)
-        up = len(consumer.connections) if consumer else 0
-        known = len(consumer.addresses) if consumer else 0
-        self.figures.set('xmsrv_in_flight', len(consumer.held) if consumer else 0)
-        self.figures.set('xmsrv_connections', up, 'up')
-        self.figures.set('xmsrv_connections', max(0, known - up), 'down')
-        self.figures.set('xmsrv_store_up', int(self.ends['store']))
-        return [self.figures]
+        consumer, window, figures = self.consumer, self.window, self.figures
+        if window:
+            figures.follow(window)
+        if window and window.timeout == math.inf and all(self.ends.values()):   # it never ends: all is well meanwhile
+            figures.set(SUCCESS, time.time())
+        if consumer:
+            figures.holds(consumer)
+        elif self.away == 'queue':
+            figures.nothing_up()
+        figures.set('xmsrv_store_up', int(self.away != 'store' and not (window and window.down_since)))
+        return [figures]
 
 
 class Member:
@@ -3438,7 +3449,7 @@ class Daemon:
         """One engine after the other: a new one for each configuration that is read."""
         status = os.EX_OK
         while not self.stopping and not status:
-            self.figures.set('xmsrv_period_seconds', self.config.period)
+            self.figures.period(self.config)
             self.engine = engine = self.new_engine()
             if self.config.workers > 1:
                 log.info('%d workers, a window every %g s', self.config.workers, self.config.period)
@@ -3526,7 +3537,7 @@ class Daemon:
 
     def exposition(self):
         """All figures in Prometheus' text format."""
-        return exposition(self.engine.gauges() if self.engine else [self.figures])
+        return exposition(self.total())
 
     def total(self):
         """All figures together."""
@@ -3559,33 +3570,41 @@ METRICS = (
     Metric('xmsrv_connections', 'gauge', ('state',), 'nsqds that are connected (up), and that are not (down).'),
     Metric('xmsrv_store_up', 'gauge', (), '1 while the store takes records, 0 while it does not.', min),
     Metric('xmsrv_windows_total', 'counter', ('result',), 'Windows that ended well (done), or not (failed).'),
-    Metric('xmsrv_last_success_timestamp_seconds', 'gauge', (), 'When a window last ended well.', max),
-    Metric('xmsrv_period_seconds', 'gauge', (), 'The configured period.', max),
+    Metric('xmsrv_last_success_timestamp_seconds', 'gauge', (),
+           'When a window last ended well, or all was well in one without end.', max),
+    Metric('xmsrv_period_seconds', 'gauge', (),
+           'The configured period, or timeout where that is longer; 0: a window without end.', max),
     Metric('xmsrv_worker_restarts_total', 'counter', (), 'Workers that ended and were started again.'),
     Metric('xmsrv_build_info', 'gauge', ('version',), 'Always 1.', max),
 )
+SUCCESS = 'xmsrv_last_success_timestamp_seconds'
 KINDS = {metric.name: metric for metric in METRICS}
 BOUNDS = {   # upper bounds of the buckets
     'xmsrv_store_batch_seconds': (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     'xmsrv_store_batch_records': (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
     'xmsrv_lag_seconds': (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 21600, 86400),
 }
+VALUES = {   # of the labels whose values are known beforehand
+    'xmsrv_messages_total': [(outcome,) for outcome in OUTCOMES[1:]],
+    'xmsrv_dead_letters_total': [(reason,) for reason in REASONS],
+    'xmsrv_windows_total': [('done',), ('failed',)],
+}
 RECENT = 10   # dead letters that are shown
 
 
 class Figures:
     """Numbers by (name, values of the labels), histograms by name as a count for each bucket and the sum behind them.
-    recent: of the latest dead letters (seconds since 1970, reason, detail)."""
+    recent: of the latest dead letters (seconds since 1970, reason, detail). constant: labels that every series has."""
 
-    def __init__(self):
+    def __init__(self, constant=None):
+        self.constant = constant or {}
         self.numbers = {}
         self.histograms = {name: [0] * (len(bounds) + 2) for name, bounds in BOUNDS.items()}
         self.recent = collections.deque(maxlen=RECENT)
-        for outcome in OUTCOMES[1:]:   # so that a rate of it can be asked for before the first
-            self.add('xmsrv_messages_total', 0, outcome)
-        for result in ('done', 'failed'):
-            self.add('xmsrv_windows_total', 0, result)
-        self.add('xmsrv_received_total', 0)
+        for metric in METRICS:   # so that the first of anything can be seen as an increase
+            for value in VALUES.get(metric.name, [()]):
+                if metric.kind == 'counter' and len(value) == len(metric.labels):
+                    self.add(metric.name, 0, *value)
         self.set('xmsrv_build_info', 1, __version__)
 
     def add(self, name, number=1, *labels):
@@ -3628,13 +3647,37 @@ class Figures:
             self.add('xmsrv_messages_total', window.count[outcome] - window.followed[outcome], outcome)
         window.followed = dict(window.count)
 
+    def period(self, config):
+        """The time from one window to the next."""
+        endless = not config.period and not config.nsq.max_messages
+        self.set('xmsrv_period_seconds', 0 if endless else max(config.period, config.timeout))
+
     def ended(self, window):
         """A window has ended."""
         self.follow(window)
         failed = bool(window.failure or window.unkept)
         self.add('xmsrv_windows_total', 1, 'failed' if failed else 'done')
         if not failed:
-            self.set('xmsrv_last_success_timestamp_seconds', time.time())
+            self.set(SUCCESS, time.time())
+
+    def holds(self, consumer):
+        """What a consumer has, now."""
+        up = len(consumer.connections)
+        self.set('xmsrv_in_flight', len(consumer.held))
+        self.set('xmsrv_connections', up, 'up')
+        self.set('xmsrv_connections', max(0, len(consumer.addresses) - up), 'down')
+
+    def unavailable(self, error):
+        """A window could not even begin."""
+        self.add('xmsrv_windows_total', 1, 'failed')
+        self.set('xmsrv_store_up', int(not isinstance(error, StoreAway)))
+        self.nothing_up()
+
+    def nothing_up(self):
+        """No nsqd is connected; those that were are down."""
+        self.add('xmsrv_connections', self.numbers.get(('xmsrv_connections', 'up'), 0), 'down')
+        self.set('xmsrv_connections', 0, 'up')
+        self.set('xmsrv_in_flight', 0)
 
     # -- from one process to another, and from one run to the next
 
@@ -3659,18 +3702,21 @@ class Figures:
     def collect(self):
         """Yields the families, as prometheus_client asks for them."""
         from prometheus_client import core
+        more = tuple(self.constant.values())
         for metric in METRICS:
+            labels = (*metric.labels, *self.constant)
             if metric.kind == 'histogram':
                 *counts, total = self.histograms[metric.name]
                 bounds = [*map(str, BOUNDS[metric.name]), '+Inf']
-                buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
-                yield core.HistogramMetricFamily(metric.name, metric.help, buckets, total)
+                made = core.HistogramMetricFamily(metric.name, metric.help, labels=labels)
+                made.add_metric(more, list(zip(bounds, itertools.accumulate(counts), strict=True)), total)
+                yield made
                 continue
             family = core.CounterMetricFamily if metric.kind == 'counter' else core.GaugeMetricFamily
-            made = family(metric.name, metric.help, labels=metric.labels)
+            made = family(metric.name, metric.help, labels=labels)
             for key, number in self.numbers.items():
                 if key[0] == metric.name:
-                    made.add_metric(key[1:], number)
+                    made.add_metric((*key[1:], *more), number)
             yield made
 
 
@@ -3682,11 +3728,11 @@ def together(parts):
     return total
 
 
-def exposition(parts):
-    """Figures, or snapshots of them, together in Prometheus' text format, as bytes."""
+def exposition(figures):
+    """Figures in Prometheus' text format, as bytes."""
     import prometheus_client
     registry = prometheus_client.CollectorRegistry()
-    registry.register(together(parts))
+    registry.register(figures)
     return prometheus_client.generate_latest(registry)
 
 
@@ -3694,9 +3740,9 @@ def write_textfile(filename, figures):
     """Writes the figures for node_exporter: whole or not at all, readable for everybody, and with what the runs before
     counted. A failure is worth a warning, no more: the messages are stored."""
     try:
-        figures.merge(carried_over(filename), gauges=False)
+        figures.merge(carried_over(filename))
         with tempfile.NamedTemporaryFile(dir=os.path.dirname(filename) or '.', delete=False) as file:
-            file.write(exposition([figures]))
+            file.write(exposition(figures))
             os.fchmod(file.fileno(), 0o644)
         os.replace(file.name, filename)
     except (OSError, ValueError) as error:
@@ -3713,7 +3759,7 @@ def carried_over(filename):
         samples = [sample for family in parser.text_fd_to_metric_families(file) for sample in family.samples]
     for sample in samples:
         metric = KINDS.get(sample.name)
-        if metric and metric.kind == 'counter':
+        if metric and (metric.kind == 'counter' or metric.name == SUCCESS):
             snapshot['numbers'].append([sample.name, *(sample.labels[label] for label in metric.labels), sample.value])
     for name, bounds in BOUNDS.items():
         sums = [sample.value for sample in samples if sample.name == f'{name}_bucket']
@@ -3896,7 +3942,7 @@ class Replay(Window):
 
     def reject(self, message, unfit):
         """Stays where it is, and is reported."""
-        log.warning('%s stays a dead letter: %s', message.id.decode(), plain(str(unfit)))
+        log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), plain(str(unfit)))   # each was asked for
         message.unfit = unfit
         self.consumer.park([message])
         self.moved = asyncio.get_running_loop().time()
@@ -4739,12 +4785,19 @@ def faultless(arguments, raw):
 
 def command_once(arguments):
     """x-msrv once"""
-    config, figures = configured(arguments), Figures()
+    config = configured(arguments)
+    # Two pipelines on a host have two files, and node_exporter takes two series of one name and labels for one.
+    figures = Figures({'topic': config.nsq.topic, 'channel': config.nsq.channel})
+    figures.period(config)
     with locked(config, arguments.config):
-        status = run(lambda stopper: receive(config, stopper, figures))
-    if config.metrics.textfile:
-        write_textfile(config.metrics.textfile, figures)
-    return status
+        try:
+            return run(lambda stopper: receive(config, stopper, figures))
+        except Unavailable as error:
+            figures.unavailable(error)
+            raise
+        finally:
+            if config.metrics.textfile:
+                write_textfile(config.metrics.textfile, figures)
 
 
 def command_daemon(arguments):

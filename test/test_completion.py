@@ -104,7 +104,7 @@ def test_what_the_help_hides_is_not_completed():
     commands = parser._actions[-1]
     commands.choices['once'].add_argument('--hidden', help=argparse.SUPPRESS)
     for shell in SHELLS:
-        assert not re.search('worker|hidden', completion(shell, parser))
+        assert not re.search(r'\bworker\b|hidden', completion(shell, parser))
 
 
 def test_64_is_a_shell_that_is_not_known(xmsrv):

@@ -576,9 +576,11 @@ def browse(*options):
 # ------------------------------------------------------------------------------------------------------ in a textfile
 
 def series(path):
-    """The samples of a textfile."""
+    """The samples of a textfile, without the labels that all of them have."""
     lines = [line.rpartition(' ') for line in path.read_text().splitlines() if not line.startswith('#')]
-    return {name: float(value) for name, _, value in lines}
+    assert all(f'channel="{CHANNEL}"' in name and f'topic="{TOPIC}"' in name for name, _, _ in lines)
+    return {re.sub(r'(channel|topic)="[^"]*",?', '', name).replace(',}', '}').removesuffix('{}'): float(value)
+            for name, _, value in lines}
 
 
 def test_the_textfile_carries_its_counts_over(nsqd, xmsrv, workdir):
@@ -597,6 +599,24 @@ def test_the_textfile_carries_its_counts_over(nsqd, xmsrv, workdir):
     assert second['xmsrv_windows_total{result="done"}'] == 2
     assert second['xmsrv_lag_seconds_sum'] > first['xmsrv_lag_seconds_sum']
     assert [each.name for each in workdir.glob('*tmp*')] == []
+
+
+def test_a_textfile_of_a_run_that_found_nobody(nsqd, xmsrv, workdir):
+    """The counts of the run before it are kept, and so is its success."""
+    path = workdir / 'x-msrv.prom'
+    settings = {'metrics': {'textfile': path}}
+    fill(nsqd, 10)
+    xmsrv.once(nsqd, **settings)
+    first = series(path)
+    assert (first['xmsrv_store_up'], first['xmsrv_connections{state="up"}']) == (1, 1)
+    assert first['xmsrv_period_seconds'] == 10
+    nsqd.stop()
+    xmsrv.once(nsqd, expect=os.EX_UNAVAILABLE, **settings)
+    second = series(path)
+    assert (second['xmsrv_store_up'], second['xmsrv_connections{state="up"}']) == (1, 0)
+    assert (second['xmsrv_windows_total{result="done"}'], second['xmsrv_windows_total{result="failed"}']) == (1, 1)
+    success = 'xmsrv_last_success_timestamp_seconds'
+    assert (second['xmsrv_received_total'], second[success]) == (10, first[success])
 
 
 @pytest.mark.parametrize('content', [b'rubbish {{{\n', b'\xff\xfe', b'xmsrv_received_total x\n'])

@@ -1,0 +1,255 @@
+"""What Prometheus and Grafana load: the alerts fire when they should, and all that is asked for exists."""
+import collections
+import itertools
+import json
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent.parent / 'monitoring'
+RULES, RULES_TEST = HERE / 'x-msrv.rules.yml', HERE / 'x-msrv.rules.test.yml'
+DASHBOARD = json.loads((HERE / 'x-msrv.dashboard.json').read_text())
+README = (HERE / 'README.md').read_text()
+
+TARGET = {'job', 'instance'}                  # labels that Prometheus adds
+OTHERS = {'up': TARGET}                       # series that are Prometheus' own
+WORDS = {'and', 'or', 'unless', 'offset', 'bool'}
+VARIABLES = {'$__rate_interval': '5m', '$__range': '1h'}   # Grafana puts something like it in their place
+
+# An alert: its name, expression and the whole of its lines. A query: where it stands, the expression and its legend.
+Alert = collections.namedtuple('Alert', 'name expr text')
+Query = collections.namedtuple('Query', 'panel expr legend')
+
+
+def read_alerts():
+    """The alerts of the rule file, which is plain enough to do without a YAML parser."""
+    for text in RULES.read_text().split('\n      - alert: ')[1:]:
+        expr = re.search(r'^ {8}expr: \|\n((?: {10}.*\n)+)', text, re.MULTILINE)
+        yield Alert(text.split('\n')[0], expr[1], text)
+
+
+def read_panels(kind=None):
+    """The panels of the dashboard, rows or others where a kind is named."""
+    return [panel for panel in DASHBOARD['panels'] if kind is None or (panel['type'] == 'row') == (kind == 'row')]
+
+
+def read_queries():
+    """The queries of all panels."""
+    for panel in read_panels('other'):
+        for target in panel['targets']:
+            yield Query(panel['title'], target['expr'], target['legendFormat'])
+
+
+ALERTS, QUERIES = list(read_alerts()), list(read_queries())
+
+
+@pytest.fixture
+def promtool():
+    """A function: runs promtool, which has to be there, and returns what it printed."""
+    if not shutil.which('promtool'):
+        pytest.fail('no promtool on PATH: apt-get install --no-install-recommends prometheus')
+
+    def run(*arguments, **options):
+        ran = subprocess.run(['promtool', *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True, timeout=60, check=False, **options)
+        assert ran.returncode == 0, ran.stdout
+        return ran.stdout
+    return run
+
+
+# -------------------------------------------------------------------------------------------------- what a query names
+
+def existing():
+    """The labels of each series that a query may name."""
+    import xmsrv
+    series = dict(OTHERS)
+    for metric in xmsrv.METRICS:
+        labels = TARGET | set(metric.labels)
+        if metric.kind == 'histogram':
+            series |= {f'{metric.name}_bucket': labels | {'le'}, f'{metric.name}_sum': labels,
+                       f'{metric.name}_count': labels}
+        else:
+            series[metric.name] = labels
+    return series
+
+
+def selectors(expr):
+    """Of a PromQL expression, its series as [(name, labels it is picked by)], and the labels it is grouped by."""
+    expr = re.sub(r'"[^"]*"', '""', expr)
+    clause = re.compile(r'\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)')
+    grouped = {label for labels in clause.findall(expr) for label in re.findall(r'\w+', labels)}
+    expr = re.sub(r'\[[^]]*\]', '', clause.sub('', expr))
+    found = re.findall(r'(?<![\w$])([a-zA-Z_:][\w:]*)\b(?!\s*\()(?:\s*\{([^}]*)\})?', expr)
+    return [(name, set(re.findall(r'(\w+)\s*[=!]', picked))) for name, picked in found if name not in WORDS], grouped
+
+
+def faults(expr, labels=frozenset()):
+    """What an expression names that does not exist; labels: of its result, those that are shown."""
+    series, (named, grouped) = existing(), selectors(expr)
+    unknown = [name for name, _ in named if name not in series]
+    known = set().union(*(series.get(name, ()) for name, _ in named))
+    unknown += [f'{name}{{{label}}}' for name, picked in named for label in picked - series.get(name, picked)]
+    return unknown + sorted((grouped | labels) - known)
+
+
+@pytest.mark.parametrize(('expr', 'unknown'), [
+    ('rate(xmsrv_received[5m])', ['xmsrv_received']),
+    ('rate(xmsrv_lag_seconds[5m])', ['xmsrv_lag_seconds']),
+    ('xmsrv_in_flight_bucket', ['xmsrv_in_flight_bucket']),
+    ('up == 0 and node_load1 offset 5m > 1', ['node_load1']),
+    ('xmsrv_store_up{job="x", state="up"}', ['xmsrv_store_up{state}']),
+    ('sum by (reason, le) (xmsrv_messages_total{outcome!~"le"})', ['le', 'reason']),
+    ('sum without (outcome) (rate(xmsrv_messages_total{outcome="reason", instance=~"$instance"}[5m] offset 1h))', []),
+])
+def test_the_reader_of_queries_sees(expr, unknown):
+    """So that the tests below do not pass for a blindness of their own."""
+    assert faults(expr) == unknown
+
+
+# ------------------------------------------------------------------------------------------------------------ the rules
+
+def test_promtool_takes_the_rules(promtool):
+    """Each of them."""
+    assert f'{len(ALERTS)} rules found' in promtool('check', 'rules', RULES)
+
+
+def test_the_alerts_fire_when_they_should(promtool):
+    """And do not when they should not."""
+    assert 'SUCCESS' in promtool('test', 'rules', RULES_TEST)
+
+
+@pytest.mark.parametrize('alert', ALERTS, ids=lambda alert: alert.name)
+def test_an_alert_is_tested_both_ways(alert):
+    """promtool runs what is there; this says what has to be there."""
+    cases = re.split(r'\n      - (?=\{?alertname: )|\n  - name: ', RULES_TEST.read_text())
+    mine = [case for case in cases if re.match(rf'\{{?alertname: {alert.name}\b', case)]
+    assert {'exp_alerts' in case for case in mine} == {True, False}
+
+
+@pytest.mark.parametrize('alert', ALERTS, ids=lambda alert: alert.name)
+def test_an_alert_names_what_exists(alert):
+    """Series and labels, also those in its words."""
+    assert faults(alert.expr, set(re.findall(r'\$labels\.(\w+)', alert.text))) == []
+
+
+@pytest.mark.parametrize('alert', ALERTS, ids=lambda alert: alert.name)
+def test_an_alert_says_what_to_do(alert):
+    """How urgent it is, what it is, and a command."""
+    assert re.search(r'^ {10}severity: (critical|warning)$', alert.text, re.MULTILINE)
+    assert re.search(r'^ {10}summary: .*\$labels\.instance', alert.text, re.MULTILINE)
+    assert re.search(r'^ {10}description: >-\n.{60}', alert.text, re.MULTILINE)
+    assert re.search(r'`(x-msrv|journalctl|systemctl)\s', alert.text)
+
+
+def test_the_commands_in_the_alerts_exist():
+    """As the parser of the command line has them."""
+    import xmsrv
+    commands = set(re.findall(r'`x-msrv ([^`]+)`', re.sub(r'\s+', ' ', RULES.read_text())))
+    assert {'check --connect', 'replay --list'} <= commands
+    for command in commands:
+        xmsrv.build_parser().parse_args(shlex.split(command))
+
+
+# -------------------------------------------------------------------------------------------------------- the dashboard
+
+def test_the_dashboard_is_of_no_real_system():
+    """It picks its data source by a variable, and runs on Grafana 10."""
+    assert 38 <= DASHBOARD['schemaVersion'] <= 41 and 'id' not in DASHBOARD
+    assert [(variable['name'], variable['type']) for variable in DASHBOARD['templating']['list']] == [
+        ('datasource', 'datasource'), ('instance', 'query')]
+    assert set(re.findall(r'"uid": "(.*?)"', json.dumps(DASHBOARD))) == {'x-msrv', '${datasource}'}
+
+
+def test_the_instances_are_those_of_a_series_that_exists():
+    """The query of the variable is no PromQL."""
+    query = DASHBOARD['templating']['list'][1]['query']['query']
+    name, label = re.fullmatch(r'label_values\((\w+), (\w+)\)', query).groups()
+    assert label in existing()[name]
+
+
+def test_panels_have_ids_of_their_own():
+    """Grafana links to a panel by its id."""
+    ids = [panel['id'] for panel in read_panels()]
+    assert len(set(ids)) == len(ids)
+
+
+def test_panels_do_not_overlap():
+    """And none is wider than the 24 columns."""
+    taken = collections.Counter()
+    for panel in read_panels():
+        x, y, w, h = (panel['gridPos'][name] for name in 'xywh')
+        assert 0 <= x < x + w <= 24, panel['title']
+        taken.update(itertools.product(range(x, x + w), range(y, y + h)))
+    assert [place for place, number in taken.items() if number > 1] == []
+
+
+@pytest.mark.parametrize('panel', read_panels('other'), ids=lambda panel: panel['title'])
+def test_a_panel_is_whole(panel):
+    """A data source, a unit, and a letter for each query."""
+    assert panel['datasource']['uid'] == '${datasource}'
+    assert panel['fieldConfig']['defaults']['unit']
+    assert [target['refId'] for target in panel['targets']] == list('ABCD'[:len(panel['targets'])])
+
+
+@pytest.mark.parametrize('query', QUERIES, ids=lambda query: f'{query.panel}: {query.legend}')
+def test_a_query_names_what_exists(query):
+    """Series, and labels, also those of the legend; each looks at the chosen instances only."""
+    assert query.legend
+    assert faults(query.expr, set(re.findall(r'\{\{(\w+)\}\}', query.legend))) == []
+    assert query.expr.count('instance=~"$instance"') == len(selectors(query.expr)[0])
+
+
+def test_promtool_takes_the_queries(promtool, workdir):
+    """As rules, for it has no other way to look at an expression; JSON is YAML."""
+    rules = []
+    for number, query in enumerate(QUERIES):
+        expr = query.expr
+        for name, value in VARIABLES.items():
+            expr = expr.replace(name, value)
+        rules.append({'record': f'query:{number}', 'expr': expr})
+    file = workdir / 'queries.json'
+    file.write_text(json.dumps({'groups': [{'name': 'queries', 'rules': rules}]}))
+    assert f'{len(QUERIES)} rules found' in promtool('check', 'rules', file)
+
+
+# ---------------------------------------------------------------------------------------------------------- the metrics
+
+def test_each_metric_is_looked_at():
+    """On the dashboard or by a rule; what nobody looks at need not be counted."""
+    import xmsrv
+    named = {name for asked in (*ALERTS, *QUERIES) for name, _ in selectors(asked.expr)[0]}
+    seen = named | {re.sub(r'_(bucket|sum|count)$', '', name) for name in named}
+    assert [metric.name for metric in xmsrv.METRICS if metric.name not in seen] == []
+
+
+def test_promtool_takes_the_names_of_the_metrics(promtool):
+    """Prometheus' conventions: units, _total, help."""
+    import xmsrv
+    text = ''
+    for metric in xmsrv.METRICS:
+        labels = ','.join(f'{label}="x"' for label in metric.labels)
+        text += f'# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}\n'
+        if metric.kind == 'histogram':
+            text += f'{metric.name}_bucket{{le="+Inf"}} 1\n{metric.name}_sum 1\n{metric.name}_count 1\n'
+        else:
+            text += f'{metric.name}{{{labels}}} 1\n'
+    promtool('check', 'metrics', input=text)
+
+
+# ----------------------------------------------------------------------------------------------------------- the README
+
+def test_promtool_takes_the_configuration_of_the_readme(promtool, workdir):
+    """As it stands there."""
+    file = workdir / 'prometheus.yml'
+    file.write_text(re.search(r'```yaml\n(.*?)```', README, re.DOTALL)[1])
+    promtool('check', 'config', '--syntax-only', file)
+
+
+def test_the_readme_names_each_file():
+    """And none that is not there."""
+    assert set(re.findall(r'^\| `(.*?)`', README, re.MULTILINE)) == {
+        file.name for file in HERE.iterdir() if file.name != 'README.md'}
