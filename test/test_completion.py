@@ -77,6 +77,10 @@ class Terminal:
     ('--config ord\tonce', '<--config><orders.conf><once>'),
     ('-c once rep\t', '<-c><once><replay>'),
     ('completion z\t', '<completion><zsh>'),
+    ('replay --file ord\t--dry\t', '<replay><--file><orders.conf><--dry-run>'),
+    ('replay --file --dry\t', '<replay><--file><--dry-run>'),
+    ('replay --reason inv\t--reason rej\t', '<replay><--reason><invalid-json><--reason><rejected>'),
+    ('check --message ord\t', '<check><--message><orders.conf>'),
     ('--set message.fie\tid=integer onc\t', '<--set><message.fields.id=integer><once>'),
 ])
 def test_a_tab_completes(shell, typed, run):
@@ -104,7 +108,7 @@ def test_what_the_help_hides_is_not_completed():
     commands = parser._actions[-1]
     commands.choices['once'].add_argument('--hidden', help=argparse.SUPPRESS)
     for shell in SHELLS:
-        assert not re.search('worker|hidden', completion(shell, parser))
+        assert not re.search(r'\bworker\b|hidden', completion(shell, parser))
 
 
 def test_64_is_a_shell_that_is_not_known(xmsrv):
