@@ -2763,7 +2763,7 @@ class Window:
     @property
     def cause(self):
         """Why it has ended, for -v."""
-        causes = {'stopped': self.stopping, 'failed': self.failure, 'full': not self.left,
+        causes = {'stopped': self.stopping, 'failed': self.failure, 'told to end': self.leaving, 'full': not self.left,
                   'no nsqd': not self.consumer.addresses, 'stuck': self.stuck,
                   'out of time': self.ended - self.since >= self.timeout}
         return next((cause for cause, holds in causes.items() if holds), 'the queue is idle')
