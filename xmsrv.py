@@ -2767,7 +2767,7 @@ class Window:
     @property
     def cause(self):
         """Why it has ended, for -v."""
-        causes = {'stopped': self.stopping, 'failed': self.failure, 'full': not self.left,
+        causes = {'stopped': self.stopping, 'failed': self.failure, 'told to end': self.leaving, 'full': not self.left,
                   'no nsqd': not self.consumer.addresses, 'stuck': self.stuck,
                   'out of time': self.ended - self.since >= self.timeout}
         return next((cause for cause, holds in causes.items() if holds), 'the queue is idle')
@@ -4545,6 +4545,7 @@ def set_up_log(arguments, log_format='text', **common):
 # completion: what a shell has to know of the command line, made from its parser
 # ---------------------------------------------------------------------------------------------------------------------
 
+PATHS = ('FILE', 'PATH')   # metavars
 BASH = """\
 # bash completion for x-msrv, printed by: x-msrv completion bash
 _x_msrv() {
@@ -4552,9 +4553,10 @@ _x_msrv() {
     COMPREPLY=()
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
         case $word in '=' | ':') joined=1; continue ;; esac   # where bash takes a word apart
-        if [[ $option ]]; then
+        if [[ $option && $word != -?* ]]; then   # as argparse has it, a value does not begin with -
             option=''
         elif [[ ! $joined ]]; then
+            option=''
             case $word in
                 %(valued)s) option=$word ;;
                 %(commands)s) command=${command:-$word} ;;
@@ -4564,6 +4566,7 @@ _x_msrv() {
     done
     case $cur in '=' | ':') joined=1 cur='' ;; esac
     if [[ $joined && ! $option ]]; then return; fi   # amid a value
+    case $cur in -*) option='' ;; esac
     case $command in
         %(words)s
     esac
@@ -4632,10 +4635,9 @@ def bash_completion(parser, commands):
 
 def bash_value(action):
     """What bash does for the value of an option."""
-    metavar = action.metavar or ''
-    if 'FILE' in metavar:
+    if action.metavar in PATHS:
         return 'compopt -o filenames; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return'
-    if metavar == SETTING:
+    if action.metavar == SETTING:
         return f"compopt -o nospace; words='{settings()}'"
     return f"words='{' '.join(action.choices)}'" if action.choices else 'return'
 
@@ -4654,7 +4656,8 @@ def zsh_options(parser):
     for action in shown(parser):
         names, value = action.option_strings, ''
         if action.nargs != 0:
-            value = f':{zsh_text(action.metavar or action.dest)}:{zsh_value(action)}'
+            optional = ':' if action.nargs == '?' else ''
+            value = f':{optional}{zsh_text(action.metavar or action.dest)}:{zsh_value(action)}'
         others = '*' if isinstance(action, argparse._AppendAction) else f'({" ".join(names)})'
         for name in names:
             joint = ('=' if name.startswith('--') else '+') if value else ''
@@ -4666,10 +4669,9 @@ def zsh_options(parser):
 
 def zsh_value(action):
     """What zsh does for the value of an option."""
-    metavar = action.metavar or ''
-    if metavar == SETTING:
+    if action.metavar == SETTING:
         return '_x_msrv_settings'
-    return '_files' if 'FILE' in metavar else f'({" ".join(action.choices or ())})'
+    return '_files' if action.metavar in PATHS else f'({" ".join(action.choices or ())})'
 
 
 def zsh_text(text):

@@ -77,6 +77,10 @@ class Terminal:
     ('--config ord\tonce', '<--config><orders.conf><once>'),
     ('-c once rep\t', '<-c><once><replay>'),
     ('completion z\t', '<completion><zsh>'),
+    ('replay --file ord\t--dry\t', '<replay><--file><orders.conf><--dry-run>'),
+    ('replay --file --dry\t', '<replay><--file><--dry-run>'),
+    ('replay --reason inv\t--reason rej\t', '<replay><--reason><invalid-json><--reason><rejected>'),
+    ('check --message ord\t', '<check><--message><orders.conf>'),
     ('--set message.fie\tid=integer onc\t', '<--set><message.fields.id=integer><once>'),
 ])
 def test_a_tab_completes(shell, typed, run):
