@@ -44,6 +44,9 @@ lint: venv  ## ruff
 bench: venv nsq  ## what it costs, against the obvious version (AEROSPIKE=host:port for its part, on a real server)
 	@$(V)/python bench/bench.py $(if $(AEROSPIKE),--aerospike $(AEROSPIKE)) $(ARGS)
 
+soak: venv nsq  ## ten minutes of a daemon's life, with outages (ARGS='--minutes 60')
+	@$(V)/python bench/soak.py $(ARGS)
+
 pins:  ## work out the versions and hashes anew from the *.in files, for every Python from 3.10 on
 	@$(PYTHON) -m venv build/pins
 	@build/pins/bin/python -m pip --quiet --disable-pip-version-check install uv==0.13.9
@@ -155,16 +158,16 @@ install:  ## put all files below DESTDIR=, as the packages have them
 # The program prints its completions itself. (An older one does not; that shows in the log of the build.)
 complete = PYTHONPATH=$(VENDOR) $(PYTHON) xmsrv.py completion $(1) >build/completion && $(call put,644) build/completion $(2) || true
 
-build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/vendor.py
+build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/libraries.py
 	@[ -n "$(PYTHON_VERSION)" ] || $(call stop,$(PYTHON) is missing or older than 3.10)
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || $(call apt,python3-venv) || $(call stop,$(PYTHON) has no venv module: apt-get install python3-venv)
 	@command -v $(STRIP) >/dev/null || $(call apt,$(BINUTILS)) || $(call stop,no $(STRIP) here: apt-get install $(BINUTILS))
 	@echo "bringing the libraries for $(ARCH)"
 	@rm -rf build/vendor/venv && $(PYTHON) -m venv build/vendor/venv
 	@build/vendor/venv/bin/python -m pip --quiet --disable-pip-version-check --no-input install --require-hashes -r vendor/build.txt
-	@$(PYTHON) packaging/vendor.py $(ARCH) build/vendor/venv $(VENDOR) >/dev/null
+	@$(PYTHON) packaging/libraries.py $(ARCH) build/vendor/venv $(VENDOR) >/dev/null
 	@touch $@.new && mv $@.new $@
 
 comma = ,
 .DELETE_ON_ERROR:
-.PHONY: help venv nsq demo test tools lint bench pins clean vendor deb rpm test-packages man install
+.PHONY: help venv nsq demo test tools lint bench soak pins clean vendor deb rpm test-packages man install

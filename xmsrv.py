@@ -27,6 +27,7 @@ import json
 import logging
 import math
 import os
+import pwd
 import random
 import re
 import shutil
@@ -135,6 +136,9 @@ def shortened(text, length):
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_FILE = '/etc/x-msrv/x-msrv.conf'
+STATE_DIR = '/var/lib/x-msrv'
+UNIT = '/usr/lib/systemd/system/x-msrv.service'   # there where a package is installed
+USER = 'x-msrv'       # that the packages make
 MAX_NAME = 64         # characters of a topic or channel: nsq internal/protocol/names.go
 MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store, so that a pipeline can move
 UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
@@ -292,7 +296,9 @@ def secret_path(value):
         return path(value)
     directory = os.environ.get('CREDENTIALS_DIRECTORY')
     if not directory:
-        raise ValueError('no credential here: only systemd sets CREDENTIALS_DIRECTORY, for LoadCredential=')
+        name = value.partition(':')[2]
+        raise ValueError('no credential here, for only systemd hands them out; to try it: systemd-run --pty '
+                         f'--property=LoadCredential={name}:/path/of/it x-msrv check')
     return os.path.join(directory, value.partition(':')[2])
 
 
@@ -414,7 +420,7 @@ Option = collections.namedtuple('Option', 'section name default check help')
 # The one table of options: schema, defaults, the sample file, `check` and the manual are made from it.
 # A default of None: the section is only there when the file has it.
 OPTIONS = (
-    Option('', 'state-dir', '/var/lib/x-msrv', path, 'Directory of what must outlive a run; made when missing.'),
+    Option('', 'state-dir', STATE_DIR, path, 'Directory of what must outlive a run; made when missing.'),
     Option('', 'timeout', '10s', duration, 'A window takes messages for at most this long.'),
     Option('', 'idle-timeout', '500ms', duration, 'A window ends early when the queue has been idle for this long.'),
     Option('', 'period', '10s', period,
@@ -795,6 +801,21 @@ def cross_warnings(config):
         yield '[aerospike] user without [[tls]]: what proves the password crosses the network in the clear'
     if config.dead_letter.discard:
         yield '[dead-letter] discard = yes: what can never become a record is thrown away'
+    if os.path.exists(UNIT):
+        yield from beyond_the_unit(config)
+
+
+def beyond_the_unit(config):
+    """Yields a warning for each path that the packages' units may not write to."""
+    paths = {'state-dir': config.state_dir, '[dead-letter] file': config.dead_letter.file,
+             '[metrics] textfile': config.metrics.textfile}
+    if config.store == 'sqlite':
+        paths['[sqlite] path'] = config.sqlite.path
+    for option, filename in paths.items():
+        directory = filename and (filename if option == 'state-dir' else os.path.dirname(filename))
+        if directory and not (directory + '/').startswith(STATE_DIR + '/'):
+            yield (f'{option} = {filename}: the service may write below {STATE_DIR} alone; let it: systemctl edit '
+                   f'x-msrv (or x-msrv-daemon), with [Service] and ReadWritePaths={directory}')
 
 
 def sample():
@@ -3331,7 +3352,8 @@ def own_command():
     """The command that runs this module again, by the same Python and from the same place."""
     here = os.path.dirname(os.path.abspath(__file__))
     code = f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())'
-    return [sys.executable, *(['-I'] if sys.flags.isolated else []), '-c', code]
+    flags = {'-I': sys.flags.isolated, '-S': sys.flags.no_site, '-B': sys.flags.dont_write_bytecode}
+    return [sys.executable, *(flag for flag, on in flags.items() if on), '-c', code]
 
 
 def told(status):
@@ -4718,6 +4740,8 @@ def add_common(parser, after):
                         help=f'configuration (default: {DEFAULT_FILE})')
     parser.add_argument('--set', metavar=SETTING, action='append', default=[],
                         dest='set_after' if after else 'set_before', help='set one option, over the file')
+    parser.add_argument('--as-root', action='store_true', default=absent if after else False,
+                        help=f'as root, do not become the user {USER}')
     loud = parser.add_mutually_exclusive_group()
     loud.add_argument('-v', '--verbose', action='store_true', default=absent if after else False, help='say more')
     loud.add_argument('-q', '--quiet', action='store_true', default=absent if after else False, help='say less')
@@ -4923,10 +4947,27 @@ def main(arguments=None):
     return status
 
 
+def become_user():
+    """As root, becomes the user that the packages make, where it exists: what root makes in state-dir, the service
+    could not open. Before anything is opened."""
+    if os.geteuid():
+        return
+    try:
+        user = pwd.getpwnam(USER)
+    except KeyError:
+        return
+    os.initgroups(USER, user.pw_gid)
+    os.setgid(user.pw_gid)
+    os.setuid(user.pw_uid)
+    os.environ['HOME'] = user.pw_dir
+
+
 def obey(parsed):
     """Runs the command, and says in a line why where it fails. Returns the exit status."""
     try:
         set_up_log(parsed)
+        if parsed.command not in ('config', 'completion') and not parsed.as_root:
+            become_user()
         return COMMANDS[parsed.command](parsed)
     except Failure as failure:
         log.error('%s', failure)

@@ -2,6 +2,7 @@
 import math
 import re
 import subprocess
+from types import SimpleNamespace
 
 import configobj
 import pytest
@@ -203,8 +204,9 @@ def test_all_faults_are_reported_at_once(faults):
      '[nsq] auth-secret-file = /nonexistent/secret: No such file or directory'),
     (VALID + 'auth-secret-file = {directory}\n', '[nsq] auth-secret-file = {directory}: Is a directory'),
     (VALID + 'auth-secret-file = /dev/null\n', '[nsq] auth-secret-file = /dev/null: empty'),
-    (VALID + 'auth-secret-file = credential:nsq\n', '[nsq] auth-secret-file = credential:nsq: no credential here: '
-     'only systemd sets CREDENTIALS_DIRECTORY, for LoadCredential='),
+    (VALID + 'auth-secret-file = credential:nsq\n', '[nsq] auth-secret-file = credential:nsq: no credential here, '
+     'for only systemd hands them out; to try it: systemd-run --pty --property=LoadCredential=nsq:/path/of/it x-msrv '
+     'check'),
     (VALID + '[[tls]]\ncert-file = /nonexistent/cert\n',
      '[nsq] [[tls]] cert-file = /nonexistent/cert: No such file or directory'),
     (VALID + '[[tls]]\nkey-file = {directory}/x-msrv.conf\n',
@@ -305,6 +307,33 @@ def test_what_is_seldom_meant_is_a_warning(xmsrv, more, warning):
     xmsrv.write((base + more).replace('{directory}', str(xmsrv.directory)))
     assert xmsrv.run('check').stderr == f'warning: {xmsrv.path}: {warning}\n'
     assert xmsrv.run('-q', 'config').stderr == ''
+
+
+def test_paths_that_the_service_may_not_write_to_are_named(xmsrv, monkeypatch, capsys):
+    """Where a package is installed."""
+    monkeypatch.setattr('xmsrv.UNIT', __file__)
+    xmsrv.write('[nsq]\nnsqd-tcp-address = a:1\ntopic = orders\n[aerospike]\nhosts = a:1\nnamespace = n\n'
+                '[metrics]\ntextfile = /var/lib/node_exporter/x.prom\n[dead-letter]\nfile = /var/lib/x-msrv-other/d\n')
+    monkeypatch.setattr('os.path.isdir', lambda path: True)
+    assert main(['-c', str(xmsrv.path), 'check']) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert [line.rpartition('=')[2] for line in told] == ['/var/lib/x-msrv-other', '/var/lib/node_exporter']
+
+
+def test_root_becomes_the_user_of_the_package(xmsrv, monkeypatch):
+    """Its groups, too, and before it opens anything; not where that is not wished, nor for what opens nothing."""
+    done = []
+    user = SimpleNamespace(pw_uid=12, pw_gid=34, pw_dir='/nonexistent')
+    monkeypatch.setattr('pwd.getpwnam', {'x-msrv': user}.__getitem__)
+    monkeypatch.setattr('os.geteuid', lambda: 0)
+    monkeypatch.setenv('HOME', '/root')
+    for name in ('initgroups', 'setgid', 'setuid'):
+        monkeypatch.setattr(f'os.{name}', lambda *values, name=name: done.append((name, *values)))
+    for args in (['--as-root', 'check'], ['check', '--as-root'], ['config', '--sample'], ['completion', 'bash']):
+        main(['-c', '/nonexistent', *args])
+    assert done == []
+    assert main(['-c', '/nonexistent', 'once']) == 78
+    assert done == [('initgroups', 'x-msrv', 34), ('setgid', 34), ('setuid', 12)]
 
 
 def test_the_dead_letters_of_an_ephemeral_topic_have_a_name_that_nsq_takes(xmsrv, nsqd):
