@@ -3922,7 +3922,7 @@ class Replay(Window):
         self.left_out = 0        # by the choice
         self.due = 0.0           # loop time at which the next batch may be written, by `rate`
         if choice.rate:
-            self.storing.size = min(self.storing.size, max(1, choice.rate // 10))
+            self.storing.size, self.storing.parallel = min(self.storing.size, max(1, choice.rate // 10)), 1
 
     @property
     def since(self):
@@ -3943,7 +3943,7 @@ class Replay(Window):
             (chosen if self.chooses(message) else others).append(message)
         self.consumer.park(others)
         self.left_out += len(others)
-        self.count['received'] += len(others)
+        self.came(len(others))
         return chosen
 
     def chooses(self, message):
@@ -4031,14 +4031,26 @@ class LetterFile:
                 self.fresh = self.files.enter_context(os.fdopen(fd, 'wb'))
             fd = open_locked(self.topic, os.O_RDONLY, LOCK_TIMEOUT)
             self.file = self.files.enter_context(os.fdopen(fd, 'rb'))
-            self.end = os.fstat(self.file.fileno()).st_size
-            fcntl.flock(self.file, fcntl.LOCK_UN)
+            was = os.fstat(fd)
+            self.end = was.st_size
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            if self.fresh:
+                self.make_alike(was)
         except OSError as error:
             busy = isinstance(error, BlockingIOError) and not (looking or self.fresh)
             raise Unavailable(f'{error.filename or self}: '
                               + ('another replay is at work on it' if busy else error.strerror)) from None
         self.coming = self.messages()
         self.crew.start(self.feed())
+
+    def make_alike(self, was):
+        """Gives the new file the old one's owner and mode, before it has anything in it."""
+        fd = self.fresh.fileno()
+        self.fresh.truncate()    # a replay that was killed may have left something
+        now = os.fstat(fd)
+        if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
+            os.fchown(fd, was.st_uid, was.st_gid)
+        os.fchmod(fd, was.st_mode & 0o7777)
 
     def messages(self):
         """Yields each line as a Message."""
@@ -4120,11 +4132,6 @@ class LetterFile:
 
     def rewrite(self):
         """The new file in the old one's place. What is long goes before the lock, for which writers wait."""
-        was, now = os.fstat(self.file.fileno()), os.fstat(self.fresh.fileno())
-        self.fresh.truncate()    # a replay that was killed may have left something
-        if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
-            os.fchown(self.fresh.fileno(), was.st_uid, was.st_gid)
-        os.fchmod(self.fresh.fileno(), was.st_mode & 0o7777)
         self.fresh.writelines(self.kept(message) for message in self.messages())
         self.sync()
         lock(self.file.fileno(), LOCK_TIMEOUT)
@@ -4774,9 +4781,9 @@ def build_parser():
 
 def add_replay(parser):
     """The options of replay."""
-    parser.epilog = ('What --reason and --since leave out stays where it is. Of a topic at most max-in-flight letters '
-                     'can be held at a time, so they look at the first of them; of a file, at all. A pass can be '
-                     'stopped, or killed, and run again.')
+    parser.epilog = ('Letters that --reason and --since leave out stay where they are. Of a topic only max-in-flight '
+                     'letters can be held at a time, so they look at the first of them; of a file, at all. A '
+                     'replay can be stopped, or killed, and run again.')
     parser.add_argument('--file', metavar='PATH', nargs='?', const='',
                         help='those in a file (default: file of [dead-letter]), not in the topic; the default where '
                              'there is no topic')
