@@ -3656,9 +3656,12 @@ class Figures:
 
     def settled(self, finished, now):
         """Messages that are finished, as (message, answer)."""
+        lags, bounds = self.histograms['xmsrv_lag_seconds'], BOUNDS['xmsrv_lag_seconds']
         for message, answer in finished:
-            if answer is STORED:
-                self.observe('xmsrv_lag_seconds', now - message.timestamp / 1e9)
+            if answer is STORED:   # as observe(), without its look-ups: this is done for each message
+                lag = now - message.timestamp / 1e9
+                lags[bisect.bisect_left(bounds, lag)] += 1
+                lags[-1] += lag
             elif answer is DEAD:
                 self.add('xmsrv_dead_letters_total', 1, message.unfit.reason)
                 self.recent.append((now, message.unfit.reason, message.unfit.detail))
