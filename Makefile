@@ -114,7 +114,7 @@ rpm: build/vendor/.$(ARCH)  ## build dist/*.rpm
 		cd $(CURDIR); mkdir -p $(DIST); mv $(STAGE)/rpm/RPMS/*/*.rpm $(DIST); echo $(DIST)/x-msrv-$$1-1.$(RPM_ARCH).rpm
 
 test-packages: venv deb rpm  ## what the packages hold, reproducible builds, lintian, rpmlint
-	@for tool in lintian rpmlint mandoc; do command -v $$tool >/dev/null || $(call apt,$$tool) \
+	@for tool in lintian rpmlint mandoc cpio; do command -v $$tool >/dev/null || $(call apt,$$tool) \
 		|| $(call stop,no $$tool here: apt-get install $$tool); done
 	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 2 --timeout 600 test/packages $(ARGS)
 
@@ -155,8 +155,8 @@ install:  ## put all files below DESTDIR=, as the packages have them
 	$(call complete,bash,$(DESTDIR)$(BASHDIR)/x-msrv)
 	$(call complete,zsh,$(DESTDIR)$(ZSHDIR)/_x-msrv)
 
-# The program prints its completions itself. (An older one does not; that shows in the log of the build.)
-complete = PYTHONPATH=$(VENDOR) $(PYTHON) xmsrv.py completion $(1) >build/completion && $(call put,644) build/completion $(2) || true
+# The program prints its completions itself.
+complete = PYTHONPATH=$(VENDOR) $(PYTHON) xmsrv.py completion $(1) >build/completion && $(call put,644) build/completion $(2)
 
 build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/libraries.py
 	@[ -n "$(PYTHON_VERSION)" ] || $(call stop,$(PYTHON) is missing or older than 3.10)

@@ -3436,7 +3436,7 @@ class Daemon:
         self.raw, self.config = reread(arguments)
         self.schedule = Schedule(self.config.period)
         self.windows = collections.deque(maxlen=60)   # facts() of the latest
-        self.engine, self.stopping, self.site = None, False, None
+        self.engine, self.stopping, self.site, self.listening = None, False, None, None
         self.status = 'starting'
 
     async def run(self, stopper):
@@ -3444,7 +3444,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, self.hang_up)
         stopper.window, crew = self, Crew()
-        self.open_site()
+        self.open_site(self.config)
         self.notifier.say(READY=1, STATUS=self.status)
         crew.start(self.watch())
         lock = RunLock(self.config, self.arguments.config)
@@ -3518,13 +3518,13 @@ class Daemon:
         """SIGHUP: reads the file again. A good one holds from the next window on, a bad one is reported in full."""
         self.notifier.say(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
         try:
-            self.raw, self.config = reread(self.arguments)
+            raw, config = reread(self.arguments)
+            self.open_site(config)
         except ConfigError as error:
             log.error('%s\nthe configuration as it was stays in force', error)
         else:
             log.info('%s is read again', self.arguments.config)
-            self.close_site()
-            self.open_site()
+            self.raw, self.config = raw, config
             if self.engine:
                 self.engine.leave()
         self.notifier.say(READY=1)
@@ -3537,16 +3537,19 @@ class Daemon:
 
     # -- what others may ask
 
-    def open_site(self):
-        """Listens for HTTP, where that is wished."""
-        if self.config.metrics.listen:
-            self.site = listen(self)
+    def open_site(self, config):
+        """Listens for HTTP, where that is wished; goes on where it is the same address. Raises ConfigError."""
+        address = config.metrics.listen
+        if address != self.listening:
+            site = listen(self, address) if address else None
+            self.close_site()
+            self.site, self.listening = site, address
 
     def close_site(self):
         """Listens no more."""
         if self.site:
             self.site.stop()
-            self.site = None
+        self.site = self.listening = None
 
     @property
     def ends(self):
@@ -3794,10 +3797,10 @@ def carried_over(filename):
     return snapshot
 
 
-def listen(daemon):
+def listen(daemon, address):
     """An HTTP server for a Daemon; it stops by stop(). Raises ConfigError when the address can't be had."""
     from tornado import web
-    host, port = daemon.config.metrics.listen
+    host, port = address
 
     class Handler(web.RequestHandler):
         """GET /metrics, /healthz, /readyz, /."""

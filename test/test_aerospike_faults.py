@@ -4,25 +4,16 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import subprocess
-import threading
-import time
 
 import pytest
 import servers
 from aerospike_server import Lost
+from flows import CHANNEL, DEAD, SHORT, TOPIC, bodies, ended, fill, passed, publish_at_once, received
 from servers import wait_until
 
-TOPIC, CHANNEL, DEAD = 'orders', 'x-msrv', 'orders.dead'
-SHORT = '--msg-timeout=1s'
 QUICK = {'total-timeout': '300ms'}   # of a call, where a test has to wait for it
-
-
-def bodies(number, first=0):
-    """`number` messages, told apart by `n`."""
-    return [json.dumps({'n': n, 'text': 'amber'}) for n in range(first, first + number)]
 
 
 def timed(nsqd):
@@ -30,18 +21,6 @@ def timed(nsqd):
     nsqd.create(TOPIC, CHANNEL)
     nsqd.lapse(TOPIC, CHANNEL)
     return nsqd
-
-
-def fill(nsqd, number, first=0):
-    """Publish messages, and wait until nsqd has carried all of them from the topic to the channel."""
-    nsqd.create(TOPIC, CHANNEL)
-    nsqd.publish(TOPIC, bodies(number, first))
-    wait_until(lambda: not nsqd.stats(TOPIC, CHANNEL)['topic_depth'], 'all are in the channel')
-
-
-def received(xmsrv):
-    """How many messages the log (-v) tells of, so far."""
-    return sum(map(int, re.findall(r'nsqd \S+: (\d+) messages', xmsrv.log.read_text())))
 
 
 def warnings(xmsrv, word):
@@ -56,17 +35,6 @@ def in_flight(nsqd):
 
 def subscribed(nsqd):
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'x-msrv is subscribed, its store open')
-
-
-def passed(seconds):
-    """Whether so much time is over, from now on: for a fault that has to last."""
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() >= end
-
-
-def ended(process, status=0, seconds=30):
-    """The process ends by itself, with this exit status."""
-    assert process.wait(timeout=seconds) == status
 
 
 def slow(cluster, seconds=0.05):
@@ -333,20 +301,7 @@ def test_one_of_two_consumers_is_killed(nsqds, xmsrv, standin):
 def test_two_nsqds_of_one_node_id_give_a_record_for_each_message(nsqds, xmsrv, standin):
     """Published to at the same time they give equal ids to different messages."""
     pair = nsqds(2, node_id=7)
-    for nsqd in pair:
-        nsqd.create(TOPIC, CHANNEL)
-    together = threading.Barrier(2)
-
-    def publish(nsqd, first):
-        for start in range(first, first + 10000, 1000):
-            together.wait(timeout=30)
-            nsqd.publish(TOPIC, bodies(1000, start))
-
-    threads = [threading.Thread(target=publish, args=(nsqd, place * 10000)) for place, nsqd in enumerate(pair)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    publish_at_once(pair, 10000, 1000)
     told = servers.summary(xmsrv.once(pair, timeout='60s', **standin.settings()).stderr)
     assert told['stored'] == 20000
     assert standin.numbers() == list(range(20000))

@@ -3,7 +3,6 @@ anything."""
 import contextlib
 import datetime
 import itertools
-import json
 import os
 import re
 import signal
@@ -17,37 +16,15 @@ import urllib.request
 import proxies
 import pytest
 import servers
+from flows import CHANNEL, DEAD, REPLAY, TOPIC, bodies, ended, fill, numbers, passed
 from servers import wait_until
 
 from xmsrv import Schedule
-
-TOPIC, CHANNEL, DEAD = 'orders', 'x-msrv', 'orders.dead'
-
-
-def bodies(number, first=0):
-    """`number` messages, told apart by `n`."""
-    return [json.dumps({'n': n}) for n in range(first, first + number)]
-
-
-def fill(nsqd, number, first=0):
-    """Publish messages to a channel that is there."""
-    nsqd.create(TOPIC, CHANNEL)
-    nsqd.publish(TOPIC, bodies(number, first))
-
-
-def numbers(xmsrv):
-    """The `n` of each record, in order: twice in the list where a message became two records."""
-    return sorted(bins['n'] for _, _, bins, _ in xmsrv.rows())
 
 
 def count(xmsrv, word):
     """How often the log has it."""
     return xmsrv.log.read_text().count(word) if xmsrv.log.exists() else 0
-
-
-def ended(process, status=0, seconds=10):
-    """The process ends by itself, with this exit status."""
-    assert process.wait(timeout=seconds) == status
 
 
 def stopped(process, seconds=10):
@@ -60,12 +37,6 @@ def children(process):
     """The pids of its worker processes."""
     found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
-
-
-def passed(seconds):
-    """Whether so much time is over, from now on: for a fault that has to last."""
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() >= end
 
 
 class Systemd(proxies.Thread):
@@ -194,13 +165,15 @@ def test_workers_killed_ten_times_lose_nothing(nsqds, xmsrv):
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 3, 'all workers are subscribed')
     for kill in range(10):
         nsqd.publish(TOPIC, bodies(1000, 1000 * kill))
-        os.kill(children(running)[kill % 3], signal.SIGKILL)
-        wait_until(lambda kill=kill: count(xmsrv, 'killed by SIGKILL') == kill + 1, 'that one is missed')
-        wait_until(lambda: len(children(running)) == 3, 'it is started again', 30)
+        victim = children(running)[kill % 3]
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda victim=victim: victim not in children(running) and len(children(running)) == 3,
+                   'another is started in its place', 30)
     wait_until(lambda: len(xmsrv.rows()) == 10000, 'all are stored', 60)
     wait_until(lambda: not nsqd.left(TOPIC, CHANNEL), 'and finished', 30)
     stopped(running)
     assert numbers(xmsrv) == list(range(10000))
+    assert count(xmsrv, 'ended: killed by SIGKILL') >= 5
 
 
 def test_workers_end_with_their_parent(nsqd, xmsrv):
@@ -297,11 +270,11 @@ def test_a_stop_in_mid_window_ends_soon(nsqd, xmsrv, workers, changed):
 
 
 SLOW = '''
-import time
+import threading
 import xmsrv
 write = xmsrv.SqliteStore.write
 xmsrv.SqliteStore.batch_size = 100
-xmsrv.SqliteStore.write = lambda self, records: time.sleep(0.1) or write(self, records)
+xmsrv.SqliteStore.write = lambda self, records: threading.Event().wait(0.1) or write(self, records)
 '''
 
 
@@ -441,7 +414,7 @@ def test_a_stuck_process_starves_the_watchdog(nsqd, xmsrv, systemd, who):
 
 
 def test_a_store_call_that_never_ends_starves_the_watchdog(nsqd, xmsrv, systemd, changed):
-    changed('import time, xmsrv\nxmsrv.SqliteStore.write = lambda self, records: time.sleep(600)\n'
+    changed('import threading, xmsrv\nxmsrv.SqliteStore.write = lambda self, records: threading.Event().wait(600)\n'
             'xmsrv.SqliteStore.patience = 1.0\n')
     fill(nsqd, 5)
     xmsrv.configure(nsqd, period='0')
@@ -545,6 +518,28 @@ def test_an_address_that_is_taken_is_a_fault(nsqd, xmsrv):
     assert count(xmsrv, f'[metrics] listen = {address}')
 
 
+def test_a_reload_drops_no_scrape_and_takes_a_new_address(nsqd, xmsrv):
+    """One that is taken is a fault like any other: the old one stays."""
+    fill(nsqd, 0)
+    port, other = servers.free_ports(), servers.free_ports()
+    xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: get(port, '/healthz')[0] == 200, 'it listens')
+    for reload in range(20):
+        running.send_signal(signal.SIGHUP)
+        assert get(port, '/healthz')[0] == 200
+        wait_until(lambda reload=reload: count(xmsrv, 'is read again') == reload + 1, 'it is read again')
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{taken.getsockname()[1]}'})
+        running.send_signal(signal.SIGHUP)
+        wait_until(lambda: count(xmsrv, 'stays in force'), 'it is reported')
+    assert get(port, '/healthz')[0] == 200
+    xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{other}'})
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: get(other, '/healthz')[0] == 200 and get(port, '/healthz')[0] == 0, 'it has moved')
+    stopped(running)
+
+
 def test_the_page_in_a_browser(nsqd, xmsrv):
     """A screenshot of it is kept in build/."""
     nsqd.create(TOPIC, CHANNEL)
@@ -552,7 +547,7 @@ def test_the_page_in_a_browser(nsqd, xmsrv):
     port = servers.free_ports()
     xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 40}, metrics={'listen': f'127.0.0.1:{port}'})
     running = xmsrv.start('daemon')
-    wait_until(lambda: nsqd.left(DEAD, 'x-msrv-replay') == 2 and len(xmsrv.rows()) == 300, 'all are stored', 20)
+    wait_until(lambda: nsqd.left(DEAD, REPLAY) == 2 and len(xmsrv.rows()) == 300, 'all are stored', 20)
     shot = servers.ROOT / 'build' / 'page.png'
     options = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
                '--disable-background-networking', '--disable-component-update', '--window-size=900,700',

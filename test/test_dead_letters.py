@@ -17,29 +17,15 @@ import time
 import proxies
 import pytest
 import servers
+from flows import CHANNEL, DEAD, RELAXED, REPLAY, STRICT, TOPIC, bury, unfit
 from servers import wait_until
 
-TOPIC, CHANNEL, DEAD, REPLAY = 'orders', 'x-msrv', 'orders.dead', 'x-msrv-replay'
 MEMBERS = {'reason', 'detail', 'key', 'topic', 'channel', 'nsqd', 'id', 'attempts', 'timestamp', 'time'}
-STRICT = {'fields': {'id': 'integer, required'}}
-RELAXED = {}
 
 
 def good(number, first=0):
     """`number` messages that fit STRICT."""
     return [json.dumps({'id': n}).encode() for n in range(first, first + number)]
-
-
-def unfit(number, first=0, **more):
-    """`number` messages that do not fit STRICT, and fit RELAXED."""
-    return [json.dumps({'id': f'{n}', **more}).encode() for n in range(first, first + number)]
-
-
-def bury(xmsrv, nsqd, bodies, **settings):
-    """Publish messages and run a window with STRICT; all of them end as dead letters in the topic."""
-    nsqd.publish(TOPIC, bodies)
-    count = servers.summary(xmsrv.once(nsqd, message=STRICT, **settings).stderr)
-    assert (count['dead'], count['requeued']) == (len(bodies), 0)
 
 
 def ids(xmsrv):

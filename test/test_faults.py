@@ -5,25 +5,15 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import socket
 import sqlite3
 import subprocess
-import threading
-import time
 
 import pytest
 import servers
+from flows import CHANNEL, DEAD, SHORT, TOPIC, bodies, ended, fill, numbers, passed, publish_at_once, received
 from servers import wait_until
-
-TOPIC, CHANNEL, DEAD = 'orders', 'x-msrv', 'orders.dead'
-SHORT = '--msg-timeout=1s'
-
-
-def bodies(number, first=0):
-    """`number` messages, told apart by `n`."""
-    return [json.dumps({'n': n, 'text': 'amber'}) for n in range(first, first + number)]
 
 
 def prepared(xmsrv, nsqd, slow=0, **settings):
@@ -42,12 +32,6 @@ def prepared(xmsrv, nsqd, slow=0, **settings):
             CREATE TRIGGER slow BEFORE INSERT ON records WHEN (SELECT max(i) FROM burn) > 0 BEGIN SELECT 1; END''')
 
 
-def fill(nsqd, number):
-    """Publish messages, and wait until nsqd has carried all of them from the topic to the channel."""
-    nsqd.publish(TOPIC, bodies(number))
-    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['depth'] == number, 'all are in the channel')
-
-
 def execute(xmsrv, script):
     """A script in the test's own connection to the store."""
     with contextlib.closing(sqlite3.connect(xmsrv.database, timeout=60)) as connection:
@@ -59,30 +43,9 @@ def stored(xmsrv):
     return len(xmsrv.rows())
 
 
-def numbers(xmsrv):
-    """The `n` of each record, in order: twice in the list where a message became two records."""
-    return sorted(bins['n'] for _, _, bins, _ in xmsrv.rows())
-
-
-def received(xmsrv):
-    """How many messages the log (-v) tells of, so far."""
-    return sum(map(int, re.findall(r'nsqd \S+: (\d+) messages', xmsrv.log.read_text())))
-
-
 def in_log(xmsrv, words):
     """Whether the log has `words`."""
     return words in xmsrv.log.read_text()
-
-
-def passed(seconds):
-    """Whether so much time is over, from now on: for a fault that has to last."""
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() >= end
-
-
-def ended(process, status=0, seconds=30):
-    """The process ends by itself, with this exit status."""
-    assert process.wait(timeout=seconds) == status
 
 
 # --------------------------------------------------------------------------------------------------- ends that we bring
@@ -323,7 +286,7 @@ def test_nsqd_that_stands_still_for_a_while(nsqds, xmsrv):
 def test_one_of_two_consumers_is_killed(nsqds, xmsrv):
     """What the dead one held comes back after msg-timeout and is the other's."""
     nsqd, = nsqds(1, SHORT)
-    prepared(xmsrv, nsqd, idle_timeout='3s', timeout='60s', slow=500, nsq={'max-in-flight': 500})
+    prepared(xmsrv, nsqd, idle_timeout='3s', timeout='60s', slow=3000, nsq={'max-in-flight': 500})
     nsqd.publish(TOPIC, bodies(6000))
     first = xmsrv.start('once')
     xmsrv.copy()
@@ -339,20 +302,7 @@ def test_one_of_two_consumers_is_killed(nsqds, xmsrv):
 def test_two_nsqds_of_one_node_id_give_a_record_for_each_message(nsqds, xmsrv):
     """Published to at the same time they give equal ids to different messages, which then are in flight together."""
     pair = nsqds(2, node_id=7)
-    for nsqd in pair:
-        nsqd.create(TOPIC, CHANNEL)
-    together = threading.Barrier(2)
-
-    def publish(nsqd, first):
-        for start in range(first, first + 50000, 2000):
-            together.wait(timeout=30)
-            nsqd.publish(TOPIC, bodies(2000, start))
-
-    threads = [threading.Thread(target=publish, args=(nsqd, place * 50000)) for place, nsqd in enumerate(pair)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    publish_at_once(pair, 50000, 2000)
     assert servers.summary(xmsrv.once(pair, timeout='60s').stderr)['stored'] == 100000
     assert numbers(xmsrv) == list(range(100000))
     ids = {key.partition('-')[0] for key in xmsrv.records()}

@@ -15,26 +15,12 @@ import time
 
 import pytest
 import servers
+from flows import CHANNEL, DEAD, RELAXED, REPLAY, STRICT, TOPIC, bury, unfit
 from servers import wait_until
 
 from xmsrv import append_durably
 
-TOPIC, CHANNEL, DEAD, REPLAY = 'orders', 'x-msrv', 'orders.dead', 'x-msrv-replay'
-STRICT = {'fields': {'id': 'integer, required'}}
-RELAXED = {}
 CUT = [b'{"cut', b'[7', b'{"id": 1}}']   # these fit nothing
-
-
-def unfit(number, first=0, **more):
-    """`number` messages that do not fit STRICT, and fit RELAXED."""
-    return [json.dumps({'id': f'{n}', **more}).encode() for n in range(first, first + number)]
-
-
-def bury(xmsrv, nsqd, bodies, **settings):
-    """Publish messages and run a window with STRICT; all of them end as dead letters."""
-    nsqd.publish(TOPIC, bodies)
-    count = servers.summary(xmsrv.once(nsqd, message=STRICT, **settings).stderr)
-    assert (count['dead'], count['requeued']) == (len(bodies), 0)
 
 
 def letter(**members):
