@@ -813,7 +813,8 @@ def beyond_the_unit(config):
         paths['[sqlite] path'] = config.sqlite.path
     for option, filename in paths.items():
         directory = filename and (filename if option == 'state-dir' else os.path.dirname(filename))
-        if directory and not (directory + '/').startswith(STATE_DIR + '/'):
+        let = 'INVOCATION_ID' in os.environ and os.access(directory or '.', os.W_OK)   # inside a unit that may
+        if directory and not let and not (directory + '/').startswith(STATE_DIR + '/'):
             yield (f'{option} = {filename}: the service may write below {STATE_DIR} alone; let it: systemctl edit '
                    f'x-msrv (or x-msrv-daemon), with [Service] and ReadWritePaths={directory}')
 
@@ -3562,7 +3563,7 @@ class Daemon:
 
     def exposition(self):
         """All figures in Prometheus' text format."""
-        return exposition(self.total())
+        return exposition(self.total(), process=True)
 
     def total(self):
         """All figures together."""
@@ -3756,12 +3757,21 @@ def together(parts):
     return total
 
 
-def exposition(figures):
-    """Figures in Prometheus' text format, as bytes."""
+def exposition(figures, process=False):
+    """Figures in Prometheus' text format, as bytes; where that is wished with those of this process (CPU, memory)."""
     import prometheus_client
     registry = prometheus_client.CollectorRegistry()
     registry.register(figures)
+    if process:
+        prometheus_client.ProcessCollector(registry=registry)
     return prometheus_client.generate_latest(registry)
+
+
+def preload():
+    """Imports now what is needed at the end: an upgrade may replace it under a window that runs."""
+    import prometheus_client.core
+    import prometheus_client.parser
+    return prometheus_client
 
 
 def write_textfile(filename, figures):
@@ -3774,7 +3784,7 @@ def write_textfile(filename, figures):
             os.fchmod(file.fileno(), 0o644)
         os.replace(file.name, filename)
     except (OSError, ValueError) as error:
-        log.warning('%s: %s', filename, error)
+        log.warning('%s: %s', filename, getattr(error, 'strerror', None) or error)
 
 
 def carried_over(filename):
@@ -3800,6 +3810,7 @@ def carried_over(filename):
 def listen(daemon, address):
     """An HTTP server for a Daemon; it stops by stop(). Raises ConfigError when the address can't be had."""
     from tornado import web
+    preload()
     host, port = address
 
     class Handler(web.RequestHandler):
@@ -4828,6 +4839,8 @@ def command_once(arguments):
     # Two pipelines on a host have two files, and node_exporter takes two series of one name and labels for one.
     figures = Figures({'topic': config.nsq.topic, 'channel': config.nsq.channel})
     figures.period(config)
+    if config.metrics.textfile:
+        preload()
     with locked(config, arguments.config):
         try:
             return run(lambda stopper: receive(config, stopper, figures))
