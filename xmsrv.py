@@ -1793,10 +1793,13 @@ class DeadLetters:
 
 
 def grouped(items, key):
-    """Items in groups of one key, in their order."""
+    """Items in groups of one key, in their order, as (key, items)."""
+    keys = [key(item) for item in items]
+    if len(set(keys)) < 2:   # as it mostly is
+        return [(keys[0], items)] if keys else []
     groups = collections.defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
+    for each, item in zip(keys, items, strict=True):
+        groups[each].append(item)
     return groups.items()
 
 
@@ -2539,12 +2542,11 @@ class Lane:
         """Whether a whole batch is pending."""
         return len(self.pending) >= self.size or self.bytes >= self.most
 
-    def put(self, message):
-        """Takes a message; a full batch goes off at once, where one may."""
-        self.pending.append(message)
-        self.bytes += len(message.body)
-        if self.busy < self.parallel and self.full:
-            self.pump()
+    def put(self, messages):
+        """Takes messages; batches that are due go off at once, where they may."""
+        self.pending.extend(messages)
+        self.bytes += sum([len(message.body) for message in messages])
+        self.pump()
 
     def pump(self):
         """Sends off the batches that are due."""
@@ -2604,6 +2606,13 @@ class Lane:
             self.timer.cancel()
 
 
+def answered(batch, answers):
+    """The messages of a batch by their answer, as (answer, messages); mostly it is one for all."""
+    if answers.count(answers[0]) == len(batch):
+        return [(answers[0], batch)]
+    return grouped(batch, dict(zip(batch, answers, strict=True)).__getitem__)
+
+
 class Window:
     """One bounded receive: what may still come (`left`), what came, and what became of it (`count`)."""
 
@@ -2648,14 +2657,19 @@ class Window:
         self.consumer.park(beyond)
         self.taken += len(messages)
         self.open += len(messages)
+        for first in range(0, len(messages), self.storing.size):   # so that a full batch goes off at once
+            self.storing.put(self.mapped(messages[first:first + self.storing.size]))
+
+    def mapped(self, messages):
+        """Those of the messages that have become records; the others are on their way to be buried."""
+        fit = []
         for message in messages:
             try:
                 message.record = self.mapper.record(message)
+                fit.append(message)
             except Unfit as unfit:
                 self.reject(message, unfit)
-            else:
-                self.storing.put(message)
-        self.storing.pump()
+        return fit
 
     def came(self, number):
         """Counts what was received."""
@@ -2703,8 +2717,7 @@ class Window:
     def reject(self, message, unfit):
         """The message can never become a record."""
         message.unfit = unfit
-        self.burying.put(message)
-        self.burying.pump()
+        self.burying.put([message])
 
     async def keep(self, batch):
         """Keeps a batch of dead letters. Returns an Answer for each."""
@@ -2714,18 +2727,19 @@ class Window:
         """Does what follows from the answers. Returns the messages to try again."""
         self.moved = asyncio.get_running_loop().time()
         follows = {'finish': [], 'again': [], 'leave': [], 'reject': []}
-        for message, answer in zip(batch, answers, strict=True):
-            follows[FOLLOWS[answer.outcome]].append((message, answer))
-        for _, answer in follows['finish']:
-            self.count[answer.outcome] += 1
-        self.figures.settled(follows['finish'], time.time())
-        self.consumer.finish([message for message, _ in follows['finish']])
-        for message, answer in follows['reject']:
-            self.reject(message, Unfit(answer.reason, answer.detail))
-        self.consumer.park([message for message, _ in follows['leave']])
-        self.unkept += sum(answer is UNKEPT for _, answer in follows['leave'])
+        for answer, group in answered(batch, answers):
+            follows[FOLLOWS[answer.outcome]] += group
+            if FOLLOWS[answer.outcome] == 'finish':
+                self.count[answer.outcome] += len(group)
+                self.figures.settled(answer, group, time.time())
+            elif FOLLOWS[answer.outcome] == 'reject':
+                for message in group:
+                    self.reject(message, Unfit(answer.reason, answer.detail))
+            self.unkept += len(group) if answer is UNKEPT else 0
+        self.consumer.finish(follows['finish'])
+        self.consumer.park(follows['leave'])
         self.open -= len(follows['finish']) + len(follows['leave'])
-        return [message for message, _ in follows['again']]
+        return follows['again']
 
     # -- its end
 
@@ -3658,15 +3672,16 @@ class Figures:
             if answer.outcome in ('retry', 'stop'):
                 self.add('xmsrv_store_errors_total', 1, str(answer.reason))
 
-    def settled(self, finished, now):
-        """Messages that are finished, as (message, answer)."""
-        lags, bounds = self.histograms['xmsrv_lag_seconds'], BOUNDS['xmsrv_lag_seconds']
-        for message, answer in finished:
-            if answer is STORED:   # as observe(), without its look-ups: this is done for each message
+    def settled(self, answer, messages, now):
+        """Messages that are finished, by the same answer."""
+        if answer is STORED:
+            lags, bounds = self.histograms['xmsrv_lag_seconds'], BOUNDS['xmsrv_lag_seconds']
+            for message in messages:   # as observe(), without its look-ups: this is done for each message
                 lag = now - message.timestamp / 1e9
                 lags[bisect.bisect_left(bounds, lag)] += 1
                 lags[-1] += lag
-            elif answer is DEAD:
+        elif answer is DEAD:
+            for message in messages:
                 self.add('xmsrv_dead_letters_total', 1, message.unfit.reason)
                 self.recent.append((now, message.unfit.reason, message.unfit.detail))
 
