@@ -37,7 +37,6 @@ import sqlite3
 import ssl
 import struct
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -171,7 +170,7 @@ def duration(value):
 
 def period(value):
     """A duration, or 0: one window after the other."""
-    return 0.0 if value == '0' else duration(value)
+    return 0.0 if re.fullmatch('0[a-z]*', text(value)) else duration(value)
 
 
 def size(value):
@@ -1372,6 +1371,9 @@ class AerospikeStore(Store):
         try:
             self.client = self.connected(self.client_config())
             log.debug('%s: connected', self.where)
+        except (OSError, ValueError) as error:   # a secret that was there when the file was checked
+            raise StoreDown(f'{self.where}: {self.options.password_file}: '
+                            f'{getattr(error, "strerror", None) or error}') from None
         except aerospike.exception.AerospikeError as error:
             raise StoreDown(f'{self.where}: {self.named(error.code)}: {shortened(str(error.msg), 200)}') from None
 
@@ -1568,7 +1570,7 @@ def rfc3339(seconds):
 REPLAY_CHANNEL = 'x-msrv-replay'
 LOCK_TIMEOUT = 5.0          # seconds for another process to be done with the file
 LETTERS = 100               # dead letters a call
-LETTERS_PATIENCE = 60.0     # seconds that a call for them may take: a publish in halves, each with its own bound
+LETTERS_PATIENCE = 20.0     # seconds that a call for them may take: connecting, a publish or two, the file's lock
 LETTER_BYTES = 4 << 20      # of their bodies: nsqd takes 5 MiB a request (--max-body-size)
 HISTORY = 20                # former failures that a letter in a file keeps: a nightly replay must not swell it for ever
 
@@ -1847,8 +1849,11 @@ class Link:
     """How every nsqd is reached: TLS, secret, limits; made once from [nsq]."""
 
     def __init__(self, config):
-        self.tls = tls_context(config.nsq.tls) if config.nsq.tls else None
-        self.secret = open_secret(config.nsq.auth_secret_file) if config.nsq.auth_secret_file else None
+        try:
+            self.tls = tls_context(config.nsq.tls) if config.nsq.tls else None
+            self.secret = open_secret(config.nsq.auth_secret_file) if config.nsq.auth_secret_file else None
+        except (OSError, ValueError) as error:   # what was there when the file was checked
+            raise Unavailable(f'[nsq] a certificate or the secret: {error}') from None
         self.msg_timeout = config.nsq.msg_timeout
 
     def identity(self):
@@ -2211,6 +2216,7 @@ class Crew:
         task = asyncio.ensure_future(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.ended)
+        return task
 
     def ended(self, task):
         """Keeps what a task failed with."""
@@ -2235,6 +2241,7 @@ class Consumer:
         self.config, self.crew, self.link, self.topic, self.channel = config, crew, link, topic, channel
         self.max_in_flight, self.max_held = config.nsq.max_in_flight, config.nsq.max_held
         self.addresses = []         # of the nsqds that are to be asked
+        self.keepers = {}           # address -> the task that keeps its connection up
         self.connections = []       # Subscriptions that are up
         self.attempted = {}         # address -> None, or the error of its first attempt
         self.held = {}              # key -> Message without an answer yet
@@ -2273,10 +2280,11 @@ class Consumer:
     def look_after(self, found):
         """Connects to the nsqds that are new; one that is named no more stays for as long as its connection does."""
         up = [connection.address for connection in self.connections]
-        for address in found:
-            if address not in self.addresses:
-                self.crew.start(self.keep(address))
         self.addresses = list(dict.fromkeys([*found, *up]))
+        for address in found:
+            if address not in self.keepers or self.keepers[address].done():
+                self.attempted.pop(address, None)
+                self.keepers[address] = self.crew.start(self.keep(address))
 
     async def keep(self, address):
         """Keeps a connection to one nsqd up, with backoff, until the consumer closes or nobody names it any more."""
@@ -2523,9 +2531,11 @@ class Lane:
     work: async, a batch -> an Answer each; the window settles them. size: messages a batch, most: bytes.
     """
 
-    def __init__(self, name, window, work, size, most, parallel):
+    patience = LETTERS_PATIENCE
+
+    def __init__(self, name, window, work, limits, parallel):
         self.name, self.crew, self.work, self.settle = name, window.crew, work, window.settle
-        self.size, self.most, self.parallel = size, most, parallel
+        (self.size, self.most), self.parallel = limits, parallel
         self.pending, self.bytes, self.busy = collections.deque(), 0, 0
         self.backoff = Backoff(0.1, 5)
         self.timer = None        # while it rests after a failure
@@ -2624,8 +2634,10 @@ class Window:
         self.lasting = False     # the consumer goes on after it: what came beyond the limit is for the next window
         self.allowance = sys.maxsize   # messages in flight, until the store has shown that it works
         self.leaving = False     # it is to end, and to finish what it has
-        self.storing = Lane(config.store, self, self.write, store.batch_size, BATCH_BYTES, store.writers)
-        self.burying = Lane('dead letters', self, self.keep, LETTERS, LETTER_BYTES, 1)
+        self.well = lambda: None   # called when a batch was stored
+        self.storing = Lane(config.store, self, self.write, (store.batch_size, BATCH_BYTES), store.writers)
+        self.storing.patience = store.patience
+        self.burying = Lane('dead letters', self, self.keep, (LETTERS, LETTER_BYTES), 1)
         self.count = dict.fromkeys(OUTCOMES, 0)
         self.followed = dict(self.count)   # what of it is in the figures
         self.taken = 0           # of the limit
@@ -2634,6 +2646,7 @@ class Window:
         self.ended = None        # loop time since when nothing more is asked for, and what is under way waited for
         self.stopping = False    # by a signal
         self.failure = None      # why the window ends, and messages go back, though nobody asked for it
+        self.queue_fails = False   # it is the queue's failure, not the store's
         self.unkept = 0          # dead letters that could not be kept: they go back at its end
         self.beyond = []         # what came beyond the limit
         self.down_since = None   # loop time since when the store fails
@@ -2695,6 +2708,7 @@ class Window:
             self.ask(not self.ended)
         if not failures:
             self.allowance = sys.maxsize
+            self.well()
         return answers
 
     def store_fails(self, failures, now):
@@ -2761,10 +2775,13 @@ class Window:
             self.ask(False)
             if self.stopping or self.storing.troubled or self.failure:
                 self.halt()
-            await self.until(lambda: show() or self.drained, self.store.patience + 0.5)
+            await self.until(lambda: show() or self.drained, bounded=True)
         self.halt()
-        if self.open and not self.stopping:
-            self.failure = self.failure or f'{self.stuck_lane.name}: no good answer till the end'
+        if self.open and not self.stopping and not self.failure:
+            self.failure = f'{self.stuck_lane.name}: no good answer till the end'
+            self.queue_fails = self.stuck_lane is self.burying
+        if self.lasting and self.consumer.addresses and not self.consumer.connections and not self.failure:
+            self.failure, self.queue_fails = 'no nsqd is connected', True
         kept = self.beyond if self.lasting and not (self.stopping or self.failure) else []
         if self.lasting and not kept:
             self.came(len(self.beyond))   # else the next window counts them
@@ -2772,16 +2789,18 @@ class Window:
         self.consumer.hand_back([message for key, message in self.consumer.held.items() if key not in keys])
         self.seconds = loop.time() - self.started
 
-    async def until(self, condition, seconds=None):
-        """Waits until the condition holds, or for so many seconds no batch came back; a task that failed ends the
-        program."""
+    async def until(self, condition, bounded=False):
+        """Waits until the condition holds, or no batch came back for longer than it may take; a task that failed ends
+        the program."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         while not condition():
             if self.crew.error:
                 raise self.crew.error
-            if seconds and loop.time() - max(begun, self.moved) > seconds:
-                log.error('%s: a call has not come back in %.1f s', self.stuck_lane.name, seconds)
+            lane = self.stuck_lane
+            seconds = (self.store if self.stopping else lane).patience + 0.5
+            if bounded and loop.time() - max(begun, self.moved) > seconds:
+                log.error('%s: a call has not come back in %.1f s', lane.name, seconds)
                 return
             self.crew.wake.clear()
             await self.crew.wake.wait()
@@ -2797,7 +2816,8 @@ class Window:
             self.active = now
         # Else a full window has until its timeout for a store that is down.
         given_up = self.stopping or self.failure or self.leaving
-        return (not self.left and (given_up or not self.open) or not self.consumer.addresses or self.stuck
+        nobody = not self.consumer.addresses and not self.lasting   # one that lasts may still hear of some
+        return (not self.left and (given_up or not self.open) or nobody or self.stuck
                 or now - self.since >= self.timeout or now - self.active >= self.idle_timeout)
 
     @property
@@ -2847,8 +2867,7 @@ class Window:
 
     def healthy(self, now):
         """Whether no call has been under way for longer than it may."""
-        return (now - min(self.storing.calls, default=now) <= self.store.patience + 2
-                and now - min(self.burying.calls, default=now) <= LETTERS_PATIENCE)
+        return all(now - min(lane.calls, default=now) <= lane.patience + 2 for lane in (self.storing, self.burying))
 
     def halt(self):
         """No new batches."""
@@ -2904,7 +2923,7 @@ async def pipeline(config, topic, channel, store):
     Raises Unavailable when one of them can't be reached; nothing was taken then.
     """
     loop, crew = asyncio.get_running_loop(), Crew()
-    pool = concurrent.futures.ThreadPoolExecutor(store.writers, thread_name_prefix=f'{THREADS}-store')
+    pool = Pool(store.writers, thread_name_prefix=f'{THREADS}-store')
     consumer = Consumer(config, crew, Link(config), topic, channel)
     try:
         await loop.run_in_executor(pool, store.open)
@@ -2917,12 +2936,27 @@ async def pipeline(config, topic, channel, store):
             consumer.hand_back(list(consumer.held.values()))
         await consumer.close()
         await crew.cancel()
-        await close_store(store, pool, consumer.window)
+        await close_store(store, pool)
 
 
-async def close_store(store, pool, window):
+class Pool(concurrent.futures.ThreadPoolExecutor):
+    """Threads that know which calls are under way."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.calls = set()
+
+    def submit(self, *args, **options):
+        """As the base class's."""
+        call = super().submit(*args, **options)
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
+        return call
+
+
+async def close_store(store, pool):
     """Closes the store in its pool, within a bound; one with a call under way is left as it is."""
-    if not (window and window.storing.busy):
+    if not pool.calls:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, store.close), CLOSE_TIMEOUT)
     pool.shutdown(wait=False)
@@ -2965,8 +2999,10 @@ class Stopper:
 GRACE = 5.0                 # seconds beyond a window's timeout for its end, in which systemd is not to kill `once`
 ON_TIME = 0.05              # seconds by which a start may be late and still count as on time
 REFRESH = 60.0              # seconds between questions to nsqlookupd in a window that never ends
+REFRESH_NONE = 5.0          # the same, as long as it knows no nsqd
 HEARTBEAT_OF_WORKERS = 0.5  # seconds between what a worker says of itself
 SILENCE_OF_WORKERS = 5.0    # seconds without a word after which one counts as stuck
+STUCK = 120.0               # seconds without a word after which it is killed, where no watchdog has ended all
 STAYS_UP = 10.0             # seconds that a worker has to live, for its end not to count as a failed start
 STARTS = 5                  # failed starts of every worker in a row that end the daemon
 
@@ -3003,23 +3039,29 @@ class RunLock:
         try:
             os.makedirs(os.path.dirname(self.path) or '.', mode=0o750, exist_ok=True)
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        except OSError as error:
-            raise Unavailable(f'{self.path}: {error.strerror}') from None
-        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(fd, 32, 0).decode('ascii', 'replace').strip()
             os.close(fd)
             return holder or 'unknown'
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f'{os.getpid()}\n'.encode(), 0)
+        except OSError as error:
+            raise Unavailable(f'{self.path}: {error.strerror}') from None
+        with contextlib.suppress(OSError):   # without a pid on a full disk it is a lock all the same
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f'{os.getpid()}\n'.encode(), 0)
         self.fd = fd
         return None
+
+    @property
+    def holds(self):
+        """Whether it is ours, and others would still find it."""
+        return self.fd is not None and in_place(self.fd, self.path)
 
     def release(self):
         """Gives it back; the file stays, for to remove it could take it from the next holder."""
         if self.fd is not None:
-            os.ftruncate(self.fd, 0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, 0)
             os.close(self.fd)
             self.fd = None
 
@@ -3063,6 +3105,7 @@ class Flow:
     def __init__(self, config, figures, grant, report):
         self.config, self.figures, self.grant, self.report = config, figures, grant, report
         self.endless = not config.period and not config.nsq.max_messages
+        self.backoff = Backoff(1, 30)
         self.consumer = self.window = self.trouble = self.task = None
         self.away = None         # `queue` or `store`: which end it is that fails
         self.since = 0.0         # loop time since when there is trouble
@@ -3079,27 +3122,27 @@ class Flow:
 
     async def keep_going(self):
         """Opens both ends again and again, with backoff while one is down."""
-        backoff = Backoff(1, 30)
         while not self.ending:
             try:
-                await self.windows(backoff)
+                await self.windows()
             except Unavailable as error:
                 self.away = 'store' if isinstance(error, StoreAway) else 'queue'
                 self.down(str(error))
-                await asyncio.sleep(backoff.next())
+                await asyncio.sleep(self.backoff.next())
 
-    async def windows(self, backoff):
+    async def windows(self):
         """Windows on one set of connections. Raises Unavailable when an end can't be reached, or fails in a window."""
         store = STORES[self.config.store](self.config)
         async with pipeline(self.config, self.config.nsq.topic, self.config.nsq.channel, store) as (consumer, pool):
             self.consumer, letters = consumer, DeadLetters(self.config, consumer.link)
             if self.endless:
                 consumer.crew.start(self.refresh(consumer))
+                consumer.crew.start(self.look_up_again(consumer))
             try:
                 while not self.ending:
                     limit = await self.grant()
                     await self.one(limit, store, pool, letters)
-                    self.up(backoff)
+                    self.up()
             finally:
                 self.consumer = None
                 letters.close()
@@ -3110,7 +3153,7 @@ class Flow:
         if not self.endless:
             await consumer.refresh()
         window = Window(self.config, consumer, store, pool, Mapper(self.config), letters, self.figures, limit)
-        window.lasting = True
+        window.lasting, window.well = True, self.up
         if self.endless:
             window.timeout = window.idle_timeout = math.inf
         if self.trouble:
@@ -3121,23 +3164,30 @@ class Flow:
         window.report()
         self.report(window)
         if window.failure and not window.stopping:
-            raise StoreAway(window.failure)
+            raise (Unavailable if window.queue_fails else StoreAway)(window.failure)
 
     async def refresh(self, consumer):
         """Looks for new nsqds in a window that never ends."""
         while True:
-            await asyncio.sleep(REFRESH)
+            await asyncio.sleep(REFRESH if consumer.addresses else REFRESH_NONE)
             await consumer.refresh()
 
+    async def look_up_again(self, consumer):
+        """In a window that never ends, and into which nothing comes, an end of trouble shows by nothing else."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
+            if self.trouble and self.window and consumer.starved and not self.window.open:
+                self.up()
+
     def down(self, text):
-        """Says so once."""
-        log.log(logging.DEBUG if self.trouble else logging.WARNING, '%s; trying again until all is well', text)
+        """Says so once, and again where something else is wrong."""
+        log.log(logging.DEBUG if self.trouble == text else logging.WARNING, '%s; trying again until all is well', text)
         self.since = self.since if self.trouble else asyncio.get_running_loop().time()
         self.trouble = text
 
-    def up(self, backoff):
+    def up(self):
         """Says so once, and only when there was trouble."""
-        backoff.reset()
+        self.backoff.reset()
         self.away = None
         if self.trouble:
             log.warning('all is well again after %.1f s', asyncio.get_running_loop().time() - self.since)
@@ -3181,15 +3231,19 @@ class Flow:
             figures.holds(consumer)
         elif self.away == 'queue':
             figures.nothing_up()
+        else:
+            figures.set('xmsrv_in_flight', 0)
         figures.set('xmsrv_store_up', int(self.away != 'store' and not (window and window.down_since)))
         return [figures]
 
 
 class Member:
-    """One worker process, as its parent sees it. state: `away` until it can take a grant, `idle`, `granted`."""
+    """One worker process, as its parent sees it. state: `away` until it can take a grant, `idle`, `granted`. number: of
+    its last grant, for what it says may have crossed one."""
 
     def __init__(self, place):
-        self.place, self.process, self.state = place, None, 'away'
+        self.place, self.process, self.state, self.number = place, None, 'away', 0
+        self.trouble = None
         self.heard, self.healthy, self.starts = 0.0, True, 0
         self.ends = {'queue': False, 'store': False}
         self.snapshot = None     # its figures, as it told them last
@@ -3212,10 +3266,11 @@ class Team:
         self.endless = not config.period and not config.nsq.max_messages
         self.crew, self.changed = Crew(), asyncio.Event()
         self.past = Figures()    # of workers that are gone
-        self.trouble, self.failed = None, False
+        self.failed = False
         self.ending = None       # how a member is told to end, once that is wished
         self.patience = 0.0      # seconds that it then has
         self.over = asyncio.Event()
+        self.silent = []         # members that were not heard of when healthy() was asked last
 
     async def run(self):
         """Until stop() or leave(), or until no worker stays up. Returns the exit status."""
@@ -3238,18 +3293,14 @@ class Team:
         loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
         while not self.ending:
             begun = member.heard = loop.time()
-            await self.start(member)
-            if self.ending:
-                self.dismiss(member)
-            await self.listen(member)
-            status = await member.process.wait()
+            fate = await self.life(member)
             self.gone(member)
             if self.ending:
                 return
             member.starts = 0 if loop.time() - begun > STAYS_UP else member.starts + 1
             if not member.starts:
                 backoff.reset()
-            log.error('worker %d (process %d) ended: %s', member.place + 1, member.process.pid, told(status))
+            log.error('worker %d %s', member.place + 1, fate)
             if all(each.starts >= STARTS for each in self.members):
                 log.critical('no worker stays up')
                 self.failed = True
@@ -3258,6 +3309,18 @@ class Team:
             self.figures.add('xmsrv_worker_restarts_total')
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.over.wait(), backoff.next())
+
+    async def life(self, member):
+        """One process, from its start to its end. Returns how it ended."""
+        try:
+            await self.start(member)
+        except OSError as error:
+            return f'cannot be started: {error.strerror}'
+        if self.ending:
+            self.dismiss(member)
+        await self.listen(member)
+        status = await member.process.wait()
+        return f'(process {member.process.pid}) ended: {told(status)}'
 
     async def start(self, member):
         """Starts a worker, with the configuration that holds now, whatever the file says by now. It has a session of
@@ -3272,21 +3335,32 @@ class Team:
     async def listen(self, member):
         """What a worker says, until it ends."""
         async for line in member.process.stdout:
-            message = json.loads(line)
-            member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
-            member.ends, member.snapshot = message['ends'], message['figures']
-            if message['idle'] != (member.state == 'idle'):
-                member.state = 'idle' if message['idle'] else 'away' if member.state == 'idle' else member.state
-            for window in message['windows']:
-                member.state = 'away'
-                self.report(types.SimpleNamespace(**window))
+            try:
+                self.hear(member, json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or something else wrote there
+                log.error('worker %d (process %d): not understood: %s', member.place + 1, member.process.pid, error)
+                with contextlib.suppress(ProcessLookupError):
+                    member.process.kill()
+                return
             self.changed.set()
+
+    def hear(self, member, message):
+        """One line of a worker's."""
+        member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
+        member.ends, member.trouble, member.snapshot = message['ends'], message['trouble'], message['figures']
+        for window in message['windows']:
+            self.report(types.SimpleNamespace(**window))
+        if message['busy'] or message['seen'] != member.number:
+            member.state = 'granted'
+        else:
+            member.state = 'idle' if message['idle'] else 'away'
 
     def gone(self, member):
         """Keeps the figures of a worker that has ended."""
         if member.snapshot:
             self.past.merge(member.snapshot, gauges=False)
         member.state, member.snapshot, member.ends = 'away', None, {'queue': False, 'store': False}
+        member.number, member.trouble = 0, None
         self.changed.set()
 
     # -- its periods
@@ -3304,8 +3378,8 @@ class Team:
             self.schedule.start(loop.time())
             for member, share in zip(self.members, self.split(), strict=True):
                 if member.state == 'idle' and (share or not self.config.nsq.max_messages):
-                    member.state = 'granted'
-                    member.tell(grant=share)
+                    member.state, member.number = 'granted', member.number + 1
+                    member.tell(grant=share, number=member.number)
 
     def split(self):
         """The share of each worker in max-messages; what does not divide goes round from period to period."""
@@ -3346,14 +3420,26 @@ class Team:
     # -- how it is
 
     @property
+    def trouble(self):
+        """What is wrong, by the first that says so."""
+        return next((member.trouble for member in self.members if member.trouble), None)
+
+    @property
     def ends(self):
         """What is up for all of them."""
         return {end: all(member.ends[end] for member in self.members) for end in ('queue', 'store')}
 
     def healthy(self, now):
-        """Whether every worker has been heard of, and says that it is."""
-        return all(member.healthy and now - member.heard < SILENCE_OF_WORKERS
-                   for member in self.members if member.process and member.process.returncode is None)
+        """Whether every worker has been heard of, and says that it is; one that has not is named."""
+        alive = [member for member in self.members if member.process and member.process.returncode is None]
+        silent = [member for member in alive if now - member.heard >= SILENCE_OF_WORKERS]
+        for member in silent:
+            log.log(logging.DEBUG if member in self.silent else logging.ERROR, 'worker %d (process %d) says nothing',
+                    member.place + 1, member.process.pid)
+            if now - member.heard >= STUCK:
+                self.kill(member)
+        self.silent = silent
+        return not silent and all(member.healthy for member in alive)
 
     def gauges(self):
         """The figures of all together."""
@@ -3382,7 +3468,9 @@ class Worker:
 
     def __init__(self, arguments):
         self.arguments, self.figures = arguments, Figures()
-        self.grants, self.windows, self.waiting = asyncio.Queue(), [], False
+        self.grants, self.windows = asyncio.Queue(), []
+        self.waiting = self.busy = False   # for a grant; with one
+        self.seen = 0            # number of the last grant
 
     async def run(self, stopper):
         """Until it is told to end. Returns the exit status."""
@@ -3406,6 +3494,7 @@ class Worker:
         async for line in stdin:
             message = json.loads(line)
             if 'grant' in message:
+                self.waiting, self.busy, self.seen = False, True, message['number']
                 self.grants.put_nowait(message['grant'])
             if 'leave' in message:
                 self.flow.leave()
@@ -3413,11 +3502,9 @@ class Worker:
 
     async def grant(self):
         """Waits for a grant; whoever waits is idle."""
-        self.waiting = True
+        self.waiting, self.busy = True, False
         self.say()
-        limit = await self.grants.get()
-        self.waiting = False
-        return limit
+        return await self.grants.get()
 
     async def talk(self):
         """Says how it is, all the time: silence means that it is stuck."""
@@ -3430,8 +3517,9 @@ class Worker:
         windows, self.windows[:] = [facts(window) for window in self.windows], []
         figures = self.flow.gauges()[0].snapshot()
         healthy = self.flow.healthy(asyncio.get_running_loop().time())
-        line = json.dumps({'idle': self.waiting, 'healthy': healthy, 'ends': self.flow.ends, 'windows': windows,
-                           'figures': figures})
+        line = json.dumps({
+            'idle': self.waiting, 'busy': self.busy, 'seen': self.seen, 'healthy': healthy, 'windows': windows,
+            'ends': self.flow.ends, 'trouble': self.flow.trouble, 'figures': figures})
         with contextlib.suppress(BrokenPipeError):
             write_all(1, line.encode() + b'\n')
 
@@ -3452,7 +3540,7 @@ class Daemon:
         self.schedule = Schedule(self.config.period)
         self.windows = collections.deque(maxlen=60)   # facts() of the latest
         self.engine, self.stopping, self.site, self.listening = None, False, None, None
-        self.status = 'starting'
+        self.status, self.lock = 'starting', None
 
     async def run(self, stopper):
         """Until a signal. Returns the exit status."""
@@ -3462,30 +3550,47 @@ class Daemon:
         self.open_site(self.config)
         self.notifier.say(READY=1, STATUS=self.status)
         crew.start(self.watch())
-        lock = RunLock(self.config, self.arguments.config)
         try:
-            await self.wait_for(lock)
             return await self.keep_going()
         finally:
             self.notifier.say(STOPPING=1)
             self.close_site()
             await crew.cancel()
-            lock.release()
+            if self.lock:
+                self.lock.release()
 
-    async def wait_for(self, lock):
-        """Waits until no other run has this configuration."""
-        said = False
-        while not self.stopping and (holder := lock.take()):
-            if not said:
-                said, self.status = True, f'waiting for process {holder}, which has {lock.path}'
-                log.warning('%s', self.status)
-                self.notifier.say(STATUS=self.status)
+    async def hold_lock(self):
+        """Waits until no other run has this configuration, and says so; another state-dir has another lock."""
+        lock, said = RunLock(self.config, self.arguments.config), None
+        while not self.stopping and not (self.lock and self.lock.path == lock.path and self.lock.holds):
+            reason = self.blocked(lock)
+            if not reason:
+                if self.lock:
+                    self.lock.release()
+                self.lock = lock
+                return
+            if reason != said:
+                said = self.status = reason
+                log.warning('%s', reason)
             await asyncio.sleep(TICK * 4)
+
+    @staticmethod
+    def blocked(lock):
+        """Takes a lock; why that can't be, or None."""
+        try:
+            holder = lock.take()
+        except Unavailable as error:
+            return f'waiting: {error}'
+        return f'waiting for process {holder}, which has {lock.path}' if holder else None
 
     async def keep_going(self):
         """One engine after the other: a new one for each configuration that is read."""
         status = os.EX_OK
         while not self.stopping and not status:
+            await self.hold_lock()
+            if self.stopping:
+                break
+            self.figures = self.figures.counted()   # what was so then need not be so now
             self.figures.period(self.config)
             self.engine = engine = self.new_engine()
             if self.config.workers > 1:
@@ -3523,6 +3628,8 @@ class Daemon:
         while True:
             if not self.engine or self.engine.healthy(loop.time()):
                 self.notifier.say(WATCHDOG=1)
+            if self.engine and self.engine.endless:
+                self.status = f'flowing: {self.total().numbers[("xmsrv_messages_total", "stored")]:.0f} stored'
             status = (self.engine and self.engine.trouble) or self.status
             if status != told:
                 told = status
@@ -3533,6 +3640,8 @@ class Daemon:
         """SIGHUP: reads the file again. A good one holds from the next window on, a bad one is reported in full."""
         self.notifier.say(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
         try:
+            if not os.path.isfile(self.arguments.config):   # a pipe would be waited for
+                raise ConfigError(f'{self.arguments.config}: no file to be read again')
             raw, config = reread(self.arguments)
             self.open_site(config)
         except ConfigError as error:
@@ -3730,6 +3839,14 @@ class Figures:
         return {'numbers': [[*key, number] for key, number in self.numbers.items()], 'histograms': self.histograms,
                 'recent': list(self.recent)}
 
+    def counted(self):
+        """New figures with what was counted so far, and when all was well."""
+        fresh = Figures(self.constant)
+        fresh.merge(self.snapshot(), gauges=False)
+        if (SUCCESS,) in self.numbers:
+            fresh.set(SUCCESS, self.numbers[(SUCCESS,)])
+        return fresh
+
     def merge(self, snapshot, gauges=True):
         """Takes in what another process counted."""
         for *key, number in snapshot['numbers']:
@@ -3794,16 +3911,24 @@ def write_textfile(filename, figures):
     counted. A failure is worth a warning, no more: the messages are stored."""
     try:
         figures.merge(carried_over(filename))
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(filename) or '.', delete=False) as file:
-            file.write(exposition(figures))
+    except Exception as error:   # anything may stand there
+        log.warning('%s: not figures of x-msrv, they begin anew: %s', filename, error)
+    beside = f'{filename}.{os.getpid()}'
+    try:
+        with open(beside, 'wb') as file:
             os.fchmod(file.fileno(), 0o644)
-        os.replace(file.name, filename)
-    except (OSError, ValueError) as error:
-        log.warning('%s: %s', filename, getattr(error, 'strerror', None) or error)
+            file.write(exposition(figures))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, filename)
+    except OSError as error:
+        log.warning('%s: %s', filename, error.strerror)
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
 
 
 def carried_over(filename):
-    """What the file has of the runs before, as a snapshot. Raises OSError and ValueError."""
+    """What the file has of the runs before, as a snapshot. Raises anything for what is no such file."""
     from prometheus_client import parser
     snapshot = {'numbers': [], 'histograms': {}, 'recent': []}
     if not os.path.exists(filename):
@@ -3844,7 +3969,8 @@ def listen(daemon, address):
                '/': lambda d: ('text/html', True, page(d))}
     try:
         site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
-        return site.listen(port, host)
+        return site.listen(port, host, max_header_size=8192, max_body_size=1024, body_timeout=5,
+                           idle_connection_timeout=15)
     except OSError as error:
         raise ConfigError(f'[metrics] listen = {spelled((host, port))}: {error.strerror}') from None
 
@@ -4202,7 +4328,7 @@ class LetterFile:
 async def file_pipeline(config, path, store, looking):
     """As pipeline(), for a file of dead letters; at the end of a pass that does not only look it is written anew."""
     loop, crew = asyncio.get_running_loop(), Crew()
-    pool = concurrent.futures.ThreadPoolExecutor(store.writers, thread_name_prefix=f'{THREADS}-store')
+    pool = Pool(store.writers, thread_name_prefix=f'{THREADS}-store')
     letters = LetterFile(config, crew, path)
     try:
         await loop.run_in_executor(pool, store.open)
@@ -4213,7 +4339,7 @@ async def file_pipeline(config, path, store, looking):
         raise Unavailable(str(error)) from None
     finally:
         await crew.cancel()
-        await close_store(store, pool, letters.window)
+        await close_store(store, pool)
         letters.close()
 
 
@@ -4963,10 +5089,27 @@ def run(command):
     gc.freeze()
     gc.set_threshold(COLLECT_EVERY)
     try:
-        status = asyncio.run(main_task())
+        return run_loop(main_task())
     except asyncio.CancelledError:
-        status = os.EX_OK
-    return status
+        return os.EX_OK
+
+
+def run_loop(main_task):
+    """As asyncio.run(), which would wait for a name's look-up for as long as the resolver likes."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix=f'{THREADS}-names'))
+    loop.set_exception_handler(lambda loop, context: log.error(
+        'internal error: %s: %r', context['message'], context.get('exception'), exc_info=context.get('exception')
+        if log.isEnabledFor(logging.DEBUG) else None))
+    try:
+        return loop.run_until_complete(main_task)
+    finally:
+        rest = asyncio.all_tasks(loop)
+        for task in rest:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+        loop.close()
 
 
 def leave_stuck_calls(status):
@@ -4975,7 +5118,8 @@ def leave_stuck_calls(status):
     for thread in threads:
         thread.join(0.5)
     if any(thread.is_alive() for thread in threads):
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         os._exit(status)
 
 
@@ -5007,6 +5151,8 @@ def obey(parsed):
     """Runs the command, and says in a line why where it fails. Returns the exit status."""
     try:
         set_up_log(parsed)
+        if parsed.command in ('daemon', 'worker'):   # until it has its handler
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if parsed.command not in ('config', 'completion') and not parsed.as_root:
             become_user()
         return COMMANDS[parsed.command](parsed)

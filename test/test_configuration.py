@@ -278,6 +278,8 @@ def test_no_command_runs_with_a_fault(xmsrv, command):
     VALID + '[[tls]]\n',
     VALID + '[aerospike]\nuser = nobody\n[[tls]]\n',
     CLUSTER,
+    'period = 0s\n' + VALID,
+    'period = 0\n' + VALID,
     CLUSTER + '[record]\nttl = never\n',
     CLUSTER + '[record]\nttl = 3650d\nkey = id\n',
     '\ufeff' + VALID,

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 
+import clusters
 import proxies
 import pytest
 import servers
@@ -176,6 +177,29 @@ def test_workers_killed_ten_times_lose_nothing(nsqds, xmsrv):
     assert count(xmsrv, 'ended: killed by SIGKILL') >= 5
 
 
+def test_workers_wait_for_no_heartbeat_between_windows(nsqd, xmsrv):
+    """One window after the other: several a second, though a worker says how it is only twice."""
+    fill(nsqd, 400)
+    xmsrv.configure(nsqd, period='0', workers=2, nsq={'max-messages': 20})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) >= 20, 'the first window is over')
+    wait_until(lambda: len(xmsrv.rows()) == 400, 'all are stored', 5)
+    stopped(running)
+    assert numbers(xmsrv) == list(range(400))
+
+
+def test_a_worker_that_says_nonsense_is_replaced(nsqd, xmsrv, changed):
+    """The first one of all."""
+    changed('import os, sys\nif "worker" in sys.argv and not os.path.exists("said"):\n'
+            '    open("said", "w").close()\n    print("{", flush=True)\n')
+    fill(nsqd, 10)
+    xmsrv.configure(nsqd, period='0', workers=2)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 10 and nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both are at work', 20)
+    assert count(xmsrv, 'not understood') == 1
+    stopped(running)
+
+
 def test_workers_end_with_their_parent(nsqd, xmsrv):
     fill(nsqd, 0)
     xmsrv.configure(nsqd, period='0', workers=2)
@@ -253,6 +277,38 @@ def test_a_reload_makes_no_second_window_in_a_period(nsqd, xmsrv):
     assert len(xmsrv.rows()) == 10
     wait_until(lambda: len(xmsrv.rows()) == 20, 'the next one comes in its time', 6)
     stopped(running)
+
+
+def test_a_reload_with_another_state_directory_takes_its_lock(nsqd, xmsrv, workdir):
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, period='200ms')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: count(xmsrv, 'received'), 'it is under way')
+    xmsrv.configure(nsqd, period='200ms', state_dir=workdir / 'other')
+    running.send_signal(signal.SIGHUP)
+    wait_until((workdir / 'other' / 'x-msrv.lock').exists, 'the other lock is there')
+    assert f'process {running.pid}' in xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr
+    stopped(running)
+
+
+def test_a_hang_up_at_any_moment_ends_nothing(nsqd, xmsrv):
+    """Also before it has read its file."""
+    fill(nsqd, 10)
+    xmsrv.configure(nsqd, period='200ms')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: ignores(running, signal.SIGHUP), 'it is past its first lines')
+    for _ in range(100):   # without an end none would ever come to a window
+        running.send_signal(signal.SIGHUP)
+        assert running.poll() is None
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'it goes on', 20)
+    stopped(running)
+
+
+def ignores(process, number):
+    """Whether a process ignores a signal, or has a handler for it."""
+    with open(f'/proc/{process.pid}/status') as status:
+        masks = [int(line.split()[1], 16) for line in status if line.startswith(('SigIgn', 'SigCgt'))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 @pytest.mark.parametrize('workers', [1, 2])
@@ -364,8 +420,8 @@ def test_a_queue_that_goes_away_and_comes_back(nsqds, xmsrv, systemd):
     nsqd.restart()
     nsqd.publish(TOPIC, bodies(10, 10))
     wait_until(lambda: len(xmsrv.rows()) == 20, 'all are stored', 30)
+    wait_until(lambda: count(xmsrv, 'all is well again') == 1, 'it says that it is over')
     stopped(running)
-    assert count(xmsrv, f'nsqd {nsqd.tcp} is back') == 1
 
 
 def test_a_queue_that_is_not_there_at_the_start(nsqd, xmsrv, systemd):
@@ -377,6 +433,75 @@ def test_a_queue_that_is_not_there_at_the_start(nsqd, xmsrv, systemd):
     assert systemd.fields('READY') == ['1']
     nsqd.restart()
     wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 40)
+    stopped(running)
+
+
+def test_a_window_without_end_says_when_all_is_well_again(nsqd, xmsrv, workdir, systemd):
+    """Also where nothing comes that could show it."""
+    fill(nsqd, 0)
+    port = servers.free_ports()
+    (workdir / 'there').mkdir()
+    xmsrv.configure(nsqd, period='0', sqlite={'path': workdir / 'there'}, metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: count(xmsrv, 'trying again until all is well'), 'it says that the store is down')
+    assert (get(port, '/readyz')[0], figure(port, 'xmsrv_store_up')) == (503, 0)
+    (workdir / 'there').rmdir()
+    wait_until(lambda: count(xmsrv, 'all is well again'), 'it says that it is back', 20)
+    wait_until(lambda: get(port, '/readyz')[0] == 200 and figure(port, 'xmsrv_store_up') == 1, 'so does its site')
+    wait_until(lambda: systemd.fields('STATUS')[-1].startswith('flowing'), 'and its status')
+    stopped(running)
+
+
+def test_a_secret_that_is_missing_for_a_while_ends_nothing(nsqd, xmsrv, workdir):
+    fill(nsqd, 10)
+    (workdir / 'password').write_text('s3cret')
+    with clusters.standin(users={'writer': 's3cret'}) as cluster:
+        xmsrv.configure(nsqd, period='200ms', **cluster.settings(**{
+            'user': 'writer', 'password-file': workdir / 'password', 'total-timeout': '300ms'}))
+        running = xmsrv.start('daemon')
+        wait_until(lambda: cluster.stored() == 10, 'it is under way')
+        (workdir / 'password').unlink()
+        cluster.server.judge = lambda write: 8
+        nsqd.publish(TOPIC, bodies(1, 10))
+        wait_until(lambda: count(xmsrv, 'No such file'), 'it says what is missing', 20)
+        cluster.server.judge = lambda write: None
+        (workdir / 'password').write_text('s3cret')
+        wait_until(lambda: cluster.stored() == 11, 'it goes on', 30)
+        stopped(running)
+
+
+def test_a_lost_queue_is_no_success(nsqd, xmsrv):
+    fill(nsqd, 10)
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, period='300ms', timeout='1s', metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'it is under way')
+    nsqd.kill()
+    wait_until(lambda: count(xmsrv, 'no nsqd can be reached'), 'it is missed', 20)
+    success = figure(port, 'xmsrv_last_success_timestamp_seconds')
+    still = passed(2)
+    wait_until(still, 'several periods have passed')
+    assert figure(port, 'xmsrv_last_success_timestamp_seconds') == success
+    assert (figure(port, 'xmsrv_store_up'), figure(port, 'xmsrv_connections{state="up"}')) == (1, 0)
+    stopped(running)
+
+
+def test_one_connection_to_each_nsqd_after_outages_of_nsqlookupd(nsqds, nsqlookupd, xmsrv):
+    nsqd, = nsqds(1, lookupd=[nsqlookupd])
+    fill(nsqd, 5)
+    wait_until(lambda: nsqlookupd.producers(TOPIC), 'nsqlookupd knows it')
+    xmsrv.configure(nsqlookupd, period='300ms', timeout='500ms')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 5, 'it is under way')
+    for outage in range(2):
+        nsqd.stop()
+        wait_until(lambda: not nsqlookupd.producers(TOPIC), 'nsqlookupd knows it no more')
+        still = passed(1.5)
+        wait_until(still, 'it is away for some windows')
+        nsqd.restart()
+        nsqd.publish(TOPIC, bodies(5, 5 + 5 * outage))
+        wait_until(lambda outage=outage: len(xmsrv.rows()) == 10 + 5 * outage, 'all are stored', 40)
+        assert nsqd.stats(TOPIC, CHANNEL)['clients'] == 1
     stopped(running)
 
 
@@ -614,13 +739,24 @@ def test_a_textfile_of_a_run_that_found_nobody(nsqd, xmsrv, workdir):
     assert (second['xmsrv_received_total'], second[success]) == (10, first[success])
 
 
-@pytest.mark.parametrize('content', [b'rubbish {{{\n', b'\xff\xfe', b'xmsrv_received_total x\n'])
+@pytest.mark.parametrize('content', [
+    b'rubbish {{{\n', b'\xff\xfe', b'xmsrv_received_total x\n', b'xmsrv_messages_total{foo="x"} 1\n',
+    b''.join(b'xmsrv_lag_seconds_bucket{le="%d"} +Inf\n' % bound for bound in range(17)),
+], ids=lambda content: ascii(content[:30]))
 def test_a_textfile_that_cannot_be_read_costs_a_warning(nsqd, xmsrv, workdir, content):
     path = workdir / 'x-msrv.prom'
     path.write_bytes(content)
     fill(nsqd, 10)
     assert f'warning: {path}' in xmsrv.once(nsqd, metrics={'textfile': path}).stderr
-    assert len(xmsrv.rows()) == 10
+    assert len(xmsrv.rows()) == series(path)['xmsrv_received_total'] == 10
+
+
+def test_a_textfile_that_cannot_be_written_costs_a_warning_and_leaves_nothing(nsqd, xmsrv, workdir):
+    (workdir / 'x-msrv.prom').mkdir()
+    fill(nsqd, 10)
+    told = xmsrv.once(nsqd, metrics={'textfile': workdir / 'x-msrv.prom'}).stderr
+    assert f'warning: {workdir}/x-msrv.prom' in told and len(xmsrv.rows()) == 10
+    assert [path.name for path in workdir.glob('x-msrv.prom*')] == ['x-msrv.prom']
 
 
 def test_a_failed_window_is_in_the_textfile(nsqd, xmsrv, workdir):
