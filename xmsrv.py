@@ -3142,7 +3142,8 @@ class Flow:
                 while not self.ending:
                     limit = await self.grant()
                     await self.one(limit, store, pool, letters)
-                    self.up()
+                    if not self.ending:   # else it may be over for no good reason
+                        self.up()
             finally:
                 self.consumer = None
                 letters.close()
