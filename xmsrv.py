@@ -3301,7 +3301,8 @@ class Team:
             member.starts = 0 if loop.time() - begun > STAYS_UP else member.starts + 1
             if not member.starts:
                 backoff.reset()
-            log.error('worker %d %s', member.place + 1, fate)
+            pid = member.process.pid if member.process else 'none'
+            log.error('worker %d (process %s) ended: %s', member.place + 1, pid, fate)
             if all(each.starts >= STARTS for each in self.members):
                 log.critical('no worker stays up')
                 self.failed = True
@@ -3316,12 +3317,12 @@ class Team:
         try:
             await self.start(member)
         except OSError as error:
-            return f'cannot be started: {error.strerror}'
+            member.process = None
+            return f'it could not be started: {error.strerror}'
         if self.ending:
             self.dismiss(member)
         await self.listen(member)
-        status = await member.process.wait()
-        return f'(process {member.process.pid}) ended: {told(status)}'
+        return told(await member.process.wait())
 
     async def start(self, member):
         """Starts a worker, with the configuration that holds now, whatever the file says by now. It has a session of
@@ -5100,9 +5101,7 @@ def run_loop(main_task):
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix=f'{THREADS}-names'))
-    loop.set_exception_handler(lambda loop, context: log.error(
-        'internal error: %s: %r', context['message'], context.get('exception'), exc_info=context.get('exception')
-        if log.isEnabledFor(logging.DEBUG) else None))
+    loop.set_exception_handler(left_over)
     try:
         return loop.run_until_complete(main_task)
     finally:
@@ -5111,6 +5110,13 @@ def run_loop(main_task):
             task.cancel()
         loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
         loop.close()
+
+
+def left_over(loop, context):
+    """What asyncio says of an error that nobody waits for: of a connection that was given up it is no news."""
+    error = context.get('exception')
+    log.log(logging.DEBUG if isinstance(error, UNREACHABLE) else logging.ERROR, 'internal error: %s: %r',
+            context['message'], error)
 
 
 def leave_stuck_calls(status):
