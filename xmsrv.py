@@ -5115,7 +5115,8 @@ def run_loop(main_task):
 def left_over(loop, context):
     """What asyncio says of an error that nobody waits for: of a connection that was given up it is no news."""
     error = context.get('exception')
-    log.log(logging.DEBUG if isinstance(error, UNREACHABLE) else logging.ERROR, 'internal error: %s: %r',
+    given_up = isinstance(error, (*UNREACHABLE, asyncio.CancelledError))
+    log.log(logging.DEBUG if given_up else logging.ERROR, 'internal error: %s: %r',
             context['message'], error)
 
 
