@@ -35,13 +35,14 @@ class Thread:
 
 
 class Proxy(Thread):
-    """Forwards to nsqds, a port for each, and keeps every command and frame in `events`, in their order.
+    """Forwards to nsqds, a port for each, and keeps every command and frame in `events`, in their order; that of several
+    connections is not known but at the numbers of events that `settled` has: there all that was sent had been seen.
 
     `judge(event)` is called in between: False swallows it, bytes take its place, ConnectionError cuts its connection.
     """
 
     def __init__(self, *nsqds, judge=lambda event: True):
-        self.events, self.judge = [], judge
+        self.events, self.settled, self.judge = [], set(), judge
         self._selector = selectors.DefaultSelector()
         self._made = 0
         self.addresses = []
@@ -61,15 +62,22 @@ class Proxy(Thread):
 
     def _serve(self):
         while not self._closing.is_set():
-            for key, _ in self._selector.select(0.1):
-                if key.fileobj.fileno() < 0:
-                    continue   # its other half has ended in this round
-                if isinstance(key.data, tuple):
-                    self._accept(key)
-                else:
-                    self._pass_on(key.fileobj, key.data)
+            ready = self._selector.select(0.1)
+            while ready:
+                self._round(ready)
+                ready = self._selector.select(0)
+            self.settled.add(len(self.events))
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()
+
+    def _round(self, ready):
+        for key, _ in ready:
+            if key.fileobj.fileno() < 0:
+                continue   # its other half has ended in this round
+            if isinstance(key.data, tuple):
+                self._accept(key)
+            else:
+                self._pass_on(key.fileobj, key.data)
 
     def _accept(self, key):
         client, _ = key.fileobj.accept()

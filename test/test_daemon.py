@@ -672,7 +672,8 @@ def test_the_page_in_a_browser(nsqd, xmsrv):
     port = servers.free_ports()
     xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 40}, metrics={'listen': f'127.0.0.1:{port}'})
     running = xmsrv.start('daemon')
-    wait_until(lambda: nsqd.left(DEAD, REPLAY) == 2 and len(xmsrv.rows()) == 300, 'all are stored', 20)
+    wait_until(lambda: len(re.findall(r'received [1-9]', xmsrv.log.read_text())) == 8, 'eight windows took all', 20)
+    assert (nsqd.left(DEAD, REPLAY), len(xmsrv.rows())) == (2, 300)
     shot = servers.ROOT / 'build' / 'page.png'
     options = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
                '--disable-background-networking', '--disable-component-update', '--window-size=900,700',
