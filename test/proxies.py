@@ -35,8 +35,8 @@ class Thread:
 
 
 class Proxy(Thread):
-    """Forwards to nsqds, a port for each, and keeps every command and frame in `events`, in their order; that of several
-    connections is not known but at the numbers of events that `settled` has: there all that was sent had been seen.
+    """Forwards to nsqds, a port for each, and keeps every command and frame in `events`, in their order. Between
+    connections that is known only where `settled` has the event's number: there all that was sent had been seen.
 
     `judge(event)` is called in between: False swallows it, bytes take its place, ConnectionError cuts its connection.
     """
