@@ -113,10 +113,17 @@ rpm: build/vendor/.$(ARCH)  ## build dist/*.rpm
 			--define 'deb_arch $(ARCH)' x-msrv-$$1/rpm/x-msrv.spec >../rpm.log 2>&1 || { cat ../rpm.log >&2; exit 1; }; \
 		cd $(CURDIR); mkdir -p $(DIST); mv $(STAGE)/rpm/RPMS/*/*.rpm $(DIST); echo $(DIST)/x-msrv-$$1-1.$(RPM_ARCH).rpm
 
-test-packages: venv deb rpm  ## what the packages hold, reproducible builds, lintian, rpmlint
+test-packages: venv nsq deb rpm guests  ## what the packages hold, reproducible builds, lintian; and both on booted systems
 	@for tool in lintian rpmlint mandoc cpio; do command -v $$tool >/dev/null || $(call apt,$$tool) \
 		|| $(call stop,no $$tool here: apt-get install $$tool); done
 	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 2 --timeout 600 test/packages $(ARGS)
+
+# What boots Debian systems here: their roots, their repositories, Vagrant's syntax.
+guests:
+	@missing=; for pair in systemd-nspawn:systemd-container mmdebstrap:mmdebstrap dpkg-scanpackages:dpkg-dev \
+			createrepo_c:createrepo-c rpmbuild:rpm vagrant:vagrant; do \
+		command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
+	[ -z "$$missing" ] || $(call apt,$$missing) || $(call stop,some tools are missing here: apt-get install$$missing)
 
 man: venv  ## write the option list of x-msrv.conf(5) anew, from the table of options
 	@$(V)/python man/options.py man/x-msrv.conf.5
@@ -170,4 +177,4 @@ build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/librar
 
 comma = ,
 .DELETE_ON_ERROR:
-.PHONY: help venv nsq demo test tools lint bench soak pins clean vendor deb rpm test-packages man install
+.PHONY: help venv nsq demo test tools lint bench soak pins clean vendor deb rpm test-packages man install guests

@@ -4604,8 +4604,11 @@ class JournalHandler(logging.StreamHandler):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def emit(self, record):
-        """Sends a record; what can't be formatted is logging's to report."""
+        """Sends a record; what can't be formatted is logging's to report. What is said before the file is read, or last
+        of all, goes to stderr: of a datagram from a process that has ended the journal no longer finds the unit."""
         try:
+            if 'topic' not in self.common or getattr(record, 'last', False):
+                raise OSError('by way of stderr')
             self.send(self.entry(record))
         except OSError:
             super().emit(record)
@@ -5165,7 +5168,7 @@ def obey(parsed):
             become_user()
         return COMMANDS[parsed.command](parsed)
     except Failure as failure:
-        log.error('%s', failure)
+        log.error('%s', failure, extra={'last': True})
         return failure.status
     except BrokenPipeError:
         return os.EX_OK

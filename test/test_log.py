@@ -139,15 +139,29 @@ def test_the_journal_gets_fields(nsqds, xmsrv, workdir, journal):
         assert (entry['SYSLOG_IDENTIFIER'], entry['XMSRV_TOPIC'], entry['XMSRV_CHANNEL']) == ('x-msrv', TOPIC, CHANNEL)
 
 
-@pytest.mark.parametrize('options', [3, 3000], ids=['as bytes', 'as a file'])
-def test_the_journal_gets_lines_that_belong_together_as_one(xmsrv, workdir, journal, options):
-    """All faults of a file are one message; one that is too large for the socket comes whole as well."""
-    xmsrv.configure(nsq={f'{"option-" * 20}{n}': n for n in range(options)})
-    assert under(workdir, xmsrv, 'check') == (os.EX_CONFIG, [])
+@pytest.mark.parametrize('lines', [3, 30000], ids=['as bytes', 'as a file'])
+def test_the_journal_gets_lines_that_belong_together_as_one(workdir, journal, monkeypatch, lines):
+    """One that is too large for the socket comes whole as well."""
+    monkeypatch.setattr('xmsrv.JOURNAL', str(workdir / 'socket'))
+    text = '\n'.join(f'fault {n}' for n in range(lines))
+    handler = module.JournalHandler({'topic': TOPIC, 'channel': CHANNEL})
+    handler.handle(logging.makeLogRecord({'msg': text, 'levelname': 'ERROR', 'levelno': logging.ERROR}))
     entry = journal.wait_for(lambda entry: True)
-    assert len(entry['MESSAGE'].splitlines()) > options and entry['PRIORITY'] == '3'
-    assert 'XMSRV_TOPIC' not in entry and len(journal.entries) == 1
-    assert journal.files == (options > 3)
+    assert (entry['MESSAGE'], entry['PRIORITY'], entry['XMSRV_TOPIC']) == (text, '3', TOPIC)
+    assert journal.files == (lines > 3)
+
+
+def test_what_ends_the_program_goes_by_way_of_stderr(nsqd, xmsrv, workdir, journal):
+    """Of a datagram from a process that has ended the journal no longer finds the unit, and `systemctl status` shows
+    nothing: that is for faults in the file, and for an end that is out of reach."""
+    xmsrv.configure(nsq={'nonsense': 1})
+    status, lines = under(workdir, xmsrv, 'check')
+    assert status == os.EX_CONFIG and len(lines) > 1 and all(line.startswith('<3>') for line in lines)
+    nsqd.stop()
+    xmsrv.configure(nsqd)
+    status, lines = under(workdir, xmsrv, 'once')
+    assert status == os.EX_UNAVAILABLE and lines[-1].startswith('<3>no nsqd can be reached')
+    assert all(entry['PRIORITY'] == '4' for entry in journal.entries)
 
 
 def test_the_journal_is_only_for_text(nsqd, xmsrv, workdir, journal):
@@ -183,11 +197,16 @@ def test_a_journal_that_is_not_ours_gets_nothing(nsqd, xmsrv, workdir, journal):
     assert status == 0 and lines[-1].startswith('[orders/x-msrv] received 3, ') and not journal.entries
 
 
-def test_text_that_is_no_utf8_reaches_the_journal(workdir, xmsrv, journal):
-    """A file name of any bytes."""
-    xmsrv.path = workdir / os.fsdecode(b'\xff.conf')
-    assert under(workdir, xmsrv, 'check') == (os.EX_CONFIG, [])
+def test_text_that_is_no_utf8_reaches_the_journal(workdir, xmsrv, journal, monkeypatch):
+    """A file name of any bytes, by both ways."""
+    monkeypatch.setattr('xmsrv.JOURNAL', str(workdir / 'socket'))
+    name = os.fsdecode(b'\xff.conf')
+    record = logging.makeLogRecord({'msg': f'{name}: gone', 'levelname': 'ERROR', 'levelno': logging.ERROR})
+    module.JournalHandler({'topic': TOPIC}).handle(record)
     assert r'\udcff.conf' in journal.wait_for(lambda entry: True)['MESSAGE']
+    xmsrv.path = workdir / name
+    status, lines = under(workdir, xmsrv, 'check')
+    assert status == os.EX_CONFIG and r'\udcff.conf' in lines[-1]
 
 
 # ------------------------------------------------------------------------------------------------- a fault that repeats

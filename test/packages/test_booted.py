@@ -1,0 +1,159 @@
+"""The packages on booted systems: apt and dnf install them from a repository, then test/guest/verify.sh looks.
+
+What a system has to be like is in guests.py; each test boots one of its own.
+"""
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import textwrap
+from pathlib import Path
+
+import guests
+import pytest
+from guests import GUESTS, Guest, one_at_a_time, run
+from servers import NSQ_TOOLS, ROOT
+from test_packages import DEB, RPM, VERSION, stage
+
+pytestmark = pytest.mark.skipif(bool(guests.missing()), reason=guests.missing())
+PREVIOUS = '0.0.1'
+ENOUGH = 130        # tests that verify.sh makes at least, on any system
+VERIFY = {f'/srv/verify/{path.name}': path for path in (
+    ROOT / 'test/guest/verify.sh', ROOT / 'test/guest/ends.py', ROOT / 'test/aerospike_server.py',
+    ROOT / 'test/servers.py', NSQ_TOOLS / 'nsqd')}
+RPM_FILES = {
+    '/etc/rpm/macros': '%_dbpath /var/lib/rpm\n',
+    '/etc/dnf/vars/releasever': '9\n',
+    '/etc/dnf/dnf.conf': '[main]\ngpgcheck=0\nplugins=0\n',
+    '/etc/yum.repos.d/test.repo': ''.join(f'[{name}]\nname={name}\nbaseurl=file:///srv/repo/{name}\nenabled={on}\n'
+                                          for name, on in (('x-msrv', 1), ('system', 1), ('el9', 0)))}
+# What a system of rpms has of its own, which the root has from debs: name, version, what it provides. EL 9 besides.
+STAND_INS = {
+    'system': [('systemd', '252', ''), ('bash', '5', '/bin/sh'), ('glibc', '2.36', 'libc.so.6(GLIBC_2.28)(64bit)'),
+               ('zlib', '1.2', 'libz.so.1()(64bit)'), ('python3', '3.11', '')],
+    'el9': [('python3', '3.9', ''), ('python3.12', '3.12', '')]}
+
+
+@pytest.fixture(scope='module')
+def previous():
+    """The packages of an older version, of the same tree but for its configuration."""
+    made = GUESTS / 'previous'
+    with one_at_a_time(made.name):
+        found = sorted(made.glob('x-msrv*'))
+        if len(found) != 2 or min(path.stat().st_mtime for path in found) < DEB.stat().st_mtime:
+            shutil.rmtree(made, ignore_errors=True)
+            with tempfile.TemporaryDirectory() as directory:
+                older_tree(Path(directory))
+                run('nice', 'make', '--silent', 'deb', 'rpm', cwd=directory)
+                shutil.copytree(Path(directory) / 'dist', made)
+    return sorted(made.glob('x-msrv*'))
+
+
+def older_tree(tree):
+    """The sources as of PREVIOUS."""
+    for name in (*stage.SOURCES, 'vendor', 'build/vendor'):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns('venv', '*.wheels', '__pycache__'))
+        elif (ROOT / name).exists():
+            shutil.copy2(ROOT / name, tree / name)
+    replace(tree / 'xmsrv.py', f"__version__ = '{VERSION}'", f"__version__ = '{PREVIOUS}'")
+    (tree / 'CHANGELOG.md').write_text(f'## {PREVIOUS} (2026-01-01)\n\n- It is older.\n')
+    replace(tree / 'etc/x-msrv.conf', '# x-msrv: ', '# x-msrv, as it was: ')
+
+
+def replace(path, old, new):
+    """Once, in a file."""
+    text = path.read_text()
+    assert text.count(old) == 1, f'{old} in {path}'
+    path.write_text(text.replace(old, new))
+
+
+def verify(guest):
+    """Every test of verify.sh has passed; their number. What it says is shown where one failed, or it took too long."""
+    said = guest.run('sh', '-c', 'timeout 500 /srv/verify/verify.sh; echo "exit $?"')
+    print(said)
+    assert 'exit 0' in said and 'not ok' not in said
+    return int(re.search(r'^1\.\.(\d+)$', said, re.MULTILINE)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------------ deb
+
+@pytest.fixture(scope='module')
+def apt_repository(tmp_path_factory, previous):
+    """A directory of debs, as `deb [trusted=yes] file:` takes it."""
+    made = tmp_path_factory.mktemp('apt')
+    for deb in (DEB, *(path for path in previous if path.suffix == '.deb')):
+        shutil.copy(deb, made)
+    (made / 'Packages').write_text(run('dpkg-scanpackages', '--multiversion', '.', cwd=made, stderr=subprocess.DEVNULL))
+    return made
+
+
+@pytest.mark.parametrize('suite', ['bookworm', 'trixie', 'testing'])
+def test_debian(suite, apt_repository):
+    """systemd 252 and Python 3.11 on Debian 12, 257 and 3.13 on Debian 13; testing has Python 3.14, and no runit."""
+    files = {**VERIFY, '/srv/repo': apt_repository, '/etc/apt/sources.list': 'deb [trusted=yes] file:/srv/repo ./\n'}
+    with Guest(guests.root(suite), files) as guest:
+        guest.run('apt-get', '-qq', 'update')
+        assert verify(guest) > ENOUGH
+
+
+# ------------------------------------------------------------------------------------------------------------------ rpm
+
+def stand_in(directory, name, version, provides):
+    """An empty rpm."""
+    spec = directory / f'{name}.spec'
+    spec.write_text(textwrap.dedent(f'''\
+        Name: {name}
+        Version: {version}
+        Release: 1
+        Summary: stands for what the root has from elsewhere
+        License: MIT
+        {f'Provides: {provides}' if provides else ''}
+        %description
+        Nothing.
+        %files
+        '''))
+    run('rpmbuild', '-bb', '--quiet', '--define', f'_topdir {directory}/build', '--define', f'_rpmdir {directory}',
+        spec)
+
+
+@pytest.fixture(scope='module')
+def rpm_guest(tmp_path_factory, previous):
+    """What a guest with dnf has: the repositories of RPM_FILES, as dnf reads them, and verify.sh."""
+    made = tmp_path_factory.mktemp('rpm')
+    for name, packages in STAND_INS.items():
+        made.joinpath(name).mkdir()
+        for each in packages:
+            stand_in(made / name, *each)
+    made.joinpath('x-msrv').mkdir()
+    for rpm in (RPM, *(path for path in previous if path.suffix == '.rpm')):
+        shutil.copy(rpm, made / 'x-msrv')
+    for repository in made.iterdir():
+        run('createrepo_c', '--quiet', repository)
+    return {**VERIFY, **RPM_FILES, '/srv/repo': made}
+
+
+def test_rpm(rpm_guest):
+    """Debian with dnf: its resolution and scriptlets are those of EL, its files those of Debian."""
+    with Guest(guests.root('bookworm-dnf'), rpm_guest) as guest:
+        guest.run('dnf', '-y', 'install', *(name for name, *_ in STAND_INS['system']))
+        assert verify(guest) > ENOUGH
+
+
+def test_on_el_9_its_rpm_brings_a_newer_python(rpm_guest):
+    """EL 9 has Python 3.9 as python3, and python3.12 beside it."""
+    with Guest(guests.root('bookworm-dnf'), rpm_guest) as guest:
+        dnf = ('dnf', '-y', '--enablerepo=el9', '--exclude=python3-3.11*')
+        guest.run(*dnf, 'install', 'python3', 'systemd', 'bash', 'glibc', 'zlib')
+        assert guest.run('rpm', '-q', '--qf', '%{version}', 'python3') == '3.9'
+        guest.run(*dnf, 'install', 'x-msrv')
+        assert guest.run('rpm', '-q', '--qf', '%{version}', 'python3.12') == '3.12'
+
+
+# -------------------------------------------------------------------------------------------------------------- Vagrant
+
+def test_vagrant_takes_the_vagrantfile(tmp_path):
+    """Without a provider: no virtual machine runs here."""
+    shutil.copy(ROOT / 'Vagrantfile', tmp_path)
+    run('vagrant', 'validate', '--ignore-provider', cwd=tmp_path, env={**os.environ, 'VAGRANT_HOME': tmp_path / 'home'})
