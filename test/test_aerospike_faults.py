@@ -284,12 +284,13 @@ def test_nsqd_killed_and_restarted_in_mid_window(nsqds, xmsrv, standin):
 def test_one_of_two_consumers_is_killed(nsqds, xmsrv, standin):
     """What the dead one held comes back after msg-timeout and is the other's."""
     nsqd = timed(nsqds(1, SHORT)[0])
-    fill(nsqd, 6000)
     slow(standin, 0.3)
-    xmsrv.configure(nsqd, idle_timeout='3s', timeout='60s', nsq={'max-in-flight': 500}, **standin.settings())
+    xmsrv.configure(nsqd, idle_timeout='8s', timeout='60s', nsq={'max-in-flight': 500}, **standin.settings())
     first = xmsrv.start('once')
     xmsrv.copy()
     second = xmsrv.start('once')
+    wait_until(lambda: len(nsqd.clients(TOPIC, CHANNEL)) == 2, 'both are subscribed')
+    fill(nsqd, 6000)
     wait_until(lambda: [bool(each['in_flight_count']) for each in nsqd.clients(TOPIC, CHANNEL)] == [True, True],
                'both hold messages', 20)
     first.kill()

@@ -286,11 +286,12 @@ def test_nsqd_that_stands_still_for_a_while(nsqds, xmsrv):
 def test_one_of_two_consumers_is_killed(nsqds, xmsrv):
     """What the dead one held comes back after msg-timeout and is the other's."""
     nsqd, = nsqds(1, SHORT)
-    prepared(xmsrv, nsqd, idle_timeout='3s', timeout='60s', slow=3000, nsq={'max-in-flight': 500})
-    nsqd.publish(TOPIC, bodies(6000))
+    prepared(xmsrv, nsqd, idle_timeout='8s', timeout='60s', slow=3000, nsq={'max-in-flight': 500})
     first = xmsrv.start('once')
     xmsrv.copy()
     second = xmsrv.start('once')
+    wait_until(lambda: len(nsqd.clients(TOPIC, CHANNEL)) == 2, 'both are subscribed')
+    nsqd.publish(TOPIC, bodies(6000))
     wait_until(lambda: [bool(each['in_flight_count']) for each in nsqd.clients(TOPIC, CHANNEL)] == [True, True],
                'both hold messages', 20)
     first.kill()
