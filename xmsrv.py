@@ -3598,6 +3598,7 @@ class Daemon:
             if self.config.workers > 1:
                 log.info('%d workers, a window every %g s', self.config.workers, self.config.period)
             status = await engine.run()
+            self.engine = None   # else its figures would be asked for beside what is taken over from them
             if isinstance(engine, Team):   # what they counted is not forgotten
                 self.figures.merge(engine.past.snapshot(), gauges=False)
         return status

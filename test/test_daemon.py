@@ -2,6 +2,7 @@
 anything."""
 import contextlib
 import datetime
+import fcntl
 import itertools
 import os
 import re
@@ -630,6 +631,27 @@ def test_counts_of_a_dead_worker_are_not_forgotten(nsqd, xmsrv):
     for pid in children(running):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: figure(port, 'xmsrv_worker_restarts_total') == 2, 'both are started again')
+    assert figure(port, stored) == 1000
+    stopped(running)
+
+
+def test_counts_of_workers_are_not_doubled_between_two_configurations(nsqd, xmsrv, workdir):
+    """The workers have gone, and the lock of the new state-dir is another's."""
+    fill(nsqd, 1000)
+    port = servers.free_ports()
+    settings = {'period': '0', 'workers': 2, 'metrics': {'listen': f'127.0.0.1:{port}'}}
+    xmsrv.configure(nsqd, **settings)
+    running = xmsrv.start('daemon')
+    stored = 'xmsrv_messages_total{outcome="stored"}'
+    wait_until(lambda: figure(port, stored) == 1000, 'all are counted')
+    (workdir / 'other').mkdir()
+    with (workdir / 'other' / 'x-msrv.lock').open('w') as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        xmsrv.configure(nsqd, state_dir=workdir / 'other', **settings)
+        running.send_signal(signal.SIGHUP)
+        wait_until(lambda: count(xmsrv, 'waiting for process'), 'the lock is waited for')
+        assert figure(port, stored) == 1000
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'the workers are back')
     assert figure(port, stored) == 1000
     stopped(running)
 
