@@ -657,6 +657,7 @@ def derive(config):
     record, dead = config.record, config.dead_letter
     config.sqlite.path = os.path.join(config.state_dir, config.sqlite.path)
     config.sqlite.set = config.sqlite.set or config.nsq.topic
+    config.endless = not config.period and not config.nsq.max_messages   # the daemon's one window
     config.aerospike.set = config.aerospike.set or config.nsq.topic
     if record.key == '$id' or record.write != 'replace':
         record.time_bin = None   # it serves newest-wins alone
@@ -2877,14 +2878,19 @@ class Window:
     @property
     def status(self):
         """The exit status of this window."""
-        return os.EX_TEMPFAIL if (self.failure or self.unkept) and not self.stopping else os.EX_OK
+        return os.EX_TEMPFAIL if self.failed and not self.stopping else os.EX_OK
+
+    @property
+    def failed(self):
+        """Whether messages went back though nobody asked for it."""
+        return bool(self.failure or self.unkept)
 
     def report(self):
         """Logs the summary, and why messages went back where they had to; called when the connections are closed, for
         till then answers may be refused, and what was on the wire be handed back. Returns the exit status."""
         self.figures.ended(self)
         self.summary()
-        if self.failure or self.unkept:
+        if self.failed:
             reason = self.failure or f'{self.unkept} dead letters could not be kept'
             log.error('%d messages handed back: %s', self.count['requeued'], reason, extra={'fields': self.outcome})
         return self.status
@@ -3104,7 +3110,7 @@ class Flow:
 
     def __init__(self, config, figures, grant, report):
         self.config, self.figures, self.grant, self.report = config, figures, grant, report
-        self.endless = not config.period and not config.nsq.max_messages
+        self.endless = config.endless
         self.backoff = Backoff(1, 30)
         self.consumer = self.window = self.trouble = self.task = None
         self.away = None         # `queue` or `store`: which end it is that fails
@@ -3196,17 +3202,17 @@ class Flow:
 
     def stop(self):
         """Hands back what is not being stored, and ends."""
-        self.ending = True
-        if self.window:
-            self.window.stop()
-        elif self.task:
-            self.task.cancel()
+        self.end(Window.stop)
 
     def leave(self):
         """Finishes the window that is open, and ends."""
+        self.end(Window.leave)
+
+    def end(self, how):
+        """Ends the window that is open, by `how`; without one whatever is waited for."""
         self.ending = True
         if self.window:
-            self.window.leave()
+            how(self.window)
         elif self.task:
             self.task.cancel()
 
@@ -3264,7 +3270,7 @@ class Team:
         self.figures, self.report, self.schedule = daemon.figures, daemon.note, daemon.schedule
         config = self.config
         self.members, self.turn = [Member(place) for place in range(config.workers)], 0
-        self.endless = not config.period and not config.nsq.max_messages
+        self.endless = config.endless
         self.crew, self.changed = Crew(), asyncio.Event()
         self.past = Figures()    # of workers that are gone
         self.failed = False
@@ -3478,10 +3484,7 @@ class Worker:
         """Until it is told to end. Returns the exit status."""
         stdin = asyncio.StreamReader(limit=1 << 24)
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
-        config, faults, _ = typed(json.loads(await stdin.readline())['raw'])
-        if faults:
-            raise ConfigError('\n'.join(map(str, faults)))
-        set_up_log(self.arguments, config.log_format, topic=config.nsq.topic, channel=config.nsq.channel)
+        config = faultless(self.arguments, json.loads(await stdin.readline())['raw'])
         self.flow = stopper.window = Flow(config, self.figures, self.grant, self.windows.append)
         crew = Crew()
         crew.start(self.listen(stdin))
@@ -3516,7 +3519,7 @@ class Worker:
 
     def say(self):
         """One line for the parent."""
-        windows, self.windows[:] = [facts(window) for window in self.windows], []
+        windows, self.windows[:] = [vars(facts(window)) for window in self.windows], []
         figures = self.flow.gauges()[0].snapshot()
         healthy = self.flow.healthy(asyncio.get_running_loop().time())
         line = json.dumps({
@@ -3528,8 +3531,7 @@ class Worker:
 
 def facts(window):
     """What is told of a window that has ended."""
-    return {'count': window.count, 'seconds': window.seconds, 'failed': bool(window.failure or window.unkept),
-            'ended': time.time()}
+    return types.SimpleNamespace(count=window.count, seconds=window.seconds, ended=time.time())
 
 
 class Daemon:
@@ -3608,8 +3610,7 @@ class Daemon:
         self.schedule.period = self.config.period   # the last start counts, also by another file
         if self.config.workers > 1:
             return Team(self)
-        return Flow(self.config, self.figures, self.grant,
-                    lambda window: self.note(types.SimpleNamespace(**facts(window))))
+        return Flow(self.config, self.figures, self.grant, lambda window: self.note(facts(window)))
 
     async def grant(self):
         """Waits for the next period. Returns max-messages."""
@@ -3805,15 +3806,13 @@ class Figures:
 
     def period(self, config):
         """The time from one window to the next."""
-        endless = not config.period and not config.nsq.max_messages
-        self.set('xmsrv_period_seconds', 0 if endless else max(config.period, config.timeout))
+        self.set('xmsrv_period_seconds', 0 if config.endless else max(config.period, config.timeout))
 
     def ended(self, window):
         """A window has ended."""
         self.follow(window)
-        failed = bool(window.failure or window.unkept)
-        self.add('xmsrv_windows_total', 1, 'failed' if failed else 'done')
-        if not failed:
+        self.add('xmsrv_windows_total', 1, 'failed' if window.failed else 'done')
+        if not window.failed:
             self.set(SUCCESS, time.time())
 
     def holds(self, consumer):
