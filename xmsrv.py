@@ -58,7 +58,7 @@ logging.addLevelName(NOTICE, 'NOTICE')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# errors
+# errors and results
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Failure(Exception):
@@ -130,8 +130,505 @@ def shortened(text, length):
     return text if len(text) <= length else text[:length - 3] + '...'
 
 
+class Answer(collections.namedtuple('Answer', 'outcome reason detail', defaults=(None, None))):
+    """What became of one message at a store or a dead-letter keeper; Window.settle says what follows."""
+
+
+STORED = Answer('stored')           # durably
+DUPLICATE = Answer('duplicate')     # the key was there, and write = create
+STALE = Answer('stale')             # the stored record of that key is newer
+DEAD = Answer('dead')               # durably kept as dead letter, or discarded by wish
+UNKEPT = Answer('unkept')           # a dead letter that can't be kept: stays in the queue
+# and Answer('rejected', reason, detail): can never be stored
+# and Answer('retry', code, detail): not stored, or nobody knows; may be later
+# and Answer('stop', code, detail): not stored; the window ends
+
+
+def rfc3339(seconds):
+    """Seconds since 1970 as `2026-11-24T03:44:00.123456Z`."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime('%Y-%m-%dT%H:%M:%S.%fZ')
+
+
+def grouped(items, key):
+    """Items in groups of one key, in their order, as (key, items)."""
+    keys = [key(item) for item in items]
+    if len(set(keys)) < 2:   # as it mostly is
+        return [(keys[0], items)] if keys else []
+    groups = collections.defaultdict(list)
+    for each, item in zip(keys, items, strict=True):
+        groups[each].append(item)
+    return groups.items()
+
+
+OUTCOMES = ('received', 'stored', 'duplicate', 'stale', 'dead', 'requeued', 'late')
+# What follows for the message from each outcome: the one table that Window.settle goes by.
+FOLLOWS = {'stored': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish', 'rejected': 'reject',
+           'retry': 'again', 'stop': 'leave', 'unkept': 'leave'}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# configuration
+# log and systemd: where lines go, in which form, and what systemd is told
+# ---------------------------------------------------------------------------------------------------------------------
+
+JOURNAL = '/run/systemd/journal/socket'   # systemd.io/JOURNAL_NATIVE_PROTOCOL
+PRIORITIES = {'DEBUG': 7, 'INFO': 6, 'NOTICE': 5, 'WARNING': 4, 'ERROR': 3, 'CRITICAL': 2}   # sd-daemon(3)
+FEW = 5                     # warnings and errors of a kind, in a row, before they are only counted
+MINUTE = 60.0               # seconds for which they are
+MORE = '%d more like this in the last minute: %s'
+
+SYSTEMD = ('NOTIFY_SOCKET', 'WATCHDOG_PID', 'WATCHDOG_USEC')   # only the parent tells systemd
+
+
+def write_all(fd, data):
+    """Writes all of `data`; the kernel may take it in pieces."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
+class Notifier:
+    """sd_notify(3): tells systemd how things are; silent where it does not listen. interval: seconds in which it wants
+    to hear WATCHDOG=1, by half; None: never."""
+
+    def __init__(self):
+        self.address = os.environ.get('NOTIFY_SOCKET', '')
+        ours = os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
+        self.interval = int(os.environ['WATCHDOG_USEC']) / 2e6 if ours and 'WATCHDOG_USEC' in os.environ else None
+
+    def say(self, **fields):
+        """Sends fields such as READY=1; a failure changes nothing."""
+        if not self.address:
+            return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(0.1)   # a systemd that does not read must not stop us
+            sender.connect('\0' + self.address[1:] if self.address[0] == '@' else self.address)
+            sender.send('\n'.join(f'{name}={value}' for name, value in fields.items()).encode())
+
+
+class TextFormatter(logging.Formatter):
+    """`warning: text`, for a terminal or a file; what is said with -v has the seconds since the start."""
+
+    def format(self, record):
+        """The line of a record."""
+        line = super().format(record)
+        if record.levelno == logging.DEBUG:
+            line = f'{record.relativeCreated / 1000:.3f} {line}'
+        return line if record.levelno in (logging.INFO, NOTICE) else f'{record.levelname.lower()}: {line}'
+
+
+class PriorityFormatter(logging.Formatter):
+    """`<4>text`, each line of several: what the journal reads from stderr."""
+
+    def format(self, record):
+        """The lines of a record."""
+        prefix = f'<{PRIORITIES[record.levelname]}>'
+        return prefix + super().format(record).replace('\n', f'\n{prefix}')
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; `common` is in each, and the summary's counts are members of their own."""
+
+    def __init__(self, common):
+        super().__init__()
+        self.common = common
+
+    def format(self, record):
+        """The line of a record."""
+        members = {'time': rfc3339(record.created), 'level': record.levelname.lower(), 'message': record.getMessage(),
+                   **self.common, **getattr(record, 'fields', {})}
+        if record.exc_info:
+            members['traceback'] = self.formatException(record.exc_info)
+        return json.dumps(members)
+
+
+class JournalHandler(logging.StreamHandler):
+    """To the journal, a datagram of fields a record; `common` is in each. Lines with their priority go to stderr where
+    its socket is not there or refuses."""
+
+    def __init__(self, common):
+        super().__init__()
+        self.common, self.plain = common, logging.Formatter()
+        self.setFormatter(PriorityFormatter())
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def emit(self, record):
+        """Sends a record; what can't be formatted is logging's to report. What is said before the file is read, or last
+        of all, goes to stderr: of a datagram from a process that has ended the journal no longer finds the unit."""
+        try:
+            if 'topic' not in self.common or getattr(record, 'last', False):
+                raise OSError('by way of stderr')
+            self.send(self.entry(record))
+        except OSError:
+            super().emit(record)
+        except Exception:
+            self.handleError(record)
+
+    def entry(self, record):
+        """A record as the journal takes it: the summary's counts and whatever else it has are fields XMSRV_..."""
+        fields = {**self.common, **getattr(record, 'fields', {})}
+        return journal_entry({'MESSAGE': self.plain.format(record), 'PRIORITY': PRIORITIES[record.levelname],
+                              'SYSLOG_IDENTIFIER': 'x-msrv',
+                              **{f'XMSRV_{name.upper()}': value for name, value in fields.items()}})
+
+    def send(self, entry):
+        """Sends a datagram. By name each time, so that a journal that was started anew gets it. Raises OSError."""
+        try:
+            self.socket.sendto(entry, JOURNAL)
+        except OSError as error:
+            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
+                raise
+            self.send_sealed(entry)
+
+    def send_sealed(self, entry):
+        """What is too large for the socket goes as a file in memory, sealed, so that nobody changes it any more."""
+        fd = os.memfd_create('x-msrv', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            write_all(fd, entry)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS,
+                        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+            self.socket.sendmsg([], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('i', fd))], 0, JOURNAL)
+        finally:
+            os.close(fd)
+
+    def close(self):
+        """Closes the socket; stderr stays open."""
+        self.socket.close()
+        super().close()
+
+
+def journal_entry(fields):
+    """Fields in the journal's form: `NAME=value`, or the name, the length and a value that has a newline in it."""
+    lines = []
+    for name, value in fields.items():
+        data = str(value).encode('utf-8', 'backslashreplace')
+        given = b'\n' + struct.pack('<Q', len(data)) + data if b'\n' in data else b'=' + data
+        lines.append(name.encode() + given + b'\n')
+    return b''.join(lines)
+
+
+class Repeats(logging.Filter):
+    """Holds back warnings and errors that repeat: the first FEW of a kind (a template, or where it has no words of its
+    own the whole text) pass, the others are counted, and the count is said when the minute is over or at exit.
+
+    seen: kind -> (since when, how many, the last one). With -v all pass.
+    """
+
+    def __init__(self, clock=time.monotonic):
+        super().__init__()
+        self.clock, self.seen, self.lock = clock, {}, threading.Lock()   # the store's threads log as well
+
+    def filter(self, record):
+        """Whether a record passes."""
+        if record.levelno < logging.WARNING or record.msg == MORE or log.isEnabledFor(logging.DEBUG):
+            return True
+        self.tell_old()
+        kind = record.msg if re.search('[a-z]{2}', record.msg) else record.getMessage()
+        with self.lock:
+            since, number, _ = self.seen.get(kind, (self.clock(), 0, None))
+            number += 1
+            self.seen[kind] = since, number, record
+        if number == FEW + 1:
+            self.set_timer()
+        return number <= FEW
+
+    def set_timer(self):
+        """So that the count is said in time, though nothing else is; a thread, for there need not be a loop."""
+        timer = threading.Timer(MINUTE, self.tell_old)
+        timer.daemon = True
+        timer.start()
+
+    def tell_old(self):
+        """Says the counts of which the minute is over."""
+        self.tell(self.clock() - MINUTE)
+
+    def tell(self, until=math.inf):
+        """Says the counts that began until then, and forgets them."""
+        with self.lock:
+            over = [self.seen.pop(kind) for kind, (since, *_) in list(self.seen.items()) if since <= until]
+        for _, number, last in over:
+            if number > FEW:
+                log.log(last.levelno, MORE, number - FEW, last.getMessage())
+
+
+repeats = Repeats()
+
+
+def under_journal():
+    """Whether stderr goes to the journal: systemd.exec(5), JOURNAL_STREAM."""
+    try:
+        here = os.fstat(2)
+    except OSError:   # it is closed
+        return False
+    return os.environ.get('JOURNAL_STREAM') == f'{here.st_dev}:{here.st_ino}'
+
+
+def log_handler(log_format, common):
+    """The handler for a format, and for what stderr is."""
+    if log_format == 'text' and under_journal():
+        return JournalHandler(common)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter(common) if log_format == 'json' else TextFormatter())
+    return handler
+
+
+def set_up_log(arguments, log_format='text', **common):
+    """Sends the log to stderr or the journal, at the level that -v and -q ask for. `common`: fields of each record."""
+    for handler in log.handlers:
+        handler.close()
+    log.handlers, log.propagate = [log_handler(log_format, common)], False
+    log.addFilter(repeats)
+    log.setLevel(logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO)
+    logging.getLogger('tornado').setLevel(logging.CRITICAL)   # it reports again what is raised to us
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics: what is counted
+# ---------------------------------------------------------------------------------------------------------------------
+
+Metric = collections.namedtuple('Metric', 'name kind labels help join', defaults=(sum,))
+
+# The one table of figures. join: what becomes of a gauge's values of several workers. No label takes a value that a
+# message could choose.
+METRICS = (
+    Metric('xmsrv_received_total', 'counter', (), 'Messages that came, those that came again too.'),
+    Metric('xmsrv_messages_total', 'counter', ('outcome',), 'What became of them.'),
+    Metric('xmsrv_dead_letters_total', 'counter', ('reason',), 'Messages that can never become a record.'),
+    Metric('xmsrv_store_errors_total', 'counter', ('code',), 'Records that the store did not take, by its answer.'),
+    Metric('xmsrv_store_batch_seconds', 'histogram', (), 'Seconds that a call of the store took.'),
+    Metric('xmsrv_store_batch_records', 'histogram', (), 'Records in a call of the store.'),
+    Metric('xmsrv_lag_seconds', 'histogram', (), 'Age of a message when it was stored, in seconds.'),
+    Metric('xmsrv_in_flight', 'gauge', (), 'Messages held, without an answer to nsqd yet.'),
+    Metric('xmsrv_connections', 'gauge', ('state',), 'nsqds that are connected (up), and that are not (down).'),
+    Metric('xmsrv_store_up', 'gauge', (), '1 while the store takes records, 0 while it does not.', min),
+    Metric('xmsrv_windows_total', 'counter', ('result',), 'Windows that ended well (done), or not (failed).'),
+    Metric('xmsrv_last_success_timestamp_seconds', 'gauge', (),
+           'When a window last ended well, or all was well in one without end.', max),
+    Metric('xmsrv_period_seconds', 'gauge', (),
+           'The configured period, or timeout where that is longer; 0: a window without end.', max),
+    Metric('xmsrv_worker_restarts_total', 'counter', (), 'Workers that ended and were started again.'),
+    Metric('xmsrv_build_info', 'gauge', ('version',), 'Always 1.', max),
+)
+SUCCESS = 'xmsrv_last_success_timestamp_seconds'
+KINDS = {metric.name: metric for metric in METRICS}
+BOUNDS = {   # upper bounds of the buckets
+    'xmsrv_store_batch_seconds': (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    'xmsrv_store_batch_records': (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+    'xmsrv_lag_seconds': (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 21600, 86400),
+}
+VALUES = {   # of the labels whose values are known beforehand
+    'xmsrv_messages_total': [(outcome,) for outcome in OUTCOMES[1:]],
+    'xmsrv_dead_letters_total': [(reason,) for reason in REASONS],
+    'xmsrv_windows_total': [('done',), ('failed',)],
+}
+RECENT = 10   # dead letters that are shown
+
+
+class Figures:
+    """Numbers by (name, values of the labels), histograms by name as a count for each bucket and the sum behind them.
+    recent: of the latest dead letters (seconds since 1970, reason, detail). constant: labels that every series has."""
+
+    def __init__(self, constant=None):
+        self.constant = constant or {}
+        self.numbers = {}
+        self.histograms = {name: [0] * (len(bounds) + 2) for name, bounds in BOUNDS.items()}
+        self.recent = collections.deque(maxlen=RECENT)
+        for metric in METRICS:   # so that the first of anything can be seen as an increase
+            for value in VALUES.get(metric.name, [()]):
+                if metric.kind == 'counter' and len(value) == len(metric.labels):
+                    self.add(metric.name, 0, *value)
+        self.set('xmsrv_build_info', 1, __version__)
+
+    def add(self, name, number=1, *labels):
+        """Counts."""
+        key = (name, *labels)
+        self.numbers[key] = self.numbers.get(key, 0) + number
+
+    def set(self, name, number, *labels):
+        """What is so now."""
+        self.numbers[(name, *labels)] = number
+
+    def observe(self, name, value):
+        """One value of a histogram."""
+        histogram = self.histograms[name]
+        histogram[bisect.bisect_left(BOUNDS[name], value)] += 1
+        histogram[-1] += value
+
+    # -- what is counted
+
+    def batch(self, records, seconds, answers):
+        """A call of the store."""
+        self.observe('xmsrv_store_batch_seconds', seconds)
+        self.observe('xmsrv_store_batch_records', records)
+        for answer in answers:
+            if answer.outcome in ('retry', 'stop'):
+                self.add('xmsrv_store_errors_total', 1, str(answer.reason))
+
+    def settled(self, answer, messages, now):
+        """Messages that are finished, by the same answer."""
+        if answer is STORED:
+            lags, bounds = self.histograms['xmsrv_lag_seconds'], BOUNDS['xmsrv_lag_seconds']
+            for message in messages:   # as observe(), without its look-ups: this is done for each message
+                lag = now - message.timestamp / 1e9
+                lags[bisect.bisect_left(bounds, lag)] += 1
+                lags[-1] += lag
+        elif answer is DEAD:
+            for message in messages:
+                self.add('xmsrv_dead_letters_total', 1, message.unfit.reason)
+                self.recent.append((now, message.unfit.reason, message.unfit.detail))
+
+    def follow(self, window):
+        """What a window has counted since it was asked last."""
+        for outcome in OUTCOMES[1:]:
+            self.add('xmsrv_messages_total', window.count[outcome] - window.followed[outcome], outcome)
+        window.followed = dict(window.count)
+
+    def period(self, config):
+        """The time from one window to the next."""
+        self.set('xmsrv_period_seconds', 0 if config.endless else max(config.period, config.timeout))
+
+    def ended(self, window):
+        """A window has ended."""
+        self.follow(window)
+        self.add('xmsrv_windows_total', 1, 'failed' if window.failed else 'done')
+        if not window.failed:
+            self.set(SUCCESS, time.time())
+
+    def holds(self, consumer):
+        """What a consumer has, now."""
+        up = len(consumer.connections)
+        self.set('xmsrv_in_flight', len(consumer.held))
+        self.set('xmsrv_connections', up, 'up')
+        self.set('xmsrv_connections', max(0, len(consumer.addresses) - up), 'down')
+
+    def unavailable(self, error):
+        """A window could not even begin."""
+        self.add('xmsrv_windows_total', 1, 'failed')
+        self.set('xmsrv_store_up', int(not isinstance(error, StoreAway)))
+        self.nothing_up()
+
+    def nothing_up(self):
+        """No nsqd is connected; those that were are down."""
+        self.add('xmsrv_connections', self.numbers.get(('xmsrv_connections', 'up'), 0), 'down')
+        self.set('xmsrv_connections', 0, 'up')
+        self.set('xmsrv_in_flight', 0)
+
+    # -- from one process to another, and from one run to the next
+
+    def snapshot(self):
+        """All of it as JSON can say it."""
+        return {'numbers': [[*key, number] for key, number in self.numbers.items()], 'histograms': self.histograms,
+                'recent': list(self.recent)}
+
+    def counted(self):
+        """New figures with what was counted so far, and when all was well."""
+        fresh = Figures(self.constant)
+        fresh.merge(self.snapshot(), gauges=False)
+        if (SUCCESS,) in self.numbers:
+            fresh.set(SUCCESS, self.numbers[(SUCCESS,)])
+        return fresh
+
+    def merge(self, snapshot, gauges=True):
+        """Takes in what another process counted."""
+        for *key, number in snapshot['numbers']:
+            kind = KINDS[key[0]]
+            if kind.kind == 'counter':
+                self.add(key[0], number, *key[1:])
+            elif gauges:
+                there = self.numbers.get(tuple(key))
+                self.set(key[0], number if there is None else kind.join((there, number)), *key[1:])
+        for name, counts in snapshot['histograms'].items():
+            self.histograms[name] = [a + b for a, b in zip(self.histograms[name], counts, strict=True)]
+        self.recent = collections.deque(sorted([*self.recent, *map(tuple, snapshot['recent'])]), maxlen=RECENT)
+
+    def collect(self):
+        """Yields the families, as prometheus_client asks for them."""
+        from prometheus_client import core
+        more = tuple(self.constant.values())
+        for metric in METRICS:
+            labels = (*metric.labels, *self.constant)
+            if metric.kind == 'histogram':
+                *counts, total = self.histograms[metric.name]
+                bounds = [*map(str, BOUNDS[metric.name]), '+Inf']
+                made = core.HistogramMetricFamily(metric.name, metric.help, labels=labels)
+                made.add_metric(more, list(zip(bounds, itertools.accumulate(counts), strict=True)), total)
+                yield made
+                continue
+            family = core.CounterMetricFamily if metric.kind == 'counter' else core.GaugeMetricFamily
+            made = family(metric.name, metric.help, labels=labels)
+            for key, number in self.numbers.items():
+                if key[0] == metric.name:
+                    made.add_metric((*key[1:], *more), number)
+            yield made
+
+
+def together(parts):
+    """Figures, or snapshots of them, as one."""
+    total = Figures()
+    for part in parts:
+        total.merge(part.snapshot() if isinstance(part, Figures) else part)
+    return total
+
+
+def exposition(figures, process=False):
+    """Figures in Prometheus' text format, as bytes; where that is wished with those of this process (CPU, memory)."""
+    import prometheus_client
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(figures)
+    if process:
+        prometheus_client.ProcessCollector(registry=registry)
+    return prometheus_client.generate_latest(registry)
+
+
+def preload():
+    """Imports now what is needed at the end: an upgrade may replace it under a window that runs."""
+    import prometheus_client.core
+    import prometheus_client.parser
+    return prometheus_client
+
+
+def write_textfile(filename, figures):
+    """Writes the figures for node_exporter: whole or not at all, readable for everybody, and with what the runs before
+    counted. A failure is worth a warning, no more: the messages are stored."""
+    try:
+        figures.merge(carried_over(filename))
+    except Exception as error:   # anything may stand there
+        log.warning('%s: not figures of x-msrv, they begin anew: %s', filename, error)
+    beside = f'{filename}.{os.getpid()}'
+    try:
+        with open(beside, 'wb') as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(exposition(figures))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, filename)
+    except OSError as error:
+        log.warning('%s: %s', filename, error.strerror)
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+
+
+def carried_over(filename):
+    """What the file has of the runs before, as a snapshot. Raises anything for what is no such file."""
+    from prometheus_client import parser
+    snapshot = {'numbers': [], 'histograms': {}, 'recent': []}
+    if not os.path.exists(filename):
+        return snapshot
+    with open(filename, encoding='utf-8') as file:
+        samples = [sample for family in parser.text_fd_to_metric_families(file) for sample in family.samples]
+    for sample in samples:
+        metric = KINDS.get(sample.name)
+        if metric and (metric.kind == 'counter' or metric.name == SUCCESS):
+            snapshot['numbers'].append([sample.name, *(sample.labels[label] for label in metric.labels), sample.value])
+    for name, bounds in BOUNDS.items():
+        sums = [sample.value for sample in samples if sample.name == f'{name}_bucket']
+        if len(sums) == len(bounds) + 1:
+            counts = [int(b - a) for a, b in zip([0, *sums], sums, strict=False)]
+            snapshot['histograms'][name] = [*counts, next(s.value for s in samples if s.name == f'{name}_sum')]
+    return snapshot
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# options and configuration
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_FILE = '/etc/x-msrv/x-msrv.conf'
@@ -881,8 +1378,14 @@ def quoted(word):
     return f'{quote}{word}{quote}'
 
 
+def spelled(address):
+    """(host, port) as text, IPv6 in brackets."""
+    host, port = address
+    return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# messages: from bytes to a record, or the reason why not
+# message and mapping: from bytes to a record, or the reason why not
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_DEPTH = 64              # levels; a map or list of 65 is stored by Aerospike, and can never be read again
@@ -1160,24 +1663,388 @@ class Mapper:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# nsqd protocol: one connection, and what nsqlookupd says
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHUNK = 256 * 1024          # bytes a read
+MAX_ANSWER = 1 << 20        # bytes of an answer in the handshake: what is no nsqd would have us wait for gigabytes
+CONNECT_TIMEOUT = 3.0       # seconds from the first packet to a subscribed connection
+HEARTBEAT = 10.0            # seconds; nsqd closes after two of its own unanswered, so do we
+DEFAULT_HEARTBEAT = 60.0    # seconds; of an nsqd that refused ours: half its --client-timeout, 30 as it comes
+HTTP_TIMEOUTS = {'connect_timeout': CONNECT_TIMEOUT, 'request_timeout': CONNECT_TIMEOUT}
+FLUSH = 25                  # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
+BUFFER = 64 * 1024          # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
+TICK = 0.025                # seconds between looks at RDY, idleness and TOUCH
+PUBLISH_TIMEOUT = 5.0       # seconds for nsqd to take a batch of dead letters
+CLOSE_TIMEOUT = 1.0         # seconds to wait for CLOSE_WAIT
+RESPONSE, ERROR, MESSAGE = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR, nsq.FRAME_TYPE_MESSAGE
+FRAME = struct.Struct('>ii')            # size of what follows, frame type
+HEAD = struct.Struct('>iiqH16s')        # of a message: size, type, timestamp, attempts, id
+REFUSED_ANSWERS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')   # not fatal: nsqd has delivered it again
+UNREACHABLE = (OSError, QueueError, asyncio.TimeoutError, UnicodeError)   # the last: a name that is none
+
+
+def explained(error):
+    """An exception of a connection as a few words."""
+    cause = getattr(error, 'real_error', None) or error
+    if isinstance(cause, asyncio.TimeoutError):
+        return 'no answer in time'
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f'TLS: {cause.verify_message}'
+    if isinstance(cause, StreamClosedError):
+        return 'the connection was closed'
+    return getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__
+
+
+class Link:
+    """How every nsqd is reached: TLS, secret, limits; made once from [nsq]."""
+
+    def __init__(self, config):
+        try:
+            self.tls = tls_context(config.nsq.tls) if config.nsq.tls else None
+            self.secret = open_secret(config.nsq.auth_secret_file) if config.nsq.auth_secret_file else None
+        except (OSError, ValueError) as error:   # what was there when the file was checked
+            raise Unavailable(f'[nsq] a certificate or the secret: {error}') from None
+        self.msg_timeout = config.nsq.msg_timeout
+
+    def identity(self):
+        """What IDENTIFY says of every connection."""
+        host = socket.gethostname()
+        return {'client_id': host.partition('.')[0], 'hostname': host, 'user_agent': f'x-msrv/{__version__}',
+                'feature_negotiation': True, 'tls_v1': bool(self.tls)}
+
+    def wishes(self):
+        """What IDENTIFY asks for; nsqd refuses all of it when one value is over its limits."""
+        wishes = {'heartbeat_interval': int(HEARTBEAT * 1000), 'output_buffer_timeout': FLUSH,
+                  'output_buffer_size': BUFFER}
+        if self.msg_timeout:
+            wishes['msg_timeout'] = int(self.msg_timeout * 1000)
+        return wishes
+
+
+class Connection:
+    """One TCP connection to an nsqd, from the handshake to CLOSE_WAIT.
+
+    pynsq's AsyncConn has a callback and an object a message, checks no host name and sends secrets over what TLS
+    was asked for and not obtained; here only its commands and names are used. `info` is nsqd's answer to IDENTIFY.
+    """
+
+    def __init__(self, address, link, topic=None, channel=None):
+        self.address, self.link, self.topic, self.channel = address, link, topic, channel
+        self.stream, self.info, self.lost = None, {}, False
+        self.rest = b''          # of the last read: an unfinished frame
+        self.heard = 0.0         # loop time of the last read
+        self.heartbeat = HEARTBEAT
+
+    def __str__(self):
+        return spelled(self.address)
+
+    async def open(self):
+        """Connects, up to the subscription where a topic is given. Raises one of UNREACHABLE."""
+        try:
+            await self.connect(self.link.wishes())
+        except QueueError as error:
+            if not str(error).startswith('E_BAD_BODY'):
+                raise
+            log.warning('nsqd %s: %s; trying with its own defaults', self, error)
+            self.heartbeat = DEFAULT_HEARTBEAT
+            await self.connect({})
+
+    async def connect(self, wishes):
+        """Shakes hands within CONNECT_TIMEOUT; what fails leaves no socket behind."""
+        try:
+            await asyncio.wait_for(self.shake_hands(wishes), CONNECT_TIMEOUT)
+        except BaseException:
+            self.drop()
+            raise
+
+    async def shake_hands(self, wishes):
+        """IDENTIFY, then TLS, then AUTH, then SUB: no secret crosses before what was asked for is there."""
+        self.rest, self.lost = b'', False
+        self.stream = await TCPClient().connect(*self.address)
+        self.stream.set_nodelay(True)
+        self.send(b'  V2' + nsq.identify({**self.link.identity(), **wishes}))
+        self.info = self.parsed(await self.answer())
+        if self.link.tls:
+            await self.start_tls()
+        if self.link.secret:
+            await self.authenticate()
+        if self.topic:
+            self.send(nsq.subscribe(self.topic, self.channel))
+            await self.answer(b'OK')
+        self.heard = asyncio.get_running_loop().time()
+
+    @staticmethod
+    def parsed(data):
+        """nsqd's answer to IDENTIFY as a dict."""
+        try:
+            info = json.loads(data)
+        except (ValueError, RecursionError):
+            info = None
+        limits = ('max_rdy_count', 'msg_timeout', 'max_msg_timeout', 'output_buffer_timeout')
+        if not isinstance(info, dict) or not all(TYPES['integer'](info.get(name, 0)) for name in limits):
+            raise QueueError(f'not an answer of nsqd: {shortened(ascii(data), 60)}')
+        return info
+
+    async def start_tls(self):
+        """TLS with the host's name verified."""
+        if not self.info.get('tls_v1'):
+            raise QueueError('TLS is asked for, and this nsqd does not offer it')
+        stream, self.stream = self.stream, None
+        # tornado hands out the new stream only when it is good: the twin ends one that never gets there.
+        with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
+            try:
+                self.stream = await stream.start_tls(False, ssl_options=self.link.tls, server_hostname=self.address[0])
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    twin.shutdown(socket.SHUT_RDWR)
+                raise
+        await self.answer(b'OK')
+
+    async def authenticate(self):
+        """AUTH with the secret."""
+        if not self.info.get('auth_required'):
+            raise QueueError('auth is asked for, and this nsqd does not do it')
+        self.send(nsq.protocol.auth(self.link.secret))
+        await self.answer()
+
+    async def answer(self, expected=None):
+        """The next response's bytes, in the handshake. Raises QueueError for an error of nsqd."""
+        while True:
+            size, kind = FRAME.unpack(await self.stream.read_bytes(8))
+            if not 4 <= size <= MAX_ANSWER:
+                raise QueueError('not an nsqd: its answer is no frame')
+            data = await self.stream.read_bytes(size - 4)
+            if kind == RESPONSE and data == b'_heartbeat_':
+                self.send(nsq.nop())
+            elif kind != RESPONSE or (expected and data != expected):
+                raise QueueError(data.decode('utf-8', 'replace'))
+            else:
+                return data
+
+    def send(self, data):
+        """Writes; a connection that is lost is found so by its reader."""
+        if not self.lost:
+            try:
+                self.stream.write(data)
+            except StreamClosedError:
+                self.lost = True
+
+    async def read(self):
+        """Hands over what comes, chunk by chunk, until the connection ends; then raises why."""
+        loop = asyncio.get_running_loop()
+        while True:
+            chunk = await self.stream.read_bytes(CHUNK, partial=True)
+            self.heard = loop.time()
+            messages = self.unpack(self.rest + chunk if self.rest else chunk)
+            if messages:
+                await self.deliver(messages)
+
+    def unpack(self, data):
+        """The messages of all whole frames in `data`; other frames are answered on the way."""
+        messages, at, end, now = [], 0, len(data), self.heard
+        while end - at >= 8:
+            size, kind = FRAME.unpack_from(data, at)
+            after = at + 4 + size
+            if size < (HEAD.size - 4 if kind == MESSAGE else 4):
+                raise QueueError('a frame of a size that there is not')
+            if after > end:
+                break
+            if kind == MESSAGE:
+                _, _, timestamp, attempts, id = HEAD.unpack_from(data, at)
+                messages.append(Message(self, id, timestamp, attempts, data[at + 34:after], now))
+            else:
+                self.respond(kind, data[at + 8:after])
+            at = after
+        self.rest = data[at:]
+        return messages
+
+    def respond(self, kind, data):
+        """Takes a response or error of nsqd."""
+        if kind == RESPONSE and data == b'_heartbeat_':
+            self.send(nsq.nop())
+        elif kind == ERROR:
+            raise QueueError(data.decode('utf-8', 'replace'))
+
+    async def deliver(self, messages):
+        """Takes messages; only a Subscription asks for any."""
+
+    def drop(self):
+        """Closes the socket at once."""
+        self.lost = True
+        if self.stream:
+            self.stream.close()
+
+
+class Publisher(Connection):
+    """A connection that publishes to its topic."""
+
+    async def open(self):
+        """Connects and starts to read the answers."""
+        await super().open()
+        self.waiting = None      # a future, while an MPUB is without its answer
+        self.reader = asyncio.ensure_future(self.read_answers())
+        log.debug('nsqd %s: connected, for dead letters in %s', self, self.topic)
+
+    async def publish(self, bodies):
+        """Publishes all or none, in one MPUB: nsqd looks at each before it takes the first. Raises one of UNREACHABLE;
+        every error takes the connection with it, and its text may get lost on the way, so one PUB behind another
+        would leave open which of them were taken."""
+        loop = asyncio.get_running_loop()
+        self.waiting = loop.create_future()
+        self.send(nsq.mpub(self.topic, bodies))
+        timer = loop.call_later(PUBLISH_TIMEOUT, self.answered, asyncio.TimeoutError())
+        try:
+            await self.waiting
+        finally:
+            timer.cancel()
+
+    async def read_answers(self):
+        """Reads until the connection ends, and fails what still waits with the reason."""
+        try:
+            await self.read()
+        except UNREACHABLE as error:
+            self.lost = True
+            self.answered(error)
+
+    def answered(self, error=None):
+        """Ends the wait for the answer."""
+        if self.waiting and not self.waiting.done():
+            if error:
+                self.waiting.set_exception(error)
+            else:
+                self.waiting.set_result(None)
+
+    def respond(self, kind, data):
+        """OK is the answer to the MPUB."""
+        if kind == RESPONSE and data == b'OK':
+            self.answered()
+        else:
+            super().respond(kind, data)
+
+    def close(self):
+        """Closes; nothing published is without its answer."""
+        self.reader.cancel()
+        self.drop()
+
+
+class Subscription(Connection):
+    """A connection that receives messages.
+
+    rdy: what nsqd was last told. in_flight: messages held; parked: of them, those put aside for the window's end, for
+    which RDY has to be so much higher. listening: loop time since when it could have delivered.
+    quiet: it could for a while, and had nothing; a new RDY gives it a new chance. tried: the same, until a message.
+    """
+
+    def __init__(self, address, consumer):
+        super().__init__(address, consumer.link, consumer.topic, consumer.channel)
+        self.consumer = consumer
+        self.rdy = self.in_flight = self.parked = 0
+        self.quiet, self.tried, self.listening = False, False, 0.0
+        self.closed = None
+
+    async def open(self):
+        """Connects and reads nsqd's limits."""
+        await super().open()
+        self.max_rdy = self.info.get('max_rdy_count', 2500)
+        self.msg_timeout = self.info.get('msg_timeout', 60000) / 1000
+        self.max_msg_timeout = self.info.get('max_msg_timeout', 900000) / 1000
+        self.silence = 2 * self.info.get('output_buffer_timeout', 250) / 1000
+        log.debug('nsqd %s: connected, version %s, RDY at most %d, msg-timeout %g s', self, self.info.get('version'),
+                  self.max_rdy, self.msg_timeout)
+
+    async def deliver(self, messages):
+        """Hands messages on; reads no further while too much is held."""
+        self.consumer.receive(self, messages)
+        await self.consumer.room.wait()
+
+    def respond(self, kind, data):
+        """A refused FIN, REQ or TOUCH is late, no error: what was stored stays stored, the redelivery rewrites it."""
+        if kind == ERROR and data.startswith(REFUSED_ANSWERS):
+            self.consumer.refused(self, data)
+        elif data == b'CLOSE_WAIT' and self.closed:
+            self.closed.set()
+        else:
+            super().respond(kind, data)
+
+    def ask(self, rdy):
+        """Sends RDY when it changes."""
+        if rdy != self.rdy:
+            if rdy > self.rdy:
+                self.listening = asyncio.get_running_loop().time()
+            if not self.rdy:
+                self.quiet = False
+            log.debug('nsqd %s: RDY %d -> %d', self, self.rdy, rdy)
+            self.rdy = rdy
+            self.send(nsq.ready(rdy))
+
+    async def close(self):
+        """CLS, behind all answers; then reads until CLOSE_WAIT: closing at once loses the FINs on their way. Hands back
+        what was on its way to us, else it would come again only after msg-timeout; nsqd takes a REQ behind CLS."""
+        self.closed = asyncio.Event()
+        self.send(b'CLS\n')
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.closed.wait(), CLOSE_TIMEOUT)
+        self.consumer.hand_back([message for message in self.consumer.held.values() if message.conn is self])
+        self.drop()
+        log.debug('nsqd %s: disconnected', self)
+
+
+async def look_up(addresses, topic):
+    """Asks all nsqlookupds for the nsqds of a topic. Returns ({(host, port): http port}, {address: error})."""
+    client = AsyncHTTPClient(force_instance=True)
+    try:
+        questions = [ask_lookupd(client, address, topic) for address in addresses]
+        answers = await asyncio.gather(*questions, return_exceptions=True)
+    finally:
+        client.close()
+    found, errors = {}, {}
+    for address, answer in zip(addresses, answers, strict=True):
+        if isinstance(answer, UNREACHABLE):
+            errors[address] = explained(answer)
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            found.update(answer)
+    return found, errors
+
+
+async def ask_lookupd(client, address, topic):
+    """The nsqds that one nsqlookupd names for a topic; none when it does not know the topic."""
+    try:
+        response = await client.fetch(f'http://{spelled(address)}/lookup?topic={topic.replace("#", "%23")}',
+                                      **HTTP_TIMEOUTS)
+        return {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
+                for p in json.loads(response.body)['producers']}
+    except HTTPError as error:   # also a timeout, and an answer that breaks off
+        if error.code == 404:
+            return {}
+        raise QueueError(str(error)) from None
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise QueueError(f'not an answer of nsqlookupd: {error}') from None
+
+
+async def find_nsqds(config, topic):
+    """The nsqds to ask for a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers;
+    one that is down costs nothing but a warning."""
+    if config.nsq.nsqd_tcp_address:
+        return dict.fromkeys(config.nsq.nsqd_tcp_address)
+    found, errors = await look_up(config.nsq.lookupd_http_address, topic)
+    lines = [f'nsqlookupd {spelled(address)}: {error}' for address, error in errors.items()]
+    if len(errors) == len(set(config.nsq.lookupd_http_address)):
+        raise Unavailable('no nsqlookupd can be reached: ' + '; '.join(lines))
+    for line in lines:
+        log.warning('%s', line)
+    if not found:
+        log.warning('no nsqd has the topic %s yet', topic)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # stores
 # ---------------------------------------------------------------------------------------------------------------------
 
 THREADS = 'x-msrv'           # how the names of threads begin that may hang in a call: see leave_stuck_calls
-
-
-class Answer(collections.namedtuple('Answer', 'outcome reason detail', defaults=(None, None))):
-    """What became of one message at a store or a dead-letter keeper; Window.settle says what follows."""
-
-
-STORED = Answer('stored')           # durably
-DUPLICATE = Answer('duplicate')     # the key was there, and write = create
-STALE = Answer('stale')             # the stored record of that key is newer
-DEAD = Answer('dead')               # durably kept as dead letter, or discarded by wish
-UNKEPT = Answer('unkept')           # a dead letter that can't be kept: stays in the queue
-# and Answer('rejected', reason, detail): can never be stored
-# and Answer('retry', code, detail): not stored, or nobody knows; may be later
-# and Answer('stop', code, detail): not stored; the window ends
 
 
 class Store:
@@ -1559,11 +2426,6 @@ def newest_wins(time_bin):
 STORES = {'aerospike': AerospikeStore, 'sqlite': SqliteStore}
 
 
-def rfc3339(seconds):
-    """Seconds since 1970 as `2026-11-24T03:44:00.123456Z`."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime('%Y-%m-%dT%H:%M:%S.%fZ')
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # dead letters: what can never become a record, kept with the reason
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1697,13 +2559,6 @@ def lock(fd, seconds):
             time.sleep(0.01)
 
 
-def write_all(fd, data):
-    """Writes all of `data`; the kernel may take it in pieces."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view):]
-
-
 def sync_directory(directory):
     """Makes a new file's name durable."""
     fd = os.open(directory or '.', os.O_RDONLY | os.O_DIRECTORY)
@@ -1795,350 +2650,9 @@ class DeadLetters:
         self.pool.shutdown(wait=False)
 
 
-def grouped(items, key):
-    """Items in groups of one key, in their order, as (key, items)."""
-    keys = [key(item) for item in items]
-    if len(set(keys)) < 2:   # as it mostly is
-        return [(keys[0], items)] if keys else []
-    groups = collections.defaultdict(list)
-    for each, item in zip(keys, items, strict=True):
-        groups[each].append(item)
-    return groups.items()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# consumer: the nsqds, and the one place that answers them
+# batcher: messages wait for their batch
 # ---------------------------------------------------------------------------------------------------------------------
-
-CHUNK = 256 * 1024          # bytes a read
-MAX_ANSWER = 1 << 20        # bytes of an answer in the handshake: what is no nsqd would have us wait for gigabytes
-CONNECT_TIMEOUT = 3.0       # seconds from the first packet to a subscribed connection
-HEARTBEAT = 10.0            # seconds; nsqd closes after two of its own unanswered, so do we
-DEFAULT_HEARTBEAT = 60.0    # seconds; of an nsqd that refused ours: half its --client-timeout, 30 as it comes
-HTTP_TIMEOUTS = {'connect_timeout': CONNECT_TIMEOUT, 'request_timeout': CONNECT_TIMEOUT}
-FLUSH = 25                  # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
-BUFFER = 64 * 1024          # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
-TICK = 0.025                # seconds between looks at RDY, idleness and TOUCH
-PUBLISH_TIMEOUT = 5.0       # seconds for nsqd to take a batch of dead letters
-CLOSE_TIMEOUT = 1.0         # seconds to wait for CLOSE_WAIT
-RESPONSE, ERROR, MESSAGE = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR, nsq.FRAME_TYPE_MESSAGE
-FRAME = struct.Struct('>ii')            # size of what follows, frame type
-HEAD = struct.Struct('>iiqH16s')        # of a message: size, type, timestamp, attempts, id
-REFUSED_ANSWERS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')   # not fatal: nsqd has delivered it again
-UNREACHABLE = (OSError, QueueError, asyncio.TimeoutError, UnicodeError)   # the last: a name that is none
-
-
-def spelled(address):
-    """(host, port) as text, IPv6 in brackets."""
-    host, port = address
-    return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
-
-
-def explained(error):
-    """An exception of a connection as a few words."""
-    cause = getattr(error, 'real_error', None) or error
-    if isinstance(cause, asyncio.TimeoutError):
-        return 'no answer in time'
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f'TLS: {cause.verify_message}'
-    if isinstance(cause, StreamClosedError):
-        return 'the connection was closed'
-    return getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__
-
-
-class Link:
-    """How every nsqd is reached: TLS, secret, limits; made once from [nsq]."""
-
-    def __init__(self, config):
-        try:
-            self.tls = tls_context(config.nsq.tls) if config.nsq.tls else None
-            self.secret = open_secret(config.nsq.auth_secret_file) if config.nsq.auth_secret_file else None
-        except (OSError, ValueError) as error:   # what was there when the file was checked
-            raise Unavailable(f'[nsq] a certificate or the secret: {error}') from None
-        self.msg_timeout = config.nsq.msg_timeout
-
-    def identity(self):
-        """What IDENTIFY says of every connection."""
-        host = socket.gethostname()
-        return {'client_id': host.partition('.')[0], 'hostname': host, 'user_agent': f'x-msrv/{__version__}',
-                'feature_negotiation': True, 'tls_v1': bool(self.tls)}
-
-    def wishes(self):
-        """What IDENTIFY asks for; nsqd refuses all of it when one value is over its limits."""
-        wishes = {'heartbeat_interval': int(HEARTBEAT * 1000), 'output_buffer_timeout': FLUSH,
-                  'output_buffer_size': BUFFER}
-        if self.msg_timeout:
-            wishes['msg_timeout'] = int(self.msg_timeout * 1000)
-        return wishes
-
-
-class Connection:
-    """One TCP connection to an nsqd, from the handshake to CLOSE_WAIT.
-
-    pynsq's AsyncConn has a callback and an object a message, checks no host name and sends secrets over what TLS
-    was asked for and not obtained; here only its commands and names are used. `info` is nsqd's answer to IDENTIFY.
-    """
-
-    def __init__(self, address, link, topic=None, channel=None):
-        self.address, self.link, self.topic, self.channel = address, link, topic, channel
-        self.stream, self.info, self.lost = None, {}, False
-        self.rest = b''          # of the last read: an unfinished frame
-        self.heard = 0.0         # loop time of the last read
-        self.heartbeat = HEARTBEAT
-
-    def __str__(self):
-        return spelled(self.address)
-
-    async def open(self):
-        """Connects, up to the subscription where a topic is given. Raises one of UNREACHABLE."""
-        try:
-            await self.connect(self.link.wishes())
-        except QueueError as error:
-            if not str(error).startswith('E_BAD_BODY'):
-                raise
-            log.warning('nsqd %s: %s; trying with its own defaults', self, error)
-            self.heartbeat = DEFAULT_HEARTBEAT
-            await self.connect({})
-
-    async def connect(self, wishes):
-        """Shakes hands within CONNECT_TIMEOUT; what fails leaves no socket behind."""
-        try:
-            await asyncio.wait_for(self.shake_hands(wishes), CONNECT_TIMEOUT)
-        except BaseException:
-            self.drop()
-            raise
-
-    async def shake_hands(self, wishes):
-        """IDENTIFY, then TLS, then AUTH, then SUB: no secret crosses before what was asked for is there."""
-        self.rest, self.lost = b'', False
-        self.stream = await TCPClient().connect(*self.address)
-        self.stream.set_nodelay(True)
-        self.send(b'  V2' + nsq.identify({**self.link.identity(), **wishes}))
-        self.info = self.parsed(await self.answer())
-        if self.link.tls:
-            await self.start_tls()
-        if self.link.secret:
-            await self.authenticate()
-        if self.topic:
-            self.send(nsq.subscribe(self.topic, self.channel))
-            await self.answer(b'OK')
-        self.heard = asyncio.get_running_loop().time()
-
-    @staticmethod
-    def parsed(data):
-        """nsqd's answer to IDENTIFY as a dict."""
-        try:
-            info = json.loads(data)
-        except (ValueError, RecursionError):
-            info = None
-        limits = ('max_rdy_count', 'msg_timeout', 'max_msg_timeout', 'output_buffer_timeout')
-        if not isinstance(info, dict) or not all(TYPES['integer'](info.get(name, 0)) for name in limits):
-            raise QueueError(f'not an answer of nsqd: {shortened(ascii(data), 60)}')
-        return info
-
-    async def start_tls(self):
-        """TLS with the host's name verified."""
-        if not self.info.get('tls_v1'):
-            raise QueueError('TLS is asked for, and this nsqd does not offer it')
-        stream, self.stream = self.stream, None
-        # tornado hands out the new stream only when it is good: the twin ends one that never gets there.
-        with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
-            try:
-                self.stream = await stream.start_tls(False, ssl_options=self.link.tls, server_hostname=self.address[0])
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    twin.shutdown(socket.SHUT_RDWR)
-                raise
-        await self.answer(b'OK')
-
-    async def authenticate(self):
-        """AUTH with the secret."""
-        if not self.info.get('auth_required'):
-            raise QueueError('auth is asked for, and this nsqd does not do it')
-        self.send(nsq.protocol.auth(self.link.secret))
-        await self.answer()
-
-    async def answer(self, expected=None):
-        """The next response's bytes, in the handshake. Raises QueueError for an error of nsqd."""
-        while True:
-            size, kind = FRAME.unpack(await self.stream.read_bytes(8))
-            if not 4 <= size <= MAX_ANSWER:
-                raise QueueError('not an nsqd: its answer is no frame')
-            data = await self.stream.read_bytes(size - 4)
-            if kind == RESPONSE and data == b'_heartbeat_':
-                self.send(nsq.nop())
-            elif kind != RESPONSE or (expected and data != expected):
-                raise QueueError(data.decode('utf-8', 'replace'))
-            else:
-                return data
-
-    def send(self, data):
-        """Writes; a connection that is lost is found so by its reader."""
-        if not self.lost:
-            try:
-                self.stream.write(data)
-            except StreamClosedError:
-                self.lost = True
-
-    async def read(self):
-        """Hands over what comes, chunk by chunk, until the connection ends; then raises why."""
-        loop = asyncio.get_running_loop()
-        while True:
-            chunk = await self.stream.read_bytes(CHUNK, partial=True)
-            self.heard = loop.time()
-            messages = self.unpack(self.rest + chunk if self.rest else chunk)
-            if messages:
-                await self.deliver(messages)
-
-    def unpack(self, data):
-        """The messages of all whole frames in `data`; other frames are answered on the way."""
-        messages, at, end, now = [], 0, len(data), self.heard
-        while end - at >= 8:
-            size, kind = FRAME.unpack_from(data, at)
-            after = at + 4 + size
-            if size < (HEAD.size - 4 if kind == MESSAGE else 4):
-                raise QueueError('a frame of a size that there is not')
-            if after > end:
-                break
-            if kind == MESSAGE:
-                _, _, timestamp, attempts, id = HEAD.unpack_from(data, at)
-                messages.append(Message(self, id, timestamp, attempts, data[at + 34:after], now))
-            else:
-                self.respond(kind, data[at + 8:after])
-            at = after
-        self.rest = data[at:]
-        return messages
-
-    def respond(self, kind, data):
-        """Takes a response or error of nsqd."""
-        if kind == RESPONSE and data == b'_heartbeat_':
-            self.send(nsq.nop())
-        elif kind == ERROR:
-            raise QueueError(data.decode('utf-8', 'replace'))
-
-    async def deliver(self, messages):
-        """Takes messages; only a Subscription asks for any."""
-
-    def drop(self):
-        """Closes the socket at once."""
-        self.lost = True
-        if self.stream:
-            self.stream.close()
-
-
-class Publisher(Connection):
-    """A connection that publishes to its topic."""
-
-    async def open(self):
-        """Connects and starts to read the answers."""
-        await super().open()
-        self.waiting = None      # a future, while an MPUB is without its answer
-        self.reader = asyncio.ensure_future(self.read_answers())
-        log.debug('nsqd %s: connected, for dead letters in %s', self, self.topic)
-
-    async def publish(self, bodies):
-        """Publishes all or none, in one MPUB: nsqd looks at each before it takes the first. Raises one of UNREACHABLE;
-        every error takes the connection with it, and its text may get lost on the way, so one PUB behind another
-        would leave open which of them were taken."""
-        loop = asyncio.get_running_loop()
-        self.waiting = loop.create_future()
-        self.send(nsq.mpub(self.topic, bodies))
-        timer = loop.call_later(PUBLISH_TIMEOUT, self.answered, asyncio.TimeoutError())
-        try:
-            await self.waiting
-        finally:
-            timer.cancel()
-
-    async def read_answers(self):
-        """Reads until the connection ends, and fails what still waits with the reason."""
-        try:
-            await self.read()
-        except UNREACHABLE as error:
-            self.lost = True
-            self.answered(error)
-
-    def answered(self, error=None):
-        """Ends the wait for the answer."""
-        if self.waiting and not self.waiting.done():
-            if error:
-                self.waiting.set_exception(error)
-            else:
-                self.waiting.set_result(None)
-
-    def respond(self, kind, data):
-        """OK is the answer to the MPUB."""
-        if kind == RESPONSE and data == b'OK':
-            self.answered()
-        else:
-            super().respond(kind, data)
-
-    def close(self):
-        """Closes; nothing published is without its answer."""
-        self.reader.cancel()
-        self.drop()
-
-
-class Subscription(Connection):
-    """A connection that receives messages.
-
-    rdy: what nsqd was last told. in_flight: messages held; parked: of them, those put aside for the window's end, for
-    which RDY has to be so much higher. listening: loop time since when it could have delivered.
-    quiet: it could for a while, and had nothing; a new RDY gives it a new chance. tried: the same, until a message.
-    """
-
-    def __init__(self, address, consumer):
-        super().__init__(address, consumer.link, consumer.topic, consumer.channel)
-        self.consumer = consumer
-        self.rdy = self.in_flight = self.parked = 0
-        self.quiet, self.tried, self.listening = False, False, 0.0
-        self.closed = None
-
-    async def open(self):
-        """Connects and reads nsqd's limits."""
-        await super().open()
-        self.max_rdy = self.info.get('max_rdy_count', 2500)
-        self.msg_timeout = self.info.get('msg_timeout', 60000) / 1000
-        self.max_msg_timeout = self.info.get('max_msg_timeout', 900000) / 1000
-        self.silence = 2 * self.info.get('output_buffer_timeout', 250) / 1000
-        log.debug('nsqd %s: connected, version %s, RDY at most %d, msg-timeout %g s', self, self.info.get('version'),
-                  self.max_rdy, self.msg_timeout)
-
-    async def deliver(self, messages):
-        """Hands messages on; reads no further while too much is held."""
-        self.consumer.receive(self, messages)
-        await self.consumer.room.wait()
-
-    def respond(self, kind, data):
-        """A refused FIN, REQ or TOUCH is late, no error: what was stored stays stored, the redelivery rewrites it."""
-        if kind == ERROR and data.startswith(REFUSED_ANSWERS):
-            self.consumer.refused(self, data)
-        elif data == b'CLOSE_WAIT' and self.closed:
-            self.closed.set()
-        else:
-            super().respond(kind, data)
-
-    def ask(self, rdy):
-        """Sends RDY when it changes."""
-        if rdy != self.rdy:
-            if rdy > self.rdy:
-                self.listening = asyncio.get_running_loop().time()
-            if not self.rdy:
-                self.quiet = False
-            log.debug('nsqd %s: RDY %d -> %d', self, self.rdy, rdy)
-            self.rdy = rdy
-            self.send(nsq.ready(rdy))
-
-    async def close(self):
-        """CLS, behind all answers; then reads until CLOSE_WAIT: closing at once loses the FINs on their way. Hands back
-        what was on its way to us, else it would come again only after msg-timeout; nsqd takes a REQ behind CLS."""
-        self.closed = asyncio.Event()
-        self.send(b'CLS\n')
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.closed.wait(), CLOSE_TIMEOUT)
-        self.consumer.hand_back([message for message in self.consumer.held.values() if message.conn is self])
-        self.drop()
-        log.debug('nsqd %s: disconnected', self)
-
 
 class Backoff:
     """Growing delays with jitter, in seconds."""
@@ -2154,56 +2668,6 @@ class Backoff:
     def reset(self):
         """Starts anew."""
         self.tries = 0
-
-
-async def look_up(addresses, topic):
-    """Asks all nsqlookupds for the nsqds of a topic. Returns ({(host, port): http port}, {address: error})."""
-    client = AsyncHTTPClient(force_instance=True)
-    try:
-        questions = [ask_lookupd(client, address, topic) for address in addresses]
-        answers = await asyncio.gather(*questions, return_exceptions=True)
-    finally:
-        client.close()
-    found, errors = {}, {}
-    for address, answer in zip(addresses, answers, strict=True):
-        if isinstance(answer, UNREACHABLE):
-            errors[address] = explained(answer)
-        elif isinstance(answer, BaseException):
-            raise answer
-        else:
-            found.update(answer)
-    return found, errors
-
-
-async def ask_lookupd(client, address, topic):
-    """The nsqds that one nsqlookupd names for a topic; none when it does not know the topic."""
-    try:
-        response = await client.fetch(f'http://{spelled(address)}/lookup?topic={topic.replace("#", "%23")}',
-                                      **HTTP_TIMEOUTS)
-        return {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
-                for p in json.loads(response.body)['producers']}
-    except HTTPError as error:   # also a timeout, and an answer that breaks off
-        if error.code == 404:
-            return {}
-        raise QueueError(str(error)) from None
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise QueueError(f'not an answer of nsqlookupd: {error}') from None
-
-
-async def find_nsqds(config, topic):
-    """The nsqds to ask for a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers;
-    one that is down costs nothing but a warning."""
-    if config.nsq.nsqd_tcp_address:
-        return dict.fromkeys(config.nsq.nsqd_tcp_address)
-    found, errors = await look_up(config.nsq.lookupd_http_address, topic)
-    lines = [f'nsqlookupd {spelled(address)}: {error}' for address, error in errors.items()]
-    if len(errors) == len(set(config.nsq.lookupd_http_address)):
-        raise Unavailable('no nsqlookupd can be reached: ' + '; '.join(lines))
-    for line in lines:
-        log.warning('%s', line)
-    if not found:
-        log.warning('no nsqd has the topic %s yet', topic)
-    return found
 
 
 class Crew:
@@ -2234,6 +2698,136 @@ class Crew:
                 task.cancel()
             await asyncio.wait(self.tasks, timeout=0.1)
 
+
+BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
+
+
+class Lane:
+    """Messages wait here for their batch: it owns what is pending, and how many batches are under way.
+
+    A batch closes when it is full, and at once when none is under way: a lone message does not wait, and under load
+    batches fill while the one before them is written. After a failure batches go one at a time, with backoff.
+    work: async, a batch -> an Answer each; the window settles them. size: messages a batch, most: bytes.
+    """
+
+    patience = LETTERS_PATIENCE
+
+    def __init__(self, name, window, work, limits, parallel):
+        self.name, self.crew, self.work, self.settle = name, window.crew, work, window.settle
+        (self.size, self.most), self.parallel = limits, parallel
+        self.pending, self.bytes, self.busy = collections.deque(), 0, 0
+        self.backoff = Backoff(0.1, 5)
+        self.timer = None        # while it rests after a failure
+        self.halted = False
+        self.calls = []          # loop times at which those under way began
+
+    @property
+    def troubled(self):
+        """Whether the last batch failed."""
+        return self.backoff.tries > 0
+
+    @property
+    def full(self):
+        """Whether a whole batch is pending."""
+        return len(self.pending) >= self.size or self.bytes >= self.most
+
+    def put(self, messages):
+        """Takes messages; batches that are due go off at once, where they may."""
+        self.pending.extend(messages)
+        self.bytes += sum([len(message.body) for message in messages])
+        self.pump()
+
+    def pump(self):
+        """Sends off the batches that are due."""
+        while self.pending and not self.halted and not self.timer and (
+                not self.busy or (self.full and self.busy < self.parallel and not self.troubled)):
+            self.busy += 1
+            self.crew.start(self.run(self.cut()))
+
+    def cut(self):
+        """Takes one batch off what is pending."""
+        batch, weight = [], 0
+        while self.pending and len(batch) < self.size and (
+                not batch or weight + len(self.pending[0].body) <= self.most):
+            batch.append(self.pending.popleft())
+            weight += len(batch[-1].body)
+        self.bytes -= weight
+        return batch
+
+    async def run(self, batch):
+        """One batch, from the call to what follows."""
+        begun = asyncio.get_running_loop().time()
+        self.calls.append(begun)
+        answers = await self.work(batch)
+        self.calls.remove(begun)
+        self.tell(batch, answers, asyncio.get_running_loop().time() - begun)
+        self.busy -= 1
+        again = self.settle(batch, answers)
+        if again:
+            if len(again) < len(batch):
+                self.backoff.reset()   # it works, if only for some: no reason to wait longer each time
+            self.pending.extendleft(reversed(again))
+            self.bytes += sum(len(message.body) for message in again)
+            delay = self.backoff.next()
+            log.debug('%s: %d messages wait %.1f s for the next try', self.name, len(self.pending), delay)
+            self.timer = asyncio.get_running_loop().call_later(delay, self.rested)
+        elif self.troubled and not self.halted:
+            self.backoff.reset()
+        self.pump()
+
+    def tell(self, batch, answers, seconds):
+        """What came of a batch, for -v."""
+        if log.isEnabledFor(logging.DEBUG):
+            outcomes = collections.Counter(answer.outcome for answer in answers)
+            log.debug('%s: batch of %d, %d bytes, in %.0f ms: %s', self.name, len(batch),
+                      sum(len(message.body) for message in batch), seconds * 1000,
+                      ', '.join(f'{name} {number}' for name, number in outcomes.items()))
+
+    def rested(self):
+        """The time to try again."""
+        self.timer = None
+        self.pump()
+
+    def halt(self):
+        """Sends nothing off any more."""
+        self.halted = True
+        if self.timer:
+            self.timer.cancel()
+
+
+def answered(batch, answers):
+    """The messages of a batch by their answer, as (answer, messages); mostly it is one for all."""
+    if answers.count(answers[0]) == len(batch):
+        return [(answers[0], batch)]
+    return grouped(batch, dict(zip(batch, answers, strict=True)).__getitem__)
+
+
+class Pool(concurrent.futures.ThreadPoolExecutor):
+    """Threads that know which calls are under way."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.calls = set()
+
+    def submit(self, *args, **options):
+        """As the base class's."""
+        call = super().submit(*args, **options)
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
+        return call
+
+
+async def close_store(store, pool):
+    """Closes the store in its pool, within a bound; one with a call under way is left as it is."""
+    if not pool.calls:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, store.close), CLOSE_TIMEOUT)
+    pool.shutdown(wait=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RDY and consumer: the nsqds, and the one place that answers them
+# ---------------------------------------------------------------------------------------------------------------------
 
 class Consumer:
     """The connections to all nsqds of a topic. It alone owns RDY and what is held, and alone answers nsqd."""
@@ -2517,111 +3111,6 @@ def shares(states, budget):
 # ---------------------------------------------------------------------------------------------------------------------
 
 REPEAT = 60.0               # seconds for which a failure that comes again is not warned of again
-BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
-OUTCOMES = ('received', 'stored', 'duplicate', 'stale', 'dead', 'requeued', 'late')
-# What follows for the message from each outcome: the one table that Window.settle goes by.
-FOLLOWS = {'stored': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish', 'rejected': 'reject',
-           'retry': 'again', 'stop': 'leave', 'unkept': 'leave'}
-
-
-class Lane:
-    """Messages wait here for their batch: it owns what is pending, and how many batches are under way.
-
-    A batch closes when it is full, and at once when none is under way: a lone message does not wait, and under load
-    batches fill while the one before them is written. After a failure batches go one at a time, with backoff.
-    work: async, a batch -> an Answer each; the window settles them. size: messages a batch, most: bytes.
-    """
-
-    patience = LETTERS_PATIENCE
-
-    def __init__(self, name, window, work, limits, parallel):
-        self.name, self.crew, self.work, self.settle = name, window.crew, work, window.settle
-        (self.size, self.most), self.parallel = limits, parallel
-        self.pending, self.bytes, self.busy = collections.deque(), 0, 0
-        self.backoff = Backoff(0.1, 5)
-        self.timer = None        # while it rests after a failure
-        self.halted = False
-        self.calls = []          # loop times at which those under way began
-
-    @property
-    def troubled(self):
-        """Whether the last batch failed."""
-        return self.backoff.tries > 0
-
-    @property
-    def full(self):
-        """Whether a whole batch is pending."""
-        return len(self.pending) >= self.size or self.bytes >= self.most
-
-    def put(self, messages):
-        """Takes messages; batches that are due go off at once, where they may."""
-        self.pending.extend(messages)
-        self.bytes += sum([len(message.body) for message in messages])
-        self.pump()
-
-    def pump(self):
-        """Sends off the batches that are due."""
-        while self.pending and not self.halted and not self.timer and (
-                not self.busy or (self.full and self.busy < self.parallel and not self.troubled)):
-            self.busy += 1
-            self.crew.start(self.run(self.cut()))
-
-    def cut(self):
-        """Takes one batch off what is pending."""
-        batch, weight = [], 0
-        while self.pending and len(batch) < self.size and (
-                not batch or weight + len(self.pending[0].body) <= self.most):
-            batch.append(self.pending.popleft())
-            weight += len(batch[-1].body)
-        self.bytes -= weight
-        return batch
-
-    async def run(self, batch):
-        """One batch, from the call to what follows."""
-        begun = asyncio.get_running_loop().time()
-        self.calls.append(begun)
-        answers = await self.work(batch)
-        self.calls.remove(begun)
-        self.tell(batch, answers, asyncio.get_running_loop().time() - begun)
-        self.busy -= 1
-        again = self.settle(batch, answers)
-        if again:
-            if len(again) < len(batch):
-                self.backoff.reset()   # it works, if only for some: no reason to wait longer each time
-            self.pending.extendleft(reversed(again))
-            self.bytes += sum(len(message.body) for message in again)
-            delay = self.backoff.next()
-            log.debug('%s: %d messages wait %.1f s for the next try', self.name, len(self.pending), delay)
-            self.timer = asyncio.get_running_loop().call_later(delay, self.rested)
-        elif self.troubled and not self.halted:
-            self.backoff.reset()
-        self.pump()
-
-    def tell(self, batch, answers, seconds):
-        """What came of a batch, for -v."""
-        if log.isEnabledFor(logging.DEBUG):
-            outcomes = collections.Counter(answer.outcome for answer in answers)
-            log.debug('%s: batch of %d, %d bytes, in %.0f ms: %s', self.name, len(batch),
-                      sum(len(message.body) for message in batch), seconds * 1000,
-                      ', '.join(f'{name} {number}' for name, number in outcomes.items()))
-
-    def rested(self):
-        """The time to try again."""
-        self.timer = None
-        self.pump()
-
-    def halt(self):
-        """Sends nothing off any more."""
-        self.halted = True
-        if self.timer:
-            self.timer.cancel()
-
-
-def answered(batch, answers):
-    """The messages of a batch by their answer, as (answer, messages); mostly it is one for all."""
-    if answers.count(answers[0]) == len(batch):
-        return [(answers[0], batch)]
-    return grouped(batch, dict(zip(batch, answers, strict=True)).__getitem__)
 
 
 class Window:
@@ -2922,6 +3411,10 @@ def progress(window):
         yield lambda: bar.update(window.taken - bar.n) and None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# pipeline and once: both ends opened, and one window
+# ---------------------------------------------------------------------------------------------------------------------
+
 @contextlib.asynccontextmanager
 async def pipeline(config, topic, channel, store):
     """The store and the consumer of a topic, connected in this order: gives (consumer, pool); all closed at the end.
@@ -2943,29 +3436,6 @@ async def pipeline(config, topic, channel, store):
         await consumer.close()
         await crew.cancel()
         await close_store(store, pool)
-
-
-class Pool(concurrent.futures.ThreadPoolExecutor):
-    """Threads that know which calls are under way."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.calls = set()
-
-    def submit(self, *args, **options):
-        """As the base class's."""
-        call = super().submit(*args, **options)
-        self.calls.add(call)
-        call.add_done_callback(self.calls.discard)
-        return call
-
-
-async def close_store(store, pool):
-    """Closes the store in its pool, within a bound; one with a call under way is left as it is."""
-    if not pool.calls:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, store.close), CLOSE_TIMEOUT)
-    pool.shutdown(wait=False)
 
 
 async def receive(config, stopper, figures):
@@ -2998,38 +3468,7 @@ class Stopper:
             self.task.cancel()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# daemon: windows without end, in this process or shared out to several
-# ---------------------------------------------------------------------------------------------------------------------
-
 GRACE = 5.0                 # seconds beyond a window's timeout for its end, in which systemd is not to kill `once`
-ON_TIME = 0.05              # seconds by which a start may be late and still count as on time
-REFRESH = 60.0              # seconds between questions to nsqlookupd in a window that never ends
-REFRESH_NONE = 5.0          # the same, as long as it knows no nsqd
-HEARTBEAT_OF_WORKERS = 0.5  # seconds between what a worker says of itself
-SILENCE_OF_WORKERS = 5.0    # seconds without a word after which one counts as stuck
-STUCK = 120.0               # seconds without a word after which it is killed, where no watchdog has ended all
-STAYS_UP = 10.0             # seconds that a worker has to live, for its end not to count as a failed start
-STARTS = 5                  # failed starts of every worker in a row that end the daemon
-
-
-class Notifier:
-    """sd_notify(3): tells systemd how things are; silent where it does not listen. interval: seconds in which it wants
-    to hear WATCHDOG=1, by half; None: never."""
-
-    def __init__(self):
-        self.address = os.environ.get('NOTIFY_SOCKET', '')
-        ours = os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
-        self.interval = int(os.environ['WATCHDOG_USEC']) / 2e6 if ours and 'WATCHDOG_USEC' in os.environ else None
-
-    def say(self, **fields):
-        """Sends fields such as READY=1; a failure changes nothing."""
-        if not self.address:
-            return
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(0.1)   # a systemd that does not read must not stop us
-            sender.connect('\0' + self.address[1:] if self.address[0] == '@' else self.address)
-            sender.send('\n'.join(f'{name}={value}' for name, value in fields.items()).encode())
 
 
 class RunLock:
@@ -3083,963 +3522,6 @@ def locked(config, filename):
         yield
     finally:
         lock.release()
-
-
-class Schedule:
-    """When windows start: every `period` seconds, from start to start, without drift. A start that is late is where the
-    next period begins: what was missed is not made up for, so there are never two in one period."""
-
-    def __init__(self, period):
-        self.period, self.begun = period, -math.inf
-
-    def wait(self, now):
-        """Seconds to the next start."""
-        return max(0.0, self.begun + self.period - now)
-
-    def start(self, now):
-        """A window starts now."""
-        due = self.begun + self.period
-        self.begun = due if now - due <= ON_TIME else now
-
-
-class Flow:
-    """Windows in this process, one for each grant, on connections that stay open; what is down is waited for.
-
-    grant: async, waits until a window may begin and returns its limit. report: called with each window that has ended.
-    """
-
-    def __init__(self, config, figures, grant, report):
-        self.config, self.figures, self.grant, self.report = config, figures, grant, report
-        self.endless = config.endless
-        self.backoff = Backoff(1, 30)
-        self.consumer = self.window = self.trouble = self.task = None
-        self.away = None         # `queue` or `store`: which end it is that fails
-        self.since = 0.0         # loop time since when there is trouble
-        self.ending = False
-
-    async def run(self):
-        """Until stop() or leave(). Returns the exit status."""
-        self.task = asyncio.ensure_future(self.keep_going())
-        if self.ending:
-            self.task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self.task
-        return os.EX_OK
-
-    async def keep_going(self):
-        """Opens both ends again and again, with backoff while one is down."""
-        while not self.ending:
-            try:
-                await self.windows()
-            except Unavailable as error:
-                self.away = 'store' if isinstance(error, StoreAway) else 'queue'
-                self.down(str(error))
-                await asyncio.sleep(self.backoff.next())
-
-    async def windows(self):
-        """Windows on one set of connections. Raises Unavailable when an end can't be reached, or fails in a window."""
-        store = STORES[self.config.store](self.config)
-        async with pipeline(self.config, self.config.nsq.topic, self.config.nsq.channel, store) as (consumer, pool):
-            self.consumer, letters = consumer, DeadLetters(self.config, consumer.link)
-            if self.endless:
-                consumer.crew.start(self.refresh(consumer))
-                consumer.crew.start(self.look_up_again(consumer))
-            try:
-                while not self.ending:
-                    limit = await self.grant()
-                    await self.one(limit, store, pool, letters)
-                    if not self.ending:   # else it may be over for no good reason
-                        self.up()
-            finally:
-                self.consumer = None
-                letters.close()
-
-    async def one(self, limit, store, pool, letters):
-        """One window. Raises Unavailable when it failed for more than a message's fault."""
-        consumer = self.consumer
-        if not self.endless:
-            await consumer.refresh()
-        window = Window(self.config, consumer, store, pool, Mapper(self.config), letters, self.figures, limit)
-        window.lasting, window.well = True, self.up
-        if self.endless:
-            window.timeout = window.idle_timeout = math.inf
-        if self.trouble:
-            window.allowance = store.batch_size   # one batch finds out
-        self.window = window
-        await window.run()
-        consumer.window = self.window = None
-        window.report()
-        self.report(window)
-        if window.failure and not window.stopping:
-            raise (Unavailable if window.queue_fails else StoreAway)(window.failure)
-
-    async def refresh(self, consumer):
-        """Looks for new nsqds in a window that never ends."""
-        while True:
-            await asyncio.sleep(REFRESH if consumer.addresses else REFRESH_NONE)
-            await consumer.refresh()
-
-    async def look_up_again(self, consumer):
-        """In a window that never ends, and into which nothing comes, an end of trouble shows by nothing else."""
-        while True:
-            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
-            if self.trouble and self.window and consumer.starved and not self.window.open:
-                self.up()
-
-    def down(self, text):
-        """Says so once, and again where something else is wrong."""
-        log.log(logging.DEBUG if self.trouble == text else logging.WARNING, '%s; trying again until all is well', text)
-        self.since = self.since if self.trouble else asyncio.get_running_loop().time()
-        self.trouble = text
-
-    def up(self):
-        """Says so once, and only when there was trouble."""
-        self.backoff.reset()
-        self.away = None
-        if self.trouble:
-            log.warning('all is well again after %.1f s', asyncio.get_running_loop().time() - self.since)
-            self.trouble = None
-
-    def stop(self):
-        """Hands back what is not being stored, and ends."""
-        self.end(Window.stop)
-
-    def leave(self):
-        """Finishes the window that is open, and ends."""
-        self.end(Window.leave)
-
-    def end(self, how):
-        """Ends the window that is open, by `how`; without one whatever is waited for."""
-        self.ending = True
-        if self.window:
-            how(self.window)
-        elif self.task:
-            self.task.cancel()
-
-    @property
-    def ends(self):
-        """What is up: {'queue': bool, 'store': bool}."""
-        failing = self.away == 'store' or (self.window and self.window.down_since)
-        seen = self.consumer or self.away == 'queue'   # the store is opened first
-        return {'queue': bool(self.consumer and self.consumer.connections), 'store': bool(seen and not failing)}
-
-    def healthy(self, now):
-        """Whether every wait is inside its own bound: that the loop turns is shown by the call itself."""
-        return not self.window or self.window.healthy(now)
-
-    def gauges(self):
-        """The figures as they are now."""
-        consumer, window, figures = self.consumer, self.window, self.figures
-        if window:
-            figures.follow(window)
-        if window and window.timeout == math.inf and all(self.ends.values()):   # it never ends: all is well meanwhile
-            figures.set(SUCCESS, time.time())
-        if consumer:
-            figures.holds(consumer)
-        elif self.away == 'queue':
-            figures.nothing_up()
-        else:
-            figures.set('xmsrv_in_flight', 0)
-        figures.set('xmsrv_store_up', int(self.away != 'store' and not (window and window.down_since)))
-        return [figures]
-
-
-class Member:
-    """One worker process, as its parent sees it. state: `away` until it can take a grant, `idle`, `granted`. number: of
-    its last grant, for what it says may have crossed one."""
-
-    def __init__(self, place):
-        self.place, self.process, self.state, self.number = place, None, 'away', 0
-        self.trouble = None
-        self.heard, self.healthy, self.starts = 0.0, True, 0
-        self.ends = {'queue': False, 'store': False}
-        self.snapshot = None     # its figures, as it told them last
-
-    def tell(self, **message):
-        """Sends it a line; one that is gone is found so by its reader."""
-        if self.process:
-            self.process.stdin.write(json.dumps(message).encode() + b'\n')
-
-
-class Team:
-    """The worker processes of a daemon. It holds no connection of its own: it starts them, starts every period and
-    grants each its share, hears how they are, and stops them."""
-
-    def __init__(self, daemon):
-        self.config, self.raw, self.arguments = daemon.config, daemon.raw, daemon.arguments
-        self.figures, self.report, self.schedule = daemon.figures, daemon.note, daemon.schedule
-        config = self.config
-        self.members, self.turn = [Member(place) for place in range(config.workers)], 0
-        self.endless = config.endless
-        self.crew, self.changed = Crew(), asyncio.Event()
-        self.past = Figures()    # of workers that are gone
-        self.failed = False
-        self.ending = None       # how a member is told to end, once that is wished
-        self.patience = 0.0      # seconds that it then has
-        self.over = asyncio.Event()
-        self.silent = []         # members that were not heard of when healthy() was asked last
-
-    async def run(self):
-        """Until stop() or leave(), or until no worker stays up. Returns the exit status."""
-        for member in self.members:
-            self.crew.start(self.keep(member))
-        grants = asyncio.ensure_future(self.periods())
-        while self.crew.tasks and not self.crew.error:
-            self.crew.wake.clear()
-            await self.crew.wake.wait()
-        grants.cancel()
-        await self.crew.cancel()
-        if self.crew.error:
-            raise self.crew.error
-        return os.EX_SOFTWARE if self.failed else os.EX_OK
-
-    # -- its members
-
-    async def keep(self, member):
-        """Keeps one worker up, with backoff."""
-        loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
-        while not self.ending:
-            begun = member.heard = loop.time()
-            fate = await self.life(member)
-            self.gone(member)
-            if self.ending:
-                return
-            member.starts = 0 if loop.time() - begun > STAYS_UP else member.starts + 1
-            if not member.starts:
-                backoff.reset()
-            pid = member.process.pid if member.process else 'none'
-            log.error('worker %d (process %s) ended: %s', member.place + 1, pid, fate)
-            if all(each.starts >= STARTS for each in self.members):
-                log.critical('no worker stays up')
-                self.failed = True
-                self.stop()
-                return
-            self.figures.add('xmsrv_worker_restarts_total')
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.over.wait(), backoff.next())
-
-    async def life(self, member):
-        """One process, from its start to its end. Returns how it ended."""
-        try:
-            await self.start(member)
-        except OSError as error:
-            member.process = None
-            return f'it could not be started: {error.strerror}'
-        if self.ending:
-            self.dismiss(member)
-        await self.listen(member)
-        return told(await member.process.wait())
-
-    async def start(self, member):
-        """Starts a worker, with the configuration that holds now, whatever the file says by now. It has a session of
-        its own, so that Ctrl-C on a terminal is for us to pass on."""
-        flags = ['-v'] * self.arguments.verbose + ['-q'] * self.arguments.quiet
-        outside = {name: value for name, value in os.environ.items() if name not in SYSTEMD}
-        member.process = await asyncio.create_subprocess_exec(
-            *own_command(), '-c', self.arguments.config, *flags, 'worker', stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, limit=1 << 24, env=outside, start_new_session=True)
-        member.tell(raw=self.raw)
-
-    async def listen(self, member):
-        """What a worker says, until it ends."""
-        async for line in member.process.stdout:
-            try:
-                self.hear(member, json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or something else wrote there
-                log.error('worker %d (process %d): not understood: %s', member.place + 1, member.process.pid, error)
-                with contextlib.suppress(ProcessLookupError):
-                    member.process.kill()
-                return
-            self.changed.set()
-
-    def hear(self, member, message):
-        """One line of a worker's."""
-        member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
-        member.ends, member.trouble, member.snapshot = message['ends'], message['trouble'], message['figures']
-        for window in message['windows']:
-            self.report(types.SimpleNamespace(**window))
-        if message['busy'] or message['seen'] != member.number:
-            member.state = 'granted'
-        else:
-            member.state = 'idle' if message['idle'] else 'away'
-
-    def gone(self, member):
-        """Keeps the figures of a worker that has ended."""
-        if member.snapshot:
-            self.past.merge(member.snapshot, gauges=False)
-        member.state, member.snapshot, member.ends = 'away', None, {'queue': False, 'store': False}
-        member.number, member.trouble = 0, None
-        self.changed.set()
-
-    # -- its periods
-
-    async def periods(self):
-        """Starts every period: each worker that is idle gets its share. One that has just been started waits for the
-        next; nobody starts while another still has its grant of the last."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(self.schedule.wait(loop.time()))
-            while not any(member.state == 'idle' for member in self.members) or (
-                    not self.endless and any(member.state == 'granted' for member in self.members)):
-                self.changed.clear()
-                await self.changed.wait()
-            self.schedule.start(loop.time())
-            for member, share in zip(self.members, self.split(), strict=True):
-                if member.state == 'idle' and (share or not self.config.nsq.max_messages):
-                    member.state, member.number = 'granted', member.number + 1
-                    member.tell(grant=share, number=member.number)
-
-    def split(self):
-        """The share of each worker in max-messages; what does not divide goes round from period to period."""
-        share, extra = divmod(self.config.nsq.max_messages, len(self.members))
-        self.turn += 1
-        return [share + ((place + self.turn) % len(self.members) < extra) for place in range(len(self.members))]
-
-    # -- its end
-
-    def stop(self):
-        """All hand back what they do not store, and end; one that does not in its time is killed."""
-        self.end(lambda member: member.process.terminate(), 0.0)
-
-    def leave(self):
-        """All finish their windows, and end."""
-        self.end(lambda member: member.tell(leave=True), self.config.timeout)
-
-    def end(self, how, more):
-        """Tells all to end, those too that are just being started."""
-        self.ending, self.patience = how, more + self.config.aerospike.total_timeout + 2
-        self.over.set()
-        for member in self.members:
-            self.dismiss(member)
-
-    def dismiss(self, member):
-        """Tells one to end, and sees to it that it does."""
-        if member.process and member.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.ending(member)
-            asyncio.get_running_loop().call_later(self.patience, self.kill, member)
-
-    def kill(self, member):
-        """The last resort."""
-        if member.process.returncode is None:
-            log.error('worker %d (process %d) does not end: killed', member.place + 1, member.process.pid)
-            member.process.kill()
-
-    # -- how it is
-
-    @property
-    def trouble(self):
-        """What is wrong, by the first that says so."""
-        return next((member.trouble for member in self.members if member.trouble), None)
-
-    @property
-    def ends(self):
-        """What is up for all of them."""
-        return {end: all(member.ends[end] for member in self.members) for end in ('queue', 'store')}
-
-    def healthy(self, now):
-        """Whether every worker has been heard of, and says that it is; one that has not is named."""
-        alive = [member for member in self.members if member.process and member.process.returncode is None]
-        silent = [member for member in alive if now - member.heard >= SILENCE_OF_WORKERS]
-        for member in silent:
-            log.log(logging.DEBUG if member in self.silent else logging.ERROR, 'worker %d (process %d) says nothing',
-                    member.place + 1, member.process.pid)
-            if now - member.heard >= STUCK:
-                self.kill(member)
-        self.silent = silent
-        return not silent and all(member.healthy for member in alive)
-
-    def gauges(self):
-        """The figures of all together."""
-        return [self.figures, self.past, *(member.snapshot for member in self.members if member.snapshot)]
-
-
-SYSTEMD = ('NOTIFY_SOCKET', 'WATCHDOG_PID', 'WATCHDOG_USEC')   # only the parent tells systemd
-
-
-def own_command():
-    """The command that runs this module again, by the same Python and from the same place."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())'
-    flags = {'-I': sys.flags.isolated, '-S': sys.flags.no_site, '-B': sys.flags.dont_write_bytecode}
-    return [sys.executable, *(flag for flag, on in flags.items() if on), '-c', code]
-
-
-def told(status):
-    """An exit status of subprocess in words."""
-    return f'killed by {signal.Signals(-status).name}' if status < 0 else f'exit status {status}'
-
-
-class Worker:
-    """A process of the daemon's. It hears of the configuration and its grants on stdin, and says on stdout how it is;
-    an end of stdin is the end of its parent."""
-
-    def __init__(self, arguments):
-        self.arguments, self.figures = arguments, Figures()
-        self.grants, self.windows = asyncio.Queue(), []
-        self.waiting = self.busy = False   # for a grant; with one
-        self.seen = 0            # number of the last grant
-
-    async def run(self, stopper):
-        """Until it is told to end. Returns the exit status."""
-        stdin = asyncio.StreamReader(limit=1 << 24)
-        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
-        config = faultless(self.arguments, json.loads(await stdin.readline())['raw'])
-        self.flow = stopper.window = Flow(config, self.figures, self.grant, self.windows.append)
-        crew = Crew()
-        crew.start(self.listen(stdin))
-        crew.start(self.talk())
-        status = await self.flow.run()
-        await crew.cancel()
-        self.say()
-        return status
-
-    async def listen(self, stdin):
-        """What the parent says."""
-        async for line in stdin:
-            message = json.loads(line)
-            if 'grant' in message:
-                self.waiting, self.busy, self.seen = False, True, message['number']
-                self.grants.put_nowait(message['grant'])
-            if 'leave' in message:
-                self.flow.leave()
-        self.flow.stop()
-
-    async def grant(self):
-        """Waits for a grant; whoever waits is idle."""
-        self.waiting, self.busy = True, False
-        self.say()
-        return await self.grants.get()
-
-    async def talk(self):
-        """Says how it is, all the time: silence means that it is stuck."""
-        while True:
-            self.say()
-            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
-
-    def say(self):
-        """One line for the parent."""
-        windows, self.windows[:] = [vars(facts(window)) for window in self.windows], []
-        figures = self.flow.gauges()[0].snapshot()
-        healthy = self.flow.healthy(asyncio.get_running_loop().time())
-        line = json.dumps({
-            'idle': self.waiting, 'busy': self.busy, 'seen': self.seen, 'healthy': healthy, 'windows': windows,
-            'ends': self.flow.ends, 'trouble': self.flow.trouble, 'figures': figures})
-        with contextlib.suppress(BrokenPipeError):
-            write_all(1, line.encode() + b'\n')
-
-
-def facts(window):
-    """What is told of a window that has ended."""
-    return types.SimpleNamespace(count=window.count, seconds=window.seconds, ended=time.time())
-
-
-class Daemon:
-    """The long-lived form: it holds the lock, keeps one Flow or Team going, reads its file again when told to, and
-    tells systemd and whoever asks by HTTP how things are."""
-
-    def __init__(self, arguments):
-        self.arguments, self.figures, self.notifier = arguments, Figures(), Notifier()
-        self.raw, self.config = reread(arguments)
-        self.schedule = Schedule(self.config.period)
-        self.windows = collections.deque(maxlen=60)   # facts() of the latest
-        self.engine, self.stopping, self.site, self.listening = None, False, None, None
-        self.status, self.lock = 'starting', None
-
-    async def run(self, stopper):
-        """Until a signal. Returns the exit status."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self.hang_up)
-        stopper.window, crew = self, Crew()
-        self.open_site(self.config)
-        self.notifier.say(READY=1, STATUS=self.status)
-        crew.start(self.watch())
-        try:
-            return await self.keep_going()
-        finally:
-            self.notifier.say(STOPPING=1)
-            self.close_site()
-            await crew.cancel()
-            if self.lock:
-                self.lock.release()
-
-    async def hold_lock(self):
-        """Waits until no other run has this configuration, and says so; another state-dir has another lock."""
-        lock, said = RunLock(self.config, self.arguments.config), None
-        while not self.stopping and not (self.lock and self.lock.path == lock.path and self.lock.holds):
-            reason = self.blocked(lock)
-            if not reason:
-                if self.lock:
-                    self.lock.release()
-                self.lock = lock
-                return
-            if reason != said:
-                said = self.status = reason
-                log.warning('%s', reason)
-            await asyncio.sleep(TICK * 4)
-
-    @staticmethod
-    def blocked(lock):
-        """Takes a lock; why that can't be, or None."""
-        try:
-            holder = lock.take()
-        except Unavailable as error:
-            return f'waiting: {error}'
-        return f'waiting for process {holder}, which has {lock.path}' if holder else None
-
-    async def keep_going(self):
-        """One engine after the other: a new one for each configuration that is read."""
-        status = os.EX_OK
-        while not self.stopping and not status:
-            await self.hold_lock()
-            if self.stopping:
-                break
-            self.figures = self.figures.counted()   # what was so then need not be so now
-            self.figures.period(self.config)
-            self.engine = engine = self.new_engine()
-            if self.config.workers > 1:
-                log.info('%d workers, a window every %g s', self.config.workers, self.config.period)
-            status = await engine.run()
-            self.engine = None   # else its figures would be asked for beside what is taken over from them
-            if isinstance(engine, Team):   # what they counted is not forgotten
-                self.figures.merge(engine.past.snapshot(), gauges=False)
-        return status
-
-    def new_engine(self):
-        """A Flow here, or a Team of workers."""
-        self.schedule.period = self.config.period   # the last start counts, also by another file
-        if self.config.workers > 1:
-            return Team(self)
-        return Flow(self.config, self.figures, self.grant, lambda window: self.note(facts(window)))
-
-    async def grant(self):
-        """Waits for the next period. Returns max-messages."""
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(self.schedule.wait(loop.time()))
-        self.schedule.start(loop.time())
-        return self.config.nsq.max_messages
-
-    def note(self, window):
-        """A window has ended."""
-        self.windows.append(window)
-        counts = ', '.join(f'{name} {number}' for name, number in window.count.items() if number)
-        self.status = f'last window: {counts or "nothing came"} in {window.seconds:.2f} s'
-
-    async def watch(self):
-        """Tells systemd that all goes on, as long as it does, and what is waited for."""
-        loop, told = asyncio.get_running_loop(), None
-        pause = min(self.notifier.interval or 1.0, 1.0)
-        while True:
-            if not self.engine or self.engine.healthy(loop.time()):
-                self.notifier.say(WATCHDOG=1)
-            if self.engine and self.engine.endless:
-                self.status = f'flowing: {self.total().numbers[("xmsrv_messages_total", "stored")]:.0f} stored'
-            status = (self.engine and self.engine.trouble) or self.status
-            if status != told:
-                told = status
-                self.notifier.say(STATUS=status)
-            await asyncio.sleep(pause)
-
-    def hang_up(self):
-        """SIGHUP: reads the file again. A good one holds from the next window on, a bad one is reported in full."""
-        self.notifier.say(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
-        try:
-            if not os.path.isfile(self.arguments.config):   # a pipe would be waited for
-                raise ConfigError(f'{self.arguments.config}: no file to be read again')
-            raw, config = reread(self.arguments)
-            self.open_site(config)
-        except ConfigError as error:
-            log.error('%s\nthe configuration as it was stays in force', error)
-        else:
-            log.info('%s is read again', self.arguments.config)
-            self.raw, self.config = raw, config
-            if self.engine:
-                self.engine.leave()
-        self.notifier.say(READY=1)
-
-    def stop(self):
-        """SIGTERM, SIGINT."""
-        self.stopping = True
-        if self.engine:
-            self.engine.stop()
-
-    # -- what others may ask
-
-    def open_site(self, config):
-        """Listens for HTTP, where that is wished; goes on where it is the same address. Raises ConfigError."""
-        address = config.metrics.listen
-        if address != self.listening:
-            site = listen(self, address) if address else None
-            self.close_site()
-            self.site, self.listening = site, address
-
-    def close_site(self):
-        """Listens no more."""
-        if self.site:
-            self.site.stop()
-        self.site = self.listening = None
-
-    @property
-    def ends(self):
-        """What is up."""
-        return self.engine.ends if self.engine else {'queue': False, 'store': False}
-
-    def healthy(self):
-        """Alive and making progress."""
-        return not self.engine or self.engine.healthy(asyncio.get_running_loop().time())
-
-    def exposition(self):
-        """All figures in Prometheus' text format."""
-        return exposition(self.total(), process=True)
-
-    def total(self):
-        """All figures together."""
-        return together(self.engine.gauges() if self.engine else [self.figures])
-
-
-def reread(arguments):
-    """The configuration of the command line as (raw sections, config). Raises ConfigError, a line for each fault."""
-    raw = read_file(arguments.config, arguments.set_before + arguments.set_after)
-    return raw, faultless(arguments, raw)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics: what is counted, and who may ask for it
-# ---------------------------------------------------------------------------------------------------------------------
-
-Metric = collections.namedtuple('Metric', 'name kind labels help join', defaults=(sum,))
-
-# The one table of figures. join: what becomes of a gauge's values of several workers. No label takes a value that a
-# message could choose.
-METRICS = (
-    Metric('xmsrv_received_total', 'counter', (), 'Messages that came, those that came again too.'),
-    Metric('xmsrv_messages_total', 'counter', ('outcome',), 'What became of them.'),
-    Metric('xmsrv_dead_letters_total', 'counter', ('reason',), 'Messages that can never become a record.'),
-    Metric('xmsrv_store_errors_total', 'counter', ('code',), 'Records that the store did not take, by its answer.'),
-    Metric('xmsrv_store_batch_seconds', 'histogram', (), 'Seconds that a call of the store took.'),
-    Metric('xmsrv_store_batch_records', 'histogram', (), 'Records in a call of the store.'),
-    Metric('xmsrv_lag_seconds', 'histogram', (), 'Age of a message when it was stored, in seconds.'),
-    Metric('xmsrv_in_flight', 'gauge', (), 'Messages held, without an answer to nsqd yet.'),
-    Metric('xmsrv_connections', 'gauge', ('state',), 'nsqds that are connected (up), and that are not (down).'),
-    Metric('xmsrv_store_up', 'gauge', (), '1 while the store takes records, 0 while it does not.', min),
-    Metric('xmsrv_windows_total', 'counter', ('result',), 'Windows that ended well (done), or not (failed).'),
-    Metric('xmsrv_last_success_timestamp_seconds', 'gauge', (),
-           'When a window last ended well, or all was well in one without end.', max),
-    Metric('xmsrv_period_seconds', 'gauge', (),
-           'The configured period, or timeout where that is longer; 0: a window without end.', max),
-    Metric('xmsrv_worker_restarts_total', 'counter', (), 'Workers that ended and were started again.'),
-    Metric('xmsrv_build_info', 'gauge', ('version',), 'Always 1.', max),
-)
-SUCCESS = 'xmsrv_last_success_timestamp_seconds'
-KINDS = {metric.name: metric for metric in METRICS}
-BOUNDS = {   # upper bounds of the buckets
-    'xmsrv_store_batch_seconds': (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-    'xmsrv_store_batch_records': (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
-    'xmsrv_lag_seconds': (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 21600, 86400),
-}
-VALUES = {   # of the labels whose values are known beforehand
-    'xmsrv_messages_total': [(outcome,) for outcome in OUTCOMES[1:]],
-    'xmsrv_dead_letters_total': [(reason,) for reason in REASONS],
-    'xmsrv_windows_total': [('done',), ('failed',)],
-}
-RECENT = 10   # dead letters that are shown
-
-
-class Figures:
-    """Numbers by (name, values of the labels), histograms by name as a count for each bucket and the sum behind them.
-    recent: of the latest dead letters (seconds since 1970, reason, detail). constant: labels that every series has."""
-
-    def __init__(self, constant=None):
-        self.constant = constant or {}
-        self.numbers = {}
-        self.histograms = {name: [0] * (len(bounds) + 2) for name, bounds in BOUNDS.items()}
-        self.recent = collections.deque(maxlen=RECENT)
-        for metric in METRICS:   # so that the first of anything can be seen as an increase
-            for value in VALUES.get(metric.name, [()]):
-                if metric.kind == 'counter' and len(value) == len(metric.labels):
-                    self.add(metric.name, 0, *value)
-        self.set('xmsrv_build_info', 1, __version__)
-
-    def add(self, name, number=1, *labels):
-        """Counts."""
-        key = (name, *labels)
-        self.numbers[key] = self.numbers.get(key, 0) + number
-
-    def set(self, name, number, *labels):
-        """What is so now."""
-        self.numbers[(name, *labels)] = number
-
-    def observe(self, name, value):
-        """One value of a histogram."""
-        histogram = self.histograms[name]
-        histogram[bisect.bisect_left(BOUNDS[name], value)] += 1
-        histogram[-1] += value
-
-    # -- what is counted
-
-    def batch(self, records, seconds, answers):
-        """A call of the store."""
-        self.observe('xmsrv_store_batch_seconds', seconds)
-        self.observe('xmsrv_store_batch_records', records)
-        for answer in answers:
-            if answer.outcome in ('retry', 'stop'):
-                self.add('xmsrv_store_errors_total', 1, str(answer.reason))
-
-    def settled(self, answer, messages, now):
-        """Messages that are finished, by the same answer."""
-        if answer is STORED:
-            lags, bounds = self.histograms['xmsrv_lag_seconds'], BOUNDS['xmsrv_lag_seconds']
-            for message in messages:   # as observe(), without its look-ups: this is done for each message
-                lag = now - message.timestamp / 1e9
-                lags[bisect.bisect_left(bounds, lag)] += 1
-                lags[-1] += lag
-        elif answer is DEAD:
-            for message in messages:
-                self.add('xmsrv_dead_letters_total', 1, message.unfit.reason)
-                self.recent.append((now, message.unfit.reason, message.unfit.detail))
-
-    def follow(self, window):
-        """What a window has counted since it was asked last."""
-        for outcome in OUTCOMES[1:]:
-            self.add('xmsrv_messages_total', window.count[outcome] - window.followed[outcome], outcome)
-        window.followed = dict(window.count)
-
-    def period(self, config):
-        """The time from one window to the next."""
-        self.set('xmsrv_period_seconds', 0 if config.endless else max(config.period, config.timeout))
-
-    def ended(self, window):
-        """A window has ended."""
-        self.follow(window)
-        self.add('xmsrv_windows_total', 1, 'failed' if window.failed else 'done')
-        if not window.failed:
-            self.set(SUCCESS, time.time())
-
-    def holds(self, consumer):
-        """What a consumer has, now."""
-        up = len(consumer.connections)
-        self.set('xmsrv_in_flight', len(consumer.held))
-        self.set('xmsrv_connections', up, 'up')
-        self.set('xmsrv_connections', max(0, len(consumer.addresses) - up), 'down')
-
-    def unavailable(self, error):
-        """A window could not even begin."""
-        self.add('xmsrv_windows_total', 1, 'failed')
-        self.set('xmsrv_store_up', int(not isinstance(error, StoreAway)))
-        self.nothing_up()
-
-    def nothing_up(self):
-        """No nsqd is connected; those that were are down."""
-        self.add('xmsrv_connections', self.numbers.get(('xmsrv_connections', 'up'), 0), 'down')
-        self.set('xmsrv_connections', 0, 'up')
-        self.set('xmsrv_in_flight', 0)
-
-    # -- from one process to another, and from one run to the next
-
-    def snapshot(self):
-        """All of it as JSON can say it."""
-        return {'numbers': [[*key, number] for key, number in self.numbers.items()], 'histograms': self.histograms,
-                'recent': list(self.recent)}
-
-    def counted(self):
-        """New figures with what was counted so far, and when all was well."""
-        fresh = Figures(self.constant)
-        fresh.merge(self.snapshot(), gauges=False)
-        if (SUCCESS,) in self.numbers:
-            fresh.set(SUCCESS, self.numbers[(SUCCESS,)])
-        return fresh
-
-    def merge(self, snapshot, gauges=True):
-        """Takes in what another process counted."""
-        for *key, number in snapshot['numbers']:
-            kind = KINDS[key[0]]
-            if kind.kind == 'counter':
-                self.add(key[0], number, *key[1:])
-            elif gauges:
-                there = self.numbers.get(tuple(key))
-                self.set(key[0], number if there is None else kind.join((there, number)), *key[1:])
-        for name, counts in snapshot['histograms'].items():
-            self.histograms[name] = [a + b for a, b in zip(self.histograms[name], counts, strict=True)]
-        self.recent = collections.deque(sorted([*self.recent, *map(tuple, snapshot['recent'])]), maxlen=RECENT)
-
-    def collect(self):
-        """Yields the families, as prometheus_client asks for them."""
-        from prometheus_client import core
-        more = tuple(self.constant.values())
-        for metric in METRICS:
-            labels = (*metric.labels, *self.constant)
-            if metric.kind == 'histogram':
-                *counts, total = self.histograms[metric.name]
-                bounds = [*map(str, BOUNDS[metric.name]), '+Inf']
-                made = core.HistogramMetricFamily(metric.name, metric.help, labels=labels)
-                made.add_metric(more, list(zip(bounds, itertools.accumulate(counts), strict=True)), total)
-                yield made
-                continue
-            family = core.CounterMetricFamily if metric.kind == 'counter' else core.GaugeMetricFamily
-            made = family(metric.name, metric.help, labels=labels)
-            for key, number in self.numbers.items():
-                if key[0] == metric.name:
-                    made.add_metric((*key[1:], *more), number)
-            yield made
-
-
-def together(parts):
-    """Figures, or snapshots of them, as one."""
-    total = Figures()
-    for part in parts:
-        total.merge(part.snapshot() if isinstance(part, Figures) else part)
-    return total
-
-
-def exposition(figures, process=False):
-    """Figures in Prometheus' text format, as bytes; where that is wished with those of this process (CPU, memory)."""
-    import prometheus_client
-    registry = prometheus_client.CollectorRegistry()
-    registry.register(figures)
-    if process:
-        prometheus_client.ProcessCollector(registry=registry)
-    return prometheus_client.generate_latest(registry)
-
-
-def preload():
-    """Imports now what is needed at the end: an upgrade may replace it under a window that runs."""
-    import prometheus_client.core
-    import prometheus_client.parser
-    return prometheus_client
-
-
-def write_textfile(filename, figures):
-    """Writes the figures for node_exporter: whole or not at all, readable for everybody, and with what the runs before
-    counted. A failure is worth a warning, no more: the messages are stored."""
-    try:
-        figures.merge(carried_over(filename))
-    except Exception as error:   # anything may stand there
-        log.warning('%s: not figures of x-msrv, they begin anew: %s', filename, error)
-    beside = f'{filename}.{os.getpid()}'
-    try:
-        with open(beside, 'wb') as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(exposition(figures))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, filename)
-    except OSError as error:
-        log.warning('%s: %s', filename, error.strerror)
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-
-
-def carried_over(filename):
-    """What the file has of the runs before, as a snapshot. Raises anything for what is no such file."""
-    from prometheus_client import parser
-    snapshot = {'numbers': [], 'histograms': {}, 'recent': []}
-    if not os.path.exists(filename):
-        return snapshot
-    with open(filename, encoding='utf-8') as file:
-        samples = [sample for family in parser.text_fd_to_metric_families(file) for sample in family.samples]
-    for sample in samples:
-        metric = KINDS.get(sample.name)
-        if metric and (metric.kind == 'counter' or metric.name == SUCCESS):
-            snapshot['numbers'].append([sample.name, *(sample.labels[label] for label in metric.labels), sample.value])
-    for name, bounds in BOUNDS.items():
-        sums = [sample.value for sample in samples if sample.name == f'{name}_bucket']
-        if len(sums) == len(bounds) + 1:
-            counts = [int(b - a) for a, b in zip([0, *sums], sums, strict=False)]
-            snapshot['histograms'][name] = [*counts, next(s.value for s in samples if s.name == f'{name}_sum')]
-    return snapshot
-
-
-def listen(daemon, address):
-    """An HTTP server for a Daemon; it stops by stop(). Raises ConfigError when the address can't be had."""
-    from tornado import web
-    preload()
-    host, port = address
-
-    class Handler(web.RequestHandler):
-        """GET /metrics, /healthz, /readyz, /."""
-
-        def get(self):
-            self.set_header('Cache-Control', 'no-store')
-            kind, good, text = answers[self.request.path](daemon)
-            self.set_header('Content-Type', f'{kind}; charset=utf-8')
-            self.set_status(200 if good else 503)
-            self.finish(text)
-
-    answers = {'/metrics': lambda d: ('text/plain; version=0.0.4', True, d.exposition()),
-               '/healthz': lambda d: ('text/plain', d.healthy(), 'ok\n' if d.healthy() else 'no progress\n'),
-               '/readyz': lambda d: ('text/plain', all(d.ends.values()), readiness(d)),
-               '/': lambda d: ('text/html', True, page(d))}
-    try:
-        site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
-        return site.listen(port, host, max_header_size=8192, max_body_size=1024, body_timeout=5,
-                           idle_connection_timeout=15)
-    except OSError as error:
-        raise ConfigError(f'[metrics] listen = {spelled((host, port))}: {error.strerror}') from None
-
-
-def readiness(daemon):
-    """Which end is up, a line each."""
-    return ''.join(f'{end}: {"up" if up else "down"}\n' for end, up in daemon.ends.items())
-
-
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em}
-body{color:#222;background:#fff}h1{font-size:1.3em}h2{font-size:1em;margin:1.5em 0 .3em}
-.up{color:#176b35}.down{color:#a01818;font-weight:bold}
-table{border-collapse:collapse}td,th{padding:.1em 1em .1em 0;text-align:left;vertical-align:top}
-svg{background:#f4f4f4;width:100%;height:auto}.stored{fill:#3a7d44}.dead{fill:#c28800}.requeued{fill:#a01818}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}svg{background:#1c1c1c}.up{color:#6c6}.down{color:#f77}}"""
-
-
-def page(daemon):
-    """The page to look at: it loads itself again every 2 s, and takes nothing from elsewhere."""
-    name = html.escape(f'{daemon.config.nsq.topic}/{daemon.config.nsq.channel}')
-    total, ends = daemon.total(), daemon.ends
-    trouble = daemon.engine and daemon.engine.trouble
-    states = ' '.join(f'<span id="{end}" class="{"up" if up else "down"}">{end}: {"up" if up else "down"}</span>'
-                      for end, up in ends.items())
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2">'
-            f'<title>x-msrv {name}</title><style>{STYLE}</style></head><body><h1>x-msrv {name}</h1><p>{states}</p>'
-            f'<p id="status">{html.escape(trouble or daemon.status)}</p>{figures_table(daemon, total)}'
-            f'<h2>The last windows</h2>{chart(list(daemon.windows))}'
-            f'<h2>The latest dead letters</h2>{letters_table(total.recent)}</body></html>')
-
-
-def figures_table(daemon, total):
-    """Rates and lag, of the last windows together."""
-    windows = list(daemon.windows)
-    seconds = sum(window.seconds for window in windows)
-    stored = sum(window.count['stored'] for window in windows)
-    *counts, age = total.histograms['xmsrv_lag_seconds']
-    rows = [('stored', total.numbers.get(('xmsrv_messages_total', 'stored'), 0)),
-            ('messages/s in the last windows', f'{stored / seconds:.0f}' if seconds else 'none yet'),
-            ('mean lag', f'{age / sum(counts):.2f} s' if sum(counts) else 'none yet'),
-            ('in flight', total.numbers.get(('xmsrv_in_flight',), 0)),
-            ('dead letters', total.numbers.get(('xmsrv_messages_total', 'dead'), 0))]
-    return '<table>' + ''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in rows) + '</table>'
-
-
-def chart(windows):
-    """The windows as stacked bars: stored, dead, requeued; the latest at the right."""
-    most = max([sum(window.count[kind] for kind in ('stored', 'dead', 'requeued')) for window in windows] or [0]) or 1
-    bars = []
-    for place, window in enumerate(windows, 60 - len(windows)):
-        base = 100.0
-        for kind in ('stored', 'dead', 'requeued'):
-            height = 96 * window.count[kind] / most
-            base -= height
-            label = f'{rfc3339(window.ended)[11:19]} {kind} {window.count[kind]}'
-            if height:
-                bars.append(f'<rect class="{kind}" x="{place * 10 + 1}" y="{base:.1f}" width="8" height="{height:.1f}">'
-                            f'<title>{label}</title></rect>')
-    return (f'<svg viewBox="0 0 600 100" role="img" aria-label="the last windows">{"".join(bars)}</svg>'
-            f'<p>at most {most} in one</p>')
-
-
-def letters_table(recent):
-    """The latest dead letters' times, reasons and details; nothing of their bodies."""
-    rows = [f'<tr><td>{rfc3339(when)[:19]}Z</td><td>{html.escape(reason)}</td><td>{html.escape(detail)}</td></tr>'
-            for when, reason, detail in reversed(recent)]
-    return f'<table id="letters">{"".join(rows)}</table>' if rows else '<p>none</p>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4445,6 +3927,734 @@ def human(seconds):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# daemon and HTTP: windows without end, and who may ask how they are
+# ---------------------------------------------------------------------------------------------------------------------
+
+ON_TIME = 0.05              # seconds by which a start may be late and still count as on time
+REFRESH = 60.0              # seconds between questions to nsqlookupd in a window that never ends
+REFRESH_NONE = 5.0          # the same, as long as it knows no nsqd
+
+
+class Schedule:
+    """When windows start: every `period` seconds, from start to start, without drift. A start that is late is where the
+    next period begins: what was missed is not made up for, so there are never two in one period."""
+
+    def __init__(self, period):
+        self.period, self.begun = period, -math.inf
+
+    def wait(self, now):
+        """Seconds to the next start."""
+        return max(0.0, self.begun + self.period - now)
+
+    def start(self, now):
+        """A window starts now."""
+        due = self.begun + self.period
+        self.begun = due if now - due <= ON_TIME else now
+
+
+class Flow:
+    """Windows in this process, one for each grant, on connections that stay open; what is down is waited for.
+
+    grant: async, waits until a window may begin and returns its limit. report: called with each window that has ended.
+    """
+
+    def __init__(self, config, figures, grant, report):
+        self.config, self.figures, self.grant, self.report = config, figures, grant, report
+        self.endless = config.endless
+        self.backoff = Backoff(1, 30)
+        self.consumer = self.window = self.trouble = self.task = None
+        self.away = None         # `queue` or `store`: which end it is that fails
+        self.since = 0.0         # loop time since when there is trouble
+        self.ending = False
+
+    async def run(self):
+        """Until stop() or leave(). Returns the exit status."""
+        self.task = asyncio.ensure_future(self.keep_going())
+        if self.ending:
+            self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        return os.EX_OK
+
+    async def keep_going(self):
+        """Opens both ends again and again, with backoff while one is down."""
+        while not self.ending:
+            try:
+                await self.windows()
+            except Unavailable as error:
+                self.away = 'store' if isinstance(error, StoreAway) else 'queue'
+                self.down(str(error))
+                await asyncio.sleep(self.backoff.next())
+
+    async def windows(self):
+        """Windows on one set of connections. Raises Unavailable when an end can't be reached, or fails in a window."""
+        store = STORES[self.config.store](self.config)
+        async with pipeline(self.config, self.config.nsq.topic, self.config.nsq.channel, store) as (consumer, pool):
+            self.consumer, letters = consumer, DeadLetters(self.config, consumer.link)
+            if self.endless:
+                consumer.crew.start(self.refresh(consumer))
+                consumer.crew.start(self.look_up_again(consumer))
+            try:
+                while not self.ending:
+                    limit = await self.grant()
+                    await self.one(limit, store, pool, letters)
+                    if not self.ending:   # else it may be over for no good reason
+                        self.up()
+            finally:
+                self.consumer = None
+                letters.close()
+
+    async def one(self, limit, store, pool, letters):
+        """One window. Raises Unavailable when it failed for more than a message's fault."""
+        consumer = self.consumer
+        if not self.endless:
+            await consumer.refresh()
+        window = Window(self.config, consumer, store, pool, Mapper(self.config), letters, self.figures, limit)
+        window.lasting, window.well = True, self.up
+        if self.endless:
+            window.timeout = window.idle_timeout = math.inf
+        if self.trouble:
+            window.allowance = store.batch_size   # one batch finds out
+        self.window = window
+        await window.run()
+        consumer.window = self.window = None
+        window.report()
+        self.report(window)
+        if window.failure and not window.stopping:
+            raise (Unavailable if window.queue_fails else StoreAway)(window.failure)
+
+    async def refresh(self, consumer):
+        """Looks for new nsqds in a window that never ends."""
+        while True:
+            await asyncio.sleep(REFRESH if consumer.addresses else REFRESH_NONE)
+            await consumer.refresh()
+
+    async def look_up_again(self, consumer):
+        """In a window that never ends, and into which nothing comes, an end of trouble shows by nothing else."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
+            if self.trouble and self.window and consumer.starved and not self.window.open:
+                self.up()
+
+    def down(self, text):
+        """Says so once, and again where something else is wrong."""
+        log.log(logging.DEBUG if self.trouble == text else logging.WARNING, '%s; trying again until all is well', text)
+        self.since = self.since if self.trouble else asyncio.get_running_loop().time()
+        self.trouble = text
+
+    def up(self):
+        """Says so once, and only when there was trouble."""
+        self.backoff.reset()
+        self.away = None
+        if self.trouble:
+            log.warning('all is well again after %.1f s', asyncio.get_running_loop().time() - self.since)
+            self.trouble = None
+
+    def stop(self):
+        """Hands back what is not being stored, and ends."""
+        self.end(Window.stop)
+
+    def leave(self):
+        """Finishes the window that is open, and ends."""
+        self.end(Window.leave)
+
+    def end(self, how):
+        """Ends the window that is open, by `how`; without one whatever is waited for."""
+        self.ending = True
+        if self.window:
+            how(self.window)
+        elif self.task:
+            self.task.cancel()
+
+    @property
+    def ends(self):
+        """What is up: {'queue': bool, 'store': bool}."""
+        failing = self.away == 'store' or (self.window and self.window.down_since)
+        seen = self.consumer or self.away == 'queue'   # the store is opened first
+        return {'queue': bool(self.consumer and self.consumer.connections), 'store': bool(seen and not failing)}
+
+    def healthy(self, now):
+        """Whether every wait is inside its own bound: that the loop turns is shown by the call itself."""
+        return not self.window or self.window.healthy(now)
+
+    def gauges(self):
+        """The figures as they are now."""
+        consumer, window, figures = self.consumer, self.window, self.figures
+        if window:
+            figures.follow(window)
+        if window and window.timeout == math.inf and all(self.ends.values()):   # it never ends: all is well meanwhile
+            figures.set(SUCCESS, time.time())
+        if consumer:
+            figures.holds(consumer)
+        elif self.away == 'queue':
+            figures.nothing_up()
+        else:
+            figures.set('xmsrv_in_flight', 0)
+        figures.set('xmsrv_store_up', int(self.away != 'store' and not (window and window.down_since)))
+        return [figures]
+
+
+def facts(window):
+    """What is told of a window that has ended."""
+    return types.SimpleNamespace(count=window.count, seconds=window.seconds, ended=time.time())
+
+
+class Daemon:
+    """The long-lived form: it holds the lock, keeps one Flow or Team going, reads its file again when told to, and
+    tells systemd and whoever asks by HTTP how things are."""
+
+    def __init__(self, arguments):
+        self.arguments, self.figures, self.notifier = arguments, Figures(), Notifier()
+        self.raw, self.config = reread(arguments)
+        self.schedule = Schedule(self.config.period)
+        self.windows = collections.deque(maxlen=60)   # facts() of the latest
+        self.engine, self.stopping, self.site, self.listening = None, False, None, None
+        self.status, self.lock = 'starting', None
+
+    async def run(self, stopper):
+        """Until a signal. Returns the exit status."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self.hang_up)
+        stopper.window, crew = self, Crew()
+        self.open_site(self.config)
+        self.notifier.say(READY=1, STATUS=self.status)
+        crew.start(self.watch())
+        try:
+            return await self.keep_going()
+        finally:
+            self.notifier.say(STOPPING=1)
+            self.close_site()
+            await crew.cancel()
+            if self.lock:
+                self.lock.release()
+
+    async def hold_lock(self):
+        """Waits until no other run has this configuration, and says so; another state-dir has another lock."""
+        lock, said = RunLock(self.config, self.arguments.config), None
+        while not self.stopping and not (self.lock and self.lock.path == lock.path and self.lock.holds):
+            reason = self.blocked(lock)
+            if not reason:
+                if self.lock:
+                    self.lock.release()
+                self.lock = lock
+                return
+            if reason != said:
+                said = self.status = reason
+                log.warning('%s', reason)
+            await asyncio.sleep(TICK * 4)
+
+    @staticmethod
+    def blocked(lock):
+        """Takes a lock; why that can't be, or None."""
+        try:
+            holder = lock.take()
+        except Unavailable as error:
+            return f'waiting: {error}'
+        return f'waiting for process {holder}, which has {lock.path}' if holder else None
+
+    async def keep_going(self):
+        """One engine after the other: a new one for each configuration that is read."""
+        status = os.EX_OK
+        while not self.stopping and not status:
+            await self.hold_lock()
+            if self.stopping:
+                break
+            self.figures = self.figures.counted()   # what was so then need not be so now
+            self.figures.period(self.config)
+            self.engine = engine = self.new_engine()
+            if self.config.workers > 1:
+                log.info('%d workers, a window every %g s', self.config.workers, self.config.period)
+            status = await engine.run()
+            self.engine = None   # else its figures would be asked for beside what is taken over from them
+            if isinstance(engine, Team):   # what they counted is not forgotten
+                self.figures.merge(engine.past.snapshot(), gauges=False)
+        return status
+
+    def new_engine(self):
+        """A Flow here, or a Team of workers."""
+        self.schedule.period = self.config.period   # the last start counts, also by another file
+        if self.config.workers > 1:
+            return Team(self)
+        return Flow(self.config, self.figures, self.grant, lambda window: self.note(facts(window)))
+
+    async def grant(self):
+        """Waits for the next period. Returns max-messages."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self.schedule.wait(loop.time()))
+        self.schedule.start(loop.time())
+        return self.config.nsq.max_messages
+
+    def note(self, window):
+        """A window has ended."""
+        self.windows.append(window)
+        counts = ', '.join(f'{name} {number}' for name, number in window.count.items() if number)
+        self.status = f'last window: {counts or "nothing came"} in {window.seconds:.2f} s'
+
+    async def watch(self):
+        """Tells systemd that all goes on, as long as it does, and what is waited for."""
+        loop, told = asyncio.get_running_loop(), None
+        pause = min(self.notifier.interval or 1.0, 1.0)
+        while True:
+            if not self.engine or self.engine.healthy(loop.time()):
+                self.notifier.say(WATCHDOG=1)
+            if self.engine and self.engine.endless:
+                self.status = f'flowing: {self.total().numbers[("xmsrv_messages_total", "stored")]:.0f} stored'
+            status = (self.engine and self.engine.trouble) or self.status
+            if status != told:
+                told = status
+                self.notifier.say(STATUS=status)
+            await asyncio.sleep(pause)
+
+    def hang_up(self):
+        """SIGHUP: reads the file again. A good one holds from the next window on, a bad one is reported in full."""
+        self.notifier.say(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
+        try:
+            if not os.path.isfile(self.arguments.config):   # a pipe would be waited for
+                raise ConfigError(f'{self.arguments.config}: no file to be read again')
+            raw, config = reread(self.arguments)
+            self.open_site(config)
+        except ConfigError as error:
+            log.error('%s\nthe configuration as it was stays in force', error)
+        else:
+            log.info('%s is read again', self.arguments.config)
+            self.raw, self.config = raw, config
+            if self.engine:
+                self.engine.leave()
+        self.notifier.say(READY=1)
+
+    def stop(self):
+        """SIGTERM, SIGINT."""
+        self.stopping = True
+        if self.engine:
+            self.engine.stop()
+
+    # -- what others may ask
+
+    def open_site(self, config):
+        """Listens for HTTP, where that is wished; goes on where it is the same address. Raises ConfigError."""
+        address = config.metrics.listen
+        if address != self.listening:
+            site = listen(self, address) if address else None
+            self.close_site()
+            self.site, self.listening = site, address
+
+    def close_site(self):
+        """Listens no more."""
+        if self.site:
+            self.site.stop()
+        self.site = self.listening = None
+
+    @property
+    def ends(self):
+        """What is up."""
+        return self.engine.ends if self.engine else {'queue': False, 'store': False}
+
+    def healthy(self):
+        """Alive and making progress."""
+        return not self.engine or self.engine.healthy(asyncio.get_running_loop().time())
+
+    def exposition(self):
+        """All figures in Prometheus' text format."""
+        return exposition(self.total(), process=True)
+
+    def total(self):
+        """All figures together."""
+        return together(self.engine.gauges() if self.engine else [self.figures])
+
+
+def reread(arguments):
+    """The configuration of the command line as (raw sections, config). Raises ConfigError, a line for each fault."""
+    raw = read_file(arguments.config, arguments.set_before + arguments.set_after)
+    return raw, faultless(arguments, raw)
+
+
+def listen(daemon, address):
+    """An HTTP server for a Daemon; it stops by stop(). Raises ConfigError when the address can't be had."""
+    from tornado import web
+    preload()
+    host, port = address
+
+    class Handler(web.RequestHandler):
+        """GET /metrics, /healthz, /readyz, /."""
+
+        def get(self):
+            self.set_header('Cache-Control', 'no-store')
+            kind, good, text = answers[self.request.path](daemon)
+            self.set_header('Content-Type', f'{kind}; charset=utf-8')
+            self.set_status(200 if good else 503)
+            self.finish(text)
+
+    answers = {'/metrics': lambda d: ('text/plain; version=0.0.4', True, d.exposition()),
+               '/healthz': lambda d: ('text/plain', d.healthy(), 'ok\n' if d.healthy() else 'no progress\n'),
+               '/readyz': lambda d: ('text/plain', all(d.ends.values()), readiness(d)),
+               '/': lambda d: ('text/html', True, page(d))}
+    try:
+        site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
+        return site.listen(port, host, max_header_size=8192, max_body_size=1024, body_timeout=5,
+                           idle_connection_timeout=15)
+    except OSError as error:
+        raise ConfigError(f'[metrics] listen = {spelled((host, port))}: {error.strerror}') from None
+
+
+def readiness(daemon):
+    """Which end is up, a line each."""
+    return ''.join(f'{end}: {"up" if up else "down"}\n' for end, up in daemon.ends.items())
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em}
+body{color:#222;background:#fff}h1{font-size:1.3em}h2{font-size:1em;margin:1.5em 0 .3em}
+.up{color:#176b35}.down{color:#a01818;font-weight:bold}
+table{border-collapse:collapse}td,th{padding:.1em 1em .1em 0;text-align:left;vertical-align:top}
+svg{background:#f4f4f4;width:100%;height:auto}.stored{fill:#3a7d44}.dead{fill:#c28800}.requeued{fill:#a01818}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}svg{background:#1c1c1c}.up{color:#6c6}.down{color:#f77}}"""
+
+
+def page(daemon):
+    """The page to look at: it loads itself again every 2 s, and takes nothing from elsewhere."""
+    name = html.escape(f'{daemon.config.nsq.topic}/{daemon.config.nsq.channel}')
+    total, ends = daemon.total(), daemon.ends
+    trouble = daemon.engine and daemon.engine.trouble
+    states = ' '.join(f'<span id="{end}" class="{"up" if up else "down"}">{end}: {"up" if up else "down"}</span>'
+                      for end, up in ends.items())
+    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2">'
+            f'<title>x-msrv {name}</title><style>{STYLE}</style></head><body><h1>x-msrv {name}</h1><p>{states}</p>'
+            f'<p id="status">{html.escape(trouble or daemon.status)}</p>{figures_table(daemon, total)}'
+            f'<h2>The last windows</h2>{chart(list(daemon.windows))}'
+            f'<h2>The latest dead letters</h2>{letters_table(total.recent)}</body></html>')
+
+
+def figures_table(daemon, total):
+    """Rates and lag, of the last windows together."""
+    windows = list(daemon.windows)
+    seconds = sum(window.seconds for window in windows)
+    stored = sum(window.count['stored'] for window in windows)
+    *counts, age = total.histograms['xmsrv_lag_seconds']
+    rows = [('stored', total.numbers.get(('xmsrv_messages_total', 'stored'), 0)),
+            ('messages/s in the last windows', f'{stored / seconds:.0f}' if seconds else 'none yet'),
+            ('mean lag', f'{age / sum(counts):.2f} s' if sum(counts) else 'none yet'),
+            ('in flight', total.numbers.get(('xmsrv_in_flight',), 0)),
+            ('dead letters', total.numbers.get(('xmsrv_messages_total', 'dead'), 0))]
+    return '<table>' + ''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in rows) + '</table>'
+
+
+def chart(windows):
+    """The windows as stacked bars: stored, dead, requeued; the latest at the right."""
+    most = max([sum(window.count[kind] for kind in ('stored', 'dead', 'requeued')) for window in windows] or [0]) or 1
+    bars = []
+    for place, window in enumerate(windows, 60 - len(windows)):
+        base = 100.0
+        for kind in ('stored', 'dead', 'requeued'):
+            height = 96 * window.count[kind] / most
+            base -= height
+            label = f'{rfc3339(window.ended)[11:19]} {kind} {window.count[kind]}'
+            if height:
+                bars.append(f'<rect class="{kind}" x="{place * 10 + 1}" y="{base:.1f}" width="8" height="{height:.1f}">'
+                            f'<title>{label}</title></rect>')
+    return (f'<svg viewBox="0 0 600 100" role="img" aria-label="the last windows">{"".join(bars)}</svg>'
+            f'<p>at most {most} in one</p>')
+
+
+def letters_table(recent):
+    """The latest dead letters' times, reasons and details; nothing of their bodies."""
+    rows = [f'<tr><td>{rfc3339(when)[:19]}Z</td><td>{html.escape(reason)}</td><td>{html.escape(detail)}</td></tr>'
+            for when, reason, detail in reversed(recent)]
+    return f'<table id="letters">{"".join(rows)}</table>' if rows else '<p>none</p>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# supervisor: a daemon of several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+HEARTBEAT_OF_WORKERS = 0.5  # seconds between what a worker says of itself
+SILENCE_OF_WORKERS = 5.0    # seconds without a word after which one counts as stuck
+STUCK = 120.0               # seconds without a word after which it is killed, where no watchdog has ended all
+STAYS_UP = 10.0             # seconds that a worker has to live, for its end not to count as a failed start
+STARTS = 5                  # failed starts of every worker in a row that end the daemon
+
+
+class Member:
+    """One worker process, as its parent sees it. state: `away` until it can take a grant, `idle`, `granted`. number: of
+    its last grant, for what it says may have crossed one."""
+
+    def __init__(self, place):
+        self.place, self.process, self.state, self.number = place, None, 'away', 0
+        self.trouble = None
+        self.heard, self.healthy, self.starts = 0.0, True, 0
+        self.ends = {'queue': False, 'store': False}
+        self.snapshot = None     # its figures, as it told them last
+
+    def tell(self, **message):
+        """Sends it a line; one that is gone is found so by its reader."""
+        if self.process:
+            self.process.stdin.write(json.dumps(message).encode() + b'\n')
+
+
+class Team:
+    """The worker processes of a daemon. It holds no connection of its own: it starts them, starts every period and
+    grants each its share, hears how they are, and stops them."""
+
+    def __init__(self, daemon):
+        self.config, self.raw, self.arguments = daemon.config, daemon.raw, daemon.arguments
+        self.figures, self.report, self.schedule = daemon.figures, daemon.note, daemon.schedule
+        config = self.config
+        self.members, self.turn = [Member(place) for place in range(config.workers)], 0
+        self.endless = config.endless
+        self.crew, self.changed = Crew(), asyncio.Event()
+        self.past = Figures()    # of workers that are gone
+        self.failed = False
+        self.ending = None       # how a member is told to end, once that is wished
+        self.patience = 0.0      # seconds that it then has
+        self.over = asyncio.Event()
+        self.silent = []         # members that were not heard of when healthy() was asked last
+
+    async def run(self):
+        """Until stop() or leave(), or until no worker stays up. Returns the exit status."""
+        for member in self.members:
+            self.crew.start(self.keep(member))
+        grants = asyncio.ensure_future(self.periods())
+        while self.crew.tasks and not self.crew.error:
+            self.crew.wake.clear()
+            await self.crew.wake.wait()
+        grants.cancel()
+        await self.crew.cancel()
+        if self.crew.error:
+            raise self.crew.error
+        return os.EX_SOFTWARE if self.failed else os.EX_OK
+
+    # -- its members
+
+    async def keep(self, member):
+        """Keeps one worker up, with backoff."""
+        loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
+        while not self.ending:
+            begun = member.heard = loop.time()
+            fate = await self.life(member)
+            self.gone(member)
+            if self.ending:
+                return
+            member.starts = 0 if loop.time() - begun > STAYS_UP else member.starts + 1
+            if not member.starts:
+                backoff.reset()
+            pid = member.process.pid if member.process else 'none'
+            log.error('worker %d (process %s) ended: %s', member.place + 1, pid, fate)
+            if all(each.starts >= STARTS for each in self.members):
+                log.critical('no worker stays up')
+                self.failed = True
+                self.stop()
+                return
+            self.figures.add('xmsrv_worker_restarts_total')
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.over.wait(), backoff.next())
+
+    async def life(self, member):
+        """One process, from its start to its end. Returns how it ended."""
+        try:
+            await self.start(member)
+        except OSError as error:
+            member.process = None
+            return f'it could not be started: {error.strerror}'
+        if self.ending:
+            self.dismiss(member)
+        await self.listen(member)
+        return told(await member.process.wait())
+
+    async def start(self, member):
+        """Starts a worker, with the configuration that holds now, whatever the file says by now. It has a session of
+        its own, so that Ctrl-C on a terminal is for us to pass on."""
+        flags = ['-v'] * self.arguments.verbose + ['-q'] * self.arguments.quiet
+        outside = {name: value for name, value in os.environ.items() if name not in SYSTEMD}
+        member.process = await asyncio.create_subprocess_exec(
+            *own_command(), '-c', self.arguments.config, *flags, 'worker', stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, limit=1 << 24, env=outside, start_new_session=True)
+        member.tell(raw=self.raw)
+
+    async def listen(self, member):
+        """What a worker says, until it ends."""
+        async for line in member.process.stdout:
+            try:
+                self.hear(member, json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or something else wrote there
+                log.error('worker %d (process %d): not understood: %s', member.place + 1, member.process.pid, error)
+                with contextlib.suppress(ProcessLookupError):
+                    member.process.kill()
+                return
+            self.changed.set()
+
+    def hear(self, member, message):
+        """One line of a worker's."""
+        member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
+        member.ends, member.trouble, member.snapshot = message['ends'], message['trouble'], message['figures']
+        for window in message['windows']:
+            self.report(types.SimpleNamespace(**window))
+        if message['busy'] or message['seen'] != member.number:
+            member.state = 'granted'
+        else:
+            member.state = 'idle' if message['idle'] else 'away'
+
+    def gone(self, member):
+        """Keeps the figures of a worker that has ended."""
+        if member.snapshot:
+            self.past.merge(member.snapshot, gauges=False)
+        member.state, member.snapshot, member.ends = 'away', None, {'queue': False, 'store': False}
+        member.number, member.trouble = 0, None
+        self.changed.set()
+
+    # -- its periods
+
+    async def periods(self):
+        """Starts every period: each worker that is idle gets its share. One that has just been started waits for the
+        next; nobody starts while another still has its grant of the last."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.schedule.wait(loop.time()))
+            while not any(member.state == 'idle' for member in self.members) or (
+                    not self.endless and any(member.state == 'granted' for member in self.members)):
+                self.changed.clear()
+                await self.changed.wait()
+            self.schedule.start(loop.time())
+            for member, share in zip(self.members, self.split(), strict=True):
+                if member.state == 'idle' and (share or not self.config.nsq.max_messages):
+                    member.state, member.number = 'granted', member.number + 1
+                    member.tell(grant=share, number=member.number)
+
+    def split(self):
+        """The share of each worker in max-messages; what does not divide goes round from period to period."""
+        share, extra = divmod(self.config.nsq.max_messages, len(self.members))
+        self.turn += 1
+        return [share + ((place + self.turn) % len(self.members) < extra) for place in range(len(self.members))]
+
+    # -- its end
+
+    def stop(self):
+        """All hand back what they do not store, and end; one that does not in its time is killed."""
+        self.end(lambda member: member.process.terminate(), 0.0)
+
+    def leave(self):
+        """All finish their windows, and end."""
+        self.end(lambda member: member.tell(leave=True), self.config.timeout)
+
+    def end(self, how, more):
+        """Tells all to end, those too that are just being started."""
+        self.ending, self.patience = how, more + self.config.aerospike.total_timeout + 2
+        self.over.set()
+        for member in self.members:
+            self.dismiss(member)
+
+    def dismiss(self, member):
+        """Tells one to end, and sees to it that it does."""
+        if member.process and member.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.ending(member)
+            asyncio.get_running_loop().call_later(self.patience, self.kill, member)
+
+    def kill(self, member):
+        """The last resort."""
+        if member.process.returncode is None:
+            log.error('worker %d (process %d) does not end: killed', member.place + 1, member.process.pid)
+            member.process.kill()
+
+    # -- how it is
+
+    @property
+    def trouble(self):
+        """What is wrong, by the first that says so."""
+        return next((member.trouble for member in self.members if member.trouble), None)
+
+    @property
+    def ends(self):
+        """What is up for all of them."""
+        return {end: all(member.ends[end] for member in self.members) for end in ('queue', 'store')}
+
+    def healthy(self, now):
+        """Whether every worker has been heard of, and says that it is; one that has not is named."""
+        alive = [member for member in self.members if member.process and member.process.returncode is None]
+        silent = [member for member in alive if now - member.heard >= SILENCE_OF_WORKERS]
+        for member in silent:
+            log.log(logging.DEBUG if member in self.silent else logging.ERROR, 'worker %d (process %d) says nothing',
+                    member.place + 1, member.process.pid)
+            if now - member.heard >= STUCK:
+                self.kill(member)
+        self.silent = silent
+        return not silent and all(member.healthy for member in alive)
+
+    def gauges(self):
+        """The figures of all together."""
+        return [self.figures, self.past, *(member.snapshot for member in self.members if member.snapshot)]
+
+
+def own_command():
+    """The command that runs this module again, by the same Python and from the same place."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())'
+    flags = {'-I': sys.flags.isolated, '-S': sys.flags.no_site, '-B': sys.flags.dont_write_bytecode}
+    return [sys.executable, *(flag for flag, on in flags.items() if on), '-c', code]
+
+
+def told(status):
+    """An exit status of subprocess in words."""
+    return f'killed by {signal.Signals(-status).name}' if status < 0 else f'exit status {status}'
+
+
+class Worker:
+    """A process of the daemon's. It hears of the configuration and its grants on stdin, and says on stdout how it is;
+    an end of stdin is the end of its parent."""
+
+    def __init__(self, arguments):
+        self.arguments, self.figures = arguments, Figures()
+        self.grants, self.windows = asyncio.Queue(), []
+        self.waiting = self.busy = False   # for a grant; with one
+        self.seen = 0            # number of the last grant
+
+    async def run(self, stopper):
+        """Until it is told to end. Returns the exit status."""
+        stdin = asyncio.StreamReader(limit=1 << 24)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+        config = faultless(self.arguments, json.loads(await stdin.readline())['raw'])
+        self.flow = stopper.window = Flow(config, self.figures, self.grant, self.windows.append)
+        crew = Crew()
+        crew.start(self.listen(stdin))
+        crew.start(self.talk())
+        status = await self.flow.run()
+        await crew.cancel()
+        self.say()
+        return status
+
+    async def listen(self, stdin):
+        """What the parent says."""
+        async for line in stdin:
+            message = json.loads(line)
+            if 'grant' in message:
+                self.waiting, self.busy, self.seen = False, True, message['number']
+                self.grants.put_nowait(message['grant'])
+            if 'leave' in message:
+                self.flow.leave()
+        self.flow.stop()
+
+    async def grant(self):
+        """Waits for a grant; whoever waits is idle."""
+        self.waiting, self.busy = True, False
+        self.say()
+        return await self.grants.get()
+
+    async def talk(self):
+        """Says how it is, all the time: silence means that it is stuck."""
+        while True:
+            self.say()
+            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
+
+    def say(self):
+        """One line for the parent."""
+        windows, self.windows[:] = [vars(facts(window)) for window in self.windows], []
+        figures = self.flow.gauges()[0].snapshot()
+        healthy = self.flow.healthy(asyncio.get_running_loop().time())
+        line = json.dumps({
+            'idle': self.waiting, 'busy': self.busy, 'seen': self.seen, 'healthy': healthy, 'windows': windows,
+            'ends': self.flow.ends, 'trouble': self.flow.trouble, 'figures': figures})
+        with contextlib.suppress(BrokenPipeError):
+            write_all(1, line.encode() + b'\n')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # check: the other ends
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -4547,194 +4757,7 @@ def tls_facts(tls_socket):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# log: where its lines go, and in which form
-# ---------------------------------------------------------------------------------------------------------------------
-
-JOURNAL = '/run/systemd/journal/socket'   # systemd.io/JOURNAL_NATIVE_PROTOCOL
-PRIORITIES = {'DEBUG': 7, 'INFO': 6, 'NOTICE': 5, 'WARNING': 4, 'ERROR': 3, 'CRITICAL': 2}   # sd-daemon(3)
-FEW = 5                     # warnings and errors of a kind, in a row, before they are only counted
-MINUTE = 60.0               # seconds for which they are
-MORE = '%d more like this in the last minute: %s'
-
-
-class TextFormatter(logging.Formatter):
-    """`warning: text`, for a terminal or a file; what is said with -v has the seconds since the start."""
-
-    def format(self, record):
-        """The line of a record."""
-        line = super().format(record)
-        if record.levelno == logging.DEBUG:
-            line = f'{record.relativeCreated / 1000:.3f} {line}'
-        return line if record.levelno in (logging.INFO, NOTICE) else f'{record.levelname.lower()}: {line}'
-
-
-class PriorityFormatter(logging.Formatter):
-    """`<4>text`, each line of several: what the journal reads from stderr."""
-
-    def format(self, record):
-        """The lines of a record."""
-        prefix = f'<{PRIORITIES[record.levelname]}>'
-        return prefix + super().format(record).replace('\n', f'\n{prefix}')
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line; `common` is in each, and the summary's counts are members of their own."""
-
-    def __init__(self, common):
-        super().__init__()
-        self.common = common
-
-    def format(self, record):
-        """The line of a record."""
-        members = {'time': rfc3339(record.created), 'level': record.levelname.lower(), 'message': record.getMessage(),
-                   **self.common, **getattr(record, 'fields', {})}
-        if record.exc_info:
-            members['traceback'] = self.formatException(record.exc_info)
-        return json.dumps(members)
-
-
-class JournalHandler(logging.StreamHandler):
-    """To the journal, a datagram of fields a record; `common` is in each. Lines with their priority go to stderr where
-    its socket is not there or refuses."""
-
-    def __init__(self, common):
-        super().__init__()
-        self.common, self.plain = common, logging.Formatter()
-        self.setFormatter(PriorityFormatter())
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-
-    def emit(self, record):
-        """Sends a record; what can't be formatted is logging's to report. What is said before the file is read, or last
-        of all, goes to stderr: of a datagram from a process that has ended the journal no longer finds the unit."""
-        try:
-            if 'topic' not in self.common or getattr(record, 'last', False):
-                raise OSError('by way of stderr')
-            self.send(self.entry(record))
-        except OSError:
-            super().emit(record)
-        except Exception:
-            self.handleError(record)
-
-    def entry(self, record):
-        """A record as the journal takes it: the summary's counts and whatever else it has are fields XMSRV_..."""
-        fields = {**self.common, **getattr(record, 'fields', {})}
-        return journal_entry({'MESSAGE': self.plain.format(record), 'PRIORITY': PRIORITIES[record.levelname],
-                              'SYSLOG_IDENTIFIER': 'x-msrv',
-                              **{f'XMSRV_{name.upper()}': value for name, value in fields.items()}})
-
-    def send(self, entry):
-        """Sends a datagram. By name each time, so that a journal that was started anew gets it. Raises OSError."""
-        try:
-            self.socket.sendto(entry, JOURNAL)
-        except OSError as error:
-            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
-                raise
-            self.send_sealed(entry)
-
-    def send_sealed(self, entry):
-        """What is too large for the socket goes as a file in memory, sealed, so that nobody changes it any more."""
-        fd = os.memfd_create('x-msrv', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            write_all(fd, entry)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS,
-                        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
-            self.socket.sendmsg([], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('i', fd))], 0, JOURNAL)
-        finally:
-            os.close(fd)
-
-    def close(self):
-        """Closes the socket; stderr stays open."""
-        self.socket.close()
-        super().close()
-
-
-def journal_entry(fields):
-    """Fields in the journal's form: `NAME=value`, or the name, the length and a value that has a newline in it."""
-    lines = []
-    for name, value in fields.items():
-        data = str(value).encode('utf-8', 'backslashreplace')
-        given = b'\n' + struct.pack('<Q', len(data)) + data if b'\n' in data else b'=' + data
-        lines.append(name.encode() + given + b'\n')
-    return b''.join(lines)
-
-
-class Repeats(logging.Filter):
-    """Holds back warnings and errors that repeat: the first FEW of a kind (a template, or where it has no words of its
-    own the whole text) pass, the others are counted, and the count is said when the minute is over or at exit.
-
-    seen: kind -> (since when, how many, the last one). With -v all pass.
-    """
-
-    def __init__(self, clock=time.monotonic):
-        super().__init__()
-        self.clock, self.seen, self.lock = clock, {}, threading.Lock()   # the store's threads log as well
-
-    def filter(self, record):
-        """Whether a record passes."""
-        if record.levelno < logging.WARNING or record.msg == MORE or log.isEnabledFor(logging.DEBUG):
-            return True
-        self.tell_old()
-        kind = record.msg if re.search('[a-z]{2}', record.msg) else record.getMessage()
-        with self.lock:
-            since, number, _ = self.seen.get(kind, (self.clock(), 0, None))
-            number += 1
-            self.seen[kind] = since, number, record
-        if number == FEW + 1:
-            self.set_timer()
-        return number <= FEW
-
-    def set_timer(self):
-        """So that the count is said in time, though nothing else is; a thread, for there need not be a loop."""
-        timer = threading.Timer(MINUTE, self.tell_old)
-        timer.daemon = True
-        timer.start()
-
-    def tell_old(self):
-        """Says the counts of which the minute is over."""
-        self.tell(self.clock() - MINUTE)
-
-    def tell(self, until=math.inf):
-        """Says the counts that began until then, and forgets them."""
-        with self.lock:
-            over = [self.seen.pop(kind) for kind, (since, *_) in list(self.seen.items()) if since <= until]
-        for _, number, last in over:
-            if number > FEW:
-                log.log(last.levelno, MORE, number - FEW, last.getMessage())
-
-
-repeats = Repeats()
-
-
-def under_journal():
-    """Whether stderr goes to the journal: systemd.exec(5), JOURNAL_STREAM."""
-    try:
-        here = os.fstat(2)
-    except OSError:   # it is closed
-        return False
-    return os.environ.get('JOURNAL_STREAM') == f'{here.st_dev}:{here.st_ino}'
-
-
-def log_handler(log_format, common):
-    """The handler for a format, and for what stderr is."""
-    if log_format == 'text' and under_journal():
-        return JournalHandler(common)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter(common) if log_format == 'json' else TextFormatter())
-    return handler
-
-
-def set_up_log(arguments, log_format='text', **common):
-    """Sends the log to stderr or the journal, at the level that -v and -q ask for. `common`: fields of each record."""
-    for handler in log.handlers:
-        handler.close()
-    log.handlers, log.propagate = [log_handler(log_format, common)], False
-    log.addFilter(repeats)
-    log.setLevel(logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO)
-    logging.getLogger('tornado').setLevel(logging.CRITICAL)   # it reports again what is raised to us
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# completion: what a shell has to know of the command line, made from its parser
+# command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 PATHS = ('FILE', 'PATH')   # metavars
@@ -4870,10 +4893,6 @@ def zsh_text(text):
     """A text inside a specification."""
     return re.sub(r'([\[\]:])', r'\\\1', text.replace("'", "'\\''"))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
-# ---------------------------------------------------------------------------------------------------------------------
 
 COLLECT_EVERY = 100_000   # objects: a window makes thousands at a time, none in a circle; 700 costs a third more CPU
 
