@@ -5,8 +5,8 @@ ARGS =
 V = .venv/bin
 PINS = vendor/build.txt vendor/requirements.txt test/requirements.txt
 
-# In the stamp's name, so that another PYTHON makes a new venv. Empty where PYTHON is missing or older than 3.10.
-PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) and print("%d.%d" % v[:2])' 2>/dev/null)
+# In the stamp's name, so that another PYTHON makes a new venv. Empty where PYTHON is missing or older than 3.11.
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) and print("%d.%d" % v[:2])' 2>/dev/null)
 
 # The pins alone decide what is imported, and no bytecode is left beside the sources (pip compiles what it installs).
 unexport PYTHONHOME PYTHONPATH
@@ -47,11 +47,11 @@ bench: venv nsq  ## what it costs, against the obvious version (AEROSPIKE=host:p
 soak: venv nsq  ## ten minutes of a daemon's life, with outages (ARGS='--minutes 60')
 	@$(V)/python bench/soak.py $(ARGS)
 
-pins:  ## work out the versions and hashes anew from the *.in files, for every Python from 3.10 on
+pins:  ## work out the versions and hashes anew from the *.in files, for every Python from 3.11 on
 	@$(PYTHON) -m venv build/pins
 	@build/pins/bin/python -m pip --quiet --disable-pip-version-check install uv==0.13.9
 	@set -e; pin() { \
-	    build/pins/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --no-header \
+	    build/pins/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 	        --no-emit-index-url --no-emit-find-links --python build/pins/bin/python --output-file $$1.txt $$1.in $$2 $$3; }; \
 	pin vendor/build; pin vendor/requirements; pin test/requirements --constraint=vendor/build.txt --constraint=vendor/requirements.txt
 
@@ -60,7 +60,7 @@ clean:  ## remove all that make made
 
 # The stamps are written last and moved into place, so that what was cut short is done again.
 .venv/pins-$(PYTHON_VERSION): $(PINS)
-	@[ -n "$(PYTHON_VERSION)" ] || $(call stop,$(PYTHON) is missing or older than 3.10: apt-get install python3 python3-venv$(comma) or name one with PYTHON=)
+	@[ -n "$(PYTHON_VERSION)" ] || $(call stop,$(PYTHON) is missing or older than 3.11: apt-get install python3 python3-venv$(comma) or name one with PYTHON=)
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || $(call apt,python3-venv) || true
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || $(call stop,$(PYTHON) has no venv module: apt-get install python3-venv)
 	@echo "making .venv with Python $(PYTHON_VERSION)"
@@ -166,7 +166,7 @@ install:  ## put all files below DESTDIR=, as the packages have them
 complete = PYTHONPATH=$(VENDOR) $(PYTHON) xmsrv.py completion $(1) >build/completion && $(call put,644) build/completion $(2)
 
 build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/libraries.py
-	@[ -n "$(PYTHON_VERSION)" ] || $(call stop,$(PYTHON) is missing or older than 3.10)
+	@[ -n "$(PYTHON_VERSION)" ] || $(call stop,$(PYTHON) is missing or older than 3.11)
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || $(call apt,python3-venv) || $(call stop,$(PYTHON) has no venv module: apt-get install python3-venv)
 	@command -v $(STRIP) >/dev/null || $(call apt,$(BINUTILS)) || $(call stop,no $(STRIP) here: apt-get install $(BINUTILS))
 	@echo "bringing the libraries for $(ARCH)"

@@ -20,11 +20,11 @@ setup(
     license='MIT',
     py_modules=['xmsrv'],
     entry_points={'console_scripts': ['x-msrv = xmsrv:main']},
-    python_requires='>=3.10',
+    python_requires='>=3.11',
     install_requires=[
         'aerospike>=19.3,<20',
         'pynsq>=0.9.1,<0.10',
-        'tornado>=6.5.10,<6.6',  # 6.6 needs Python 3.11
+        'tornado>=6.6.1,<6.7',
         'voluptuous>=0.16,<0.17',
         'configobj>=5.0.9,<6',
         'tqdm>=4.66,<5',

@@ -146,7 +146,7 @@ UNKEPT = Answer('unkept')           # a dead letter that can't be kept: stays in
 
 def rfc3339(seconds):
     """Seconds since 1970 as `2026-11-24T03:44:00.123456Z`."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime('%Y-%m-%dT%H:%M:%S.%fZ')
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime('%Y-%m-%dT%H:%M:%S.%fZ')
 
 
 def grouped(items, key):
@@ -1893,7 +1893,7 @@ class Publisher(Connection):
         loop = asyncio.get_running_loop()
         self.waiting = loop.create_future()
         self.send(nsq.mpub(self.topic, bodies))
-        timer = loop.call_later(PUBLISH_TIMEOUT, self.answered, asyncio.TimeoutError())
+        timer = loop.call_later(PUBLISH_TIMEOUT, self.answered, TimeoutError())
         try:
             await self.waiting
         finally:

@@ -14,7 +14,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-PYTHONS = ('3.10', '3.11', '3.12', '3.13', '3.14')
+PYTHONS = ('3.11', '3.12', '3.13', '3.14')
 MACHINES = {'amd64': 'x86_64', 'arm64': 'aarch64'}
 GLIBC = ('2_28', '2_17', '2_5')   # the newest decides: what the oldest system that is served has (EL 8)
 SDISTS = 'pynsq'                  # the one with no wheel

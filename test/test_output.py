@@ -348,7 +348,7 @@ def test_check_says_the_depth(nsqds, nsqlookupd, xmsrv, way):
 def test_check_says_protocol_and_days_of_the_certificate(nsqds, xmsrv, workdir):
     """30 days from now, less what has gone by."""
     authority = trustme.CA()
-    expiry = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=30, hours=1)
+    expiry = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=30, hours=1)
     issued = authority.issue_cert('127.0.0.1', not_after=expiry)
     authority.cert_pem.write_to_path(workdir / 'ca.pem')
     issued.cert_chain_pems[0].write_to_path(workdir / 'cert.pem')

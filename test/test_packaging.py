@@ -48,8 +48,8 @@ def launcher(workdir):
 
 
 def test_the_launcher_takes_the_newest_fit_python(launcher):
-    """3.9 and 3.15 are none."""
-    launcher.add('3.9', '3.10', '3.12', '3.15', '3')
+    """3.10 and 3.15 are none."""
+    launcher.add('3.9', '3.10', '3.11', '3.12', '3.15', '3')
     assert run(launcher.path, 'once').stdout == '3.12 -I -S -B /usr/lib/x-msrv once\n'
     launcher.add('3.14')
     assert run(launcher.path, '--version').stdout.startswith('3.14 ')
@@ -61,13 +61,13 @@ def test_the_launcher_passes_on_every_argument_as_it_is(launcher, workdir):
     assert run(launcher.path, 'a b', '', "'", '$x').stdout == "<a b><><'><$x>"
 
 
-@pytest.mark.parametrize('there', [(), ('3.9', '3')])
+@pytest.mark.parametrize('there', [(), ('3.10', '3')])
 def test_without_a_fit_python_the_launcher_says_what_to_install(launcher, there):
     """In one line, exit 70; not the python3 that is there."""
     launcher.add(*there)
     ran = run(launcher.path, 'once', expect=os.EX_SOFTWARE)
     line, = ran.stderr.splitlines()
-    assert line.startswith('x-msrv: no Python from 3.10 to 3.14 in /usr/bin: install')
+    assert line.startswith('x-msrv: no Python from 3.11 to 3.14 in /usr/bin: install')
 
 
 # ---------------------------------------------------------------------------------------------------------------- units

@@ -208,7 +208,7 @@ def test_secret_crosses_within_tls_alone(xmsrv, ours, secret):
     assert SECRET not in done.stderr + done.stdout
 
 
-PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
+PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 
 
 @pytest.mark.parametrize(('names', 'options', 'word'), [

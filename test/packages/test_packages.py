@@ -127,13 +127,13 @@ def test_systemd_takes_every_unit(tmp_path, deb_tree):
 def test_the_deb_names_no_python_but_a_range():
     """The builder's own would make it fit for no other system."""
     assert not re.search(r'python3\.\d', field('Depends'))
-    assert 'python3 (>= 3.10), python3 (<< 3.15)' in field('Depends')
+    assert 'python3 (>= 3.11), python3 (<< 3.15)' in field('Depends')
 
 
 def test_the_rpm_asks_for_what_the_launcher_finds():
     """And for nothing that only the builder has; its private libraries are nobody else's."""
     requires = run('rpm', '-qp', '--requires', RPM).splitlines()
-    assert '(python3.12 or python3.11 or (python3 >= 3.10 with python3 < 3.15))' in requires
+    assert '(python3.12 or python3.11 or (python3 >= 3.11 with python3 < 3.15))' in requires
     assert not [line for line in requires if re.search('python.*abi|libcrypto|libssl|libyaml', line)]
     assert not [line for line in run('rpm', '-qp', '--provides', RPM).splitlines() if '.so' in line]
 
@@ -225,7 +225,7 @@ def test_the_configuration_is_kept_over_an_upgrade():
 
 
 def test_they_are_small():
-    """Five extensions, one set of libraries."""
+    """Four extensions, one set of libraries."""
     assert DEB.stat().st_size < 4 * MIB and RPM.stat().st_size < 4 * MIB
 
 
