@@ -136,6 +136,7 @@ UNITDIR = /usr/lib/systemd/system
 RUNITDIR = /etc/sv/x-msrv
 BASHDIR = /usr/share/bash-completion/completions
 ZSHDIR = /usr/share/zsh/vendor-completions
+FISHDIR = /usr/share/fish/vendor_completions.d
 VENDOR = build/vendor/$(ARCH)
 put = umask 022 && install -D -m $(1)
 
@@ -161,6 +162,7 @@ install:  ## put all files below DESTDIR=, as the packages have them
 		$$(find monitoring -maxdepth 1 -type f))
 	$(call complete,bash,$(DESTDIR)$(BASHDIR)/x-msrv)
 	$(call complete,zsh,$(DESTDIR)$(ZSHDIR)/_x-msrv)
+	$(call complete,fish,$(DESTDIR)$(FISHDIR)/x-msrv.fish)
 
 # The program prints its completions itself.
 complete = PYTHONPATH=$(VENDOR) $(PYTHON) xmsrv.py completion $(1) >build/completion && $(call put,644) build/completion $(2)

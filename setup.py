@@ -29,6 +29,7 @@ setup(
         'configobj>=5.0.9,<6',
         'tqdm>=4.66,<5',
         'prometheus_client>=0.21,<1',
+        'shtab>=1.13,<2',  # imported by `x-msrv completion` alone
     ],
     options={'build': {'build_base': LEFTOVERS}, 'egg_info': {'egg_base': LEFTOVERS}},
 )

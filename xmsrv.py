@@ -4760,138 +4760,74 @@ def tls_facts(tls_socket):
 # command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-PATHS = ('FILE', 'PATH')   # metavars
-BASH = """\
-# bash completion for x-msrv, printed by: x-msrv completion bash
+# bash takes words apart at = and :, and shtab's function does not put them together again. Nor does it know that a
+# value may be called as a command is, or where an option ends whose value may be left out. So it is shown three things:
+# the arguments that are no options, the option whose value is typed, and the word at the cursor.
+BASH = """
 _x_msrv() {
-    local cur=${COMP_WORDS[COMP_CWORD]} word words='' command='' option='' joined=''
-    COMPREPLY=()
-    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case $word in '=' | ':') joined=1; continue ;; esac   # where bash takes a word apart
-        if [[ $option && $word != -?* ]]; then   # as argparse has it, a value does not begin with -
-            option=''
-        elif [[ ! $joined ]]; then
-            option=''
-            case $word in
-                %(valued)s) option=$word ;;
-                %(commands)s) command=${command:-$word} ;;
-            esac
-        fi
-        joined=''
+    local word parser known nargs option='' words=() plain=()
+    for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do
+        if [[ $words && ($word == [=:]* || ${words[-1]} == *[=:]) ]]; then words[-1]+=$word; else words+=("$word"); fi
     done
-    case $cur in '=' | ':') joined=1 cur='' ;; esac
-    if [[ $joined && ! $option ]]; then return; fi   # amid a value
-    case $cur in -*) option='' ;; esac
-    case $command in
-        %(words)s
-    esac
-    case $option in
-        %(values)s
-    esac
-    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+    local cur=${words[-1]}
+    for word in "${words[@]:1:${#words[@]}-2}"; do
+        if [[ $word == -?* ]]; then   # as argparse has it, a value does not begin with -
+            parser=_shtab_x_msrv${plain:+_$plain} option=''
+            known="${parser}_option_strings[*]" nargs="${parser}_${word//[^[:word:]]/_}_nargs"
+            [[ " ${!known} " == *" $word "* && ${!nargs-1} != 0 ]] && option=$word
+        elif [[ $option ]]; then option=''
+        else plain+=("$word"); fi
+    done
+    case $cur in --*=*) option=${cur%%=*} cur=${cur#*=} ;; -*) option='' ;; esac
+    local COMP_WORDS=(x-msrv "${plain[@]}" ${option:+"$option"} "$cur")
+    local COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _shtab_x_msrv
+    COMPREPLY=("${COMPREPLY[@]#"${cur%"${cur##*[=:]}"}"}")   # bash puts them in the place of the last part
+    if [[ $option == --set ]]; then compopt -o nospace; fi
 }
-complete -F _x_msrv x-msrv
-"""
-ZSH = """\
-#compdef x-msrv
-# zsh completion for x-msrv, printed by: x-msrv completion zsh
-_x_msrv_settings() {
-    compadd -S '' -- %(settings)s
-}
-_x_msrv() {
-    local state line context
-    typeset -A opt_args
-    _arguments -C %(options)s '1:command:((%(commands)s))' '*::argument:->rest'
-    if [[ $state == rest ]]; then
-        case $words[1] in
-            %(cases)s
-        esac
-    fi
-}
-if [[ $funcstack[1] == _x-msrv ]]; then _x_msrv "$@"; else compdef _x_msrv x-msrv; fi
+complete -o bashdefault -F _x_msrv x-msrv
 """
 
 
 def completion(shell, parser):
-    """What bash or zsh reads to complete the command line of `parser`."""
+    """What bash, zsh or fish reads to complete the command line of `parser`."""
+    import shtab
+    if shell == 'zsh':
+        join_values(parser)
+    return shtab.complete(parser, shell) + '\n' + (BASH if shell == 'bash' else '')
+
+
+def join_values(parser):
+    """Tells zsh's _arguments that a value may follow an option at once (`--set=x`), and may be left out of some.
+
+    Only for shtab: nothing can be parsed by the parser after it."""
     # argparse has no public way to ask a parser for what it takes.
-    found = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    commands = {action.dest: (action.help, found.choices[action.dest]) for action in found._choices_actions
-                if action.help != argparse.SUPPRESS}
-    return bash_completion(parser, commands) if shell == 'bash' else zsh_completion(parser, commands)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                join_values(command)
+        elif action.nargs != 0:
+            action.option_strings = [name + ('=' if name.startswith('--') else '+') for name in action.option_strings]
+            action.metavar = ':' + action.metavar if action.nargs == '?' else action.metavar
 
 
-def shown(parser):
-    """What a parser takes and says so in its help, but for the commands."""
-    return [action for action in parser._actions
-            if action.help != argparse.SUPPRESS and not isinstance(action, argparse._SubParsersAction)]
+# What each shell calls for the name of a file: shtab's own, but that fish's would look for a file named `--config=a`.
+FILES = {'bash': '_shtab_compgen_files', 'zsh': '_files',
+         'fish': "(__fish_complete_path (string replace -r '^--[a-z]+=' '' -- (commandline -ct)))"}
+
+
+def set_completion(action, how=FILES):
+    """Tells shtab what each shell calls, or chooses from, for the value of an option."""
+    action.complete = how
 
 
 def settings():
-    """What may follow --set, from the table of options."""
-    return ' '.join(f'{option.section}.{option.name}'.lstrip('.') + ('=' if option.default is not None else '.')
-                    for option in OPTIONS)
-
-
-def bash_completion(parser, commands):
-    """The same, for bash; `commands`: name -> (help, parser)."""
-    parsers = {"''": parser, **{name: made for name, (_, made) in commands.items()}}
-    valued = {name: action for made in parsers.values() for action in shown(made) if action.nargs != 0
-              for name in action.option_strings}
-    words = {name: [word for action in shown(made) for word in action.option_strings or action.choices or ()]
-             for name, made in parsers.items()}
-    words["''"] += commands
-    between = '\n        '
-    return BASH % {
-        'valued': ' | '.join(valued), 'commands': ' | '.join(commands),
-        'words': between.join(f"{name}) words='{' '.join(some)}' ;;" for name, some in words.items()),
-        'values': between.join(f'{name}) {bash_value(action)} ;;' for name, action in valued.items())}
-
-
-def bash_value(action):
-    """What bash does for the value of an option."""
-    if action.metavar in PATHS:
-        return 'compopt -o filenames; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return'
-    if action.metavar == SETTING:
-        return f"compopt -o nospace; words='{settings()}'"
-    return f"words='{' '.join(action.choices)}'" if action.choices else 'return'
-
-
-def zsh_completion(parser, commands):
-    """The same, for zsh."""
-    cases = [f'{name}) _arguments {zsh_options(made)} ;;' for name, (_, made) in commands.items()]
-    known = ' '.join(f'{name}\\:"{zsh_text(help)}"' for name, (help, _) in commands.items())
-    return ZSH % {'settings': settings(), 'options': zsh_options(parser), 'commands': known,
-                  'cases': '\n            '.join(cases)}
-
-
-def zsh_options(parser):
-    """What a parser takes, as specifications for _arguments."""
-    specs = []
-    for action in shown(parser):
-        names, value = action.option_strings, ''
-        if action.nargs != 0:
-            optional = ':' if action.nargs == '?' else ''
-            value = f':{optional}{zsh_text(action.metavar or action.dest)}:{zsh_value(action)}'
-        others = '*' if isinstance(action, argparse._AppendAction) else f'({" ".join(names)})'
-        for name in names:
-            joint = ('=' if name.startswith('--') else '+') if value else ''
-            specs.append(f"'{others}{name}{joint}[{zsh_text(action.help or '')}]{value}'")
-        if not names:
-            specs.append(f"'{value}'")
-    return ' '.join(specs)
-
-
-def zsh_value(action):
-    """What zsh does for the value of an option."""
-    if action.metavar == SETTING:
-        return '_x_msrv_settings'
-    return '_files' if action.metavar in PATHS else f'({" ".join(action.choices or ())})'
-
-
-def zsh_text(text):
-    """A text inside a specification."""
-    return re.sub(r'([\[\]:])', r'\\\1', text.replace("'", "'\\''"))
+    """What may follow --set, from the table of options: what each shell calls for it."""
+    words = ' '.join(f'{option.section}.{option.name}'.lstrip('.') + ('=' if option.default is not None else '.')
+                     for option in OPTIONS)
+    return {'bash': '_x_msrv_settings', 'zsh': '_x_msrv_settings', 'fish': words,
+            'preamble': {'bash': f"_x_msrv_settings() {{ compgen -W '{words}' -- \"$1\"; }}",
+                         'zsh': f"_x_msrv_settings() {{ compadd -S '' -- {words} }}"}}
 
 
 COLLECT_EVERY = 100_000   # objects: a window makes thousands at a time, none in a circle; 700 costs a third more CPU
@@ -4905,7 +4841,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(os.EX_USAGE, f'{self.prog}: {message}; see {self.prog} --help\n')
 
 
-SETTING = 'SECTION.OPTION=VALUE'
 EXAMPLES = """examples:
   x-msrv check --connect                     is the file right, are both ends there?
   x-msrv once                                one window, as the timer does it
@@ -4914,7 +4849,7 @@ EXAMPLES = """examples:
   x-msrv check --message order.json          which record would this become?
   x-msrv replay --list                       what became a dead letter, and why
   x-msrv replay --dry-run --reason schema    which of them would pass now?
-  source <(x-msrv completion bash)           complete all this with TAB; for zsh the same, with zsh
+  eval "$(x-msrv completion bash)"           complete all this with TAB; for zsh the same, with zsh
 
 exit status: 0 done, 64 usage, 65 the message of check --message can never become a record, 69 queue
 or store out of reach (nothing was taken), 70 internal error, 75 messages handed back because the store or
@@ -4925,10 +4860,11 @@ the keeper of dead letters failed, 78 configuration
 def add_common(parser, after):
     """The options that stand before or after the command; `after` keeps the second from undoing the first."""
     absent = argparse.SUPPRESS
-    parser.add_argument('-c', '--config', metavar='FILE', default=absent if after else DEFAULT_FILE,
-                        help=f'configuration (default: {DEFAULT_FILE})')
-    parser.add_argument('--set', metavar=SETTING, action='append', default=[],
-                        dest='set_after' if after else 'set_before', help='set one option, over the file')
+    set_completion(parser.add_argument('-c', '--config', metavar='FILE', default=absent if after else DEFAULT_FILE,
+                                       help=f'configuration (default: {DEFAULT_FILE})'))
+    set_completion(parser.add_argument('--set', metavar='SECTION.OPTION=VALUE', action='append', default=[],
+                                       dest='set_after' if after else 'set_before',
+                                       help='set one option, over the file'), settings())
     parser.add_argument('--as-root', action='store_true', default=absent if after else False,
                         help=f'as root, do not become the user {USER}')
     loud = parser.add_mutually_exclusive_group()
@@ -4949,15 +4885,16 @@ def build_parser():
                        ('check', 'every fault in the configuration at once'),
                        ('replay', 'run dead letters through again, under their first key'),
                        ('config', 'print the effective configuration'),
-                       ('completion', 'print what bash or zsh reads to complete the command line')):
+                       ('completion', 'print what a shell reads to complete the command line')):
         made[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.')
         add_common(made[name], after=True)
     asked = made['check'].add_mutually_exclusive_group()
     asked.add_argument('--connect', action='store_true', help='also reach the queue and the store')
-    asked.add_argument('--message', metavar='FILE', help='show the record that the message in FILE (-: stdin) becomes')
+    set_completion(asked.add_argument('--message', metavar='FILE',
+                                      help='show the record that the message in FILE (-: stdin) becomes'))
     add_replay(made['replay'])
     made['config'].add_argument('--sample', action='store_true', help='print every option at its default')
-    made['completion'].add_argument('shell', choices=('bash', 'zsh'))
+    made['completion'].add_argument('shell', choices=('bash', 'zsh', 'fish'))
     return parser
 
 
@@ -4966,9 +4903,9 @@ def add_replay(parser):
     parser.epilog = ('Letters that --reason and --since leave out stay where they are. Of a topic only max-in-flight '
                      'letters can be held at a time, so they look at the first of them; of a file, at all. A '
                      'replay can be stopped, or killed, and run again.')
-    parser.add_argument('--file', metavar='PATH', nargs='?', const='',
-                        help='those in a file (default: file of [dead-letter]), not in the topic; the default where '
-                             'there is no topic')
+    set_completion(parser.add_argument('--file', metavar='PATH', nargs='?', const='',
+                                       help='those in a file (default: file of [dead-letter]), not in the topic; the '
+                                            'default where there is no topic'))
     looks = parser.add_mutually_exclusive_group()
     looks.add_argument('--list', action='store_true', help='only show them, 20 where there is no --limit')
     looks.add_argument('--dry-run', action='store_true',

@@ -1,4 +1,4 @@
-"""What bash and zsh make of a TAB: each shell is typed into, on a terminal, and shows what would be run."""
+"""What bash, zsh and fish make of a TAB: each shell is typed into, on a terminal, and shows what would be run."""
 import argparse
 import contextlib
 import os
@@ -15,23 +15,35 @@ from xmsrv import OPTIONS, build_parser, completion
 SHELLS = {
     'bash': ['bash', '--noprofile', '--norc', '-i'],
     'zsh': ['zsh', '-f', '-i'],
+    'fish': ['fish', '--no-config', '-i'],
 }
 PREPARE = {
     'bash': "PS1='ready> '; bind 'set bell-style none'; source completion",
-    'zsh': "PS1='ready> '; autoload -Uz compinit; compinit -u -D; unsetopt beep; source ./completion",
+    'zsh': "PS1='ready> '; autoload -Uz compinit; compinit -u -D; unsetopt beep; eval \"$(<completion)\"",
+    'zsh-fpath': "PS1='ready> '; fpath=($PWD $fpath); autoload -Uz compinit; compinit -u -D; unsetopt beep",
+    'fish': 'source completion',
 }
 # Stands in for the program, and shows each of its arguments.
 FUNCTION = "x-msrv() { printf '<%s>' \"$@\"; echo ' was typed'; }"
-HERE = [name for name in SHELLS if shutil.which(name)]   # zsh may be missing; of it the text is looked at all the same
+FUNCTIONS = {'bash': FUNCTION, 'zsh': FUNCTION,
+             'fish': "function x-msrv; printf '<%s>' $argv; echo ' was typed'; end"}
+# What is there for one command, its options among it.
+PARTS = {'bash': r'^_shtab_x_msrv_{}_option_strings=.*', 'zsh': r'^_shtab_x_msrv_{}_options=\((?:\n .*)*',
+         'fish': r"^complete .* '_shtab_x_msrv_using {}\b.*"}
+# A shell may be missing; its text is looked at all the same.
+HERE = [name for name in PREPARE if shutil.which(name.partition('-')[0])]
 
 
 @pytest.fixture(params=HERE)
 def shell(request, workdir, xmsrv):
-    """An interactive shell that has read what `x-msrv completion` prints for it."""
-    (workdir / 'completion').write_text(xmsrv.run('completion', request.param).stdout)
+    """An interactive shell that has read what `x-msrv completion` prints for it (for zsh-fpath: that finds it)."""
+    name = request.param.partition('-')[0]
+    (workdir / 'completion').write_text(xmsrv.run('completion', name).stdout)
+    (workdir / '_x-msrv').symlink_to('completion')
     (workdir / 'orders.conf').touch()
-    with Terminal(SHELLS[request.param], workdir) as terminal:
-        terminal.type(f'{PREPARE[request.param]}; {FUNCTION}; echo pre""pared\n', 'prepared')
+    (workdir / 'a:b.conf').touch()
+    with Terminal(SHELLS[name], workdir) as terminal:
+        terminal.type(f'{PREPARE[request.param]}; {FUNCTIONS[name]}; echo pre""pared\n', 'prepared')
         yield terminal
 
 
@@ -43,8 +55,9 @@ class Terminal:
         self.master, slave = pty.openpty()
         os.set_blocking(self.master, False)
         environment = {'PATH': os.environ['PATH'], 'TERM': 'dumb', 'HOME': str(directory), 'LC_ALL': 'C.UTF-8'}
-        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=directory,
-                                        env=environment, start_new_session=True)
+        # fish wants a session that the terminal controls.
+        self.process = subprocess.Popen(['setsid', '--ctty', *command], stdin=slave, stdout=slave, stderr=slave,
+                                        cwd=directory, env=environment)
         os.close(slave)
 
     def __enter__(self):
@@ -81,6 +94,11 @@ class Terminal:
     ('replay --file --dry\t', '<replay><--file><--dry-run>'),
     ('replay --reason inv\t--reason rej\t', '<replay><--reason><invalid-json><--reason><rejected>'),
     ('check --message ord\t', '<check><--message><orders.conf>'),
+    ('-v rep\t--lim\t 3', '<-v><replay><--limit><3>'),
+    ('-vq rep\t--lis\t', '<-vq><replay><--list>'),
+    ('replay --reason=inv\t--js\t', '<replay><--reason=invalid-json><--json>'),
+    ('--config=ord\tonc\t', '<--config=orders.conf><once>'),
+    ('-c a:b\tonc\t', '<-c><a:b.conf><once>'),
     ('--set message.fie\tid=integer onc\t', '<--set><message.fields.id=integer><once>'),
 ])
 def test_a_tab_completes(shell, typed, run):
@@ -95,11 +113,12 @@ def test_the_text_has_all_that_the_help_and_the_table_of_options_have(xmsrv, she
     commands = re.findall(r'^    (\w+) ', xmsrv.run('--help').stdout, re.MULTILINE)
     assert {'once', 'check', 'replay', 'config', 'completion'} <= set(commands)
     for command in commands:
-        line, = re.findall(rf'^ +{command}\) .*', text, re.MULTILINE)
+        part = '\n'.join(re.findall(PARTS[shell].format(command), text, re.MULTILINE))
         for option in re.findall(r'(?:^  |, )(--?\w[\w-]*)', xmsrv.run(command, '--help').stdout, re.MULTILINE):
-            assert re.search(rf"[' )*]{option}[+=' \[]", line), (command, option)
+            name = option if shell != 'fish' else f'-{"l" if option[:2] == "--" else "s"} {option.strip("-")}'
+            assert re.search(rf'(?<![\w-]){name}(?![\w-])', part), (command, option)
     for option in OPTIONS:
-        assert f' {option.section}.{option.name}'.replace(' .', ' ') in text.replace("'", ' ')
+        assert f' {option.section}.{option.name}'.replace(' .', ' ') in re.sub('[\'"]', ' ', text)
 
 
 def test_what_the_help_hides_is_not_completed():
@@ -112,4 +131,4 @@ def test_what_the_help_hides_is_not_completed():
 
 
 def test_64_is_a_shell_that_is_not_known(xmsrv):
-    assert 'fish' in xmsrv.run('completion', 'fish', expect=os.EX_USAGE).stderr
+    assert 'tcsh' in xmsrv.run('completion', 'tcsh', expect=os.EX_USAGE).stderr
