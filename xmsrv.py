@@ -1340,42 +1340,42 @@ def headline(section):
     return [f'# [[{inner}]] turns TLS on.', f'# [[{inner}]]'] if inner else [f'[{outer}]']
 
 
+class PrintedConfig(configobj.ConfigObj):
+    """A ConfigObj that is only written: as a file it reads back what it was given."""
+
+    def __init__(self):
+        super().__init__(interpolation=False, write_empty_values=True, indent_type='')
+
+    def _quote(self, value, multiline=True):
+        """As configobj, which leaves without quotes a name (not multiline) with = or [, and blanks beyond ASCII."""
+        quoted = super()._quote(value, multiline)
+        cut = r'^\s|\s$' if multiline else r'^\s|\s$|=|^\['
+        return self._get_single_quote(value) % value if quoted == value and re.search(cut, value) else quoted
+
+
 def effective(raw):
-    """Raw sections with the defaults filled in, as the lines of a file; a secret is only ever named by its file."""
-    lines = []
-    for section in dict.fromkeys(option.section for option in OPTIONS):
-        node = raw
+    """Raw sections with the defaults filled in, as the text of a file; a secret is only ever named by its file.
+
+    Raises ConfigError for a value that --set can say and no file.
+    """
+    printed = PrintedConfig()
+    for section, options in itertools.groupby(OPTIONS, key=lambda option: option.section):
+        node, target = raw, printed
         for part in filter(None, section.split('.')):
             node = (node or {}).get(part)
         if node is None and section in SUBSECTIONS:
             continue
-        depth = section.count('.') + 1
-        lines += ['', '[' * depth + section.split('.')[-1] + ']' * depth] if section else []
-        for option in (o for o in OPTIONS if o.section == section):
-            lines += effective_lines(option, (node or {}).get(option.name, option.default))
-    return '\n'.join(lines).strip() + '\n'
-
-
-def effective_lines(option, value):
-    """The lines of one option with `value`."""
-    if isinstance(value, dict):
-        return [f'[[{option.name}]]', *(f'{quoted(name)} = {written(line)}' for name, line in value.items())]
-    return [] if value is None else [f'{option.name} = {written(value)}'.rstrip()]
-
-
-def written(value):
-    """A raw value as configobj reads it back."""
-    if isinstance(value, str):
-        return value and quoted(value)
-    return ', '.join(map(quoted, value)) + (',' if len(value) < 2 else '')
-
-
-def quoted(word):
-    """A name or a value's item, in quotes where configobj would take it apart; it has no escapes."""
-    if word and not re.search(r'[,#=\n]|^[\s\'"\[]|\s$', word):
-        return word
-    quote = next((quote for quote in ('"', "'", '"""') if quote not in word and word[-1:] != quote[0]), "'''")
-    return f'{quote}{word}{quote}'
+        for part in filter(None, section.split('.')):
+            outer, target = target, target.setdefault(part, {})
+            outer.comments[part] = ['']   # a blank line above
+        for option in options:
+            value = (node or {}).get(option.name, option.default)
+            if value is not None:
+                target[option.name] = value
+    try:
+        return '\n'.join(line.rstrip() for line in printed.write()) + '\n'
+    except configobj.ConfigObjError as error:
+        raise ConfigError(f'--set: no file can hold it: {error}') from None
 
 
 def spelled(address):

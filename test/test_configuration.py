@@ -530,6 +530,20 @@ def test_any_value_survives_config(value, names):
     assert effective(read) == text
 
 
+@pytest.mark.parametrize('names', [{'=': 'a'}, {'[': 'c'}, {'\xa0a\u2003': '\u2003b\xa0'}, {"it's=": "it's"}])
+def test_a_name_that_configobj_would_leave_bare_survives_config(names):
+    """With an equals sign, a bracket, or a blank that is none of ASCII's."""
+    read = configobj.ConfigObj(effective({'record': {'bins': names}}).splitlines(), interpolation=False)
+    assert read['record']['bins'] == names
+
+
+def test_config_refuses_what_no_file_can_hold(xmsrv):
+    """INI has no escapes, and --set does not need them for a name."""
+    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)))
+    said = xmsrv.run('config', '--set', 'record.bins.\'a"=b', expect=78).stderr
+    assert said == 'error: --set: no file can hold it: Value "\'a"" cannot be safely quoted.\n'
+
+
 def test_config_shows_every_option_and_runs_alone(xmsrv):
     """Each default is spelled out, TLS only where it is on."""
     xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)))
