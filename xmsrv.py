@@ -20,7 +20,6 @@ import errno
 import fcntl
 import functools
 import gc
-import html
 import ipaddress
 import itertools
 import json
@@ -4309,56 +4308,66 @@ svg{background:#f4f4f4;width:100%;height:auto}.stored{fill:#3a7d44}.dead{fill:#c
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#111}svg{background:#1c1c1c}.up{color:#6c6}.down{color:#f77}}"""
 
 
+PAGE = """\
+<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2">
+<title>x-msrv {{ name }}</title><style>{% raw style %}</style></head><body><h1>x-msrv {{ name }}</h1>
+<p>{% for end, up in ends.items() %}{% set state = 'up' if up else 'down' %}
+<span id="{{ end }}" class="{{ state }}">{{ end }}: {{ state }}</span>{% end %}</p><p id="status">{{ status }}</p>
+<table>{% for figure, value in figures %}<tr><th>{{ figure }}</th><td>{{ value }}</td></tr>{% end %}</table>
+<h2>The last windows</h2><svg viewBox="0 0 600 100" role="img" aria-label="the last windows">{% for bar in bars %}
+<rect class="{{ bar.kind }}" x="{{ bar.x }}" y="{{ f'{bar.y:.1f}' }}" width="8" height="{{ f'{bar.height:.1f}' }}">
+<title>{{ bar.label }}</title></rect>{% end %}</svg><p>at most {{ most }} in one</p>
+<h2>The latest dead letters</h2>{% if letters %}<table id="letters">{% for when, reason, detail in letters %}
+<tr><td>{{ when }}</td><td>{{ reason }}</td><td>{{ detail }}</td></tr>{% end %}</table>{% else %}<p>none</p>{% end %}
+</body></html>
+"""
+
+
+@functools.cache
+def page_template():
+    """The template of the page, which escapes all that it is given but `raw`."""
+    from tornado.template import Template
+    return Template(PAGE)
+
+
 def page(daemon):
     """The page to look at: it loads itself again every 2 s, and takes nothing from elsewhere."""
-    name = html.escape(f'{daemon.config.nsq.topic}/{daemon.config.nsq.channel}')
-    total, ends = daemon.total(), daemon.ends
+    total, windows = daemon.total(), list(daemon.windows)
     trouble = daemon.engine and daemon.engine.trouble
-    states = ' '.join(f'<span id="{end}" class="{"up" if up else "down"}">{end}: {"up" if up else "down"}</span>'
-                      for end, up in ends.items())
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2">'
-            f'<title>x-msrv {name}</title><style>{STYLE}</style></head><body><h1>x-msrv {name}</h1><p>{states}</p>'
-            f'<p id="status">{html.escape(trouble or daemon.status)}</p>{figures_table(daemon, total)}'
-            f'<h2>The last windows</h2>{chart(list(daemon.windows))}'
-            f'<h2>The latest dead letters</h2>{letters_table(total.recent)}</body></html>')
+    most = max((sum(window.count[kind] for kind in BARS) for window in windows), default=0) or 1
+    return page_template().generate(
+        name=f'{daemon.config.nsq.topic}/{daemon.config.nsq.channel}', style=STYLE, ends=daemon.ends,
+        status=trouble or daemon.status, figures=figures_table(windows, total), bars=bars(windows, most), most=most,
+        # Nothing of their bodies.
+        letters=[(f'{rfc3339(when)[:19]}Z', reason, detail) for when, reason, detail in reversed(total.recent)])
 
 
-def figures_table(daemon, total):
-    """Rates and lag, of the last windows together."""
-    windows = list(daemon.windows)
+def figures_table(windows, total):
+    """Rates and lag of the last windows together, and what is counted: names and values."""
     seconds = sum(window.seconds for window in windows)
     stored = sum(window.count['stored'] for window in windows)
     *counts, age = total.histograms['xmsrv_lag_seconds']
-    rows = [('stored', total.numbers.get(('xmsrv_messages_total', 'stored'), 0)),
+    return [('stored', total.numbers.get(('xmsrv_messages_total', 'stored'), 0)),
             ('messages/s in the last windows', f'{stored / seconds:.0f}' if seconds else 'none yet'),
             ('mean lag', f'{age / sum(counts):.2f} s' if sum(counts) else 'none yet'),
             ('in flight', total.numbers.get(('xmsrv_in_flight',), 0)),
             ('dead letters', total.numbers.get(('xmsrv_messages_total', 'dead'), 0))]
-    return '<table>' + ''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in rows) + '</table>'
 
 
-def chart(windows):
-    """The windows as stacked bars: stored, dead, requeued; the latest at the right."""
-    most = max([sum(window.count[kind] for kind in ('stored', 'dead', 'requeued')) for window in windows] or [0]) or 1
-    bars = []
+Bar = collections.namedtuple('Bar', 'kind x y height label')
+BARS = ('stored', 'dead', 'requeued')   # from below
+
+
+def bars(windows, most):
+    """Yields the bars of the chart, stacked for each window, the latest at the right; `most` is as high as it goes."""
     for place, window in enumerate(windows, 60 - len(windows)):
-        base = 100.0
-        for kind in ('stored', 'dead', 'requeued'):
+        y = 100.0
+        for kind in BARS:
             height = 96 * window.count[kind] / most
-            base -= height
-            label = f'{rfc3339(window.ended)[11:19]} {kind} {window.count[kind]}'
+            y -= height
             if height:
-                bars.append(f'<rect class="{kind}" x="{place * 10 + 1}" y="{base:.1f}" width="8" height="{height:.1f}">'
-                            f'<title>{label}</title></rect>')
-    return (f'<svg viewBox="0 0 600 100" role="img" aria-label="the last windows">{"".join(bars)}</svg>'
-            f'<p>at most {most} in one</p>')
-
-
-def letters_table(recent):
-    """The latest dead letters' times, reasons and details; nothing of their bodies."""
-    rows = [f'<tr><td>{rfc3339(when)[:19]}Z</td><td>{html.escape(reason)}</td><td>{html.escape(detail)}</td></tr>'
-            for when, reason, detail in reversed(recent)]
-    return f'<table id="letters">{"".join(rows)}</table>' if rows else '<p>none</p>'
+                yield Bar(kind, place * 10 + 1, y, height,
+                          f'{rfc3339(window.ended)[11:19]} {kind} {window.count[kind]}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ anything."""
 import contextlib
 import datetime
 import fcntl
+import html
 import itertools
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import time
+import types
 import urllib.error
 import urllib.request
 
@@ -21,7 +23,7 @@ import servers
 from flows import CHANNEL, DEAD, REPLAY, TOPIC, bodies, ended, fill, numbers, passed
 from servers import wait_until
 
-from xmsrv import Schedule
+from xmsrv import Figures, Schedule, page
 
 
 def count(xmsrv, word):
@@ -709,6 +711,19 @@ def test_the_page_in_a_browser(nsqd, xmsrv):
     assert '<script' not in dom and 'http' not in dom.replace('http-equiv', '')
     assert shot.stat().st_size > 5000
     stopped(running)
+
+
+def test_the_page_escapes_whatever_it_shows():
+    """The reason and detail of a dead letter, a status and a topic, each with all that HTML takes apart."""
+    nasty = '</td><i title="a" lang=\'b\'>&amp;{{ 1 }}'
+    total = Figures({})
+    total.recent.append((1_700_000_000.5, 'schema', nasty))
+    shown = types.SimpleNamespace(
+        config=types.SimpleNamespace(nsq=types.SimpleNamespace(topic=nasty, channel='c')), total=lambda: total,
+        ends={'queue': True, 'store': False}, engine=None, status=nasty, windows=[])
+    text = page(shown).decode()
+    assert '<i' not in text and text.count(html.escape(nasty)) == 4   # title, headline, status, detail
+    assert '<td>2023-11-14T22:13:20Z</td>' in text and 'class="down">store: down<' in text
 
 
 def browse(*options):
