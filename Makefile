@@ -38,8 +38,9 @@ tools:
 	@command -v chromium >/dev/null || $(call apt,chromium) || $(call stop,no chromium on PATH: apt-get install chromium)
 	@command -v promtool >/dev/null || $(call apt,prometheus) || $(call stop,no promtool on PATH: apt-get install prometheus)
 
-lint: venv  ## ruff
+lint: venv  ## ruff and mypy
 	@$(V)/ruff check --quiet
+	@$(V)/mypy --no-error-summary
 
 bench: venv nsq  ## what it costs, against the obvious version (AEROSPIKE=host:port for its part, on a real server)
 	@$(V)/python bench/bench.py $(if $(AEROSPIKE),--aerospike $(AEROSPIKE)) $(ARGS)

@@ -41,6 +41,8 @@ import threading
 import time
 import types
 import zlib
+from collections.abc import Callable
+from typing import Any, TextIO
 
 import configobj
 import nsq
@@ -240,7 +242,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(members)
 
 
-class JournalHandler(logging.StreamHandler):
+class JournalHandler(logging.StreamHandler[TextIO]):
     """To the journal, a datagram of fields a record; `common` is in each. Lines with their priority go to stderr where
     its socket is not there or refuses."""
 
@@ -1339,7 +1341,7 @@ def headline(section):
     return [f'# [[{inner}]] turns TLS on.', f'# [[{inner}]]'] if inner else [f'[{outer}]']
 
 
-class PrintedConfig(configobj.ConfigObj):
+class PrintedConfig(configobj.ConfigObj):   # type: ignore[misc]  # it has no hints
     """A ConfigObj that is only written: as a file it reads back what it was given."""
 
     def __init__(self):
@@ -1480,11 +1482,16 @@ def refuse(name):
     raise ValueError(f'{name} is not JSON')
 
 
-# scan_once, not decode: decode looks for white space by regular expressions, at twice the cost of the decoding.
-scan = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=refuse).scan_once
-scan_marking = json.JSONDecoder(
+def json_scanner(**hooks: Any) -> Callable[[str, int], tuple[Any, int]]:
+    """scan_once, not decode: decode looks for white space by regular expressions, at twice the cost of the decoding."""
+    scan_once: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(**hooks).scan_once   # type: ignore[attr-defined]
+    return scan_once
+
+
+scan = json_scanner(object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
+scan_marking = json_scanner(
     object_pairs_hook=unique_or_marked, parse_float=finite_or_marked, parse_int=integer_or_marked,
-    parse_constant=lambda name: Marker('invalid-json', f'{name} is not JSON')).scan_once
+    parse_constant=lambda name: Marker('invalid-json', f'{name} is not JSON'))
 
 
 def decode(body):
