@@ -173,6 +173,7 @@ FOLLOWS = {'stored': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead':
 
 JOURNAL = '/run/systemd/journal/socket'   # systemd.io/JOURNAL_NATIVE_PROTOCOL
 PRIORITIES = {'DEBUG': 7, 'INFO': 6, 'NOTICE': 5, 'WARNING': 4, 'ERROR': 3, 'CRITICAL': 2}   # sd-daemon(3)
+STARTED = time.monotonic()  # not logging's relativeCreated, which falls when somebody sets the clock back
 FEW = 5                     # warnings and errors of a kind, in a row, before they are only counted
 MINUTE = 60.0               # seconds for which they are
 MORE = '%d more like this in the last minute: %s'
@@ -213,7 +214,7 @@ class TextFormatter(logging.Formatter):
         """The line of a record."""
         line = super().format(record)
         if record.levelno == logging.DEBUG:
-            line = f'{record.relativeCreated / 1000:.3f} {line}'
+            line = f'{time.monotonic() - STARTED:.3f} {line}'
         return line if record.levelno in (logging.INFO, NOTICE) else f'{record.levelname.lower()}: {line}'
 
 
@@ -449,7 +450,8 @@ class Figures:
         self.numbers[(name, *labels)] = number
 
     def observe(self, name, value):
-        """One value of a histogram."""
+        """One value of a histogram; below zero it counts as zero, for a sum that falls looks like a restart."""
+        value = max(0.0, value)
         histogram = self.histograms[name]
         histogram[bisect.bisect_left(BOUNDS[name], value)] += 1
         histogram[-1] += value
@@ -469,7 +471,7 @@ class Figures:
         if answer is STORED:
             lags, bounds = self.histograms['xmsrv_lag_seconds'], BOUNDS['xmsrv_lag_seconds']
             for message in messages:   # as observe(), without its look-ups: this is done for each message
-                lag = now - message.timestamp / 1e9
+                lag = max(0.0, now - message.timestamp / 1e9)   # the clock of the nsqd may be ahead of ours
                 lags[bisect.bisect_left(bounds, lag)] += 1
                 lags[-1] += lag
         elif answer is DEAD:
@@ -591,7 +593,7 @@ def write_textfile(filename, figures):
     """Writes the figures for node_exporter: whole or not at all, readable for everybody, and with what the runs before
     counted. A failure is worth a warning, no more: the messages are stored."""
     try:
-        figures.merge(carried_over(filename))
+        figures.merge(carried_over(filename, figures.constant))
     except Exception as error:   # anything may stand there
         log.warning('%s: not figures of x-msrv, they begin anew: %s', filename, error)
     beside = f'{filename}.{os.getpid()}'
@@ -608,24 +610,37 @@ def write_textfile(filename, figures):
             os.unlink(beside)
 
 
-def carried_over(filename):
-    """What the file has of the runs before, as a snapshot. Raises anything for what is no such file."""
-    from prometheus_client import parser
+def carried_over(filename, constant):
+    """The counts in the file that have the labels `constant`, as a snapshot: those of earlier runs of this pipeline.
+    Counts of another topic or channel are left out, with a warning. Raises anything for what is no such file."""
     snapshot = {'numbers': [], 'histograms': {}, 'recent': []}
     if not os.path.exists(filename):
         return snapshot
-    with open(filename, encoding='utf-8') as file:
-        samples = [sample for family in parser.text_fd_to_metric_families(file) for sample in family.samples]
+    everything = read_textfile(filename)
+    samples = [sample for sample in everything if constant.items() <= sample.labels.items()]
+    if len(samples) < len(everything):
+        log.warning('%s: replaces the figures of another topic or channel: each pipeline needs a file of its own',
+                    filename)
     for sample in samples:
         metric = KINDS.get(sample.name)
         if metric and (metric.kind == 'counter' or metric.name == SUCCESS):
-            snapshot['numbers'].append([sample.name, *(sample.labels[label] for label in metric.labels), sample.value])
+            # A success in the future was written under a wrong clock, and would silence the alerts until then.
+            number = min(sample.value, time.time()) if metric.name == SUCCESS else sample.value
+            snapshot['numbers'].append([sample.name, *(sample.labels[label] for label in metric.labels), number])
     for name, bounds in BOUNDS.items():
         sums = [sample.value for sample in samples if sample.name == f'{name}_bucket']
         if len(sums) == len(bounds) + 1:
             counts = [int(b - a) for a, b in zip([0, *sums], sums, strict=False)]
             snapshot['histograms'][name] = [*counts, next(s.value for s in samples if s.name == f'{name}_sum')]
     return snapshot
+
+
+def read_textfile(filename):
+    """The samples of x-msrv in a textfile. Raises anything for what is no such file."""
+    from prometheus_client import parser
+    with open(filename, encoding='utf-8') as file:
+        return [sample for family in parser.text_fd_to_metric_families(file) for sample in family.samples
+                if sample.name.startswith('xmsrv_')]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3883,8 +3898,8 @@ def described(message, letter):
     except Unfit as unfit:
         return {'reason': 'unreadable', 'detail': unfit.detail, 'id': message.id.decode(), 'body': start(message.body)}
     return {'reason': header['reason'], 'detail': header.get('detail'),
-            'age': round(time.time() - first.timestamp / 1e9, 3), 'key': header.get('key'), 'id': header['id'],
-            'nsqd': header.get('nsqd'), 'attempts': first.attempts, 'timestamp': str(first.timestamp),
+            'age': round(max(0.0, time.time() - first.timestamp / 1e9), 3), 'key': header.get('key'),
+            'id': header['id'], 'nsqd': header.get('nsqd'), 'attempts': first.attempts, 'timestamp': str(first.timestamp),
             'body': start(first.body)}
 
 
@@ -4769,7 +4784,8 @@ def check_message(config, body):
 def tls_facts(tls_socket):
     """The protocol, and the days to the expiry of the peer's certificate."""
     expiry = ssl.cert_time_to_seconds(tls_socket.getpeercert()['notAfter'])
-    return [tls_socket.version(), f'certificate valid for {(expiry - time.time()) / 86400:.0f} days']
+    days = max(0, int((expiry - time.time()) // 86400))   # whole ones: on the last day there is none left
+    return [tls_socket.version(), f'certificate valid for {days} days']
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import datetime
 import fcntl
 import html
 import itertools
+import json
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ import servers
 from flows import CHANNEL, DEAD, REPLAY, TOPIC, bodies, ended, fill, numbers, passed
 from servers import wait_until
 
+import xmsrv as xmsrv_module
 from xmsrv import Figures, Schedule, page
 
 
@@ -733,10 +735,10 @@ def browse(*options):
 
 # ------------------------------------------------------------------------------------------------------ in a textfile
 
-def series(path):
+def series(path, topic=TOPIC, channel=CHANNEL):
     """The samples of a textfile, without the labels that all of them have."""
     lines = [line.rpartition(' ') for line in path.read_text().splitlines() if not line.startswith('#')]
-    assert all(f'channel="{CHANNEL}"' in name and f'topic="{TOPIC}"' in name for name, _, _ in lines)
+    assert all(f'channel="{channel}"' in name and f'topic="{topic}"' in name for name, _, _ in lines)
     return {re.sub(r'(channel|topic)="[^"]*",?', '', name).replace(',}', '}').removesuffix('{}'): float(value)
             for name, _, value in lines}
 
@@ -759,6 +761,58 @@ def test_the_textfile_carries_its_counts_over(nsqd, xmsrv, workdir):
     assert [each.name for each in workdir.glob('*tmp*')] == []
 
 
+@pytest.mark.parametrize('own', [{'topic': 'other'}, {'channel': 'other'}])
+def test_the_textfile_takes_over_only_its_own_counts(nsqd, xmsrv, workdir, own):
+    """Another topic, or another channel, has written to the same path."""
+    path = workdir / 'x-msrv.prom'
+    fill(nsqd, 7)
+    xmsrv.once(nsqd, metrics={'textfile': path})
+    names = {'topic': TOPIC, 'channel': CHANNEL} | own
+    nsqd.create(**names)
+    nsqd.publish(names['topic'], bodies(2))
+    said = xmsrv.once(nsqd, **own, metrics={'textfile': path}).stderr
+    assert f'warning: {path}: replaces the figures of another topic or channel' in said
+    for first in (2, 4):
+        written = series(path, **names)
+        assert written['xmsrv_received_total'] == written['xmsrv_lag_seconds_count'] == first
+        assert written['xmsrv_messages_total{outcome="stored"}'] == first
+        nsqd.publish(names['topic'], bodies(2))
+        said = xmsrv.once(nsqd, **own, metrics={'textfile': path}).stderr
+        assert 'replaces the figures' not in said
+
+
+def test_a_success_in_the_future_does_not_stay_in_the_textfile(nsqd, xmsrv, workdir, changed):
+    """It was written while the clock was wrong; the alert on the last success would be silent until then."""
+    path = workdir / 'x-msrv.prom'
+    changed('import time\nnow = time.time\ntime.time = lambda: now() + 1e6\n')
+    xmsrv.once(nsqd, metrics={'textfile': path})
+    changed('')
+    nsqd.stop()
+    for _ in range(2):
+        xmsrv.run('once', expect=os.EX_UNAVAILABLE)
+        assert series(path)['xmsrv_last_success_timestamp_seconds'] <= time.time()
+
+
+def test_a_message_from_the_future_has_no_lag(nsqd, xmsrv, workdir, changed):
+    """The clock of the nsqd is ahead: a sum that falls would look to Prometheus like a restart."""
+    path = workdir / 'x-msrv.prom'
+    changed('import time\nnow = time.time\ntime.time = lambda: now() - 90\n')
+    nsqd.publish(TOPIC, [*bodies(3), '[]'])
+    xmsrv.once(nsqd, metrics={'textfile': path})
+    written = series(path)
+    assert (written['xmsrv_lag_seconds_count'], written['xmsrv_lag_seconds_sum']) == (3, 0)
+    letter, = map(json.loads, xmsrv.run('-q', 'replay', '--list', '--json').stdout.splitlines())
+    assert letter['age'] == 0
+
+
+@pytest.mark.parametrize('name', list(xmsrv_module.BOUNDS))
+def test_no_observation_is_below_zero(name):
+    figures = xmsrv_module.Figures()
+    figures.observe(name, -3.5)
+    *counts, total = figures.histograms[name]
+    assert (counts[0], sum(counts), total) == (1, 1, 0)
+
+
 def test_a_textfile_of_a_run_that_found_nobody(nsqd, xmsrv, workdir):
     """The counts of the run before it are kept, and so is its success."""
     path = workdir / 'x-msrv.prom'
@@ -779,7 +833,9 @@ def test_a_textfile_of_a_run_that_found_nobody(nsqd, xmsrv, workdir):
 
 @pytest.mark.parametrize('content', [
     b'rubbish {{{\n', b'\xff\xfe', b'xmsrv_received_total x\n', b'xmsrv_messages_total{foo="x"} 1\n',
-    b''.join(b'xmsrv_lag_seconds_bucket{le="%d"} +Inf\n' % bound for bound in range(17)),
+    b'xmsrv_messages_total{foo="x",topic="orders",channel="x-msrv"} 1\n',
+    b''.join(b'xmsrv_lag_seconds_bucket{le="%d",topic="orders",channel="x-msrv"} +Inf\n' % bound
+             for bound in range(17)),
 ], ids=lambda content: ascii(content[:30]))
 def test_a_textfile_that_cannot_be_read_costs_a_warning(nsqd, xmsrv, workdir, content):
     path = workdir / 'x-msrv.prom'

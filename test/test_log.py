@@ -375,6 +375,14 @@ def follows_on(changes):
         rdy = after
 
 
+def test_the_time_of_a_line_does_not_follow_the_clock():
+    """Somebody sets the clock back by a day."""
+    record = logging.makeLogRecord({'msg': 'told', 'levelname': 'DEBUG', 'levelno': logging.DEBUG,
+                                    'relativeCreated': -86400e3})
+    seconds = module.TextFormatter().format(record).split()[1]
+    assert 0 <= float(seconds) < 3600
+
+
 def test_verbose_tells_of_an_nsqd_that_is_away(nsqds, xmsrv):
     """When it is tried again."""
     up, down = nsqds(2)
