@@ -20,6 +20,7 @@ import errno
 import fcntl
 import functools
 import gc
+import hashlib
 import ipaddress
 import itertools
 import json
@@ -3492,29 +3493,40 @@ class Stopper:
 GRACE = 5.0                 # seconds beyond a window's timeout for its end, in which systemd is not to kill `once`
 
 
+LOCK_NAME = 50              # characters of a configuration's name in that of its lock: a file name has 255 bytes
+LOCK_HASH = 12              # hexadecimal digits
+
+
 class RunLock:
-    """What `once` and `daemon` of one configuration exclude each other by: NAME.lock in state-dir, for NAME.conf, with
-    the holder's pid in it. Not in the runtime directory: systemd removes that with the first unit that ends."""
+    """What `once` and `daemon` of one configuration exclude each other by: NAME-HASH.lock in state-dir, for NAME.conf.
+    It belongs to the file's real path, whose hash it has in its name: two names of one file have one lock, two files of
+    one name have two. The holder's pid and that path stand in it. Not in the runtime directory: systemd removes that
+    with the first unit that ends."""
 
     def __init__(self, config, filename):
-        name = os.path.basename(filename).removesuffix('.conf') + '.lock'
-        self.path, self.fd = os.path.join(config.state_dir, name), None
+        self.filename = real_path(filename)
+        name = os.path.basename(self.filename).removesuffix('.conf')[:LOCK_NAME]
+        digest = hashlib.sha256(os.fsencode(self.filename)).hexdigest()[:LOCK_HASH]
+        self.path, self.fd = os.path.join(config.state_dir, f'{name}-{digest}.lock'), None
 
     def take(self):
         """Returns None when it is ours, else the holder's pid as text. Raises Unavailable when there can be none."""
         try:
             os.makedirs(os.path.dirname(self.path) or '.', mode=0o750, exist_ok=True)
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode('ascii', 'replace').strip()
-            os.close(fd)
-            return holder or 'unknown'
         except OSError as error:
             raise Unavailable(f'{self.path}: {error.strerror}') from None
-        with contextlib.suppress(OSError):   # without a pid on a full disk it is a lock all the same
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(fd, 32, 0).decode('ascii', 'replace').partition('\n')[0]
+            os.close(fd)
+            if not isinstance(error, BlockingIOError):   # a file system that has no locks
+                raise Unavailable(f'{self.path}: {error.strerror}') from None
+            return holder or 'unknown'
+        with contextlib.suppress(OSError):   # without its text on a full disk it is a lock all the same
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f'{os.getpid()}\n'.encode(), 0)
+            os.pwrite(fd, f'{os.getpid()}\n'.encode() + os.fsencode(self.filename) + b'\n', 0)
         self.fd = fd
         return None
 
@@ -3530,6 +3542,12 @@ class RunLock:
                 os.ftruncate(self.fd, 0)
             os.close(self.fd)
             self.fd = None
+
+
+def real_path(filename):
+    """The absolute path of a file without symbolic links. A pipe has none (/dev/fd/63 would become pipe:[N], another
+    one for each process): there the name as it is given has to do."""
+    return os.path.realpath(filename) if os.path.isfile(filename) else os.path.abspath(filename)
 
 
 @contextlib.contextmanager
@@ -3899,8 +3917,8 @@ def described(message, letter):
         return {'reason': 'unreadable', 'detail': unfit.detail, 'id': message.id.decode(), 'body': start(message.body)}
     return {'reason': header['reason'], 'detail': header.get('detail'),
             'age': round(max(0.0, time.time() - first.timestamp / 1e9), 3), 'key': header.get('key'),
-            'id': header['id'], 'nsqd': header.get('nsqd'), 'attempts': first.attempts, 'timestamp': str(first.timestamp),
-            'body': start(first.body)}
+            'id': header['id'], 'nsqd': header.get('nsqd'), 'attempts': first.attempts,
+            'timestamp': str(first.timestamp), 'body': start(first.body)}
 
 
 def foreseen(message, mapper):

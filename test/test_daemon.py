@@ -291,7 +291,7 @@ def test_a_reload_with_another_state_directory_takes_its_lock(nsqd, xmsrv, workd
     wait_until(lambda: count(xmsrv, 'received'), 'it is under way')
     xmsrv.configure(nsqd, period='200ms', state_dir=workdir / 'other')
     running.send_signal(signal.SIGHUP)
-    wait_until((workdir / 'other' / 'x-msrv.lock').exists, 'the other lock is there')
+    wait_until(lambda: lock_files(workdir / 'other'), 'the other lock is there')
     assert f'process {running.pid}' in xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr
     stopped(running)
 
@@ -341,13 +341,82 @@ xmsrv.SqliteStore.write = lambda self, records: threading.Event().wait(0.1) or w
 
 # ------------------------------------------------------------------------------------------------------------- the lock
 
-def test_once_says_who_has_the_configuration(nsqd, xmsrv):
+def lock_files(directory):
+    """The locks in a state-dir, each of a configuration."""
+    return list(directory.glob('*.lock'))
+
+
+@pytest.mark.parametrize('way', ['link', 'linked directory', 'relative'])
+def test_two_names_of_one_file_exclude_each_other(nsqd, xmsrv, workdir, way):
+    fill(nsqd, 5)
+    xmsrv.configure(nsqd, period='60s', nsq={'max-messages': 5})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 5, 'it is under way')
+    (workdir / 'other.conf').symlink_to(xmsrv.path)
+    (workdir / 'directory').symlink_to(workdir)
+    path = {'link': workdir / 'other.conf', 'linked directory': workdir / 'directory' / 'x-msrv.conf',
+            'relative': 'state/../x-msrv.conf'}[way]
+    ran = xmsrv.run('-c', path, 'once', expect=os.EX_TEMPFAIL)
+    assert f'process {running.pid}' in ran.stderr
+    stopped(running)
+    assert len(lock_files(workdir / 'state')) == 1
+
+
+def test_two_files_of_one_name_do_not_exclude_each_other(nsqd, xmsrv, workdir):
+    """With one state-dir; each still excludes itself."""
+    paths = [workdir / 'first' / ('long' * 60 + '.conf'), workdir / 'second' / ('long' * 60 + '.conf')]
+    running = []
+    for path, topic in zip(paths, ('a', 'b'), strict=True):
+        path.parent.mkdir()
+        xmsrv.path = path
+        xmsrv.configure(nsqd, topic=topic, timeout='60s', idle_timeout='60s')
+        running.append(xmsrv.start('once'))
+        wait_until(lambda topic=topic: nsqd.stats(topic, CHANNEL)['clients'], 'it is subscribed')
+    for path, process in zip(paths, running, strict=True):
+        assert f'process {process.pid}' in xmsrv.run('-c', path, 'once', expect=os.EX_TEMPFAIL).stderr
+    for process in running:
+        stopped(process)
+    locks = lock_files(workdir / 'state')
+    assert sorted(path.name[:50] for path in locks) == [('long' * 13)[:50]] * 2
+
+
+def test_a_link_that_is_changed_and_reloaded_takes_the_lock_of_its_new_file(nsqd, xmsrv, workdir):
+    fill(nsqd, 0)
+    first, second = workdir / 'first.conf', workdir / 'second.conf'
+    for xmsrv.path in (first, second):
+        xmsrv.configure(nsqd, period='200ms')
+    link = xmsrv.path = workdir / 'x-msrv.conf'
+    link.symlink_to(first)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is under way')
+    assert f'process {running.pid}' in xmsrv.run('-c', first, 'once', expect=os.EX_TEMPFAIL).stderr
+    link.unlink()
+    link.symlink_to(second)
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(lock_files(workdir / 'state')) == 2, 'the other lock is there')
+    assert f'process {running.pid}' in xmsrv.run('-c', second, 'once', expect=os.EX_TEMPFAIL).stderr
+    xmsrv.run('-c', first, 'once')
+    stopped(running)
+
+
+def test_a_configuration_from_a_pipe_leaves_one_lock(nsqd, xmsrv, workdir):
+    """Not another one with each run."""
+    xmsrv.configure(nsqd)
+    for _ in range(2):
+        command = f'cat {xmsrv.path} | {servers.PROGRAM} -c /dev/stdin once'
+        subprocess.run(['sh', '-c', command], check=True, timeout=30)
+    assert len(lock_files(workdir / 'state')) == 1
+
+
+def test_once_says_who_has_the_configuration(nsqd, xmsrv, workdir):
     fill(nsqd, 5)
     xmsrv.configure(nsqd, period='60s')
     running = xmsrv.start('daemon')
     wait_until(lambda: len(xmsrv.rows()) == 5, 'it is under way')
     ran = xmsrv.run('once', expect=os.EX_TEMPFAIL)
-    assert f'process {running.pid}' in ran.stderr and 'x-msrv.lock' in ran.stderr
+    lock, = lock_files(workdir / 'state')
+    assert f'process {running.pid}' in ran.stderr and str(lock) in ran.stderr
+    assert lock.read_text().splitlines() == [str(running.pid), str(xmsrv.path)]
     stopped(running)
     xmsrv.run('once')
 
@@ -369,7 +438,7 @@ def test_the_daemon_waits_for_once_and_says_so(nsqd, xmsrv, systemd):
 def test_a_state_directory_that_cannot_be_is_69(nsqd, xmsrv, workdir):
     (workdir / 'file').write_text('')
     xmsrv.configure(nsqd, state_dir=workdir / 'file' / 'state')
-    assert 'x-msrv.lock' in xmsrv.run('once', expect=os.EX_UNAVAILABLE).stderr
+    assert f'{workdir}/file/state/x-msrv-' in xmsrv.run('once', expect=os.EX_UNAVAILABLE).stderr
 
 
 # ------------------------------------------------------------------------------------- outages, and what systemd hears
@@ -649,7 +718,7 @@ def test_counts_of_workers_are_not_doubled_between_two_configurations(nsqd, xmsr
     stored = 'xmsrv_messages_total{outcome="stored"}'
     wait_until(lambda: figure(port, stored) == 1000, 'all are counted')
     (workdir / 'other').mkdir()
-    with (workdir / 'other' / 'x-msrv.lock').open('w') as held:
+    with (workdir / 'other' / lock_files(workdir / 'state')[0].name).open('w') as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         xmsrv.configure(nsqd, state_dir=workdir / 'other', **settings)
         running.send_signal(signal.SIGHUP)
