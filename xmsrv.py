@@ -30,6 +30,7 @@ import os
 import pwd
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -49,7 +50,7 @@ import configobj
 import nsq
 import voluptuous as vol
 from tornado.httpclient import AsyncHTTPClient, HTTPError
-from tornado.iostream import StreamClosedError
+from tornado.iostream import IOStream, StreamClosedError
 from tornado.tcpclient import TCPClient
 
 __version__ = '0.1.0'
@@ -252,7 +253,7 @@ class JournalHandler(logging.StreamHandler[TextIO]):
         super().__init__()
         self.common, self.plain = common, logging.Formatter()
         self.setFormatter(PriorityFormatter())
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket = None   # made with the first entry: where there are no open files, lines still go to stderr
 
     def emit(self, record):
         """Sends a record; what can't be formatted is logging's to report. What is said before the file is read, or last
@@ -275,6 +276,7 @@ class JournalHandler(logging.StreamHandler[TextIO]):
 
     def send(self, entry):
         """Sends a datagram. By name each time, so that a journal that was started anew gets it. Raises OSError."""
+        self.socket = self.socket or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             self.socket.sendto(entry, JOURNAL)
         except OSError as error:
@@ -295,7 +297,8 @@ class JournalHandler(logging.StreamHandler[TextIO]):
 
     def close(self):
         """Closes the socket; stderr stays open."""
-        self.socket.close()
+        if self.socket:
+            self.socket.close()
         super().close()
 
 
@@ -4307,9 +4310,70 @@ def reread(arguments):
     return raw, faultless(arguments, raw)
 
 
+HTTP_CONNECTIONS = 32       # at a time; whoever asks asks seldom, and is answered at once
+HTTP_SHARE = 4              # of the process's open files one in so many: the others are for nsqds and the store
+HTTP_HEADER = 8192          # bytes of a request's head
+HTTP_BODY = 1024            # bytes of its body, for which nobody asks
+HTTP_TIME = 5.0             # seconds that it may take
+HTTP_IDLE = 15.0            # seconds for the next head
+HTTP_PAUSE = 1.0            # seconds without accepting, when there are no open files left
+
+
+class HttpListener:
+    """Accepts connections for an HTTP server, of which one that is too many costs the oldest its own: a crowd keeps out
+    neither a scrape nor a health check. Tornado's own way has no bound, and it comes back at once and forever to a
+    connection for which there is no open file."""
+
+    def __init__(self, server, sockets):
+        self.server, self.sockets, self.streams = server, sockets, collections.deque()
+        self.loop = asyncio.get_running_loop()
+        for listener in sockets:
+            self.resume(listener)
+
+    def resume(self, listener):
+        """Accepts from now on."""
+        if listener in self.sockets:
+            self.loop.add_reader(listener, self.accept, listener)
+
+    def accept(self, listener):
+        """Takes one connection."""
+        try:
+            connection, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):   # it has gone by now
+            return
+        except OSError as error:   # no open files, or no memory
+            log.warning('[metrics] listen: %s; no connection is accepted for %g s', error.strerror, HTTP_PAUSE)
+            self.loop.remove_reader(listener)
+            self.loop.call_later(HTTP_PAUSE, self.resume, listener)
+            self.close_oldest(len(self.streams) // 2)
+            return
+        self.close_oldest(self.limit - 1)
+        self.streams.append(IOStream(connection))
+        self.server.handle_stream(self.streams[-1], address)
+
+    @property
+    def limit(self):
+        """How many connections there may be."""
+        return max(1, min(HTTP_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HTTP_SHARE))
+
+    def close_oldest(self, most):
+        """Closes the oldest connections, until there are at most so many."""
+        self.streams = collections.deque(stream for stream in self.streams if not stream.closed())
+        while len(self.streams) > most:
+            log.warning('[metrics] listen: %d connections are open; the oldest is closed', len(self.streams))
+            self.streams.popleft().close()
+
+    def stop(self):
+        """Accepts no more; what is open is answered, and closes when it is idle."""
+        for listener in self.sockets:
+            self.loop.remove_reader(listener)
+            listener.close()
+        self.sockets = []
+
+
 def listen(daemon, address):
     """An HTTP server for a Daemon; it stops by stop(). Raises ConfigError when the address can't be had."""
-    from tornado import web
+    from tornado import httpserver, netutil, web
     preload()
     host, port = address
 
@@ -4327,10 +4391,11 @@ def listen(daemon, address):
                '/healthz': lambda d: ('text/plain', d.healthy(), 'ok\n' if d.healthy() else 'no progress\n'),
                '/readyz': lambda d: ('text/plain', all(d.ends.values()), readiness(d)),
                '/': lambda d: ('text/html', True, page(d))}
+    site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
+    server = httpserver.HTTPServer(site, max_header_size=HTTP_HEADER, max_body_size=HTTP_BODY, body_timeout=HTTP_TIME,
+                                   idle_connection_timeout=HTTP_IDLE)
     try:
-        site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
-        return site.listen(port, host, max_header_size=8192, max_body_size=1024, body_timeout=5,
-                           idle_connection_timeout=15)
+        return HttpListener(server, netutil.bind_sockets(port, host))
     except OSError as error:
         raise ConfigError(f'[metrics] listen = {spelled((host, port))}: {error.strerror}') from None
 

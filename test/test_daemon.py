@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -726,6 +727,127 @@ def test_counts_of_workers_are_not_doubled_between_two_configurations(nsqd, xmsr
         assert figure(port, stored) == 1000
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'the workers are back')
     assert figure(port, stored) == 1000
+    stopped(running)
+
+
+def connect(port, number=1):
+    """So many connections to a port, as sockets."""
+    return [socket.create_connection(('127.0.0.1', port), timeout=10) for _ in range(number)]
+
+
+def at_its_end(connection):
+    """Whether the other side has closed it, now."""
+    connection.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        try:
+            return not connection.recv(1 << 16, socket.MSG_PEEK)
+        except ConnectionResetError:
+            return True
+    return False
+
+
+def open_files(process):
+    """How many a process has."""
+    return len(os.listdir(f'/proc/{process.pid}/fd'))
+
+
+def cpu_seconds(process):
+    """What a process has used of the processors: proc_pid_stat(5)."""
+    with open(f'/proc/{process.pid}/stat') as stat:
+        fields = stat.read().rpartition(')')[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
+@pytest.fixture
+def site(nsqd, xmsrv):
+    """A daemon that listens for HTTP, as (process, port)."""
+    fill(nsqd, 0)
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, period='500ms', metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: get(port, '/readyz')[0] == 200, 'it listens')
+    return running, port
+
+
+def test_a_crowd_keeps_out_nobody(xmsrv, site):
+    """Whoever comes is let in, and costs the oldest its connection."""
+    running, port = site
+    before = open_files(running)
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(each) for each in connect(port, 90)]
+        wait_until(lambda: sum(map(at_its_end, crowd)) == 90 - 32, 'the oldest are closed')
+        assert not any(map(at_its_end, crowd[-32:])) and open_files(running) <= before + 32
+        assert get(port, '/healthz') == (200, 'ok\n')
+    assert count(xmsrv, 'the oldest is closed') == 5   # then they are only counted
+    stopped(running)
+
+
+def test_a_crowd_has_a_quarter_of_few_open_files(site):
+    running, port = site
+    resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (80, 80))
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(each) for each in connect(port, 50)]
+        wait_until(lambda: sum(map(at_its_end, crowd)) == 50 - 20, 'the oldest are closed')
+    stopped(running)
+
+
+def test_no_open_files_left_is_said_and_waited_out(nsqd, xmsrv, site):
+    running, port = site
+    limit = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (open_files(running), limit[1]))
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(each) for each in connect(port, 40)]
+        wait_until(lambda: count(xmsrv, 'Too many open files'), 'it is said')
+        used, still = cpu_seconds(running), passed(2)
+        wait_until(still, 'it goes on for a while')
+        assert cpu_seconds(running) - used < 0.5
+        nsqd.publish(TOPIC, bodies(3))
+        wait_until(lambda: len(xmsrv.rows()) == 3, 'messages flow')
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, limit)
+        wait_until(lambda: get(port, '/healthz')[0] == 200, 'it accepts again')
+        assert crowd
+    stopped(running)
+
+
+def refused(port, request):
+    """What comes back for a request, until its connection is closed."""
+    connection, = connect(port)
+    with connection, contextlib.suppress(ConnectionResetError):
+        connection.sendall(request)
+        return connection.recv(1 << 16)
+    return b''
+
+
+HEAD = b'GET /healthz HTTP/1.1\r\nHost: x\r\n'
+
+
+@pytest.mark.parametrize('request_', [
+    HEAD + b'X: ' + b'x' * 9000 + b'\r\n\r\n',
+    HEAD + b'Content-Length: 2000\r\n\r\n' + b'x' * 2000,
+    HEAD + b'Transfer-Encoding: chunked\r\n\r\n' + b'400\r\n' + b'x' * 1024 + b'\r\n' + b'400\r\n' + b'x' * 1024,
+], ids=['head', 'body', 'body in chunks'])
+def test_a_request_that_is_too_large_is_refused(site, request_):
+    running, port = site
+    assert b' 200 ' not in refused(port, request_)
+    small = HEAD + b'X: ' + b'x' * 7000 + b'\r\nContent-Length: 1000\r\n\r\n' + b'x' * 1000
+    assert b' 200 OK' in refused(port, small)
+    stopped(running)
+
+
+@pytest.mark.parametrize('sent', [b'', HEAD, HEAD + b'Content-Length: 9\r\n\r\nxxx', HEAD + b'\r\n'],
+                         ids=['nothing', 'a part of the head', 'a part of the body', 'a request, and no other'])
+def test_a_connection_that_is_idle_is_closed(nsqd, xmsrv, changed, sent):
+    changed('import xmsrv\nxmsrv.HTTP_IDLE, xmsrv.HTTP_TIME = 0.5, 0.3\n')
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: get(port, '/healthz')[0] == 200, 'it listens')
+    connection, = connect(port)
+    with connection:
+        connection.sendall(sent)
+        connection.settimeout(10)
+        while connection.recv(1 << 16):   # its answer, where it gets one
+            pass
     stopped(running)
 
 
