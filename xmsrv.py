@@ -190,14 +190,25 @@ def write_all(fd, data):
         view = view[os.write(fd, view):]
 
 
+def watchdog_interval():
+    """Seconds from one WATCHDOG=1 to the next, half of what sd_watchdog_enabled(3) says; None: nobody waits for it."""
+    microseconds = os.environ.get('WATCHDOG_USEC', '')
+    if os.environ.get('WATCHDOG_PID', str(os.getpid())) != str(os.getpid()):
+        return None
+    if not re.fullmatch('[0-9]{1,18}', microseconds):
+        if microseconds:
+            log.warning('WATCHDOG_USEC = %s: not a number of microseconds; no watchdog is told', microseconds)
+        return None
+    return int(microseconds) / 2e6 or None
+
+
 class Notifier:
     """sd_notify(3): tells systemd how things are; silent where it does not listen. interval: seconds in which it wants
     to hear WATCHDOG=1, by half; None: never."""
 
     def __init__(self):
         self.address = os.environ.get('NOTIFY_SOCKET', '')
-        ours = os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
-        self.interval = int(os.environ['WATCHDOG_USEC']) / 2e6 if ours and 'WATCHDOG_USEC' in os.environ else None
+        self.interval = watchdog_interval()
 
     def say(self, **fields):
         """Sends fields such as READY=1; a failure changes nothing."""

@@ -635,6 +635,30 @@ def test_a_systemd_that_does_not_read_stops_nothing(nsqd, xmsrv, workdir, monkey
         stopped(running)
 
 
+@pytest.mark.parametrize('value', ['', '0', 'soon', '-5', '1e6', '\u0663', '9' * 5000])
+def test_a_watchdog_that_is_no_number_is_none(nsqd, xmsrv, monkeypatch, value):
+    monkeypatch.setattr(servers.Xmsrv, 'extra', {'WATCHDOG_USEC': value})
+    fill(nsqd, 3)
+    xmsrv.configure(nsqd, period='1s')
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 3, 'all are stored')
+    stopped(running)
+    assert count(xmsrv, 'not a number of microseconds') == (value not in ('', '0'))
+
+
+@pytest.mark.parametrize('variables, seconds', [
+    ({'WATCHDOG_USEC': '3000000'}, 1.5), ({'WATCHDOG_USEC': '3000000', 'WATCHDOG_PID': str(os.getpid())}, 1.5),
+    ({'WATCHDOG_USEC': '3000000', 'WATCHDOG_PID': '1'}, None), ({'WATCHDOG_USEC': '3000000', 'WATCHDOG_PID': ''}, None),
+    ({}, None)])
+def test_the_watchdog_is_told_twice_an_interval(monkeypatch, variables, seconds):
+    """Where it is ours."""
+    for name in ('WATCHDOG_USEC', 'WATCHDOG_PID'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert xmsrv_module.Notifier().interval == seconds
+
+
 def test_only_the_parent_tells_systemd(nsqd, xmsrv, systemd):
     fill(nsqd, 0)
     xmsrv.configure(nsqd, period='0', workers=2)
