@@ -21,6 +21,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import io
 import ipaddress
 import itertools
 import json
@@ -98,6 +99,16 @@ class Unavailable(Failure):
     """The queue or the store can't be reached, and nothing was taken."""
 
     status = os.EX_UNAVAILABLE
+
+
+class OutputError(Failure):
+    """What was to be printed could not be written."""
+
+    status = os.EX_IOERR
+
+
+class ReaderGone(Exception):
+    """Nobody reads what is printed, as with `x-msrv config | head`: that is no failure."""
 
 
 class StoreAway(Unavailable):
@@ -180,6 +191,8 @@ FEW = 5                     # warnings and errors of a kind, in a row, before th
 MINUTE = 60.0               # seconds for which they are
 MORE = '%d more like this in the last minute: %s'
 
+OUTPUT = 1                  # the descriptor of standard output
+
 SYSTEMD = ('NOTIFY_SOCKET', 'WATCHDOG_PID', 'WATCHDOG_USEC')   # only the parent tells systemd
 
 
@@ -188,6 +201,42 @@ def write_all(fd, data):
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view):]
+
+
+class Output(io.TextIOWrapper):
+    """Standard output. A write that fails is told apart from all other errors of input and output, and says so once."""
+
+    def write(self, text):
+        """As print() does it. Raises OutputError, ReaderGone."""
+        return self.attempt(super().write, text)
+
+    def flush(self):
+        """Raises OutputError, ReaderGone."""
+        self.attempt(super().flush)
+
+    @staticmethod
+    def attempt(call, *arguments):
+        """Calls. After a failure all that is still to be written goes nowhere, else Python would try it again when it
+        exits, and end with a status of its own."""
+        try:
+            return call(*arguments)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, OUTPUT)
+            os.close(nowhere)
+            if isinstance(error, BrokenPipeError):
+                raise ReaderGone from None
+            raise OutputError(f'standard output: {error.strerror}') from None
+
+
+def set_up_output():
+    """Has print() go by Output. What a terminal's encoding lacks is escaped; a file or a pipe gets UTF-8, as the
+    configuration is read, whatever the locale."""
+    before = sys.stdout
+    if type(before) is io.TextIOWrapper and before.fileno() == OUTPUT:   # else it is closed, or somebody captures it
+        options = {'line_buffering': before.line_buffering, 'write_through': before.write_through}
+        encoding = before.encoding if before.isatty() else 'utf-8'
+        sys.stdout = Output(before.detach(), encoding, 'backslashreplace', **options)
 
 
 def watchdog_interval():
@@ -4978,8 +5027,8 @@ EXAMPLES = """examples:
   eval "$(x-msrv completion bash)"           complete all this with TAB; for zsh the same, with zsh
 
 exit status: 0 done, 64 usage, 65 the message of check --message can never become a record, 69 queue
-or store out of reach (nothing was taken), 70 internal error, 75 messages handed back because the store or
-the keeper of dead letters failed, 78 configuration
+or store out of reach (nothing was taken), 70 internal error, 74 what was to be printed could not be
+written, 75 messages handed back because the store or the keeper of dead letters failed, 78 configuration
 """
 
 
@@ -5218,8 +5267,8 @@ def leave_stuck_calls(status):
 
 def main(arguments=None):
     """The command line. Returns the exit status."""
-    parsed = build_parser().parse_args(arguments)
-    status = obey(parsed)
+    set_up_output()
+    status = obey(arguments)
     repeats.tell()
     leave_stuck_calls(status)
     return status
@@ -5240,25 +5289,35 @@ def become_user():
     os.environ['HOME'] = user.pw_dir
 
 
-def obey(parsed):
+def obey(arguments):
     """Runs the command, and says in a line why where it fails. Returns the exit status."""
+    set_up_log(argparse.Namespace(verbose=False, quiet=False))
     try:
-        set_up_log(parsed)
-        if parsed.command in ('daemon', 'worker'):   # until it has its handler
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        if parsed.command not in ('config', 'completion') and not parsed.as_root:
-            become_user()
-        return COMMANDS[parsed.command](parsed)
+        try:
+            return run_command(build_parser().parse_args(arguments))
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()   # while a failure can still be told
     except Failure as failure:
         log.error('%s', failure, extra={'last': True})
         return failure.status
-    except BrokenPipeError:
+    except ReaderGone:
         return os.EX_OK
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:   # the one place that may: a bug must not look like success, nor like a known failure
-        log.error('internal error: %s: %s', type(error).__name__, error, exc_info=parsed.verbose)
+        log.error('internal error: %s: %s', type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
         return os.EX_SOFTWARE
+
+
+def run_command(parsed):
+    """Runs the command of a parsed command line. Returns the exit status."""
+    set_up_log(parsed)
+    if parsed.command in ('daemon', 'worker'):   # until it has its handler
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if parsed.command not in ('config', 'completion') and not parsed.as_root:
+        become_user()
+    return COMMANDS[parsed.command](parsed)
 
 
 if __name__ == '__main__':

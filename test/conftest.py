@@ -46,6 +46,15 @@ def xmsrv(workdir):
 
 
 @pytest.fixture
+def changed(workdir, monkeypatch):
+    """A function: changed(code) has each process of x-msrv run that before its own, to stand for what can't be had."""
+    def change(code):
+        (workdir / 'sitecustomize.py').write_text(code)
+        monkeypatch.setenv('PYTHONPATH', str(workdir))
+    return change
+
+
+@pytest.fixture
 def cluster():
     """Where records go in a test that needs no fault of the store: a real server where one is named."""
     with clusters.any_cluster() as made:

@@ -447,8 +447,8 @@ class Xmsrv:
         # Without the journal's variables, which would add priority prefixes to each line.
         environment = {name: value for name, value in os.environ.items()
                        if name not in ('JOURNAL_STREAM', 'INVOCATION_ID', 'NOTIFY_SOCKET')} | self.extra
-        process = spawn([PROGRAM, '-c', self.path, *args], text=True, errors='backslashreplace', env=environment,
-                        cwd=self.directory, **options)
+        process = spawn([PROGRAM, '-c', self.path, *args], env=environment, cwd=self.directory,
+                        **{'text': True, 'errors': 'backslashreplace', **options})
         self.started.append(process)
         return process
 

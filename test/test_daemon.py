@@ -76,15 +76,6 @@ def systemd(workdir, monkeypatch):
         yield made
 
 
-@pytest.fixture
-def changed(workdir, monkeypatch):
-    """A function: changed(code) has each process of x-msrv run that before its own, to stand for what can't be had."""
-    def change(code):
-        (workdir / 'sitecustomize.py').write_text(code)
-        monkeypatch.setenv('PYTHONPATH', str(workdir))
-    return change
-
-
 # -------------------------------------------------------------------------------------------------------------- periods
 
 @pytest.mark.parametrize('workers', [1, 3])

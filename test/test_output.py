@@ -141,12 +141,13 @@ def test_a_body_is_not_in_the_log_when_the_store_fails(nsqd, xmsrv):
 
 # --------------------------------------------------------------------------------------------------------- the terminal
 
-def on_a_terminal(xmsrv, *arguments):
-    """What the command writes to a terminal that is its stderr, until it ends with 0."""
+def on_a_terminal(xmsrv, *arguments, stream='stderr', **variables):
+    """What the command writes to a terminal that is its stderr, or its stdout, until it ends with 0."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
-    process = servers.spawn([servers.PROGRAM, '-c', xmsrv.path, *arguments], stderr=slave, stdout=subprocess.DEVNULL,
-                            env={**os.environ, 'TERM': 'xterm'})
+    process = servers.spawn([servers.PROGRAM, '-c', xmsrv.path, *arguments],
+                            env={**os.environ, 'TERM': 'xterm', **variables},
+                            **{'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL, stream: slave})
     os.close(slave)
     seen = b''
     with contextlib.suppress(OSError):   # EIO: the other end is closed
@@ -241,14 +242,87 @@ def test_69_is_a_store_out_of_reach(nsqd, xmsrv, workdir, command):
 
 
 @pytest.mark.parametrize('loud', [[], ['-v']])
-def test_70_is_what_nobody_foresaw(xmsrv, loud):
-    """Here a full disk behind stdout. A line says what it was; the traceback is for -v."""
-    with open('/dev/full', 'w') as full, xmsrv.log.open('w') as log:
-        process = xmsrv.popen(*loud, 'config', '--sample', stdout=full, stderr=log)
-        assert process.wait(timeout=30) == os.EX_SOFTWARE
-    said = xmsrv.log.read_text()
-    assert said.startswith('error: internal error: OSError: ')
+def test_70_is_what_nobody_foresaw(xmsrv, changed, loud):
+    """A line says what it was; the traceback is for -v."""
+    changed('import xmsrv\nxmsrv.sample = lambda: 1 / 0\n')
+    said = xmsrv.run(*loud, 'config', '--sample', expect=os.EX_SOFTWARE).stderr
+    assert said.startswith('error: internal error: ZeroDivisionError: ')
     assert ('Traceback' in said) == bool(loud)
+
+
+PRINTING = [['--help'], ['replay', '--help'], ['--version'], ['config', '--sample'], ['config'], ['completion', 'bash'],
+            ['completion', 'zsh'], ['check'], ['check', '--connect'], ['check', '--message', 'message'],
+            ['replay', '--list'], ['replay', '--dry-run', '--json']]
+
+
+@pytest.fixture(params=['1', ''], ids=['unbuffered', 'buffered'])
+def printing(request, nsqd, xmsrv, workdir, monkeypatch):
+    """A configuration and a dead letter, so that each of PRINTING has something to print, by both modes of stdout."""
+    monkeypatch.setenv('PYTHONUNBUFFERED', request.param)
+    nsqd.publish(TOPIC, '[]')
+    xmsrv.once(nsqd)
+    (workdir / 'message').write_text('{"id": 1}')
+    return xmsrv
+
+
+@pytest.mark.parametrize('arguments', PRINTING, ids=' '.join)
+def test_74_is_a_full_disk_behind_stdout(nsqd, printing, arguments):
+    """One line says so, whatever prints; the dead letters that were to be listed are still there."""
+    with open('/dev/full', 'w') as full:
+        process = printing.popen(*arguments, stdout=full, stderr=subprocess.PIPE)
+        said = process.communicate(timeout=30)[1]
+    faults = [line for line in said.splitlines() if ' would be stored, ' not in line]   # that count is for stderr
+    assert (process.returncode, faults) == (os.EX_IOERR, ['error: standard output: No space left on device'])
+    wait_until(lambda: nsqd.stats(DEAD, REPLAY)['in_flight_count'] == 0, 'none is held')
+    assert nsqd.left(DEAD, REPLAY) == 1
+
+
+@pytest.mark.parametrize('arguments', PRINTING, ids=' '.join)
+def test_0_is_a_reader_that_has_gone(printing, arguments):
+    """As with `| head -0`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = printing.popen(*arguments, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert 'error' not in process.communicate(timeout=30)[1] and process.returncode == 0
+
+
+@pytest.mark.parametrize('command', [['once'], ['check'], ['config', '--sample']])
+def test_a_full_disk_behind_stderr_changes_no_status(nsqd, xmsrv, command):
+    """What is said is lost; what is done is done."""
+    nsqd.publish(TOPIC, good(3))
+    xmsrv.configure(nsqd)
+    with open('/dev/full', 'w') as full:
+        assert xmsrv.popen('-v', *command, stdout=subprocess.DEVNULL, stderr=full).wait(timeout=30) == 0
+    assert len(xmsrv.rows()) == (3 if command == ['once'] else 0)
+
+
+ASCII = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+
+
+def test_what_is_printed_to_a_pipe_is_utf8(nsqd, xmsrv, monkeypatch):
+    """Whatever the locale: it is how a configuration is read, and this one can be read again."""
+    for name, value in ASCII.items():
+        monkeypatch.setenv(name, value)
+    xmsrv.configure(nsqd, sqlite={'set': 'S\u00e3o Paulo \u6771\u4eac'})
+    process = xmsrv.popen('config', stdout=subprocess.PIPE, encoding='utf-8')
+    printed = process.communicate(timeout=30)[0]
+    assert process.returncode == 0 and 'S\u00e3o Paulo \u6771\u4eac' in printed
+    xmsrv.write(printed)
+    xmsrv.run('check')
+
+
+def test_what_the_encoding_of_a_terminal_lacks_is_escaped(nsqd, xmsrv):
+    xmsrv.configure(nsqd, sqlite={'set': 'S\u00e3o Paulo'})
+    seen = on_a_terminal(xmsrv, 'config', stream='stdout', **ASCII)
+    assert r'S\xe3o Paulo' in seen
+
+
+def test_a_name_that_is_no_utf8_can_be_printed(nsqd, xmsrv, workdir):
+    """That of the file itself."""
+    xmsrv.path = workdir / os.fsdecode(b'\xff.conf')
+    xmsrv.configure(nsqd)
+    assert xmsrv.run('check').stdout == f'{workdir}/\\udcff.conf: no fault found\n'
 
 
 def test_75_is_a_dead_letter_that_nobody_keeps(nsqds, xmsrv):
