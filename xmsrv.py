@@ -5,6 +5,31 @@ Subscription.read -> Consumer.receive -> Window.take -> Mapper.record -> Lane ->
 -> Consumer.finish; a dead letter goes from Window.reject by a second Lane to DeadLetters.keep, and joins it there.
 """
 
+# ruff: noqa: E402 - the imports take a tenth of a second, in which a signal must find its handler
+import os
+import signal
+import sys
+
+CALMLY_STOPPED = {'once', 'daemon', 'worker', 'replay'}   # commands that a signal ends with 0, as nothing was taken
+
+
+def exit_at_once(number, _):
+    """SIGTERM and SIGINT until a command has its own handler: there is nothing to finish yet. Without a handler the
+    process 1 of a container would not hear SIGTERM at all, and SIGINT would show where it was."""
+    os._exit(0 if CALMLY_STOPPED.intersection(sys.argv) else 128 + number)
+
+
+def catch_early_signals():
+    """Has exit_at_once() handle what the parent process does not have ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, exit_at_once)
+
+
+# The program, not a test that imports it. Its own directory is called so, too, in the packages.
+if os.path.basename(getattr(sys, 'argv', [''])[0]) == 'x-msrv' or __name__ == '__main__':
+    catch_early_signals()
+
 import argparse
 import asyncio
 import base64
@@ -27,18 +52,15 @@ import itertools
 import json
 import logging
 import math
-import os
 import pwd
 import random
 import re
 import resource
 import shutil
-import signal
 import socket
 import sqlite3
 import ssl
 import struct
-import sys
 import textwrap
 import threading
 import time
@@ -5243,7 +5265,17 @@ def run_loop(main_task):
         for task in rest:
             task.cancel()
         loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
-        loop.close()
+        close_loop(loop)
+
+
+def close_loop(loop):
+    """Closes the loop, which undoes its handlers. Signals are ignored from here on: what they ask for is being done."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)   # so that none finds the moment in between
+    loop.close()
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 def left_over(loop, context):
@@ -5315,6 +5347,8 @@ def run_command(parsed):
     set_up_log(parsed)
     if parsed.command in ('daemon', 'worker'):   # until it has its handler
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if parsed.command not in CALMLY_STOPPED and signal.getsignal(signal.SIGINT) is exit_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)   # so that what is printed by now is not lost
     if parsed.command not in ('config', 'completion') and not parsed.as_root:
         become_user()
     return COMMANDS[parsed.command](parsed)

@@ -60,6 +60,15 @@ def spawn(command, **options):
 
 def _die_with_parent():
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):   # a shell's background job, or nohup, ignores some
+        signal.signal(number, signal.SIG_DFL)
+
+
+def handles(process, number):
+    """Whether a process has a handler for a signal, or ignores it: proc_pid_status(5)."""
+    with open(f'/proc/{process.pid}/status') as status:
+        masks = [int(line.split()[1], 16) for line in status if line.startswith(('SigIgn', 'SigCgt'))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 # -------------------------------------------------------------------------------------------------------------- servers
@@ -453,9 +462,25 @@ class Xmsrv:
         return process
 
     def close(self):
+        """Kill all that was started, workers too: one that is stopped does not see that its parent has gone."""
         for process in self.started:
             process.kill()
             process.wait()
+        for pid in self.workers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not self.workers(), 'no worker is left')
+
+    def workers(self):
+        """The pids of all worker processes that have a configuration in `directory`, also of daemons that are gone."""
+        found = []
+        for path in Path('/proc').glob('[0-9]*/cmdline'):
+            with contextlib.suppress(OSError):   # it has ended
+                arguments = path.read_bytes().split(b'\0')
+                if b'worker' in arguments and any(each.startswith(b'%s/' % os.fsencode(self.directory))
+                                                  for each in arguments):
+                    found.append(int(path.parent.name))
+        return found
 
     @contextlib.contextmanager
     def locked(self):

@@ -215,6 +215,20 @@ def test_a_daemon_whose_workers_do_not_stay_up_ends_with_70(nsqd, xmsrv, changed
     assert count(xmsrv, 'no worker stays up') == 1
 
 
+def test_what_a_test_has_stopped_is_not_left_behind(nsqd, workdir):
+    """A worker that can't see that its daemon has gone."""
+    program = servers.Xmsrv(workdir)
+    fill(nsqd, 0)
+    program.configure(nsqd, period='0', workers=2)
+    running = program.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
+    pids = children(running)
+    assert sorted(program.workers()) == sorted(pids)
+    os.kill(pids[0], signal.SIGSTOP)
+    program.close()
+    assert not any(os.path.exists(f'/proc/{pid}/exe') for pid in pids)
+
+
 def test_a_worker_that_does_not_end_is_killed(nsqd, xmsrv):
     fill(nsqd, 0)
     xmsrv.configure(nsqd, period='0', workers=2, aerospike={'total-timeout': '100ms'})
@@ -293,19 +307,12 @@ def test_a_hang_up_at_any_moment_ends_nothing(nsqd, xmsrv):
     fill(nsqd, 10)
     xmsrv.configure(nsqd, period='200ms')
     running = xmsrv.start('daemon')
-    wait_until(lambda: ignores(running, signal.SIGHUP), 'it is past its first lines')
+    wait_until(lambda: servers.handles(running, signal.SIGHUP), 'it is past its first lines')
     for _ in range(100):   # without an end none would ever come to a window
         running.send_signal(signal.SIGHUP)
         assert running.poll() is None
     wait_until(lambda: len(xmsrv.rows()) == 10, 'it goes on', 20)
     stopped(running)
-
-
-def ignores(process, number):
-    """Whether a process ignores a signal, or has a handler for it."""
-    with open(f'/proc/{process.pid}/status') as status:
-        masks = [int(line.split()[1], 16) for line in status if line.startswith(('SigIgn', 'SigCgt'))]
-    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 @pytest.mark.parametrize('workers', [1, 2])

@@ -15,6 +15,7 @@ import proxies
 import pytest
 import servers
 import trustme
+from flows import passed
 from servers import wait_until
 
 TOPIC, CHANNEL, DEAD, REPLAY = 'orders', 'x-msrv', 'orders.dead', 'x-msrv-replay'
@@ -205,6 +206,49 @@ def test_130_is_an_interrupted_check_without_a_word(xmsrv):
         servers.wait_until(lambda: silent.taken, 'it is connected')
         running.send_signal(signal.SIGINT)
         assert running.wait(timeout=10) == 130
+    assert 'Traceback' not in xmsrv.log.read_text()
+
+
+@pytest.mark.parametrize('number, command, status', [
+    (signal.SIGTERM, ['once'], 0), (signal.SIGTERM, ['daemon'], 0), (signal.SIGTERM, ['check'], 143),
+    (signal.SIGINT, ['once'], 0), (signal.SIGINT, ['replay'], 0), (signal.SIGINT, ['config', '--sample'], 130)])
+def test_a_signal_that_comes_before_all_else_is_heard(nsqd, xmsrv, workdir, monkeypatch, number, command, status):
+    """While it is still importing: here for long. Not a word is said."""
+    (workdir / 'voluptuous.py').write_text('import threading\nopen("importing", "w")\nwhile True:\n'
+                                           '    threading.Event().wait(0.1)\n')
+    monkeypatch.setenv('PYTHONPATH', str(workdir))
+    xmsrv.configure(nsqd)
+    running = xmsrv.start(*command)
+    wait_until((workdir / 'importing').exists, 'it is importing')
+    running.send_signal(number)
+    assert (running.wait(timeout=10), xmsrv.log.read_text()) == (status, '')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_after_all_else_changes_nothing(nsqd, xmsrv, workdir, changed, number):
+    """While the textfile is written: here for long."""
+    changed('import threading, xmsrv\nwrite = xmsrv.write_textfile\ndef slow(*arguments):\n    open("writing", "w")\n'
+            '    threading.Event().wait(1)\n    write(*arguments)\nxmsrv.write_textfile = slow\n')
+    nsqd.publish(TOPIC, good(3))
+    xmsrv.configure(nsqd, metrics={'textfile': workdir / 'x.prom'})
+    running = xmsrv.start('once')
+    wait_until((workdir / 'writing').exists, 'it is at its end')
+    running.send_signal(number)
+    assert running.wait(timeout=10) == 0 and (workdir / 'x.prom').exists()
+    assert 'Traceback' not in xmsrv.log.read_text()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_moment_ends_once_with_0(nsqd, xmsrv, number):
+    """From the first handler to the window."""
+    nsqd.create(TOPIC, CHANNEL)
+    xmsrv.configure(nsqd, timeout='60s', idle_timeout='60s')
+    for moment in range(0, 400, 40):
+        running = xmsrv.start('once')
+        wait_until(lambda running=running: servers.handles(running, signal.SIGTERM), 'it has its first handler')
+        wait_until(passed(moment / 1000), 'it is somewhat further')
+        running.send_signal(number)
+        assert running.wait(timeout=10) == 0
     assert 'Traceback' not in xmsrv.log.read_text()
 
 
