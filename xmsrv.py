@@ -1500,7 +1500,7 @@ class Message:
     """One delivery of a message by an nsqd.
 
     id: 16 hex digits, bytes. timestamp: when it was published, ns since 1970, by that nsqd's clock. attempts:
-    deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (DESIGN: the id
+    deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (the id
     alone is not unique between nsqds, nor between topics of one). record: what Mapper made of it. unfit: why it can
     never be one. touched: loop time at which nsqd last (re)started its msg-timeout; received: at which it came.
     parked: put aside for the window's end.
@@ -3223,6 +3223,8 @@ REPEAT = 60.0               # seconds for which a failure that comes again is no
 class Window:
     """One bounded receive: what may still come (`left`), what came, and what became of it (`count`)."""
 
+    empty_level = logging.DEBUG   # of a summary of nothing: a timer makes 8,640 of them a day
+
     def __init__(self, config, consumer, store, pool, mapper, dead_letters, figures=None, limit=None):
         self.config, self.consumer, self.crew, self.store, self.pool = config, consumer, consumer.crew, store, pool
         self.mapper, self.dead_letters, self.figures = mapper, dead_letters, figures or Figures()
@@ -3502,7 +3504,7 @@ class Window:
         topic, channel = self.consumer.topic, self.consumer.channel
         fields = {**self.outcome, **self.count, 'seconds': round(self.seconds, 2)}
         counts = ', '.join(f'{name} {number}' for name, number in self.count.items())
-        level = NOTICE if self.count['received'] or self.status else logging.INFO   # an empty queue is no news
+        level = NOTICE if any(self.count.values()) or self.status else self.empty_level
         log.log(level, '[%s/%s] %s in %.2f s', topic, channel, counts, self.seconds, extra={'fields': fields})
 
 
@@ -3681,6 +3683,8 @@ class ReplayMapper(Mapper):
 class Replay(Window):
     """A pass over the dead letters: what fails again is held to its end and handed back, and so is what `choice` leaves
     out. It lasts for as long as there are any, and letters come and go: `timeout` counts from the last one."""
+
+    empty_level = logging.INFO   # somebody has asked
 
     def __init__(self, config, queue, store, pool, letter, choice):
         super().__init__(config, queue, store, pool, ReplayMapper(config, letter), None)

@@ -294,7 +294,7 @@ def test_a_reload_with_another_state_directory_takes_its_lock(nsqd, xmsrv, workd
     fill(nsqd, 0)
     xmsrv.configure(nsqd, period='200ms')
     running = xmsrv.start('daemon')
-    wait_until(lambda: count(xmsrv, 'received'), 'it is under way')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is under way')
     xmsrv.configure(nsqd, period='200ms', state_dir=workdir / 'other')
     running.send_signal(signal.SIGHUP)
     wait_until(lambda: lock_files(workdir / 'other'), 'the other lock is there')

@@ -12,6 +12,7 @@ import threading
 import proxies
 import pytest
 import servers
+from flows import passed
 
 import xmsrv as module
 
@@ -25,11 +26,40 @@ def good(number):
 
 # ------------------------------------------------------------------------------------------------------------- a notice
 
-@pytest.mark.parametrize('number, level', [(3, 'notice'), (0, 'info')])
+def test_a_window_of_nothing_is_told_of_with_v_alone(nsqd, xmsrv, workdir):
+    """A timer makes thousands of them a day. They are counted."""
+    path = workdir / 'x.prom'
+    for arguments in (['once'], ['-q', 'once']):
+        xmsrv.configure(nsqd, metrics={'textfile': path})
+        assert xmsrv.run(*arguments).stderr == ''
+    assert re.search(r'^xmsrv_windows_total\{.*result="done".*\} 2.0$', path.read_text(), re.MULTILINE)
+
+
+def test_a_daemon_says_nothing_of_windows_of_nothing(nsqd, xmsrv):
+    """Not a line, while windows come and go."""
+    xmsrv.configure(nsqd, period='50ms', idle_timeout='50ms')
+    running = xmsrv.start('daemon')
+    servers.wait_until(lambda: nsqd.clients(TOPIC, CHANNEL), 'it is subscribed')
+    servers.wait_until(passed(1), 'several windows are over')
+    assert xmsrv.log.read_text() == ''
+    nsqd.publish(TOPIC, good(1))
+    servers.wait_until(lambda: ' received 1, stored 1, ' in xmsrv.log.read_text(), 'one that has something is told of')
+    running.terminate()
+    assert running.wait(timeout=10) == 0 and len(xmsrv.log.read_text().splitlines()) == 1
+
+
+def test_a_replay_of_nothing_is_told_of(nsqd, xmsrv):
+    """Somebody asked for it."""
+    xmsrv.configure(nsqd)
+    assert ' received 0, ' in xmsrv.run('replay').stderr
+
+
+@pytest.mark.parametrize('number, level', [(3, 'notice'), (0, 'debug')])
 def test_the_summary_is_a_notice_where_something_came(nsqd, xmsrv, number, level):
     """An empty queue is no news. It has its outcome, and each line says of which pipeline it is."""
     nsqd.publish(TOPIC, good(number))
-    line, = map(json.loads, xmsrv.once(nsqd, log_format='json').stderr.splitlines())
+    lines = map(json.loads, xmsrv.once(nsqd, log_format='json', args=['-v']).stderr.splitlines())
+    line, = (line for line in lines if 'received' in line)
     assert (line['level'], line['outcome'], line['stored']) == (level, 'done', number)
     assert (line['topic'], line['channel']) == (TOPIC, CHANNEL)
 
@@ -166,6 +196,7 @@ def test_what_ends_the_program_goes_by_way_of_stderr(nsqd, xmsrv, workdir, journ
 
 def test_the_journal_is_only_for_text(nsqd, xmsrv, workdir, journal):
     """Who asks for JSON gets it, on stderr."""
+    nsqd.publish(TOPIC, good(1))
     xmsrv.configure(nsqd, log_format='json')
     status, lines = under(workdir, xmsrv, 'once')
     assert status == 0 and json.loads(lines[-1])['channel'] == CHANNEL and not journal.entries

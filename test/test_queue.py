@@ -116,7 +116,7 @@ def test_successive_windows_take_n_each_until_the_queue_is_empty(xmsrv, nsqds):
         fill(nsqd, 10, 10 * place)
     stored = []
     for _ in range(4):
-        done = xmsrv.once(started, nsq={'max-messages': 12})
+        done = xmsrv.once(started, nsq={'max-messages': 12}, args=['-v'])
         stored.append(servers.summary(done.stderr)['stored'])
     assert stored == [12, 12, 6, 0]
     assert numbers(xmsrv) == list(range(30))
@@ -136,7 +136,7 @@ def test_idle_nsqds_do_not_slow_a_busy_one_down(xmsrv, nsqds, in_flight):
 
 
 class Credit:
-    """What the commands and frames of a run allowed nsqd to deliver: DESIGN's `never more than N`, event by event."""
+    """What the commands and frames of a run allowed nsqd to deliver, event by event: never more than N."""
 
     def __init__(self, limit):
         self.limit, self.finished, self.delivered = limit, 0, 0
@@ -231,7 +231,7 @@ def test_empty_queue_ends_the_window_after_idle_timeout(xmsrv, nsqds):
     started = nsqds(2)
     for nsqd in started:
         fill(nsqd, 0)
-    told = servers.summary(xmsrv.once(started, timeout='30s', idle_timeout='1s').stderr)
+    told = servers.summary(xmsrv.once(started, timeout='30s', idle_timeout='1s', args=['-v']).stderr)
     assert 1 <= told['seconds'] < 5
     assert told['received'] == 0
 
@@ -239,7 +239,7 @@ def test_empty_queue_ends_the_window_after_idle_timeout(xmsrv, nsqds):
 def test_paused_channel_ends_the_window_and_keeps_its_messages(xmsrv, nsqd):
     fill(nsqd, 10)
     nsqd.pause(TOPIC, CHANNEL)
-    told = servers.summary(xmsrv.once(nsqd, timeout='30s').stderr)
+    told = servers.summary(xmsrv.once(nsqd, timeout='30s', args=['-v']).stderr)
     assert (told['received'], left([nsqd])) == (0, 10)
     assert told['seconds'] < 5
     nsqd.unpause(TOPIC, CHANNEL)
@@ -429,7 +429,7 @@ def test_no_good_nsqlookupd_is_69_soon(xmsrv, fault):
 
 
 def test_topic_that_nsqlookupd_does_not_know_is_an_empty_window(xmsrv, nsqlookupd):
-    done = xmsrv.once(nsqlookupd, timeout='30s', within=10)
+    done = xmsrv.once(nsqlookupd, timeout='30s', within=10, args=['-v'])
     assert f'no nsqd has the topic {TOPIC} yet' in done.stderr
     assert servers.summary(done.stderr)['received'] == 0
 
