@@ -1,5 +1,6 @@
 """The daemon: its periods, its workers, what it says to systemd, and that neither an outage nor a kill ends or costs
 anything."""
+import asyncio
 import contextlib
 import datetime
 import fcntl
@@ -13,6 +14,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import threading
 import time
 import types
 import urllib.error
@@ -213,6 +215,47 @@ def test_a_daemon_whose_workers_do_not_stay_up_ends_with_70(nsqd, xmsrv, changed
     xmsrv.configure(nsqd, workers=2)
     ended(xmsrv.start('daemon'), 70, 60)
     assert count(xmsrv, 'no worker stays up') == 1
+
+
+def test_a_worker_that_is_silent_for_long_is_killed_and_replaced(nsqds, xmsrv, changed):
+    """It has a message, which comes again. Nothing else ends: no watchdog is there that would."""
+    changed('import xmsrv\nxmsrv.SILENCE_OF_WORKERS, xmsrv.STUCK = 1.0, 2.0\n')
+    nsqd, = nsqds(1, '--msg-timeout=1s')
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, period='0', workers=2)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
+    silent, other = children(running)
+    os.kill(silent, signal.SIGSTOP)
+    wait_until(lambda: count(xmsrv, f'(process {silent}) ended: killed by SIGKILL'), 'it is killed', 20)
+    assert count(xmsrv, f'(process {silent}) says nothing') == 1
+    wait_until(lambda: len(children(running)) == 2 and nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'it is replaced', 20)
+    assert other in children(running) and silent not in children(running)
+    nsqd.publish(TOPIC, bodies(50))
+    wait_until(lambda: len(xmsrv.rows()) == 50, 'messages flow', 20)
+    stopped(running)
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(nsqd, xmsrv, workdir, changed):
+    """It says why, with a growing pause, and messages flow as soon as one can."""
+    changed('import os, xmsrv\nreal = xmsrv.own_command\n'
+            'xmsrv.own_command = lambda: real() if os.path.exists("there") else ["/nonexistent/python"]\n')
+    fill(nsqd, 10)
+    xmsrv.configure(nsqd, period='0', workers=2)
+    running = xmsrv.start('daemon')
+    failed = '(process none) ended: it could not be started: No such file or directory'
+    wait_until(lambda: count(xmsrv, failed) >= 3, 'it is tried again')
+    assert running.poll() is None and not children(running)
+    (workdir / 'there').touch()
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 20)
+    stopped(running)
+
+
+def test_workers_of_which_none_can_be_started_end_the_daemon(nsqd, xmsrv, changed):
+    changed('import xmsrv\nxmsrv.own_command = lambda: ["/nonexistent/python"]\n')
+    xmsrv.configure(nsqd, period='0', workers=2)
+    ended(xmsrv.start('daemon'), os.EX_SOFTWARE, 60)
+    assert count(xmsrv, 'could not be started') >= 5 and count(xmsrv, 'no worker stays up') == 1
 
 
 def test_what_a_test_has_stopped_is_not_left_behind(nsqd, workdir):
@@ -620,6 +663,57 @@ def test_a_store_call_that_never_ends_starves_the_watchdog(nsqd, xmsrv, systemd,
     wait_until(lambda: systemd.fields('WATCHDOG'), 'it is under way')
     beats_end(systemd)
     stopped(running)
+
+
+HANGS = ('import threading, xmsrv\nwrite = xmsrv.SqliteStore.write\nxmsrv.SqliteStore.patience = 1.0\n'
+         'def hang(self, records):\n    open("called", "w").close()\n    threading.Event().wait(600)\n'
+         'xmsrv.SqliteStore.write = hang\n'
+         'xmsrv.SqliteStore.close = lambda self: open("closed", "w").close()\n')
+
+
+@pytest.mark.parametrize('command', ['once', 'daemon'])
+def test_a_stop_does_not_wait_for_a_call_that_never_ends(nsqd, xmsrv, workdir, changed, command):
+    """The store is left as it is: to close it under a call is for no store to bear. The messages go back."""
+    changed(HANGS)
+    fill(nsqd, 5)
+    xmsrv.configure(nsqd, timeout='60s')
+    running = xmsrv.start(command)
+    wait_until((workdir / 'called').exists, 'the call is under way')
+    stopped(running, 10)
+    assert not (workdir / 'closed').exists()
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['requeue_count'] == 5, 'they have gone back')
+
+
+class Closing:
+    """A store that says whether it was closed, and whose close() may hang for some seconds."""
+
+    def __init__(self, seconds=0.0):
+        self.seconds, self.closed = seconds, threading.Event()
+
+    def close(self):
+        self.closed.set()
+        threading.Event().wait(self.seconds)
+
+
+@pytest.mark.parametrize('under_way', [False, True])
+def test_a_store_is_closed_unless_a_call_is_under_way(under_way):
+    store, over = Closing(), threading.Event()
+
+    async def close():
+        pool = xmsrv_module.Pool(2)
+        if under_way:
+            pool.submit(over.wait, 30)
+        await xmsrv_module.close_store(store, pool)
+    asyncio.run(close())
+    over.set()
+    assert store.closed.is_set() == (not under_way)
+
+
+def test_a_store_that_does_not_close_is_left(monkeypatch):
+    monkeypatch.setattr(xmsrv_module, 'CLOSE_TIMEOUT', 0.1)
+    store, begun = Closing(2.0), time.monotonic()
+    asyncio.run(xmsrv_module.close_store(store, xmsrv_module.Pool(1)))
+    assert store.closed.is_set() and time.monotonic() - begun < 1.5
 
 
 def test_a_systemd_that_does_not_read_stops_nothing(nsqd, xmsrv, workdir, monkeypatch):
