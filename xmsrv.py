@@ -1003,14 +1003,24 @@ def field(value):
     kind, *rules = [value] if isinstance(value, str) else value or ['']
     if kind not in TYPES:
         raise ValueError(f'no type {kind!r}; there are ' + ', '.join(TYPES))
-    checks = [of_type(kind)]
-    for rule in rules:
-        name, _, argument = rule.partition(' ')
-        if name in RULES:
-            checks.append(RULES[name](name, argument.strip(), kind))
-        elif rule != 'required':
-            raise ValueError(f'no rule {rule!r}; there are required, ' + ', '.join(RULES))
+    for before, rule in zip(['', *rules], rules, strict=False):   # first, for a rule cut at its comma is often none
+        if rule != 'required' and rule.partition(' ')[0] not in RULES:
+            raise ValueError(f'no rule {rule!r}; there are required, ' + ', '.join(RULES) + comma_hint(before, rule))
+    checks = [of_type(kind), *(parse_rule(rule, kind) for rule in rules if rule != 'required')]
     return (checks[0] if len(checks) == 1 else vol.All(*checks)), 'required' in rules
+
+
+def comma_hint(before, rest):
+    """A hint to quote a rule that its comma may have cut in two: `before`, a rule with an argument, and `rest`."""
+    return f'; quote a rule that holds a comma: "{before},{rest}"' if before.partition(' ')[0] in RULES else ''
+
+
+def parse_rule(rule, kind):
+    """A rule with its argument, `min 1`, as a voluptuous validator for a value of the type `kind`."""
+    name, _, argument = rule.partition(' ')
+    if not argument.strip():
+        raise ValueError(f'{name} needs an argument (quote the rule if it has a # in it)')
+    return RULES[name](name, argument.strip(), kind)
 
 
 Option = collections.namedtuple('Option', 'section name default check help')
@@ -1145,12 +1155,36 @@ def read_file(filename, settings=()):
 
 
 def cut_short(text, section, name):
-    """Yields a Fault for a value that a # in it has cut short: configobj takes all from there for a remark."""
+    """Yields a Fault for a value that a # in it may have cut short: configobj takes all from there for a remark.
+
+    After a value in quotes it is one, and where the option takes no value with a # in it: `timeout = 5s # a remark`.
+    """
     comment, value = section.inline_comments.get(name), section[name]
     end = value[-1] if isinstance(value, list) and value else value
-    if comment and isinstance(end, str) and end + comment in text:
-        where = section.name if section.depth < 2 else f'{section.parent.name}.{section.name}'
-        yield Fault(where, name, end + comment, 'quote a value that has a # in it')
+    where = f'{section.parent.name}.{section.name}' if section.depth > 1 else section.name or ''
+    if not comment or not isinstance(end, str) or not takes_hash(where, name, end):
+        return
+    line = re.search(rf'^\s*["\']?{re.escape(name)}["\']?\s*=[^\n]*?({re.escape(end)}[ \t]*{re.escape(comment)})\s*$',
+                     text, re.MULTILINE)
+    if line:
+        yield Fault(where, name, line[1], 'quote the value: without quotes its # begins a remark')
+
+
+def takes_hash(section, name, value):
+    """Whether an option might mean a value that goes on with a #."""
+    for option in OPTIONS:
+        if (option.section, option.name) == (section, name):
+            return any(accepts(option.check, value + more) for more in ('#', '#ephemeral'))
+    return any(option.default is None and f'{option.section}.{option.name}' == section for option in OPTIONS)
+
+
+def accepts(check, value):
+    """Whether a validator takes a value."""
+    try:
+        check(value)
+    except ValueError:
+        return False
+    return True
 
 
 def overlay(raw, setting):
@@ -1169,7 +1203,7 @@ def overlay(raw, setting):
     except (configobj.ConfigObjError, KeyError):
         read = None
     if not read or read.inline_comments['value']:   # a # would cut it short
-        raise ConfigError(f'--set {setting}: the value cannot be read; quote it')
+        raise ConfigError(f'--set {setting}: the value cannot be read; quote the value')
 
 
 def validate(raw):

@@ -17,6 +17,7 @@ TOP = 'state-dir = {directory}\nstore = sqlite\n'
 NSQ = '[nsq]\nnsqd-tcp-address = 127.0.0.1:4150\ntopic = orders\n'
 VALID = TOP + NSQ
 CLUSTER = 'state-dir = {directory}\n' + NSQ + '[aerospike]\nhosts = [::1]:3000, b:3000\nnamespace = test\n'
+QUOTE = 'quote the value: without quotes its # begins a remark'
 CLOSED = VALID + '[message]\nunknown-fields = reject\n[[fields]]\nid = integer, required\n'
 
 
@@ -104,9 +105,19 @@ def test_all_faults_are_reported_at_once(faults):
     ('idle-timeout = 500\n' + VALID, 'idle-timeout = 500: not a duration such as 500ms, 10s, 5m, 1h, 30d'),
     ('log-format = xml\n' + VALID, 'log-format = xml: not one of text, json'),
     (VALID + '[dead-letter]\ndiscard = maybe\n', '[dead-letter] discard = maybe: not one of yes, no'),
-    (VALID + 'channel = tail#ephemeral\n', '[nsq] channel = tail#ephemeral: quote a value that has a # in it'),
-    (VALID + '[message]\n[[fields]]\nid = string, match a#b\n',
-     '[message] [[fields]] id = match a#b: quote a value that has a # in it'),
+    (VALID + 'channel = tail#ephemeral\n', f'[nsq] channel = tail#ephemeral: {QUOTE}'),
+    (VALID.replace('orders', 'orders #ephemeral'), f'[nsq] topic = orders #ephemeral: {QUOTE}'),
+    (VALID + '[sqlite]\nset = customers  # of the shop\n', f'[sqlite] set = customers  # of the shop: {QUOTE}'),
+    (VALID + '[sqlite]\nset = #1\n', f'[sqlite] set =  #1: {QUOTE}'),
+    (VALID + '[dead-letter]\nfile = {directory}/dead #2\n', f'[dead-letter] file = {{directory}}/dead #2: {QUOTE}'),
+    (VALID + '[record]\n[[bins]]\ncolour = c #1\n', f'[record] [[bins]] colour = c #1: {QUOTE}'),
+    (VALID + '[message]\n[[fields]]\nid = string, match a#b\n', f'[message] [[fields]] id = match a#b: {QUOTE}'),
+    (VALID + '[message]\n[[fields]]\nid = string, match #[a-z]+\n',
+     f'[message] [[fields]] id = match #[a-z]+: {QUOTE}'),
+    (VALID + '[message]\n[[fields]]\nid = string, required, one-of #1|#2\n',
+     f'[message] [[fields]] id = one-of #1|#2: {QUOTE}'),
+    (VALID + '[message]\n[[fields]]\nid = string, "match #a"\nother = string, match #a\n',
+     f'[message] [[fields]] other = match #a: {QUOTE}'),
     # queue
     (TOP + '[nsq]\nnsqd-tcp-address = 127.0.0.1:4150\n', '[nsq] topic: missing; name the topic to read'),
     (TOP + '[nsq]\ntopic = orders\n',
@@ -199,6 +210,14 @@ def test_all_faults_are_reported_at_once(faults):
      "[message] [[fields]] id = integer, one-of a|b: one-of wants an integer, not 'a'"),
     (VALID + '[message]\n[[fields]]\nid = string, match (\n',
      '[message] [[fields]] id = string, match (: match (: missing ), unterminated subpattern at position 0'),
+    *((VALID + f'[message]\n[[fields]]\nid = {kind}, {rule}\n', f'[message] [[fields]] id = {kind}, {rule}: '
+       f'{rule} needs an argument (quote the rule if it has a # in it)')
+      for kind, rule in [('integer', 'min'), ('list', 'max'), ('number', 'one-of'), ('string', 'match')]),
+    (VALID + '[message]\n[[fields]]\nid = string, match (a|b){2,4}, required\n', '[message] [[fields]] id = string, '
+     "match (a|b){2, 4}, required: no rule '4}'; there are required, min, max, one-of, match; "
+     'quote a rule that holds a comma: "match (a|b){2,4}"'),
+    (VALID + '[message]\n[[fields]]\nid = string, match (x,y)\n', "[message] [[fields]] id = string, match (x, y): no "
+     "rule 'y)'; there are required, min, max, one-of, match; quote a rule that holds a comma: \"match (x,y)\""),
     # files
     (VALID + 'auth-secret-file = /nonexistent/secret\n',
      '[nsq] auth-secret-file = /nonexistent/secret: No such file or directory'),
@@ -284,6 +303,8 @@ def test_no_command_runs_with_a_fault(xmsrv, command):
     CLUSTER + '[record]\nttl = 3650d\nkey = id\n',
     '\ufeff' + VALID,
     VALID.replace('\n', '\r\n'),
+    VALID + 'channel = "tail" # a remark\n[message] # another\n[[fields]]\na = string, "match #[a-f]+"  # too\n',
+    VALID.replace('[nsq]', 'store = sqlite # not aerospike\n[nsq]').replace('store = sqlite\n', ''),
     VALID + '# \u00e9\nmax-messages = 10 # a remark\nmsg-timeout = 1.5m\nmax-held = 1.5KiB\n',
 ])
 def test_a_valid_file_has_no_fault(xmsrv, text):
@@ -411,9 +432,10 @@ def test_set_reaches_every_section_and_takes_lists(setting, section, option, val
     ('nsq.=1', 'not SECTION.OPTION=VALUE'),
     ('', 'not SECTION.OPTION=VALUE'),
     ('timeout.a=1', 'timeout is an option, not a section'),
-    ('nsq.topic="a', 'the value cannot be read; quote it'),
-    ('nsq.channel=tail#ephemeral', 'the value cannot be read; quote it'),
-    ('nsq.channel=tail # ephemeral', 'the value cannot be read; quote it'),
+    ('nsq.topic="a', 'the value cannot be read; quote the value'),
+    ('nsq.channel=tail#ephemeral', 'the value cannot be read; quote the value'),
+    ('nsq.channel=tail # ephemeral', 'the value cannot be read; quote the value'),
+    ('message.fields.id=string, match #a', 'the value cannot be read; quote the value'),
 ])
 def test_a_bad_set_is_a_fault_that_quotes_it(xmsrv, setting, rule):
     xmsrv.write('timeout = 1s\n' + VALID.replace('{directory}', str(xmsrv.directory)))
@@ -421,6 +443,10 @@ def test_a_bad_set_is_a_fault_that_quotes_it(xmsrv, setting, rule):
 
 
 def test_a_fault_that_was_set_is_reported_like_one_of_the_file(faults):
+    assert faults(VALID, '--set', 'message.fields.id=string, match a{1,2}', '--set', 'message.fields.a=list, min') == [
+        "[message] [[fields]] id = string, match a{1, 2}: no rule '2}'; there are required, min, max, one-of, match; "
+        'quote a rule that holds a comma: "match a{1,2}"',
+        '[message] [[fields]] a = list, min: min needs an argument (quote the rule if it has a # in it)']
     assert faults(VALID, '--set', 'nsq.max-mesages=1', '--set', 'record.bins.a=a_bin_name_too_long') == [
         '[nsq] max-mesages = 1: no such option; did you mean max-messages?',
         '[record] [[bins]] a = a_bin_name_too_long: 19 bytes; a bin name has 15 at most']
