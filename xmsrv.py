@@ -41,6 +41,7 @@ import contextlib
 import copy
 import datetime
 import difflib
+import enum
 import errno
 import fcntl
 import functools
@@ -60,6 +61,7 @@ import shutil
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import textwrap
 import threading
@@ -74,6 +76,7 @@ import nsq
 import voluptuous as vol
 from tornado.httpclient import AsyncHTTPClient, HTTPError
 from tornado.iostream import IOStream, StreamClosedError
+from tornado.netutil import bind_sockets
 from tornado.tcpclient import TCPClient
 
 __version__ = '0.1.0'
@@ -118,7 +121,7 @@ class ConfigError(Failure):
 
 
 class Unavailable(Failure):
-    """The queue or the store can't be reached, and nothing was taken."""
+    """The queue or the store can't be reached, or a file of the configuration is not there yet; nothing was taken."""
 
     status = os.EX_UNAVAILABLE
 
@@ -194,6 +197,23 @@ def grouped(items, key):
     for each, item in zip(keys, items, strict=True):
         groups[each].append(item)
     return groups.items()
+
+
+def require_regular(filename):
+    """Raises OSError where something stands there that is no regular file: a device, a pipe, a FIFO, a directory."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(filename).st_mode):
+            raise OSError(errno.EINVAL, 'not a regular file', filename)
+
+
+def open_regular(filename, flags, mode=0o640):
+    """Opens a regular file. Returns its descriptor. Raises OSError; it never waits for the other end of a FIFO."""
+    require_regular(filename)   # for to open a device may already do something
+    fd = os.open(filename, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, 'not a regular file', filename)
+    return fd
 
 
 OUTCOMES = ('received', 'stored', 'duplicate', 'stale', 'dead', 'requeued', 'late')
@@ -678,13 +698,15 @@ def preload():
 def write_textfile(filename, figures):
     """Writes the figures for node_exporter: whole or not at all, readable for everybody, and with what the runs before
     counted. A failure is worth a warning, no more: the messages are stored."""
+    filename = os.path.realpath(filename)   # a link to the file stays one
     try:
         figures.merge(carried_over(filename, figures.constant))
     except Exception as error:   # anything may stand there
         log.warning('%s: not figures of x-msrv, they begin anew: %s', filename, error)
     beside = f'{filename}.{os.getpid()}'
     try:
-        with open(beside, 'wb') as file:
+        require_regular(filename)   # what stands there by now is never replaced by a file
+        with open(open_regular(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 'wb') as file:
             os.fchmod(file.fileno(), 0o644)
             file.write(exposition(figures))
             file.flush()
@@ -724,7 +746,7 @@ def carried_over(filename, constant):
 def read_textfile(filename):
     """The samples of x-msrv in a textfile. Raises anything for what is no such file."""
     from prometheus_client import parser
-    with open(filename, encoding='utf-8') as file:
+    with open(open_regular(filename, os.O_RDONLY), encoding='utf-8') as file:
         return [sample for family in parser.text_fd_to_metric_families(file) for sample in family.samples
                 if sample.name.startswith('xmsrv_')]
 
@@ -885,7 +907,13 @@ def path(value):
     """A path; `~` is the home directory."""
     if not text(value):
         raise ValueError('a path, please')
-    return os.path.expanduser(value)
+    if '\0' in value:
+        raise ValueError('a NUL is in no path')
+    expanded = os.path.expanduser(value)
+    ours = value.partition('/')[0] == '~'
+    if value.startswith('~') and (not os.path.isabs(expanded) or ours and os.environ.get('HOME') == ''):
+        raise ValueError('there is no home directory for ~ here: write it out')
+    return expanded
 
 
 def secret_path(value):
@@ -1106,14 +1134,21 @@ OPTIONS = (
 SUBSECTIONS = {'nsq.tls', 'aerospike.tls'}   # only on when the file has them
 
 
-class Fault(collections.namedtuple('Fault', 'section option value rule')):
-    """One fault of the configuration: where it is, what stands there, and the rule that it breaks."""
+class FaultKind(enum.Enum):
+    """What a fault is a fault of, on which the exit status and the daemon's patience depend."""
+
+    TEXT = 'the text of the configuration, which no time mends'
+    UNAVAILABLE = 'something that the text names, and that may yet come'
+
+
+class Fault(collections.namedtuple('Fault', 'section option value rule kind', defaults=(FaultKind.TEXT,))):
+    """One fault of the configuration: where it is, what stands there, the rule that it breaks, and its FaultKind."""
 
     def __str__(self):
         parts = self.section.split('.') if self.section else []
         where = ''.join('[' * depth + part + ']' * depth + ' ' for depth, part in enumerate(parts, 1))
         shown = ', '.join(self.value) if isinstance(self.value, list) else self.value
-        given = f' = {shortened(str(shown), 80)}' if self.value is not None else ''
+        given = f' = {shortened(str(shown), 200)}' if self.value is not None else ''
         return f'{where}{self.option}{given}: {self.rule}'
 
 
@@ -1309,7 +1344,8 @@ def cross_faults(config):
     yield from dead_letter_faults(nsq_, dead)
     yield from mapping_faults(config)
     yield from store_faults(config)
-    yield from unreadable_files(config)
+    yield from tls_faults(config)
+    yield from environment_faults(config)
 
 
 def dead_letter_faults(nsq_, dead):
@@ -1320,8 +1356,6 @@ def dead_letter_faults(nsq_, dead):
         yield Fault('dead-letter', 'discard', 'yes', 'with a topic or a file nothing is thrown away: one or the other')
     if dead.topic and len(dead.topic) > MAX_NAME:
         yield Fault('dead-letter', 'topic', dead.topic, f'{len(dead.topic)} characters; NSQ takes {MAX_NAME} at most')
-    if dead.file and not os.path.isdir(os.path.dirname(dead.file) or '.'):
-        yield Fault('dead-letter', 'file', dead.file, 'its directory is not there')
     if dead.topic and dead.topic == nsq_.topic:
         yield Fault('dead-letter', 'topic', dead.topic, 'the topic that is read: its dead letters would come back')
 
@@ -1371,6 +1405,36 @@ def store_faults(config):
         yield Fault('aerospike.tls', 'ca-file', None, 'missing: the client knows no authorities of its own')
 
 
+def tls_faults(config):
+    """Yields a key without its certificate, which nobody would be shown."""
+    for section in ('nsq', 'aerospike') if config.store == 'aerospike' else ('nsq',):
+        tls = getattr(config, section).tls
+        if tls and tls.key_file and not tls.cert_file:
+            yield Fault(f'{section}.tls', 'key-file', tls.key_file, 'a key without its certificate: name its cert-file')
+
+
+def environment_faults(config):
+    """Yields what is wrong with the files that the text names. The daemon asks again and again, in a thread."""
+    yield from path_faults(config)
+    yield from unreadable_files(config)
+
+
+def path_faults(config):
+    """Yields what is wrong with the paths that are written. One that leads to a device or a FIFO is a fault of the
+    text. Directories are missing where nobody makes them: the store and the lock make theirs."""
+    if os.path.exists(config.state_dir) and not os.path.isdir(config.state_dir):
+        yield Fault('', 'state-dir', config.state_dir, 'not a directory')
+    if config.store == 'sqlite' and os.path.exists(config.sqlite.path) and not os.path.isfile(config.sqlite.path):
+        yield Fault('sqlite', 'path', config.sqlite.path, 'not a regular file')
+    for section, option, filename in (('dead-letter', 'file', config.dead_letter.file),
+                                      ('metrics', 'textfile', config.metrics.textfile)):
+        if filename and os.path.exists(filename):
+            if not os.path.isfile(filename):
+                yield Fault(section, option, filename, 'not a regular file')
+        elif filename and not os.path.isdir(os.path.dirname(os.path.realpath(filename))):
+            yield Fault(section, option, filename, 'its directory is not there', FaultKind.UNAVAILABLE)
+
+
 def unreadable_files(config):
     """Yields the secrets and certificates that can't be read."""
     sections = {'nsq': config.nsq, **({'aerospike': config.aerospike} if config.store == 'aerospike' else {})}
@@ -1390,7 +1454,8 @@ def unreadable(section, option, filename):
         if filename and not open_secret(filename):
             raise ValueError('empty')
     except (OSError, ValueError) as error:
-        yield Fault(section, option, filename, getattr(error, 'strerror', None) or str(error))
+        rule = getattr(error, 'strerror', None) or str(error)
+        yield Fault(section, option, filename, rule, FaultKind.UNAVAILABLE)
 
 
 def unloadable(section, tls):
@@ -1399,12 +1464,25 @@ def unloadable(section, tls):
         if tls:
             tls_context(tls)
     except (OSError, ValueError) as error:
-        yield Fault(section, 'tls', None, f'the certificates do not load: {error}')
+        yield Fault(section, 'tls', None, f'the certificates do not load: {error}', FaultKind.UNAVAILABLE)
+
+
+def address_faults(listen):
+    """Yields a Fault for an address of `listen` that is none of this host's. Whether its port is taken is not asked: a
+    daemon that runs with the same configuration has it."""
+    if not listen:
+        return
+    try:
+        for family, kind, protocol, _, found in socket.getaddrinfo(listen[0], 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(found)
+    except OSError as error:
+        yield Fault('metrics', 'listen', spelled(listen), error.strerror, FaultKind.UNAVAILABLE)
 
 
 def open_secret(filename):
     """The bytes of a secret's file, without the line end that editors add."""
-    with open(filename, 'rb') as file:
+    with open(open_regular(filename, os.O_RDONLY), 'rb') as file:
         return file.read(1 << 20).strip()
 
 
@@ -1412,8 +1490,6 @@ def tls_context(tls):
     """The ssl context for the options of a [[tls]] section: host names verified, TLS 1.2 or newer."""
     context = ssl.create_default_context(cafile=tls.ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if tls.key_file and not tls.cert_file:
-        raise ValueError('a key-file without its cert-file')
     if tls.cert_file:
         context.load_cert_chain(tls.cert_file, tls.key_file, no_passphrase)
     return context
@@ -1512,6 +1588,14 @@ def effective(raw):
         return '\n'.join(line.rstrip() for line in printed.write()) + '\n'
     except configobj.ConfigObjError as error:
         raise ConfigError(f'--set: no file can hold it: {error}') from None
+
+
+def is_ip_literal(host):
+    """Whether a host is an IP address, which needs no resolver."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 def spelled(address):
@@ -2235,6 +2319,7 @@ class SqliteStore(Store):
         """Opens or makes the file; fails when it can't be written to."""
         with self.complaints():
             os.makedirs(os.path.dirname(self.path), mode=0o750, exist_ok=True)
+            require_regular(self.path)
             self.db = sqlite3.connect(self.path, timeout=self.patience, isolation_level=None, check_same_thread=False)
             self.db.execute('PRAGMA journal_mode = WAL')
             self.db.execute('PRAGMA synchronous = FULL')
@@ -2669,7 +2754,7 @@ def open_locked(filename, flags, seconds):
     Replay renames a new file over the old one: what was opened before that is an orphan once the lock is had.
     """
     while True:
-        fd = os.open(filename, flags | os.O_CLOEXEC, 0o640)
+        fd = open_regular(filename, flags)
         try:
             lock(fd, seconds)
             if in_place(fd, filename):
@@ -3634,7 +3719,7 @@ class RunLock:
         """Returns None when it is ours, else the holder's pid as text. Raises Unavailable when there can be none."""
         try:
             os.makedirs(os.path.dirname(self.path) or '.', mode=0o750, exist_ok=True)
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            fd = open_regular(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise Unavailable(f'{self.path}: {error.strerror}') from None
         try:
@@ -4071,7 +4156,7 @@ def listed_line(told):
 def letters_in(path):
     """The lines of a file that are not blank. Raises Unavailable."""
     try:
-        with open(path, 'rb') as file:
+        with open(open_regular(path, os.O_RDONLY), 'rb') as file:
             return sum(bool(line.strip()) for line in file)
     except OSError as error:
         raise Unavailable(f'{path}: {error.strerror}') from None
@@ -4267,26 +4352,37 @@ class Daemon:
 
     def __init__(self, arguments):
         self.arguments, self.figures, self.notifier = arguments, Figures(), Notifier()
-        self.raw, self.config = reread(arguments)
+        self.raw, self.config, self.unavailable = reread(arguments)   # the last: faults at the start
+        set_up_log_of(self.config, arguments)
         self.schedule = Schedule(self.config.period)
         self.windows = collections.deque(maxlen=60)   # facts() of the latest
         self.engine, self.stopping, self.site, self.listening = None, False, None, None
         self.status, self.lock = 'starting', None
+        self.crew = Crew()
+        self.in_force = asyncio.Event()      # a configuration is: all that it names was there; or the end has come
+        self.candidate = None                # the task that waits for the files of another one
+        self.address_due = asyncio.Event()   # `listen` may have changed
+        self.waits = {}                      # what is waited for: `configuration` or `listen` -> (text, since when)
+        self.files = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix=f'{THREADS}-files')
 
     async def run(self, stopper):
         """Until a signal. Returns the exit status."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, self.hang_up)
-        stopper.window, crew = self, Crew()
-        self.open_site(self.config)
-        self.notifier.say(READY=1, STATUS=self.status)
-        crew.start(self.watch())
+        stopper.window = self
+        self.crew.start(self.maintain_site())
+        self.apply(self.raw, self.config, self.unavailable)
+        await asyncio.sleep(0)   # by then it listens, where the address is a number
+        self.notifier.say(READY=1, STATUS=self.state)
+        self.crew.start(self.watch())
         try:
+            await self.in_force.wait()
             return await self.keep_going()
         finally:
             self.notifier.say(STOPPING=1)
             self.close_site()
-            await crew.cancel()
+            await self.crew.cancel()
+            self.files.shutdown(wait=False)
             if self.lock:
                 self.lock.release()
 
@@ -4361,44 +4457,120 @@ class Daemon:
                 self.notifier.say(WATCHDOG=1)
             if self.engine and self.engine.endless:
                 self.status = f'flowing: {self.total().numbers[("xmsrv_messages_total", "stored")]:.0f} stored'
-            status = (self.engine and self.engine.trouble) or self.status
-            if status != told:
-                told = status
-                self.notifier.say(STATUS=status)
+            if self.state != told:
+                told = self.state
+                self.notifier.say(STATUS=told)
             await asyncio.sleep(pause)
 
+    @property
+    def state(self):
+        """What is waited for, and how the windows are, in a line."""
+        return '; '.join([*self.waiting, (self.engine and self.engine.trouble) or self.status])
+
     def hang_up(self):
-        """SIGHUP: reads the file again. A good one holds from the next window on, a bad one is reported in full."""
+        """SIGHUP: reads the file again. A good one holds from the next window on, one with faults of the text is
+        reported in full and changes nothing; where what it names is not there yet, the old one holds meanwhile."""
         self.notifier.say(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
         try:
             if not os.path.isfile(self.arguments.config):   # a pipe would be waited for
                 raise ConfigError(f'{self.arguments.config}: no file to be read again')
-            raw, config = reread(self.arguments)
-            self.open_site(config)
+            read = reread(self.arguments)
         except ConfigError as error:
             log.error('%s\nthe configuration as it was stays in force', error)
         else:
             log.info('%s is read again', self.arguments.config)
-            self.raw, self.config = raw, config
-            if self.engine:
-                self.engine.leave()
+            self.apply(*read)
         self.notifier.say(READY=1)
 
     def stop(self):
         """SIGTERM, SIGINT."""
         self.stopping = True
+        self.in_force.set()
         if self.engine:
             self.engine.stop()
 
+    # -- what is waited for, without a person: files that the configuration names, the address of `listen`
+
+    def apply(self, raw, config, unavailable):
+        """Puts a configuration in force, at once or when all is there that it names; it takes the place of one that
+        waits for that."""
+        if self.candidate:
+            self.candidate.cancel()
+        if unavailable:
+            self.note_wait('configuration', unavailable)
+            self.candidate = self.crew.start(self.apply_when_available(raw, config))
+        else:
+            self.put_in_force(raw, config)
+
+    async def apply_when_available(self, raw, config):
+        """Looks again and again, with backoff."""
+        backoff, loop = Backoff(1, 30), asyncio.get_running_loop()
+        while 'configuration' in self.waits:
+            await asyncio.sleep(backoff.next())
+            faults = await loop.run_in_executor(self.files, list, environment_faults(config))
+            self.note_wait('configuration', [fault for fault in faults if uses(self.arguments, fault)])
+        self.put_in_force(raw, config)
+
+    def put_in_force(self, raw, config):
+        """From now on a configuration holds: the window that is open is finished by the old one."""
+        self.candidate, self.raw, self.config = None, raw, config
+        self.note_wait('configuration', ())
+        set_up_log_of(config, self.arguments)
+        self.in_force.set()
+        self.address_due.set()
+        if self.engine:
+            self.engine.leave()
+
+    def note_wait(self, subject, faults):
+        """Notes the faults that keep a subject waiting, none when it waits no more. The log has each change."""
+        now, text = time.monotonic(), '; '.join(map(str, faults))
+        was, since = self.waits.pop(subject, ('', now))
+        if text:
+            self.waits[subject] = text, since
+        if text and text != was:
+            meanwhile = '; the configuration as it was stays in force' if self.engine and subject != 'listen' else ''
+            log.warning('waiting for %s: %s%s', subject, text, meanwhile)
+        elif was and not text:
+            log.warning('%s: recovered after %.1f s', subject, now - since)
+
+    @property
+    def waiting(self):
+        """A line for each subject that waits."""
+        return [f'waiting for {subject}: {text}' for subject, (text, _) in self.waits.items()]
+
     # -- what others may ask
 
-    def open_site(self, config):
-        """Listens for HTTP, where that is wished; goes on where it is the same address. Raises ConfigError."""
-        address = config.metrics.listen
-        if address != self.listening:
-            site = listen(self, address) if address else None
+    async def maintain_site(self):
+        """Listens for HTTP where the configuration says, tried again with backoff. Messages flow meanwhile."""
+        backoff = Backoff(1, 30)
+        while True:
+            self.address_due.clear()
+            await self.open_site(self.config.metrics.listen)
+            if 'listen' not in self.waits:
+                backoff.reset()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.address_due.wait(), backoff.next() if 'listen' in self.waits else None)
+
+    async def open_site(self, address):
+        """Listens at `address`, where one is wished; goes on where it is the same. The old one is closed when the new
+        one is had, or before it where both have one port: 0.0.0.0 can't be had beside 127.0.0.1."""
+        if not address or self.listening and address != self.listening and address[1] == self.listening[1]:
             self.close_site()
-            self.site, self.listening = site, address
+        try:
+            if address and address != self.listening:
+                site = listen(self, await self.bind(*address))
+                self.close_site()
+                self.site, self.listening = site, address
+        except OSError as error:
+            self.note_wait('listen', [Fault('metrics', 'listen', spelled(address), error.strerror)])
+        else:
+            self.note_wait('listen', ())
+
+    async def bind(self, host, port):
+        """Sockets that listen. A name is looked up in a thread. Raises OSError."""
+        if is_ip_literal(host):
+            return bind_sockets(port, host)
+        return await asyncio.get_running_loop().run_in_executor(self.files, bind_sockets, port, host)
 
     def close_site(self):
         """Listens no more."""
@@ -4425,9 +4597,9 @@ class Daemon:
 
 
 def reread(arguments):
-    """The configuration of the command line as (raw sections, config). Raises ConfigError, a line for each fault."""
+    """The configuration of the command line as (raw sections, config, faults): see faultless(). Raises ConfigError."""
     raw = read_file(arguments.config, arguments.set_before + arguments.set_after)
-    return raw, faultless(arguments, raw)
+    return raw, *faultless(arguments, raw)
 
 
 HTTP_CONNECTIONS = 32       # at a time; whoever asks asks seldom, and is answered at once
@@ -4491,11 +4663,10 @@ class HttpListener:
         self.sockets = []
 
 
-def listen(daemon, address):
-    """An HTTP server for a Daemon; it stops by stop(). Raises ConfigError when the address can't be had."""
-    from tornado import httpserver, netutil, web
+def listen(daemon, sockets):
+    """An HTTP server for a Daemon, at sockets that listen; it stops by stop()."""
+    from tornado import httpserver, web
     preload()
-    host, port = address
 
     class Handler(web.RequestHandler):
         """GET /metrics, /healthz, /readyz, /."""
@@ -4514,15 +4685,13 @@ def listen(daemon, address):
     site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
     server = httpserver.HTTPServer(site, max_header_size=HTTP_HEADER, max_body_size=HTTP_BODY, body_timeout=HTTP_TIME,
                                    idle_connection_timeout=HTTP_IDLE)
-    try:
-        return HttpListener(server, netutil.bind_sockets(port, host))
-    except OSError as error:
-        raise ConfigError(f'[metrics] listen = {spelled((host, port))}: {error.strerror}') from None
+    return HttpListener(server, sockets)
 
 
 def readiness(daemon):
-    """Which end is up, a line each."""
-    return ''.join(f'{end}: {"up" if up else "down"}\n' for end, up in daemon.ends.items())
+    """Which end is up and what is waited for, a line each."""
+    ends = [f'{end}: {"up" if up else "down"}' for end, up in daemon.ends.items()]
+    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting])
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em}
@@ -4558,11 +4727,10 @@ def page_template():
 def page(daemon):
     """The page to look at: it loads itself again every 2 s, and takes nothing from elsewhere."""
     total, windows = daemon.total(), list(daemon.windows)
-    trouble = daemon.engine and daemon.engine.trouble
     most = max((sum(window.count[kind] for kind in BARS) for window in windows), default=0) or 1
     return page_template().generate(
         name=f'{daemon.config.nsq.topic}/{daemon.config.nsq.channel}', style=STYLE, ends=daemon.ends,
-        status=trouble or daemon.status, figures=figures_table(windows, total), bars=bars(windows, most), most=most,
+        status=daemon.state, figures=figures_table(windows, total), bars=bars(windows, most), most=most,
         # Nothing of their bodies.
         letters=[(f'{rfc3339(when)[:19]}Z', reason, detail) for when, reason, detail in reversed(total.recent)])
 
@@ -4843,7 +5011,8 @@ class Worker:
         """Until it is told to end. Returns the exit status."""
         stdin = asyncio.StreamReader(limit=1 << 24)
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
-        config = faultless(self.arguments, json.loads(await stdin.readline())['raw'])
+        config, _ = faultless(self.arguments, json.loads(await stdin.readline())['raw'])   # Flow waits for the files
+        set_up_log_of(config, self.arguments)
         self.flow = stopper.window = Flow(config, self.figures, self.grant, self.windows.append)
         crew = Crew()
         crew.start(self.listen(stdin))
@@ -5087,8 +5256,9 @@ EXAMPLES = """examples:
   eval "$(x-msrv completion bash)"           complete all this with TAB; for zsh the same, with zsh
 
 exit status: 0 done, 64 usage, 65 the message of check --message can never become a record, 69 queue
-or store out of reach (nothing was taken), 70 internal error, 74 what was to be printed could not be
-written, 75 messages handed back because the store or the keeper of dead letters failed, 78 configuration
+or store out of reach, or a file of the configuration not there yet (nothing was taken), 70 internal error,
+74 what was to be printed could not be written, 75 messages handed back because the store or the keeper of
+dead letters failed, 78 the text of the configuration is wrong
 """
 
 
@@ -5154,25 +5324,56 @@ def add_replay(parser):
 
 
 def configured(arguments):
-    """The configuration, checked. Raises ConfigError with a line for each fault."""
-    return reread(arguments)[1]
+    """The configuration, checked, with what it names at hand. Raises ConfigError or Unavailable, a line for each
+    fault."""
+    _, config, unavailable = reread(arguments)
+    set_up_log_of(config, arguments)
+    require_available(arguments, unavailable)
+    return config
 
 
 def faultless(arguments, raw):
-    """Raw sections as the configuration. Raises ConfigError with a line for each fault."""
+    """Raw sections as (config, faults), where all faults are FaultKind.UNAVAILABLE and of what the command uses.
+    Raises ConfigError with a line for each fault, of whatever kind, when the text has any."""
     config, faults, warnings = typed(raw)
-    if faults:
-        raise ConfigError('\n'.join(f'{arguments.config}: {fault}' for fault in faults))
-    set_up_log(arguments, config.log_format, topic=config.nsq.topic, channel=config.nsq.channel)
+    if any(fault.kind is FaultKind.TEXT for fault in faults):
+        raise ConfigError(lines_of(arguments, faults))
     if arguments.command == 'check':
+        set_up_log_of(config, arguments)
         for warning in warnings:
             log.warning('%s: %s', arguments.config, warning)
-    return config
+        faults += address_faults(config.metrics.listen)
+    return config, [fault for fault in faults if uses(arguments, fault)]
+
+
+def uses(arguments, fault):
+    """Whether a command uses what a fault is about."""
+    if arguments.command in ('config', 'completion') or getattr(arguments, 'message', None) is not None:
+        return False
+    return fault.option != 'textfile' or arguments.command in ('once', 'check')   # only `once` writes it
+
+
+def require_available(arguments, unavailable):
+    """Raises Unavailable with a line for each fault, where there are any."""
+    if unavailable:
+        of_store = all(fault.section.startswith('aerospike') for fault in unavailable)
+        raise (StoreAway if of_store else Unavailable)(lines_of(arguments, unavailable))
+
+
+def lines_of(arguments, faults):
+    """Faults for the operator, a line each."""
+    return '\n'.join(f'{arguments.config}: {fault}' for fault in faults)
+
+
+def set_up_log_of(config, arguments):
+    """From here on the log is as the configuration wants it."""
+    set_up_log(arguments, config.log_format, topic=config.nsq.topic, channel=config.nsq.channel)
 
 
 def command_once(arguments):
     """x-msrv once"""
-    config = configured(arguments)
+    _, config, unavailable = reread(arguments)
+    set_up_log_of(config, arguments)
     # Two pipelines on a host have two files, and node_exporter takes two series of one name and labels for one.
     figures = Figures({'topic': config.nsq.topic, 'channel': config.nsq.channel})
     figures.period(config)
@@ -5180,6 +5381,7 @@ def command_once(arguments):
         preload()
     with locked(config, arguments.config):
         try:
+            require_available(arguments, unavailable)
             return run(lambda stopper: receive(config, stopper, figures))
         except Unavailable as error:
             figures.unavailable(error)
@@ -5252,7 +5454,7 @@ def letter_path(arguments, config):
 def no_letters(path, asked_for):
     """What follows where the file is not there: that of the configuration comes with the first dead letter."""
     if asked_for or os.path.exists(path):
-        raise UsageError(f'replay: {path}: no such file')
+        raise UsageError(f'replay: {path}: {"not a regular file" if os.path.exists(path) else "no such file"}')
     log.info('%s is not there: no letter to replay', path)
     return os.EX_OK
 

@@ -1,6 +1,9 @@
 """The configuration file, --set and the command line: every fault at once, each with its place and its rule."""
 import math
+import os
+import pwd
 import re
+import socket
 import subprocess
 from types import SimpleNamespace
 
@@ -11,12 +14,27 @@ import trustme
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from xmsrv import OPTIONS, ConfigError, address, count, duration, effective, field, main, overlay, positive, size
+from xmsrv import (
+    OPTIONS,
+    ConfigError,
+    address,
+    count,
+    duration,
+    effective,
+    field,
+    main,
+    open_regular,
+    overlay,
+    path,
+    positive,
+    size,
+)
 
 TOP = 'state-dir = {directory}\nstore = sqlite\n'
 NSQ = '[nsq]\nnsqd-tcp-address = 127.0.0.1:4150\ntopic = orders\n'
 VALID = TOP + NSQ
 CLUSTER = 'state-dir = {directory}\n' + NSQ + '[aerospike]\nhosts = [::1]:3000, b:3000\nnamespace = test\n'
+AUTHORITIES = '/etc/ssl/certs/ca-certificates.crt'
 QUOTE = 'quote the value: without quotes its # begins a remark'
 CLOSED = VALID + '[message]\nunknown-fields = reject\n[[fields]]\nid = integer, required\n'
 
@@ -24,9 +42,9 @@ CLOSED = VALID + '[message]\nunknown-fields = reject\n[[fields]]\nid = integer, 
 @pytest.fixture
 def faults(xmsrv):
     """A function: the faults that `check` finds in a text, without the file's name."""
-    def check(text, *args):
+    def check(text, *args, expect=78):
         xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
-        return located(xmsrv.run(*args, 'check', expect=78).stderr, xmsrv.path)
+        return located(xmsrv.run(*args, 'check', expect=expect).stderr, xmsrv.path)
     return check
 
 
@@ -143,8 +161,6 @@ def test_all_faults_are_reported_at_once(faults):
      '[dead-letter] discard = yes: with a topic or a file nothing is thrown away: one or the other'),
     (VALID + '[dead-letter]\nfile = {directory}/dead\ndiscard = yes\n',
      '[dead-letter] discard = yes: with a topic or a file nothing is thrown away: one or the other'),
-    (VALID + '[dead-letter]\nfile = /nonexistent/dead\n',
-     '[dead-letter] file = /nonexistent/dead: its directory is not there'),
     (TOP + '[nsq]\ntopic = orders\nnsqd-tcp-address = queue1..example:4150\n', '[nsq] nsqd-tcp-address = '
      'queue1..example:4150: not a host name: a part of it is empty or over 63 characters'),
     (VALID.replace('state-dir = {directory}', 'state-dir ='), 'state-dir = : a path, please'),
@@ -190,8 +206,6 @@ def test_all_faults_are_reported_at_once(faults):
     (CLUSTER + 'user = writer\n', '[aerospike] user = writer: user and password-file go together'),
     (CLUSTER + 'password-file = {directory}/x-msrv.conf\n',
      '[aerospike] user = : user and password-file go together'),
-    (CLUSTER + 'user = a\npassword-file = /nonexistent/p\n',
-     '[aerospike] password-file = /nonexistent/p: No such file or directory'),
     (CLUSTER + '[[tls]]\n', '[aerospike] [[tls]] ca-file: missing: the client knows no authorities of its own'),
     # fields
     (VALID + '[message]\n[[fields]]\nid = int\n', "[message] [[fields]] id = int: no type 'int'; there are string, "
@@ -219,17 +233,26 @@ def test_all_faults_are_reported_at_once(faults):
     (VALID + '[message]\n[[fields]]\nid = string, match (x,y)\n', "[message] [[fields]] id = string, match (x, y): no "
      "rule 'y)'; there are required, min, max, one-of, match; quote a rule that holds a comma: \"match (x,y)\""),
     # files
-    (VALID + 'auth-secret-file = /nonexistent/secret\n',
-     '[nsq] auth-secret-file = /nonexistent/secret: No such file or directory'),
-    (VALID + 'auth-secret-file = {directory}\n', '[nsq] auth-secret-file = {directory}: Is a directory'),
-    (VALID + 'auth-secret-file = /dev/null\n', '[nsq] auth-secret-file = /dev/null: empty'),
     (VALID + 'auth-secret-file = credential:nsq\n', '[nsq] auth-secret-file = credential:nsq: no credential here, '
      'for only systemd hands them out; to try it: systemd-run --pty --property=LoadCredential=nsq:/path/of/it x-msrv '
      'check'),
-    (VALID + '[[tls]]\ncert-file = /nonexistent/cert\n',
-     '[nsq] [[tls]] cert-file = /nonexistent/cert: No such file or directory'),
     (VALID + '[[tls]]\nkey-file = {directory}/x-msrv.conf\n',
-     '[nsq] tls: the certificates do not load: a key-file without its cert-file'),
+     '[nsq] [[tls]] key-file = {directory}/x-msrv.conf: a key without its certificate: name its cert-file'),
+    (CLUSTER + f'[[tls]]\nca-file = {AUTHORITIES}\nkey-file = {{directory}}/x-msrv.conf\n',
+     '[aerospike] [[tls]] key-file = {directory}/x-msrv.conf: a key without its certificate: name its cert-file'),
+    ('state-dir = ~nobody-of-this-name/state\n' + VALID.replace('state-dir = {directory}\n', ''),
+     'state-dir = ~nobody-of-this-name/state: there is no home directory for ~ here: write it out'),
+    (VALID + '[dead-letter]\nfile = "a\0b"\n', '[dead-letter] file = a\0b: a NUL is in no path'),
+    # paths that are written
+    (VALID.replace('state-dir = {directory}', 'state-dir = /dev/null'), 'state-dir = /dev/null: not a directory'),
+    (VALID.replace('state-dir = {directory}', 'state-dir = {directory}/x-msrv.conf'),
+     'state-dir = {directory}/x-msrv.conf: not a directory'),
+    (VALID + '[dead-letter]\nfile = /dev/full\n', '[dead-letter] file = /dev/full: not a regular file'),
+    (VALID + '[dead-letter]\nfile = /proc\n', '[dead-letter] file = /proc: not a regular file'),
+    (VALID + '[metrics]\ntextfile = /dev/zero\n', '[metrics] textfile = /dev/zero: not a regular file'),
+    (VALID + '[metrics]\ntextfile = {directory}\n', '[metrics] textfile = {directory}: not a regular file'),
+    (VALID + '[sqlite]\npath = /dev/null\n', '[sqlite] path = /dev/null: not a regular file'),
+    (VALID + '[sqlite]\npath = {directory}\n', '[sqlite] path = {directory}: not a regular file'),
 ])
 def test_a_fault_is_one_line_with_its_place_and_rule(xmsrv, capsys, text, fault):
     """One line and no more: a second one that only follows from the first sends the reader astray."""
@@ -238,20 +261,111 @@ def test_a_fault_is_one_line_with_its_place_and_rule(xmsrv, capsys, text, fault)
     assert located(capsys.readouterr().err, xmsrv.path) == [fault.replace('{directory}', str(xmsrv.directory))]
 
 
+@pytest.mark.parametrize('text, fault', [
+    (VALID + '[dead-letter]\nfile = /nonexistent/dead\n',
+     '[dead-letter] file = /nonexistent/dead: its directory is not there'),
+    (VALID + '[dead-letter]\nfile = {directory}/link\n',
+     '[dead-letter] file = {directory}/link: its directory is not there'),
+    (VALID + '[metrics]\ntextfile = /nonexistent/x.prom\n',
+     '[metrics] textfile = /nonexistent/x.prom: its directory is not there'),
+    (VALID + '[metrics]\ntextfile = {directory}/x-msrv.conf/x.prom\n',
+     '[metrics] textfile = {directory}/x-msrv.conf/x.prom: its directory is not there'),
+    (CLUSTER + 'user = a\npassword-file = /nonexistent/p\n',
+     '[aerospike] password-file = /nonexistent/p: No such file or directory'),
+    (VALID + 'auth-secret-file = /nonexistent/secret\n',
+     '[nsq] auth-secret-file = /nonexistent/secret: No such file or directory'),
+    (VALID + 'auth-secret-file = {directory}\n', '[nsq] auth-secret-file = {directory}: not a regular file'),
+    (VALID + 'auth-secret-file = /dev/zero\n', '[nsq] auth-secret-file = /dev/zero: not a regular file'),
+    (VALID + 'auth-secret-file = {directory}/fifo\n', '[nsq] auth-secret-file = {directory}/fifo: not a regular file'),
+    (VALID + 'auth-secret-file = {directory}/empty\n', '[nsq] auth-secret-file = {directory}/empty: empty'),
+    (VALID + '[[tls]]\ncert-file = /nonexistent/cert\n',
+     '[nsq] [[tls]] cert-file = /nonexistent/cert: No such file or directory'),
+    (VALID + '[metrics]\nlisten = 192.0.2.7:9100\n',
+     '[metrics] listen = 192.0.2.7:9100: Cannot assign requested address'),
+])
+def test_what_is_not_there_yet_is_69_and_no_fault_of_the_text(xmsrv, capsys, text, fault):
+    """It may come by itself."""
+    (xmsrv.directory / 'empty').touch()
+    (xmsrv.directory / 'link').symlink_to('/nonexistent/dead')
+    os.mkfifo(xmsrv.directory / 'fifo')
+    xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
+    assert main(['-c', str(xmsrv.path), 'check']) == 69
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith('warning: ')]
+    assert located('\n'.join(errors), xmsrv.path) == [fault.replace('{directory}', str(xmsrv.directory))]
+    assert main(['-c', str(xmsrv.path), 'config']) == 0
+
+
+def test_all_that_is_missing_is_said_at_once_and_with_a_fault_of_the_text_it_is_78(xmsrv):
+    text = VALID + 'auth-secret-file = /nonexistent/s\n[[tls]]\n[dead-letter]\nfile = /nonexistent/d\n[metrics]\n' \
+        'textfile = /nonexistent/t\n'
+    missing = ['[nsq] auth-secret-file = /nonexistent/s: No such file or directory',
+               '[dead-letter] file = /nonexistent/d: its directory is not there',
+               '[metrics] textfile = /nonexistent/t: its directory is not there']
+    xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
+    assert sorted(located(xmsrv.run('check', expect=69).stderr, xmsrv.path)) == sorted(missing)
+    told = xmsrv.run('once', expect=69).stderr
+    assert all(fault in told for fault in missing)
+    told = located(xmsrv.run('--set', 'timeout=soon', 'check', expect=78).stderr, xmsrv.path)
+    assert sorted(told) == sorted([*missing, 'timeout = soon: not a duration such as 500ms, 10s, 5m, 1h, 30d'])
+    replayed = xmsrv.run('replay', expect=69).stderr   # it writes no textfile
+    assert missing[0] in replayed and missing[2] not in replayed
+
+
+def test_an_address_that_a_running_daemon_has_is_no_fault(xmsrv):
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = taken.getsockname()[1]
+        xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + f'[metrics]\nlisten = 127.0.0.1:{port}\n')
+        assert xmsrv.run('check').stderr == ''
+
+
+@pytest.mark.parametrize('home, value, expected', [
+    ('/home/operator', '~', '/home/operator'), ('/home/operator', '~/a', '/home/operator/a'), ('/', '~/a', '/a'),
+    ('/home/operator', '~root', pwd.getpwnam('root').pw_dir), ('', '~', None), ('', '~/a', None), ('', 'a~', 'a~'),
+    ('relative', '~/a', None), ('/home/operator', '~nobody-of-this-name', None), ('/home/operator', './~', './~'),
+])
+def test_a_home_directory_is_there_or_a_fault(monkeypatch, home, value, expected):
+    """Else a directory would be made that is named ~."""
+    monkeypatch.setenv('HOME', home)
+    if expected:
+        assert path(value) == expected
+    else:
+        with pytest.raises(ValueError, match='no home directory'):
+            path(value)
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda name: os.symlink('/dev/null', name)],
+                         ids=['FIFO', 'directory', 'link to a device'])
+def test_what_is_no_regular_file_is_not_opened(workdir, make):
+    """And not waited for."""
+    make(workdir / 'file')
+    for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_CREAT | os.O_APPEND):
+        with pytest.raises(OSError, match='not a regular file'):
+            open_regular(workdir / 'file', flags)
+
+
+def test_a_regular_file_is_opened_also_by_a_link(workdir):
+    (workdir / 'link').symlink_to(workdir / 'file')
+    with open(open_regular(workdir / 'link', os.O_WRONLY | os.O_CREAT), 'wb') as file:
+        file.write(b'x')
+    assert (workdir / 'file').read_bytes() == b'x' and (workdir / 'file').stat().st_mode & 0o137 == 0
+
+
 @pytest.mark.parametrize('text, section', [
     (VALID + '[[tls]]\ncert-file = {directory}/cert.pem\n', 'nsq'),
     (CLUSTER + '[[tls]]\nca-file = {directory}/cert.pem\n', 'aerospike'),
 ])
-def test_a_certificate_that_does_not_load_is_a_fault(faults, workdir, text, section):
+def test_a_certificate_that_does_not_load_is_69(faults, workdir, text, section):
+    """It may be under way to its place."""
     (workdir / 'cert.pem').write_text('no certificate')
-    found, = faults(text)
+    found, = faults(text, expect=69)
     assert found.startswith(f'[{section}] tls: the certificates do not load: ')
 
 
-def test_an_encrypted_key_is_a_fault_and_no_question(faults, workdir):
+def test_an_encrypted_key_is_69_and_no_question(faults, workdir):
     subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-passout', 'pass:secret', '-subj', '/CN=a',
                     '-keyout', workdir / 'key.pem', '-out', workdir / 'cert.pem'], check=True, capture_output=True)
-    found, = faults(VALID + '[[tls]]\ncert-file = {directory}/cert.pem\nkey-file = {directory}/key.pem\n')
+    found, = faults(VALID + '[[tls]]\ncert-file = {directory}/cert.pem\nkey-file = {directory}/key.pem\n',
+                    expect=69)
     assert found.endswith('the key is encrypted: there is nobody to ask for its passphrase')
 
 
@@ -378,7 +492,7 @@ def test_credential_is_one_of_systemd(xmsrv, monkeypatch):
     shown = xmsrv.run('config').stdout
     assert 'auth-secret-file = credential:nsq\n' in shown and 's3cret' not in shown
     monkeypatch.setenv('CREDENTIALS_DIRECTORY', '/nonexistent')
-    assert 'No such file or directory' in xmsrv.run('check', expect=78).stderr
+    assert 'No such file or directory' in xmsrv.run('check', expect=69).stderr
 
 
 def test_good_certificates_are_no_fault(xmsrv):

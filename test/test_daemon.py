@@ -305,6 +305,96 @@ def test_a_good_file_holds_from_the_next_window_on_and_a_bad_one_never(nsqd, xms
     assert (len(systemd.fields('READY')), systemd.fields('STOPPING')) == (3, ['1'])
 
 
+@pytest.fixture
+def missing(workdir):
+    """Settings with a directory that is not mounted yet, what makes it, and what is said until then."""
+    return ({'dead_letter': {'topic': None, 'file': workdir / 'mount' / 'dead.json'}}, (workdir / 'mount').mkdir,
+            'its directory is not there')
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_directory_that_is_not_there_yet_is_waited_for(nsqd, xmsrv, systemd, missing, workers):
+    settings, make, said = missing
+    fill(nsqd, 10)
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, period='200ms', workers=workers, metrics={'listen': f'127.0.0.1:{port}'}, **settings)
+    assert said in xmsrv.run('once', expect=os.EX_UNAVAILABLE).stderr
+    running = xmsrv.start('daemon')
+    wait_until(lambda: systemd.fields('READY'), 'it is ready')
+    wait_until(lambda: any(said in text for text in systemd.fields('STATUS')), 'systemd hears of it')
+    status, told = get(port, '/readyz')
+    assert status == 503 and 'waiting for configuration: ' in told and said in told
+    assert get(port, '/healthz')[0] == 200 and not xmsrv.rows()
+    make()
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 40)
+    wait_until(lambda: get(port, '/readyz') == (200, 'queue: up\nstore: up\n'), 'it is well', 20)
+    stopped(running)
+    assert count(xmsrv, said) == count(xmsrv, 'configuration: recovered after') == 1
+
+
+def test_a_secret_and_a_certificate_that_are_not_there_yet_are_waited_for(nsqd, xmsrv, workdir):
+    """Both are named at once; also one that is there and does not load is waited for."""
+    fill(nsqd, 10)
+    tls = {'ca-file': workdir / 'ca.pem'}
+    with clusters.standin(users={'writer': 's3cret'}) as cluster:
+        settings = cluster.settings(**{'user': 'writer', 'password-file': workdir / 'password'})
+        xmsrv.configure(nsqd, period='200ms', **servers.merge(settings, {'nsq': {'tls': tls}}))
+        running = xmsrv.start('daemon')
+        wait_until(lambda: re.search(r'ca\.pem: No such file.*password: No such file', xmsrv.log.read_text()), 'both')
+        (workdir / 'ca.pem').write_text('half a certificate')
+        wait_until(lambda: count(xmsrv, 'the certificates do not load'), 'it does not load', 20)
+        xmsrv.configure(nsqd, period='200ms', **settings)
+        running.send_signal(signal.SIGHUP)
+        wait_until(lambda: count(xmsrv, 'is read again'), 'it waits for the other one alone')
+        assert cluster.stored() == 0
+        (workdir / 'password').write_text('s3cret')
+        wait_until(lambda: cluster.stored() == 10, 'all are stored', 40)
+        stopped(running)
+
+
+def test_a_daemon_that_waits_for_a_file_ends_at_once_and_takes_another_configuration(nsqd, xmsrv, missing):
+    settings, _, said = missing
+    fill(nsqd, 10)
+    xmsrv.configure(nsqd, **settings)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: count(xmsrv, said), 'it waits')
+    stopped(running, 3)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: count(xmsrv, said) == 2, 'it waits')
+    xmsrv.configure(nsqd)
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 20)
+    stopped(running)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_reload_holds_once_its_files_are_there_and_messages_flow_meanwhile(nsqd, xmsrv, systemd, missing, workers):
+    settings, make, said = missing
+    fill(nsqd, 10)
+    port = servers.free_ports()
+    listen = {'metrics': {'listen': f'127.0.0.1:{port}'}}
+    xmsrv.configure(nsqd, period='200ms', workers=workers, **listen)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'it is under way', 20)
+    xmsrv.configure(nsqd, period='200ms', workers=workers, sqlite={'set': 'new'}, **listen, **settings)
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: count(xmsrv, f'{said}; the configuration as it was stays in force'), 'it says so')
+    wait_until(lambda: any(said in text for text in systemd.fields('STATUS')), 'systemd hears of it')
+    wait_until(lambda: said in get(port, '/readyz')[1] and get(port, '/readyz')[0] == 200, 'so does who asks', 20)
+    xmsrv.configure(nsqd, timeout='soon')
+    running.send_signal(signal.SIGHUP)   # changes nothing: not what holds, nor what waits
+    wait_until(lambda: count(xmsrv, 'timeout = soon'), 'it is reported')
+    fill(nsqd, 10, 10)
+    wait_until(lambda: len(xmsrv.rows()) == 20, 'messages flow', 20)
+    assert {where for where, _, _, _ in xmsrv.rows()} == {TOPIC}
+    make()
+    wait_until(lambda: count(xmsrv, 'configuration: recovered after'), 'the new one holds', 40)
+    fill(nsqd, 10, 20)
+    wait_until(lambda: [where for where, _, _, _ in xmsrv.rows()].count('new') == 10, 'it does', 20)
+    stopped(running)
+    assert numbers(xmsrv) == list(range(30))
+
+
 def test_a_reload_changes_the_number_of_workers(nsqd, xmsrv):
     fill(nsqd, 0)
     xmsrv.configure(nsqd, period='0', workers=2)
@@ -556,12 +646,12 @@ def test_a_window_without_end_says_when_all_is_well_again(nsqd, xmsrv, workdir, 
     """Also where nothing comes that could show it."""
     fill(nsqd, 0)
     port = servers.free_ports()
-    (workdir / 'there').mkdir()
+    (workdir / 'there').write_text('no database')
     xmsrv.configure(nsqd, period='0', sqlite={'path': workdir / 'there'}, metrics={'listen': f'127.0.0.1:{port}'})
     running = xmsrv.start('daemon')
     wait_until(lambda: count(xmsrv, 'trying again until all is well'), 'it says that the store is down')
     assert (get(port, '/readyz')[0], figure(port, 'xmsrv_store_up')) == (503, 0)
-    (workdir / 'there').rmdir()
+    (workdir / 'there').unlink()
     wait_until(lambda: count(xmsrv, 'all is well again'), 'it says that it is back', 20)
     wait_until(lambda: get(port, '/readyz')[0] == 200 and figure(port, 'xmsrv_store_up') == 1, 'so does its site')
     wait_until(lambda: systemd.fields('STATUS')[-1].startswith('flowing'), 'and its status')
@@ -967,17 +1057,58 @@ def test_a_connection_that_is_idle_is_closed(nsqd, xmsrv, changed, sent):
     stopped(running)
 
 
-def test_an_address_that_is_taken_is_a_fault(nsqd, xmsrv):
+def test_an_address_that_is_taken_is_waited_for_and_messages_flow(nsqd, xmsrv, systemd):
+    fill(nsqd, 10)
     with socket.create_server(('127.0.0.1', 0)) as taken:
-        address = f'127.0.0.1:{taken.getsockname()[1]}'
-        xmsrv.configure(nsqd, metrics={'listen': address})
+        port = taken.getsockname()[1]
+        xmsrv.configure(nsqd, period='200ms', metrics={'listen': f'127.0.0.1:{port}'})
         running = xmsrv.start('daemon')
-        ended(running, os.EX_CONFIG)
-    assert count(xmsrv, f'[metrics] listen = {address}')
+        wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 20)
+        waits = f'waiting for listen: [metrics] listen = 127.0.0.1:{port}: Address already in use'
+        wait_until(lambda: any(waits in text for text in systemd.fields('STATUS')), 'systemd hears of it')
+    wait_until(lambda: get(port, '/readyz') == (200, 'queue: up\nstore: up\n'), 'it listens', 40)
+    wait_until(lambda: systemd.fields('STATUS')[-1].startswith('last window'), 'systemd hears of that, too')
+    assert count(xmsrv, waits) == count(xmsrv, 'listen: recovered after') == 1
+    stopped(running)
+
+
+def test_an_address_of_no_host_of_ours_ends_nothing(nsqd, xmsrv):
+    """Nor does a name that nobody knows. 192.0.2.0/24 is nobody's: RFC 5737."""
+    fill(nsqd, 10)
+    for first, host in (0, '192.0.2.9'), (10, 'nowhere.invalid'):
+        xmsrv.configure(nsqd, period='200ms', metrics={'listen': f'{host}:9100'})
+        running = xmsrv.start('daemon')
+        wait_until(lambda first=first: len(xmsrv.rows()) == first + 10, 'all are stored', 20)
+        wait_until(lambda host=host: count(xmsrv, f'[metrics] listen = {host}:9100: '), 'it says so', 20)
+        fill(nsqd, 10, first + 10)
+        wait_until(lambda first=first: len(xmsrv.rows()) == first + 20, 'messages flow', 20)
+        stopped(running)
+
+
+def test_a_reload_takes_the_same_port_of_another_address(nsqd, xmsrv):
+    """0.0.0.0 can't be had beside 127.0.0.1: that one is given up first."""
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: get(port, '/healthz')[0] == 200, 'it listens')
+    xmsrv.configure(nsqd, metrics={'listen': f'0.0.0.0:{port}'})
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: listens_at(running, '00000000', port), 'it listens everywhere')
+    assert get(port, '/healthz')[0] == 200 and not count(xmsrv, 'waiting for listen')
+    xmsrv.configure(nsqd)
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: not listens_at(running, '00000000', port), 'it listens no more')
+    stopped(running)
+
+
+def listens_at(process, address, port):
+    """Whether somebody in the network namespace of a process listens at an IPv4 address (hexadecimal)."""
+    with open(f'/proc/{process.pid}/net/tcp') as table:
+        return any(line.split()[1:4:2] == [f'{address}:{port:04X}', '0A'] for line in table)
 
 
 def test_a_reload_drops_no_scrape_and_takes_a_new_address(nsqd, xmsrv):
-    """One that is taken is a fault like any other: the old one stays."""
+    """One that is taken is waited for: it answers at the old one meanwhile."""
     fill(nsqd, 0)
     port, other = servers.free_ports(), servers.free_ports()
     xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
@@ -990,7 +1121,7 @@ def test_a_reload_drops_no_scrape_and_takes_a_new_address(nsqd, xmsrv):
     with socket.create_server(('127.0.0.1', 0)) as taken:
         xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{taken.getsockname()[1]}'})
         running.send_signal(signal.SIGHUP)
-        wait_until(lambda: count(xmsrv, 'stays in force'), 'it is reported')
+        wait_until(lambda: 'waiting for listen: ' in get(port, '/readyz')[1], 'it is reported')
     assert get(port, '/healthz')[0] == 200
     xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{other}'})
     running.send_signal(signal.SIGHUP)
@@ -1152,11 +1283,18 @@ def test_a_textfile_that_cannot_be_read_costs_a_warning(nsqd, xmsrv, workdir, co
     assert len(xmsrv.rows()) == series(path)['xmsrv_received_total'] == 10
 
 
-def test_a_textfile_that_cannot_be_written_costs_a_warning_and_leaves_nothing(nsqd, xmsrv, workdir):
-    (workdir / 'x-msrv.prom').mkdir()
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo])
+def test_a_textfile_that_cannot_be_written_costs_a_warning_and_leaves_nothing(nsqd, xmsrv, workdir, make):
+    """It was fit for one when the run began."""
     fill(nsqd, 10)
-    told = xmsrv.once(nsqd, metrics={'textfile': workdir / 'x-msrv.prom'}).stderr
-    assert f'warning: {workdir}/x-msrv.prom' in told and len(xmsrv.rows()) == 10
+    xmsrv.configure(nsqd, idle_timeout='60s', nsq={'max-messages': 20}, metrics={'textfile': workdir / 'x-msrv.prom'})
+    running = xmsrv.start('once')
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'it is under way')
+    make(workdir / 'x-msrv.prom')
+    fill(nsqd, 10, 10)
+    ended(running)
+    told = xmsrv.log.read_text()
+    assert f'warning: {workdir}/x-msrv.prom' in told and len(xmsrv.rows()) == 20
     assert [path.name for path in workdir.glob('x-msrv.prom*')] == ['x-msrv.prom']
 
 

@@ -113,16 +113,33 @@ def test_only_one_of_timer_and_daemon_runs():
 
 
 def test_a_reload_checks_the_file_first():
-    """So that one with faults fails the reload."""
+    """So that one with faults fails the reload; what is not there yet (69) does not: the daemon waits for it."""
     assert [value for name, value in settings('x-msrv-daemon.service') if name == 'ExecReload'] == [
-        '/usr/bin/x-msrv check', "/bin/sh -c 'kill -HUP $MAINPID'"]
+        "/bin/sh -c '/usr/bin/x-msrv check || [ $$? = 69 ]'", "/bin/sh -c 'kill -HUP $MAINPID'"]
+
+
+@pytest.mark.parametrize('status, passes', [(0, True), (69, True), (78, False), (70, False)])
+def test_a_reload_fails_by_a_fault_of_the_text_alone(workdir, status, passes):
+    """As the shell of the unit has it, for which systemd makes $ of $$."""
+    check = next(value for name, value in settings('x-msrv-daemon.service') if name == 'ExecReload')
+    command = re.fullmatch("/bin/sh -c '(.*)'", check)[1].replace('$$', '$')
+    script(workdir / 'x-msrv', f'#!/bin/sh\nexit {status}\n')
+    ran = subprocess.run(['sh', '-c', command.replace('/usr/bin', str(workdir))], check=False)
+    assert (ran.returncode == 0) == passes
+
+
+def test_only_the_text_of_the_configuration_keeps_the_daemon_from_another_start():
+    found = dict(settings('x-msrv-daemon.service'))
+    assert (found['Restart'], found['RestartPreventExitStatus']) == ('always', '78')
 
 
 def test_what_the_units_start_are_commands_of_the_program():
     """And the options are its own."""
     parser = program.build_parser()
     for unit in UNITS.glob('*.service'):
-        for command in re.findall(r'^Exec\w+=/usr/bin/x-msrv (.*)$', unit.read_text(), re.MULTILINE):
+        started = re.findall(r"^Exec\w+=(?:/bin/sh -c ')?/usr/bin/x-msrv ([^|\n]*)", unit.read_text(), re.MULTILINE)
+        assert started
+        for command in started:
             parser.parse_args(command.split())
 
 

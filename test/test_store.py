@@ -257,14 +257,13 @@ def read_only(path):
 
 
 @pytest.mark.parametrize('prepare, where', [
-    (lambda path: path.mkdir(), None),
     (no_database, None),
     (read_only, None),
     (lambda path: path.symlink_to('/nonexistent/records.sqlite'), None),
     (lambda path: path.touch(), 'records.sqlite/below'),
     (lambda path: None, '/proc/self/records.sqlite'),
     (lambda path: None, '/dev/null/records.sqlite'),
-], ids=['directory', 'no database', 'read-only', 'dangling link', 'below a file', 'no place for it', 'below a device'])
+], ids=['no database', 'read-only', 'dangling link', 'below a file', 'no place for it', 'below a device'])
 def test_a_store_that_cannot_be_opened_takes_nothing(nsqd, xmsrv, prepare, where):
     prepare(xmsrv.database)
     nsqd.create('orders', 'x-msrv')
