@@ -76,7 +76,7 @@ import nsq
 import voluptuous as vol
 from tornado.httpclient import AsyncHTTPClient, HTTPError
 from tornado.iostream import IOStream, StreamClosedError
-from tornado.netutil import bind_sockets
+from tornado.netutil import Resolver, bind_sockets
 from tornado.tcpclient import TCPClient
 
 __version__ = '0.1.0'
@@ -1076,6 +1076,8 @@ OPTIONS = (
     Option('nsq', 'max-held', '32MiB', size, 'Bytes of messages held at a time; above, no more are asked for.'),
     Option('nsq', 'msg-timeout', '', optional(duration),
            'How long nsqd waits for an answer before it delivers again; empty: as nsqd is set.'),
+    Option('nsq', 'connect-timeout', '5s', duration,
+           'Maximum duration of each step of a connection: name, TCP, IDENTIFY, TLS, AUTH, SUB.'),
     Option('nsq', 'auth-secret-file', '', optional(secret_path), 'File with the secret for AUTH, or credential:NAME.'),
     Option('nsq.tls', 'ca-file', '', optional(path), 'Authorities to trust, PEM; empty: those of the system.'),
     Option('nsq.tls', 'cert-file', '', optional(path), 'Client certificate, PEM.'),
@@ -1893,10 +1895,11 @@ class Mapper:
 
 CHUNK = 256 * 1024          # bytes a read
 MAX_ANSWER = 1 << 20        # bytes of an answer in the handshake: what is no nsqd would have us wait for gigabytes
-CONNECT_TIMEOUT = 3.0       # seconds from the first packet to a subscribed connection
+HANDSHAKE_STEPS = 7         # at most: credentials, name, TCP, IDENTIFY, TLS, AUTH, SUB; each within connect-timeout
+LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
 HEARTBEAT = 10.0            # seconds; nsqd closes after two of its own unanswered, so do we
 DEFAULT_HEARTBEAT = 60.0    # seconds; of an nsqd that refused ours: half its --client-timeout, 30 as it comes
-HTTP_TIMEOUTS = {'connect_timeout': CONNECT_TIMEOUT, 'request_timeout': CONNECT_TIMEOUT}
+HTTP_TIMEOUTS = {'connect_timeout': LOOKUP_TIMEOUT, 'request_timeout': LOOKUP_TIMEOUT}
 FLUSH = 25                  # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 BUFFER = 64 * 1024          # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK = 0.025                # seconds between looks at RDY, idleness and TOUCH
@@ -1921,22 +1924,92 @@ def explained(error):
     return getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__
 
 
+class NameResolver(Resolver):
+    """Resolves a name to addresses of both families, in a thread of its own: one that hangs delays no other.
+
+    asyncio's own look-up shares the few threads of its executor, also for IP addresses: a few names whose name server
+    does not answer use them up. c-ares (tornado's CaresResolver) is deprecated, and does not read nsswitch.conf.
+    """
+
+    lookups = {}   # name -> the Future of its thread: one a name, however often it is asked for meanwhile
+
+    async def resolve(self, host, port, family=socket.AF_UNSPEC):
+        """[(family, address)] for connect(). Raises OSError."""
+        try:
+            found = look_up_name(host, family, socket.AI_NUMERICHOST)   # an IP address, which needs no name server
+        except socket.gaierror:
+            found = await asyncio.wrap_future(self.lookup(host, family))
+        return [(family, (sockaddr[0], port, *sockaddr[2:])) for family, _, _, _, sockaddr in found]
+
+    def lookup(self, host, family):
+        """The Future of the thread that asks for `host`; of what it finds nothing is kept when it ends."""
+        key = host, family
+        future = self.lookups.get(key)
+        if not future:
+            future = self.lookups[key] = concurrent.futures.Future()
+            future.set_running_or_notify_cancel()   # who no longer waits does not cancel it for the others
+            threading.Thread(target=self.run, args=(future, key), daemon=True).start()   # daemon: no exit waits for it
+        return future   # by now the thread may have ended
+
+    def run(self, future, key):
+        """In the thread: asks."""
+        try:
+            found = look_up_name(*key)
+        except (OSError, UnicodeError) as error:
+            self.lookups.pop(key)
+            future.set_exception(error)
+        else:
+            self.lookups.pop(key)
+            future.set_result(found)
+
+
+class ResolvedName(Resolver):
+    """Addresses that are known already, as NameResolver gives them."""
+
+    def initialize(self, addresses):
+        """Takes the addresses."""
+        self.addresses = addresses
+
+    async def resolve(self, host, port, family=socket.AF_UNSPEC):
+        """The same addresses for each name."""
+        return self.addresses
+
+
+def look_up_name(host, family, flags=0):
+    """What getaddrinfo says of a name, for any port. Raises OSError, or UnicodeError for what can be no name."""
+    return socket.getaddrinfo(host, 0, family, socket.SOCK_STREAM, flags=flags)
+
+
 class Link:
-    """How every nsqd is reached: TLS, secret, limits; made once from [nsq]."""
+    """How every nsqd is reached, by the options of [nsq]."""
 
     def __init__(self, config):
+        self.tls_options, self.secret_file = config.nsq.tls, config.nsq.auth_secret_file
+        self.msg_timeout, self.connect_timeout = config.nsq.msg_timeout, config.nsq.connect_timeout
+
+    async def credentials(self):
+        """(ssl context, secret), as their files are now; None for what is not configured. Raises QueueError.
+
+        Certificates and secrets are replaced while a daemon runs (cert-manager, vault), so each attempt reads them
+        anew; in a thread, for to load the system's authorities takes 50 ms.
+        """
+        if not self.tls_options and not self.secret_file:
+            return None, None
+        return await asyncio.to_thread(self.read_credentials)
+
+    def read_credentials(self):
+        """The same, in its thread."""
         try:
-            self.tls = tls_context(config.nsq.tls) if config.nsq.tls else None
-            self.secret = open_secret(config.nsq.auth_secret_file) if config.nsq.auth_secret_file else None
-        except (OSError, ValueError) as error:   # what was there when the file was checked
-            raise Unavailable(f'[nsq] a certificate or the secret: {error}') from None
-        self.msg_timeout = config.nsq.msg_timeout
+            return (tls_context(self.tls_options) if self.tls_options else None,
+                    open_secret(self.secret_file) if self.secret_file else None)
+        except (OSError, ValueError) as error:
+            raise QueueError(f'[nsq] a certificate or the secret: {error}') from None
 
     def identity(self):
         """What IDENTIFY says of every connection."""
         host = socket.gethostname()
         return {'client_id': host.partition('.')[0], 'hostname': host, 'user_agent': f'x-msrv/{__version__}',
-                'feature_negotiation': True, 'tls_v1': bool(self.tls)}
+                'feature_negotiation': True, 'tls_v1': bool(self.tls_options)}
 
     def wishes(self):
         """What IDENTIFY asks for; nsqd refuses all of it when one value is over its limits."""
@@ -1976,9 +2049,9 @@ class Connection:
             await self.connect({})
 
     async def connect(self, wishes):
-        """Shakes hands within CONNECT_TIMEOUT; what fails leaves no socket behind."""
+        """Shakes hands; what fails leaves no socket behind."""
         try:
-            await asyncio.wait_for(self.shake_hands(wishes), CONNECT_TIMEOUT)
+            await self.shake_hands(wishes)
         except BaseException:
             self.drop()
             raise
@@ -1986,18 +2059,37 @@ class Connection:
     async def shake_hands(self, wishes):
         """IDENTIFY, then TLS, then AUTH, then SUB: no secret crosses before what was asked for is there."""
         self.rest, self.lost = b'', False
-        self.stream = await TCPClient().connect(*self.address)
-        self.stream.set_nodelay(True)
+        tls, secret = await self.within('the reading of certificates and secret', self.link.credentials())
+        await self.connect_tcp()
         self.send(b'  V2' + nsq.identify({**self.link.identity(), **wishes}))
-        self.info = self.parsed(await self.answer())
-        if self.link.tls:
-            await self.start_tls()
-        if self.link.secret:
-            await self.authenticate()
+        self.info = self.parsed(await self.within('IDENTIFY', self.answer()))
+        if tls:
+            await self.within('TLS', self.start_tls(tls))
+        await self.within('AUTH', self.authenticate(secret))
         if self.topic:
             self.send(nsq.subscribe(self.topic, self.channel))
-            await self.answer(b'OK')
+            await self.within('SUB', self.answer(b'OK'))
         self.heard = asyncio.get_running_loop().time()
+
+    async def within(self, step, awaitable):
+        """What a step of the handshake gives. Raises QueueError where that takes longer than connect-timeout."""
+        try:
+            async with asyncio.timeout(self.link.connect_timeout) as bound:
+                return await awaitable
+        except TimeoutError:
+            if not bound.expired():   # the kernel has given up first
+                raise
+            raise QueueError(f'{step}: no answer in {self.link.connect_timeout:g} s') from None
+
+    async def connect_tcp(self):
+        """A TCP connection to the first address of the name that takes one, of either family."""
+        found = await self.within('name server', NameResolver().resolve(*self.address))
+        try:   # tornado's own bound: it closes the sockets of all attempts
+            self.stream = await TCPClient(ResolvedName(found)).connect(
+                *self.address, timeout=self.link.connect_timeout)
+        except TimeoutError:
+            raise QueueError(f'no connection in {self.link.connect_timeout:g} s') from None
+        self.stream.set_nodelay(True)
 
     @staticmethod
     def parsed(data):
@@ -2011,7 +2103,7 @@ class Connection:
             raise QueueError(f'not an answer of nsqd: {shortened(ascii(data), 60)}')
         return info
 
-    async def start_tls(self):
+    async def start_tls(self, context):
         """TLS with the host's name verified."""
         if not self.info.get('tls_v1'):
             raise QueueError('TLS is asked for, and this nsqd does not offer it')
@@ -2019,19 +2111,22 @@ class Connection:
         # tornado hands out the new stream only when it is good: the twin ends one that never gets there.
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
             try:
-                self.stream = await stream.start_tls(False, ssl_options=self.link.tls, server_hostname=self.address[0])
+                self.stream = await stream.start_tls(False, ssl_options=context, server_hostname=self.address[0])
             except BaseException:
                 with contextlib.suppress(OSError):
                     twin.shutdown(socket.SHUT_RDWR)
                 raise
         await self.answer(b'OK')
 
-    async def authenticate(self):
-        """AUTH with the secret."""
-        if not self.info.get('auth_required'):
+    async def authenticate(self, secret):
+        """AUTH with the secret, where there is one. Raises QueueError where only one side wants it."""
+        if secret and not self.info.get('auth_required'):
             raise QueueError('auth is asked for, and this nsqd does not do it')
-        self.send(nsq.protocol.auth(self.link.secret))
-        await self.answer()
+        if not secret and self.info.get('auth_required'):
+            raise QueueError('AUTH required by this nsqd, and auth-secret-file is not set')
+        if secret:
+            self.send(nsq.protocol.auth(secret))
+            await self.answer()
 
     async def answer(self, expected=None):
         """The next response's bytes, in the handshake. Raises QueueError for an error of nsqd."""
@@ -2215,9 +2310,14 @@ class Subscription(Connection):
         log.debug('nsqd %s: disconnected', self)
 
 
+def http_client():
+    """A client of HTTP whose names delay nobody else; to be closed."""
+    return AsyncHTTPClient(force_instance=True, resolver=NameResolver())
+
+
 async def look_up(addresses, topic):
     """Asks all nsqlookupds for the nsqds of a topic. Returns ({(host, port): http port}, {address: error})."""
-    client = AsyncHTTPClient(force_instance=True)
+    client = http_client()
     try:
         questions = [ask_lookupd(client, address, topic) for address in addresses]
         answers = await asyncio.gather(*questions, return_exceptions=True)
@@ -3109,7 +3209,7 @@ class Consumer:
 
     async def keep(self, address):
         """Keeps a connection to one nsqd up, with backoff, until the consumer closes or nobody names it any more."""
-        backoff = Backoff(0.1, 5)
+        backoff, said = Backoff(0.1, 5), None
         while not self.closing and address in self.addresses:
             connection = Subscription(address, self)
             try:
@@ -3120,23 +3220,26 @@ class Consumer:
                 if backoff.tries:
                     log.info('nsqd %s is back', connection)
                 backoff.reset()
+                said = None
                 await connection.read()
             except UNREACHABLE as error:
-                self.parted(connection, error, backoff.tries)
+                said = self.parted(connection, explained(error), said)
             delay = backoff.next()
             if not self.closing:
                 log.debug('nsqd %s: connecting again in %.1f s', connection, delay)
             await asyncio.sleep(delay)
 
-    def parted(self, connection, error, tries):
-        """A connection could not be made, or has ended."""
+    def parted(self, connection, reason, said):
+        """A connection could not be made, or has ended. A reason that is not what was `said` last is a warning: it may
+        be one that only a person can change. Returns the reason, as what is said now."""
         connection.drop()
         if connection in self.connections:
             self.connections.remove(connection)
-        self.attempted.setdefault(connection.address, explained(error))
+        self.attempted.setdefault(connection.address, reason)
         self.crew.wake.set()
         if not self.closing:
-            log.log(logging.DEBUG if tries else logging.WARNING, 'nsqd %s: %s', connection, explained(error))
+            log.log(logging.DEBUG if reason == said else logging.WARNING, 'nsqd %s: %s', connection, reason)
+        return reason
 
     # -- what comes
 
@@ -3669,7 +3772,8 @@ async def pipeline(config, topic, channel, store):
 async def receive(config, stopper, figures):
     """One window. Returns the exit status."""
     store = STORES[config.store](config)
-    Notifier().say(EXTEND_TIMEOUT_USEC=int((config.timeout + store.patience + GRACE) * 1e6))
+    connecting = HANDSHAKE_STEPS * config.nsq.connect_timeout
+    Notifier().say(EXTEND_TIMEOUT_USEC=int((connecting + config.timeout + store.patience + GRACE) * 1e6))
     async with pipeline(config, config.nsq.topic, config.nsq.channel, store) as (consumer, pool):
         dead_letters = DeadLetters(config, consumer.link)
         window = stopper.window = Window(config, consumer, store, pool, Mapper(config), dead_letters, figures)
@@ -5075,13 +5179,14 @@ async def depth_at(address, http_port, topic, channel):
     """
     host, tcp_port = address
     base = f'http://{spelled((host, http_port or tcp_port + 1))}'
-    client = AsyncHTTPClient(force_instance=True)
+    client = http_client()
     try:
         fetch = functools.partial(client.fetch, **HTTP_TIMEOUTS)
         if json.loads((await fetch(f'{base}/info')).body)['tcp_port'] != tcp_port:
             return None
         name = topic.replace('#', '%23')
         topics = json.loads((await fetch(f'{base}/stats?format=json&topic={name}')).body)['topics']
+        return next(iter(topics or ()), {})   # nsqd says null for none
     except (OSError, HTTPError, ValueError, KeyError, TypeError, RecursionError):
         return None
     finally:
@@ -5106,18 +5211,22 @@ async def check_connections(config):
         nsqds = await find_nsqds(config, config.nsq.topic)
     except Unavailable as error:
         nsqds, problems = {}, [*problems, str(error)]
-    for address, http_port in nsqds.items():
-        try:
-            print(await describe_nsqd(config, address, http_port))
-        except UNREACHABLE as error:
-            problems.append(f'nsqd {spelled(address)}: {explained(error)}')
+    described = await asyncio.gather(*(describe_nsqd(config, address, http_port)
+                                       for address, http_port in nsqds.items()), return_exceptions=True)
+    for address, line in zip(nsqds, described, strict=True):
+        if isinstance(line, UNREACHABLE):
+            problems.append(f'nsqd {spelled(address)}: {explained(line)}')
+        elif isinstance(line, BaseException):
+            raise line
+        else:
+            print(line)
     for problem in problems:
         log.error('%s', problem)
     return os.EX_UNAVAILABLE if problems else os.EX_OK
 
 
 async def describe_nsqd(config, address, http_port):
-    """One line about an nsqd. It does not subscribe, so it makes no topic and no channel."""
+    """One line about an nsqd. It does not subscribe, so it makes no topic and no channel. Raises one of UNREACHABLE."""
     connection = Connection(address, Link(config))
     await connection.open()
     parts = [f'nsqd {connection}: version {connection.info.get("version")}']
@@ -5493,10 +5602,10 @@ def run(command):
 
 
 def run_loop(main_task):
-    """As asyncio.run(), which would wait for a name's look-up for as long as the resolver likes."""
+    """As asyncio.run(), which would wait for the reading of a certificate for as long as its mount likes."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix=f'{THREADS}-names'))
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix=f'{THREADS}-files'))
     loop.set_exception_handler(left_over)
     try:
         return loop.run_until_complete(main_task)

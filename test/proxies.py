@@ -277,3 +277,17 @@ def refusing():
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         yield f'127.0.0.1:{taken.getsockname()[1]}'
+
+
+@contextlib.contextmanager
+def unanswering():
+    """An address that never answers a connection: the listener's queue is full, so the kernel drops what comes."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield f'127.0.0.1:{listener.getsockname()[1]}'

@@ -2,14 +2,16 @@
 import asyncio
 import contextlib
 import itertools
+import socket
 import sqlite3
+import threading
 
 import proxies
 import pytest
 import servers
 from servers import wait_until
 
-from xmsrv import Connection, Crew, QueueError
+from xmsrv import Connection, Crew, NameResolver, QueueError
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'
 
@@ -447,20 +449,26 @@ def test_ipv6_addresses_of_nsqd_and_nsqlookupd(xmsrv, nsqds, lookupds):
 
 
 @pytest.fixture
-def both_families(workdir, monkeypatch):
-    """In x-msrv, `localhost` is ::1 and 127.0.0.1, whatever this machine's own file of hosts says."""
+def name_server(workdir, monkeypatch):
+    """In x-msrv, `localhost` is ::1 and 127.0.0.1, whatever this machine's own file of hosts says; names that end in
+    .silent get no answer while the test lasts."""
     (workdir / 'sitecustomize.py').write_text(
-        'import socket\n'
+        'import socket, threading\n'
         'real = socket.getaddrinfo\n'
-        'def both(host, *args, **options):\n'
+        'def answer(host, port, family=0, type=0, proto=0, flags=0):\n'
+        '    options = port, family, type, proto, flags\n'
+        '    if flags & socket.AI_NUMERICHOST:\n'
+        '        return real(host, *options)\n'
+        '    if host.endswith(".silent"):\n'
+        '        threading.Event().wait()\n'
         '    if host != "localhost":\n'
-        '        return real(host, *args, **options)\n'
-        '    return real("::1", *args, **options) + real("127.0.0.1", *args, **options)\n'
-        'socket.getaddrinfo = both\n')
+        '        return real(host, *options)\n'
+        '    return real("::1", *options) + real("127.0.0.1", *options)\n'
+        'socket.getaddrinfo = answer\n')
     monkeypatch.setenv('PYTHONPATH', str(workdir))
 
 
-@pytest.mark.usefixtures('both_families')
+@pytest.mark.usefixtures('name_server')
 @pytest.mark.parametrize('listening', ['127.0.0.1', '::1'])
 def test_name_of_both_families_reaches_a_server_that_listens_on_one(xmsrv, nsqds, lookupds, listening):
     lookupd, = lookupds(1, host=listening)
@@ -472,10 +480,72 @@ def test_name_of_both_families_reaches_a_server_that_listens_on_one(xmsrv, nsqds
     assert numbers(xmsrv) == list(range(10))
 
 
+def silent_names(count):
+    return [f'host{number}.silent:4150' for number in range(count)]
+
+
+@pytest.mark.usefixtures('name_server')
+@pytest.mark.parametrize('host', ['127.0.0.1', 'localhost'])
+def test_names_without_an_answer_delay_no_other_nsqd(xmsrv, nsqd, host):
+    """More of them than there are threads in any pool; what can be reached is read before the first is given up."""
+    fill(nsqd, 10)
+    xmsrv.configure(nsq={'nsqd-tcp-address': [*silent_names(40), f'{host}:{nsqd.port}'], 'connect-timeout': '20s'},
+                    timeout='60s', idle_timeout='60s')
+    running = xmsrv.start('once')
+    wait_until(lambda: len(xmsrv.records()) == 10, 'what can be reached is stored', 15)
+    assert 'silent' not in xmsrv.log.read_text()
+    running.terminate()
+    assert ended(running, 10) == 0
+
+
+@pytest.mark.usefixtures('name_server')
+def test_nsqlookupd_whose_name_gets_no_answer_costs_a_warning(xmsrv, nsqds, nsqlookupd):
+    nsqd, = nsqds(1, lookupd=[nsqlookupd])
+    fill(nsqd, 10)
+    registered(nsqlookupd, nsqd)
+    done = xmsrv.once(nsq={'lookupd-http-address': [*silent_names(10), nsqlookupd.http]}, within=20)
+    assert numbers(xmsrv) == list(range(10))
+    assert 'nsqlookupd host9.silent:4150' in done.stderr
+
+
+@pytest.mark.usefixtures('name_server')
+def test_name_without_an_answer_is_69_and_check_asks_for_all_at_once(xmsrv):
+    xmsrv.configure(nsq={'nsqd-tcp-address': silent_names(10), 'connect-timeout': '2s'})
+    for command in (['once'], ['check', '--connect']):
+        done = xmsrv.run(*command, expect=69, timeout=15)
+        assert 'host9.silent:4150: name server: no answer in 2 s' in done.stderr
+
+
+def test_one_thread_asks_for_a_name_however_often_it_is_wanted(monkeypatch):
+    asked, answer = [], threading.Event()
+
+    def getaddrinfo(host, *args, flags=0):
+        if flags:
+            raise socket.gaierror(socket.EAI_NONAME, 'no address')
+        asked.append(host)
+        assert answer.wait(10)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', ('192.0.2.7', 0))]
+
+    async def want_often():
+        resolver = NameResolver()
+        wanted = [asyncio.ensure_future(resolver.resolve('queue.example', port)) for port in range(1, 30)]
+        done, _ = await asyncio.wait([wanted.pop(0)], timeout=0.01)
+        assert not done
+        wanted.pop(0).cancel()   # gives up, and the others do not
+        answer.set()
+        return [port for (_, (_, port)), in await asyncio.gather(*wanted)]
+
+    monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
+    assert asyncio.run(want_often()) == list(range(3, 30))
+    assert asked == ['queue.example']
+    assert not NameResolver.lookups
+
+
 # -------------------------------------------------------------------------------------------------- unreachable, broken
 
 BAD_NSQDS = {
     'refused': proxies.refusing,
+    'no connection': proxies.unanswering,
     'silent': saying(b''),
     'HTTP': saying(b'HTTP/1.1 400 Bad Request\r\n\r\n'),
     'negative size': saying(b'\xff' * 8),
@@ -493,6 +563,15 @@ def test_no_nsqd_within_reach_is_69_soon(xmsrv, fault):
         done = xmsrv.once(nsq={'nsqd-tcp-address': [address]}, timeout='60s', expect=69, within=15)
     assert f'no nsqd can be reached: {address}' in done.stderr
     assert not xmsrv.records()
+
+
+@pytest.mark.parametrize(('fault', 'text'), [
+    ('silent', 'IDENTIFY: no answer in 0.4 s'), ('no connection', 'no connection in 0.4 s'),
+])
+def test_step_of_a_connection_is_bounded_by_connect_timeout_and_named(xmsrv, fault, text):
+    with bad(BAD_NSQDS, fault) as address:
+        done = xmsrv.once(nsq={'nsqd-tcp-address': [address], 'connect-timeout': '400ms'}, expect=69, within=10)
+    assert f'{address}: {text}' in done.stderr
 
 
 def test_unknown_host_is_69_soon(xmsrv):
@@ -532,7 +611,7 @@ def test_connection_that_breaks_in_mid_flow_loses_nothing(xmsrv, nsqds):
     fill_timed(nsqd, 2000)
 
     def cut_once(event):
-        if proxy.count('message') == 500 and event.connection == 0:
+        if event.connection == 0 and proxy.count('message') == 500:
             raise ConnectionError
 
     with proxies.Proxy(nsqd, judge=cut_once) as proxy:

@@ -2,8 +2,10 @@
 import contextlib
 import datetime
 import json
+import shutil
 import ssl
 
+import flows
 import proxies
 import pytest
 import servers
@@ -159,6 +161,55 @@ def test_nsqd_that_requires_tls_is_an_error_without_it(xmsrv, nsqds, ours):
     nothing_taken(nsqd)
 
 
+def exchange(old, new):
+    """Puts the contents of files in the place of others."""
+    for there, source in zip(old, new, strict=True):
+        shutil.copy(source, there)
+
+
+def warnings(xmsrv, nsqd, words):
+    """The warnings of a program in the background that are about that nsqd, with these words."""
+    return [line for line in xmsrv.log.read_text().splitlines()
+            if line.startswith(f'warning: nsqd {nsqd.tcp}: ') and words in line]
+
+
+def test_exchanged_authority_is_read_at_the_next_attempt(xmsrv, nsqds, ours, workdir):
+    """By a daemon in a window that never ends; meanwhile it says why it can't connect. Dead letters need it, too."""
+    (workdir / 'new').mkdir()
+    new = Authority(workdir / 'new', 'new')
+    served = ours.issue('127.0.0.1')
+    nsqd, = nsqds(1, '--tls-required=tcp-https', tls=served)
+    fill(nsqd)
+    xmsrv.configure(nsqd, period='0', nsq={'tls': {'ca-file': ours.file}})
+    xmsrv.start('daemon')
+    servers.wait_until(lambda: len(xmsrv.records()) == 10, 'the first messages are stored')
+    exchange(served, new.issue('127.0.0.1'))
+    nsqd.restart()
+    servers.wait_until(lambda: warnings(xmsrv, nsqd, 'TLS: '), 'it does not trust the new authority', 20)
+    exchange([ours.file], [new.file])
+    nsqd.publish(TOPIC, [b'{"n": 10}', b'no JSON'])
+    servers.wait_until(lambda: len(xmsrv.records()) == 11, 'the next message is stored', 20)
+    servers.wait_until(lambda: nsqd.stats(f'{TOPIC}.dead', 'x-msrv-replay')['depth'] == 1, 'the dead letter is kept')
+    all_stored(xmsrv, nsqd, 11)
+
+
+def test_exchanged_client_certificate_is_read_at_the_next_attempt(xmsrv, nsqds, ours, theirs):
+    """Beside another nsqd that stays connected; the file is away for a while, too."""
+    shown = theirs.issue('client.example')
+    other, nsqd = (nsqds(1, *args, tls=ours.issue('127.0.0.1'))[0] for args in (
+        [], [*WANTS_CERTIFICATE, '--tls-root-ca-file', ours.file]))
+    fill(other)
+    nsqd.publish(TOPIC, b'{"n": 10}')
+    xmsrv.configure([other, nsqd], period='0', nsq={'tls': {
+        'ca-file': ours.file, 'cert-file': shown[0], 'key-file': shown[1]}})
+    xmsrv.start('daemon')
+    servers.wait_until(lambda: warnings(xmsrv, nsqd, 'alert'), 'its client certificate is refused')
+    shown[0].unlink()
+    servers.wait_until(lambda: warnings(xmsrv, nsqd, 'No such file'), 'the certificate is away', 20)
+    exchange(shown, ours.issue('client.example'))
+    servers.wait_until(lambda: len(xmsrv.records()) == 11, 'the messages of both are stored', 20)
+
+
 def test_nsqd_with_a_bad_certificate_beside_a_good_one_costs_a_warning(xmsrv, nsqds, ours, workdir):
     good, = nsqds(1, tls=ours.issue('127.0.0.1'))
     (workdir / 'wrong').mkdir()
@@ -271,7 +322,7 @@ def test_handshake_without_end_is_bounded(xmsrv, ours):
     with proxies.Says(proxies.frame(json.dumps(FEATURES).encode())) as says:
         done = xmsrv.once(nsq={'nsqd-tcp-address': [says.address], 'tls': {'ca-file': ours.file}}, timeout='60s',
                           expect=69, within=15)
-    refused(done, 'no answer in time')
+    refused(done, 'TLS: no answer in 5 s')
 
 
 # ----------------------------------------------------------------------------------------------------------------- auth
@@ -315,6 +366,39 @@ def test_secret_that_does_not_open_is_69(xmsrv, guarded, workdir, text, word):
 def test_nsqd_that_wants_a_secret_is_69_without_one(xmsrv, guarded):
     refused(xmsrv.once(guarded, expect=69), 'AUTH required')
     nothing_taken(guarded)
+
+
+@pytest.mark.parametrize(('patience', 'status'), [('6s', 0), ('700ms', 69)])
+def test_slow_auth_server_has_a_step_of_the_connection_to_itself(xmsrv, nsqds, workdir, secret, patience, status):
+    """It takes 1.5 s, of each nsqd; nsqd waits for 5 s."""
+    grant = {'topic': '.*', 'channels': ['.*'], 'permissions': ['subscribe', 'publish']}
+    body = json.dumps({'ttl': 3600, 'identity': 'x', 'identity_url': '', 'authorizations': [grant]}).encode()
+
+    def answer(path):
+        over = flows.passed(1.5)
+        servers.wait_until(over, 'the auth server has thought about it')
+        return 200, body
+
+    with proxies.Web(answer) as server:
+        nsqd, = nsqds(1, f'--auth-http-address={server.address}', '--http-client-request-timeout=5s')
+        fill(nsqd)
+        options = {'auth-secret-file': secret, 'connect-timeout': patience}
+        done = xmsrv.once(nsqd, nsq=options, expect=status)
+    if status:
+        refused(done, 'AUTH: no answer in 0.7 s')
+        nothing_taken(nsqd)
+    else:
+        all_stored(xmsrv, nsqd)
+
+
+def test_exchanged_secret_is_read_at_the_next_attempt(xmsrv, guarded, workdir):
+    (workdir / 'other').write_text('wrong')
+    xmsrv.configure(guarded, period='0', nsq={'auth-secret-file': workdir / 'other'})
+    xmsrv.start('daemon')
+    servers.wait_until(lambda: xmsrv.log.read_text().count('E_AUTH_FAILED'), 'the secret does not open')
+    (workdir / 'other').write_text(SECRET)
+    servers.wait_until(lambda: len(xmsrv.records()) == 10, 'the messages are stored', 20)
+    all_stored(xmsrv, guarded)
 
 
 def test_nsqd_without_auth_never_sees_the_secret(xmsrv, nsqd, secret):
