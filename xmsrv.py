@@ -2189,6 +2189,18 @@ class Connection:
     async def deliver(self, messages):
         """Takes messages; only a Subscription asks for any."""
 
+    async def leave(self):
+        """Ends a connection without a subscription. Raises QueueError where nsqd wants TLS: it says so only when it
+        answers a command, and CLS is one that changes nothing."""
+        self.send(b'CLS\n')
+        try:
+            await self.within('CLS', self.answer(b'CLOSE_WAIT'))
+        except QueueError as error:
+            if 'TLS required' in str(error):
+                raise
+        finally:
+            self.drop()
+
     def drop(self):
         """Closes the socket at once."""
         self.lost = True
@@ -2342,11 +2354,19 @@ async def ask_lookupd(client, address, topic):
         return {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
                 for p in json.loads(response.body)['producers']}
     except HTTPError as error:   # also a timeout, and an answer that breaks off
-        if error.code == 404:
+        if no_such_topic(error):
             return {}
-        raise QueueError(str(error)) from None
+        raise QueueError(f'{error}; nsqlookupd does not answer so' if error.code == 404 else str(error)) from None
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise QueueError(f'not an answer of nsqlookupd: {error}') from None
+
+
+def no_such_topic(error):
+    """Whether an HTTPError is nsqlookupd's own answer for a topic that it does not know: every web server has a 404."""
+    try:
+        return error.code == 404 and json.loads(error.response.body)['message'] == 'TOPIC_NOT_FOUND'
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return False
 
 
 async def find_nsqds(config, topic):
@@ -5166,14 +5186,14 @@ class Worker:
 # ---------------------------------------------------------------------------------------------------------------------
 
 async def total_depth(config, topic, channel):
-    """The messages that wait in a channel on all nsqds, or None where one does not say."""
+    """The messages that wait for a channel on all nsqds, or None where one does not say."""
     nsqds = await find_nsqds(config, topic)
-    depths = [await depth_at(address, http, topic, channel) for address, http in nsqds.items()]
-    return None if None in depths else sum(depths)
+    stats = await asyncio.gather(*(topic_stats(address, http_port, topic) for address, http_port in nsqds.items()))
+    return None if None in stats else sum(sum(depths(topic, channel)) for topic in stats)
 
 
-async def depth_at(address, http_port, topic, channel):
-    """The depth of a channel at one nsqd: 0 without such a channel, None when its HTTP side can't be found.
+async def topic_stats(address, http_port, topic):
+    """What an nsqd counts of a topic: {} where it has no such topic, None when its HTTP side can't be found.
 
     nsqlookupd names the HTTP port; else it is taken to be the next one (4150, 4151), if that one is the same nsqd's.
     """
@@ -5191,8 +5211,19 @@ async def depth_at(address, http_port, topic, channel):
         return None
     finally:
         client.close()
-    channels = [c for t in topics or () for c in t['channels'] or ()]   # nsqd says null for none
-    return sum(c['depth'] for c in channels if c['channel_name'] == channel)
+
+
+def channel_stats(topic, channel):
+    """What topic_stats() has of a channel: {} where there is no such channel."""
+    return next((stats for stats in topic.get('channels') or () if stats['channel_name'] == channel), {})
+
+
+def depths(topic, channel):
+    """The messages that wait for a channel: in the topic, from where they go to all its channels, and in the channel.
+
+    A channel gets what is in the topic when it is made: without any channel, all messages wait there.
+    """
+    return topic.get('depth', 0), channel_stats(topic, channel).get('depth', 0)
 
 
 async def check_connections(config):
@@ -5232,10 +5263,25 @@ async def describe_nsqd(config, address, http_port):
     parts = [f'nsqd {connection}: version {connection.info.get("version")}']
     if config.nsq.tls:
         parts += tls_facts(connection.stream.socket)
-    connection.drop()
-    depth = await depth_at(address, http_port, config.nsq.topic, config.nsq.channel)
-    parts.append(f'depth of {config.nsq.topic}/{config.nsq.channel} {"unknown" if depth is None else depth}')
-    return ', '.join(parts)
+    await connection.leave()
+    topic = await topic_stats(address, http_port, config.nsq.topic)
+    return ', '.join([*parts, *describe_topic(topic, config.nsq.topic, config.nsq.channel)])
+
+
+def describe_topic(stats, topic, channel):
+    """What an operator has to know of a topic and its channel, part by part; `stats` is of topic_stats()."""
+    if stats is None:
+        return [f'depth of {topic}/{channel} unknown']
+    in_topic, in_channel = depths(stats, channel)
+    found = channel_stats(stats, channel)
+    if not stats:
+        where = 'there is no such topic yet'
+    elif not found:
+        where = f'topic {in_topic}, which the channel gets when it is made'
+    else:
+        where = f'topic {in_topic}, channel {in_channel}'
+    parts = [f'depth of {topic}/{channel} {in_topic + in_channel} ({where})', f'clients {found.get("client_count", 0)}']
+    return parts + [f'{kind} paused' for kind, it in (('topic', stats), ('channel', found)) if it.get('paused')]
 
 
 BIN_TYPES = {bool: 'boolean', int: 'integer', float: 'float', str: 'string', list: 'list', dict: 'map'}   # Aerospike's

@@ -459,8 +459,40 @@ def test_check_says_the_depth(nsqds, nsqlookupd, xmsrv, way):
     wait_until(lambda: len(nsqlookupd.producers(TOPIC)) == 2, 'both are known')
     xmsrv.configure(pair if way == 'nsqd' else nsqlookupd)
     lines = [line for line in xmsrv.run('check', '--connect').stdout.splitlines() if 'depth of' in line]
-    assert sorted(line.rsplit(' ', 1)[1] for line in lines) == ['1', '2']
+    assert sorted(re.search(r'depth of orders/x-msrv (\d+) ', line)[1] for line in lines) == ['1', '2']
     assert {line.split()[1].rstrip(':') for line in lines} == {nsqd.tcp for nsqd in pair}
+
+
+def test_check_says_what_waits_in_a_topic_for_a_channel_that_is_not_made_yet(nsqd, xmsrv):
+    nsqd.create(TOPIC)
+    nsqd.publish(TOPIC, good(37))
+    xmsrv.configure(nsqd)
+    assert 'depth of orders/x-msrv 37 (topic 37, which the channel gets' in xmsrv.run('check', '--connect').stdout
+    stats, = json.loads(nsqd.request('GET', '/stats', format='json'))['topics']
+    assert (stats['depth'], stats['channels']) == (37, [])
+
+
+def test_check_says_what_is_paused_and_who_is_connected(nsqd, xmsrv):
+    """Four messages have gone on to the channel before the topic was paused, too; a daemon is subscribed."""
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.pause(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, good(4))
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['depth'] == 4, 'they are in the channel')
+    xmsrv.configure(nsqd, period='0')
+    xmsrv.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'the daemon is subscribed')
+    assert described(xmsrv) == 'depth of orders/x-msrv 4 (topic 0, channel 4), clients 1, channel paused'
+    nsqd.pause(TOPIC)
+    nsqd.publish(TOPIC, good(3))
+    assert described(xmsrv) == 'depth of orders/x-msrv 7 (topic 3, channel 4), clients 1, topic paused, channel paused'
+    nsqd.unpause(TOPIC, CHANNEL)
+    wait_until(lambda: not nsqd.stats(TOPIC, CHANNEL)['depth'], 'the daemon has taken them')
+    assert described(xmsrv) == 'depth of orders/x-msrv 3 (topic 3, channel 0), clients 1, topic paused'
+
+
+def described(xmsrv):
+    """What check says of the topic and the channel."""
+    return re.search(r'depth of .*', xmsrv.run('check', '--connect').stdout)[0]
 
 
 def test_check_says_protocol_and_days_of_the_certificate(nsqds, xmsrv, workdir):

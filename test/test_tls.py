@@ -158,6 +158,7 @@ def test_nsqd_that_requires_tls_is_an_error_without_it(xmsrv, nsqds, ours):
     nsqd, = nsqds(1, '--tls-required=tcp-https', tls=ours.issue('127.0.0.1'))
     fill(nsqd)
     refused(xmsrv.once(nsqd, expect=69), 'TLS required')
+    assert 'TLS required' in xmsrv.run('check', '--connect', expect=69).stderr
     nothing_taken(nsqd)
 
 
@@ -365,6 +366,7 @@ def test_secret_that_does_not_open_is_69(xmsrv, guarded, workdir, text, word):
 
 def test_nsqd_that_wants_a_secret_is_69_without_one(xmsrv, guarded):
     refused(xmsrv.once(guarded, expect=69), 'AUTH required')
+    assert 'AUTH required' in xmsrv.run('check', '--connect', expect=69).stderr
     nothing_taken(guarded)
 
 
