@@ -2151,14 +2151,35 @@ class Connection:
                 self.lost = True
 
     async def read(self):
-        """Hands over what comes, chunk by chunk, until the connection ends; then raises why."""
-        loop = asyncio.get_running_loop()
+        """Hands over what comes, until the connection ends; then raises why."""
         while True:
-            chunk = await self.stream.read_bytes(CHUNK, partial=True)
-            self.heard = loop.time()
-            messages = self.unpack(self.rest + chunk if self.rest else chunk)
+            messages = self.unpack(await self.read_frames())
             if messages:
                 await self.deliver(messages)
+
+    async def read_frames(self):
+        """What comes next, with all of the frame that has begun. Its chunks are joined once: to join each with those
+        before it costs the square of a large frame's size, and nsqd gives up a write after a heartbeat."""
+        chunks = [self.rest]
+        missing = 4 + FRAME.unpack_from(self.rest)[0] - len(self.rest) if len(self.rest) >= FRAME.size else 0
+        while True:
+            chunks.append(await self.read_chunk())
+            missing -= len(chunks[-1])
+            if missing <= 0:
+                return b''.join(chunks) if self.rest else chunks[1]
+
+    async def read_chunk(self):
+        """The next bytes. Raises QueueError where none come, for two heartbeats and a second."""
+        silence = 2 * self.heartbeat + 1
+        try:
+            async with asyncio.timeout(silence) as bound:
+                chunk = await self.stream.read_bytes(CHUNK, partial=True)
+        except TimeoutError:
+            if not bound.expired():   # the kernel has given up first
+                raise
+            raise QueueError(f'no heartbeat for {silence:g} s') from None
+        self.heard = asyncio.get_running_loop().time()
+        return chunk
 
     def unpack(self, data):
         """The messages of all whole frames in `data`; other frames are answered on the way."""
@@ -2236,7 +2257,8 @@ class Publisher(Connection):
         try:
             await self.read()
         except UNREACHABLE as error:
-            self.lost = True
+            log.debug('nsqd %s: %s; the connection for dead letters', self, explained(error))
+            self.drop()
             self.answered(error)
 
     def answered(self, error=None):
@@ -3408,7 +3430,7 @@ class Consumer:
     # -- time
 
     async def tick(self):
-        """Looks after RDY, TOUCH and dead connections."""
+        """Looks after RDY and TOUCH."""
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
@@ -3417,9 +3439,6 @@ class Consumer:
             if self.held and now - self.last_touch >= min((c.msg_timeout for c in self.connections), default=60) / 8:
                 self.last_touch = now
                 self.touch(now)
-            for connection in self.connections:
-                if self.room.is_set() and now - connection.heard > 2 * connection.heartbeat + 1:
-                    connection.drop()
             self.crew.wake.set()
             await asyncio.sleep(TICK)
 

@@ -4,14 +4,17 @@ import contextlib
 import itertools
 import socket
 import sqlite3
+import struct
 import threading
+import types
 
 import proxies
 import pytest
 import servers
 from servers import wait_until
+from tornado.iostream import StreamClosedError
 
-from xmsrv import Connection, Crew, NameResolver, QueueError
+from xmsrv import Connection, Crew, Link, NameResolver, Publisher, QueueError
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'
 
@@ -329,6 +332,122 @@ def test_task_that_loses_a_cancellation_ends_all_the_same():
 def test_frame_of_a_size_that_there_is_not_ends_its_connection(data):
     with pytest.raises(QueueError, match='size'):
         Connection(('127.0.0.1', 1), None).unpack(data)
+
+
+class Chunks:
+    """The side of a stream that a connection reads: hands out data in chunks of that size, then the connection ends."""
+
+    def __init__(self, data, size):
+        self.chunks = iter([data[start:start + size] for start in range(0, len(data), size)])
+
+    async def read_bytes(self, most, partial):
+        try:
+            return next(self.chunks)
+        except StopIteration:
+            raise StreamClosedError from None
+
+    def write(self, data):
+        pass
+
+
+class Reader(Connection):
+    """Keeps what it reads, and counts the bytes that it looked at for that."""
+
+    def __init__(self, data, size):
+        super().__init__(('127.0.0.1', 1), None)
+        self.stream, self.bodies, self.looked_at = Chunks(data, size), [], 0
+
+    def unpack(self, data):
+        self.looked_at += len(data)
+        return super().unpack(data)
+
+    async def deliver(self, messages):
+        self.bodies += [message.body for message in messages]
+
+    def read_all(self):
+        with pytest.raises(StreamClosedError):
+            asyncio.run(self.read())
+        return self.bodies
+
+
+def delivered(*bodies):
+    """The frames of messages, each with a heartbeat behind it."""
+    return b''.join(proxies.frame(struct.pack('>qH16s', 1, 1, b'%016x' % number) + body, 2)
+                    + proxies.frame(b'_heartbeat_') for number, body in enumerate(bodies))
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 7, 8, 9, 33, 34, 35, 100, 1000, 5000, 1 << 16])
+def test_messages_are_the_same_in_whatever_chunks_they_come(size):
+    bodies = [b'', b'a', b'b' * 4000, b'', b'c' * 65_536, b'd' * 9]
+    assert Reader(delivered(*bodies), size).read_all() == bodies
+
+
+@pytest.mark.parametrize('megabytes', [1, 5, 25])
+def test_cost_of_a_large_message_grows_with_its_size(megabytes):
+    bodies = [b'small', b'x' * (megabytes << 20), b'behind it']
+    reader = Reader(delivered(*bodies), 1 << 16)
+    assert reader.read_all() == bodies
+    assert reader.looked_at < 2 * sum(map(len, bodies)) + (1 << 18)
+
+
+def test_large_message_arrives_beside_small_ones(xmsrv, nsqds):
+    nsqd, = nsqds(1, '--max-msg-size=40000000', '--max-body-size=50000000')
+    nsqd.create(TOPIC, CHANNEL)
+    large = b'{"n": 10, "text": "%s"}' % (b'x' * 30_000_000)
+    for bodies in (numbered(10), [large], numbered(10, 11)):
+        nsqd.publish(TOPIC, bodies)
+    xmsrv.once(nsqd, timeout='50s', idle_timeout='5s')
+    assert numbers(xmsrv) == list(range(21))
+    assert [len(bins['text']) for bins in xmsrv.records().values() if 'text' in bins] == [30_000_000]
+    assert (left([nsqd]), counts([nsqd], 'timeout_count'), connections(nsqd)) == (0, 0, 1)
+
+
+def shortlived(kind, address):
+    """A connection that waits 1.2 s for a heartbeat."""
+    options = types.SimpleNamespace(tls=None, auth_secret_file='', msg_timeout=None, connect_timeout=5)
+    host, _, port = address.rpartition(':')
+    made = kind((host, int(port)), Link(types.SimpleNamespace(nsq=options)), TOPIC, CHANNEL)
+    made.heartbeat = 0.1
+    return made
+
+
+async def read_silence(address):
+    connection = shortlived(Connection, address)
+    await connection.open()
+    try:
+        await connection.read()
+    finally:
+        connection.drop()
+
+
+async def publish_into_silence(address):
+    publisher = shortlived(Publisher, address)
+    await publisher.open()
+    try:
+        await publisher.publish([b'a dead letter'])
+    finally:
+        publisher.close()
+
+
+@pytest.mark.parametrize('meet', [read_silence, publish_into_silence])
+def test_connection_without_heartbeats_is_given_up_for_just_that(meet):
+    with proxies.FakeNsqd({}) as fake, pytest.raises(QueueError, match=r'^no heartbeat for 1\.2 s$'):
+        asyncio.run(meet(fake.tcp))
+
+
+def test_nsqd_that_falls_silent_is_given_up_for_want_of_a_heartbeat(xmsrv, nsqd):
+    """After two of its own, 10 s each; then it comes back."""
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, period='0')
+    xmsrv.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'the daemon is subscribed')
+    nsqd.suspend()
+    wait_until(lambda: f'warning: nsqd {nsqd.tcp}: ' in xmsrv.log.read_text(), 'the connection is given up', 40)
+    nsqd.resume()
+    assert f'nsqd {nsqd.tcp}: no heartbeat for 21 s' in xmsrv.log.read_text()
+    assert 'the connection was closed' not in xmsrv.log.read_text()
+    nsqd.publish(TOPIC, numbered(5))
+    wait_until(lambda: len(xmsrv.records()) == 5, 'the daemon is back', 30)
 
 
 def test_nsqd_that_hangs_at_the_end_holds_nothing_up(xmsrv, nsqd):
