@@ -1611,6 +1611,9 @@ def spelled(address):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_DEPTH = 64              # levels; a map or list of 65 is stored by Aerospike, and can never be read again
+# Bins of a record: RECORD_MAX_BINS of the Aerospike server. The client counts the operations of a record in 16 bits, so
+# it would write a part of 65,537 bins without an error. Kept for every store, as MAX_BIN_NAME.
+MAX_BINS = 32767
 INT64 = range(-1 << 63, 1 << 63)
 DIGITS = bytes.maketrans(b'123456789', b'000000000')
 LONG_NUMBER = b'0' * 19     # shorter runs of digits are inside 64 bit
@@ -1733,8 +1736,35 @@ def decode(body):
     return decode_carefully(body)
 
 
+COMPRESSIONS = {b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ': 'xz', b'BZh': 'bzip2', b'x\x9c': 'zlib'}
+
+
+def foreign_encoding(body):
+    """Names the encoding or compression of a body that is not plain UTF-8 (and so never JSON), else returns None."""
+    for signature, name in COMPRESSIONS.items():
+        if body.startswith(signature):
+            return f'the body is compressed by {name}, not JSON text'
+    encoding = json.detect_encoding(body)   # from the mark or, without one, from the zero bytes
+    if encoding == 'utf-8-sig':
+        return 'the body begins with a byte order mark (EF BB BF); JSON text has none'
+    if encoding == 'utf-8' or (len(encoding) > len('utf-16') and not decodes_as(body, encoding)):
+        return None
+    return f'the body is {encoding[:6].upper()}, not UTF-8'
+
+
+def decodes_as(body, encoding):
+    """Whether the body is text in this encoding, so that binary data with some zero bytes is not taken for it."""
+    try:
+        return '\0' not in body.decode(encoding)
+    except UnicodeError:
+        return False
+
+
 def decode_carefully(body):
     """As decode(), at a third of the speed, with the path of what is wrong."""
+    encoding = foreign_encoding(body)
+    if encoding:
+        raise Unfit('invalid-json', encoding)
     try:
         text = body.strip(b' \t\r\n').decode()
         value, end = scan_marking(text, 0)
@@ -1813,6 +1843,11 @@ def schema_detail(error):
     return '; '.join(sorted(faults)[:3])
 
 
+def too_many_bins(number):
+    """The detail for a record of so many bins."""
+    return f'{number} bins, with id-bin and time-bin; a record has at most {MAX_BINS}'
+
+
 class Mapper:
     """Makes the record of a message, by [message] and [record]."""
 
@@ -1875,6 +1910,8 @@ class Mapper:
             bins[self.time_bin] = moment
         if not bins:
             raise Unfit('unsupported-value', 'no field to store')
+        if len(bins) > MAX_BINS:
+            raise Unfit('unsupported-value', too_many_bins(len(bins)))
         return bins
 
     def look_at_names(self, fields):
@@ -2513,9 +2550,11 @@ class SqliteStore(Store):
         answers = []
         for record in records:
             answer = self.verdict(record, there[record.key]) if record.key in there else STORED
+            if answer is STORED and self.mode == 'update':
+                record.bins = {**there.get(record.key, {}), **record.bins}
+                if len(record.bins) > MAX_BINS:
+                    answer = Answer('rejected', 'unsupported-value', too_many_bins(len(record.bins)))
             if answer is STORED:
-                if self.mode == 'update':
-                    record.bins = {**there.get(record.key, {}), **record.bins}
                 there[record.key] = record.bins
             answers.append(answer)
         return answers

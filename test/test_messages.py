@@ -1,12 +1,16 @@
 """From the bytes of a message to its record, or to the reason why it can be none; and how RDY is dealt out."""
+import bz2
+import codecs
+import gzip
 import json
+import lzma
 import zlib
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from xmsrv import Mapper, Message, Unfit, decode, decode_carefully, load, shares
+from xmsrv import MAX_BINS, Mapper, Message, Unfit, decode, decode_carefully, load, shares
 
 TIMESTAMP = 1_700_000_000_000_000_000
 
@@ -88,8 +92,7 @@ def test_is_kept_exactly(body, value):
     # not UTF-8
     (b'{"a": "\xff"}', 'invalid-json', 'not UTF-8 at byte 7'),
     (b'{"a": "\xed\xa0\x80"}', 'invalid-json', 'not UTF-8 at byte 7'),
-    (b'\xef\xbb\xbf{"a": 1}', 'invalid-json', 'a value expected at character 0'),
-    ('{"a": 1}'.encode('utf-16'), 'invalid-json', 'not UTF-8 at byte 0'),
+    (b'x' * 40, 'invalid-json', 'a value expected at character 0'),
     # NaN, infinities, a name twice
     (b'{"a": NaN}', 'invalid-json', 'a: NaN is not JSON'),
     (b'{"a": [1, -Infinity]}', 'invalid-json', 'a[1]: -Infinity is not JSON'),
@@ -132,6 +135,32 @@ def test_is_refused_with_reason_and_path(body, reason, detail):
     found = unfit(decode, body)
     assert found == (reason, detail or found[1])
     assert found[1] and not found[1].startswith(':')
+
+
+BINARY_FAULT = ('not UTF-8', 'a value expected')
+
+
+@pytest.mark.parametrize('body, words', [
+    *[(text.encode(codec), codec[:6].upper()) for text in ('{"a": 1}', '["\u4f60"]', '"\U0001f600"') for codec in
+      ('utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-le', 'utf-32-be')],
+    (codecs.BOM_UTF16_BE + '[1]'.encode('utf-16-be'), 'UTF-16'),
+    (codecs.BOM_UTF16_LE + b'{', 'UTF-16'),
+    ('1'.encode('utf-16-le'), 'UTF-16'),
+    (codecs.BOM_UTF8 + b'{"a": 1}', 'byte order mark'),
+    (codecs.BOM_UTF8, 'byte order mark'),
+    (gzip.compress(b'{"a": 1}'), 'gzip'),
+    (b'\x1f\x8b', 'gzip'),
+    (bz2.compress(b'{"a": 1}'), 'bzip2'),
+    (lzma.compress(b'{"a": 1}'), 'xz'),
+    (zlib.compress(b'{"a": 1}'), 'zlib'),
+    (b'\0\0\0\0', BINARY_FAULT),
+    (b'\x07\0\xd8\xd8\xd8\xd8', BINARY_FAULT),
+    (b'\x89PNG\0\0', BINARY_FAULT),
+])
+def test_the_detail_names_an_encoding_that_is_not_utf_8(body, words):
+    reason, detail = unfit(decode, body)
+    assert reason == 'invalid-json'
+    assert any(word in detail for word in ([words] if isinstance(words, str) else words)), detail
 
 
 def test_a_detail_is_short_and_still_names_the_rule():
@@ -324,6 +353,26 @@ def test_a_bin_name_has_at_most_fifteen_bytes(record, name, good):
     else:
         reason, detail = unfit(lambda: record({name: 1}))
         assert (reason, detail.endswith(': over 15 bytes')) == ('bin-name', True)
+
+
+@pytest.mark.parametrize('options, own', [
+    ({}, 1), ({'id-bin': ''}, 0), ({'key': 'id'}, 2), ({'key': 'id', 'write': 'create'}, 1),
+    ({'bins': {'f1': 'renamed'}}, 1), ({'write': 'update'}, 1)])
+@pytest.mark.parametrize('over', [0, 1, 32769 - 2, 2 * 65536 - 32767])
+def test_a_record_has_at_most_32767_bins(record, options, own, over):
+    """One more the server refuses, and from 65,536 on the client writes a part. Nulls make no bin."""
+    body = {'id': 7, **{f'f{n}': n for n in range(MAX_BINS - own + over - 1)}, 'z': None}
+    if over:
+        assert unfit(lambda: record(body, record=options)) == (
+            'unsupported-value', f'{MAX_BINS + over} bins, with id-bin and time-bin; a record has at most 32767')
+    else:
+        assert len(record(body, record=options).bins) == MAX_BINS
+
+
+def test_fields_that_are_dropped_are_no_bins(record):
+    body = {f'f{n}': n for n in range(70_000)}
+    made = record(body, message={'unknown-fields': 'drop', 'fields': {'f69999': 'integer'}})
+    assert made.bins == {'f69999': 69_999, 'gid': made.key}
 
 
 def test_a_good_message_does_not_let_the_next_one_through(xmsrv):

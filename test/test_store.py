@@ -11,7 +11,7 @@ import servers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmsrv import DUPLICATE, STALE, STORED, Record, SqliteStore, StoreDown, load
+from xmsrv import DUPLICATE, MAX_BINS, STALE, STORED, Record, SqliteStore, StoreDown, load
 
 BY_ID = {'key': 'id'}
 
@@ -238,6 +238,17 @@ def test_update_merges_bins(opened, xmsrv):
     store.write([Record('k', {'a': 1, 'b': {'x': 1}}, None)])
     assert store.write([Record('k', {'b': {'y': 2}}, None), Record('k', {'c': 3}, None)]) == [STORED] * 2
     assert xmsrv.records() == {'k': {'a': 1, 'b': {'y': 2}, 'c': 3}}
+
+
+def test_update_never_merges_beyond_the_bins_of_a_record(opened, xmsrv):
+    """As in the cluster: what is there stays as it was."""
+    store = opened(write='update')
+    full = {f'f{n}': n for n in range(MAX_BINS)}
+    assert store.write([Record('k', dict(full), None)]) == [STORED]
+    answers = store.write([Record('k', {'other': 1}, None), Record('k', {'f0': 'new'}, None)])
+    assert [(answer.outcome, answer.reason) for answer in answers] == [
+        ('rejected', 'unsupported-value'), ('stored', None)]
+    assert xmsrv.records() == {'k': {**full, 'f0': 'new'}}
 
 
 # --- a store that can't be opened: nothing is taken
