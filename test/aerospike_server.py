@@ -32,11 +32,12 @@ NODE, BUILD, CLUSTER = 'BB901000000FC02', '8.1.1.2', 'standin'
 PARTITIONS = 4096
 EPOCH = 1262304000    # s; void times count from the start of 2010 (UTC)
 LONGEST_TTL = 315360000  # s, ten years
+MAX_BINS = 32767      # of a record
 DEFAULT_TTL, KEEP_TTL, NEVER = 0, 0xfffffffe, 0xffffffff
 CHUNK = 500           # records in a frame of a query's answer
 
 # Result codes.
-OK, NOT_FOUND, WRONG_GENERATION, BAD_REQUEST, EXISTS, TOO_BIG = 0, 2, 3, 4, 5, 13
+OK, NOT_FOUND, WRONG_GENERATION, BAD_REQUEST, EXISTS, NO_SPACE, TOO_BIG = 0, 2, 3, 4, 5, 8, 13
 NO_NAMESPACE, BAD_BIN_NAME, FORBIDDEN, FILTERED_OUT, NO_INDEX = 20, 21, 22, 27, 201
 NO_SECURITY, BAD_COMMAND, NO_USER, BAD_CREDENTIAL, NOT_AUTHENTICATED = 51, 54, 60, 65, 80
 
@@ -295,6 +296,7 @@ class Namespace:
 
     def __init__(self, server):
         self.server, self.records = server, {}
+        self.set_count_limits = {}   # name of a set -> its stop-writes-count
 
     def live(self, digest):
         """The record, None where there is none or it has expired."""
@@ -311,6 +313,7 @@ class Namespace:
             if request.info2 & WRITE and request.info2 & DELETE:
                 return self.remove(request, digest)
             if request.info2 & WRITE:
+                self.check_stop_writes()
                 check_ops(request)
             elif not request.info1 & READ:
                 raise Refused(BAD_REQUEST)
@@ -344,6 +347,8 @@ class Namespace:
             raise Refused(NOT_FOUND)
         if old and request.info2 & CREATE_ONLY:
             raise Refused(EXISTS)
+        if old is None:
+            self.check_set_count(request.set)
         check_generation(request, old)
         check_filter(request, old)
         new = self.written(request, old)
@@ -368,9 +373,23 @@ class Namespace:
                 bins[name] = raw[:4] + b'\1' + raw[5:]  # OP_READ: as it is read
         generation = old.generation % 0xffff + 1 if old else 1
         new = Record(request.set, request.key or (old and old.key), generation, void_time, bins)
+        if len(bins) > MAX_BINS:
+            raise Refused(BAD_REQUEST)
         if size(new) > self.server.max_record_size:
             raise Refused(TOO_BIG)
         return new
+
+    def check_stop_writes(self):
+        if self.server.clock_skew_stop_writes:
+            raise Refused(FORBIDDEN)
+        if self.server.stop_writes:
+            raise Refused(NO_SPACE)
+
+    def check_set_count(self, name):
+        """A set at its stop-writes-count takes no new record; what is there can be written."""
+        limit = self.set_count_limits.get(name.decode(), 0)
+        if limit and sum(record.set == name for record in self.records.values()) >= limit:
+            raise Refused(FORBIDDEN)
 
     def void_time(self, ttl, old):
         """When a write with that ttl expires, 0 for never; Refused where the ttl may not be."""
@@ -548,7 +567,8 @@ class AerospikeServer:
     """Has started when it was made, on a free port of its own where `port` is 0.
 
     tls: an SSLContext of the server's side. users: name -> password; with them a log-in comes before all else. Set at
-    any time: nsup_period, default_ttl, allow_ttl_without_nsup, max_record_size, and what goes wrong:
+    any time: nsup_period, default_ttl, allow_ttl_without_nsup, max_record_size, stop_writes, clock_skew_stop_writes,
+    build (its version), batch_max_requests (which is only told), and what goes wrong:
 
     judge(write): called before each write of a record is done. None lets it be, an int is answered instead, Lost(code)
         is answered after it. `write` is a Write.
@@ -560,6 +580,8 @@ class AerospikeServer:
         self.host, self.tls, self.users = host, tls, users
         self.nsup_period, self.default_ttl, self.allow_ttl_without_nsup = nsup_period, 0, False
         self.max_record_size = 1 << 20
+        self.stop_writes = self.clock_skew_stop_writes = False
+        self.build, self.batch_max_requests = BUILD, 0
         self.judge, self.delay, self.drop_answers, self.refuse_logins = None, 0, 0, None
         self.writes = 0
         self.namespaces = {name: Namespace(self) for name in namespaces}
@@ -765,13 +787,14 @@ class AerospikeServer:
     def _info_of(self, line):
         command, _, rest = re.match('([^/:]*)([/:]?)(.*)', line).groups()
         known = {
-            'node': NODE, 'build': BUILD, 'cluster-name': CLUSTER, 'status': 'ok', 'user-agent-set': 'ok',
+            'node': NODE, 'build': self.build, 'cluster-name': CLUSTER, 'status': 'ok', 'user-agent-set': 'ok',
             'edition': 'Aerospike Community Edition', 'partition-generation': '0', 'peers-generation': '0',
             'service-clear-std': self.address, 'service-tls-std': self.address, 'namespaces': ';'.join(self.namespaces)}
         if command in ('peers-clear-std', 'peers-tls-std'):
             return f'0,{self.port},[]'
         made = {'replicas': self._replicas, 'statistics': self._statistics, 'namespace': self._namespace,
-                'sets': self._sets}
+                'sets': self._sets, 'set-config': self._set_config, 'truncate': self._truncate,
+                'get-config': self._get_config}
         if command in made:
             return made[command](rest)
         return known.get(command, 'ERROR:4:unrecognized command')
@@ -792,7 +815,8 @@ class AerospikeServer:
             return 'type=unknown'
         return pairs({
             'ns_cluster_size': 1, 'effective_replication_factor': 1, 'objects': len(self._records(name)),
-            'stop_writes': False, 'allow-ttl-without-nsup': self.allow_ttl_without_nsup,
+            'stop_writes': self.stop_writes, 'clock_skew_stop_writes': self.clock_skew_stop_writes,
+            'allow-ttl-without-nsup': self.allow_ttl_without_nsup,
             'default-ttl': self.default_ttl, 'max-record-size': self.max_record_size, 'nsup-period': self.nsup_period,
             'replication-factor': 1, 'storage-engine': 'memory'})
 
@@ -803,8 +827,35 @@ class AerospikeServer:
         counts = collections.Counter((each, record.set.decode()) for each in ([name] if name else self.namespaces)
                                      for record in self._records(each).values() if record.set)
         if wanted:
-            return f'objects={counts[name, wanted]}:tombstones=0;' if (name, wanted) in counts else ''
-        return ''.join(f'ns={each}:set={set}:objects={count}:tombstones=0;' for (each, set), count in counts.items())
+            return self._set_facts(name, wanted, counts[name, wanted]) if (name, wanted) in counts else ''
+        return ''.join(f'ns={each}:set={set}:{self._set_facts(each, set, count)}'
+                       for (each, set), count in counts.items())
+
+    def _set_facts(self, namespace, name, count):
+        limit = self.namespaces[namespace].set_count_limits.get(name, 0)
+        return f'objects={count}:tombstones=0:stop-writes-count={limit};'
+
+    def _set_config(self, rest):
+        """Only the stop-writes-count of a set."""
+        options = dict(pair.partition('=')[::2] for pair in rest.split(';'))
+        if not {'id', 'set', 'stop-writes-count'} <= set(options) or options['id'] not in self.namespaces:
+            return 'ERROR:4:bad parameter'
+        self.namespaces[options['id']].set_count_limits[options['set']] = int(options['stop-writes-count'])
+        return 'ok'
+
+    def _truncate(self, rest):
+        """Of a set, all that is there now."""
+        options = dict(pair.partition('=')[::2] for pair in rest.split(';'))
+        if options.get('namespace') not in self.namespaces or not options.get('set'):
+            return 'ERROR:4:bad parameter'
+        with self._lock:
+            namespace = self.namespaces[options['namespace']]
+            namespace.records = {digest: record for digest, record in namespace.records.items()
+                                 if record.set != options['set'].encode()}
+        return 'ok'
+
+    def _get_config(self, _):
+        return pairs({'batch-max-requests': self.batch_max_requests, 'proto-fd-max': 15000})
 
 
 def pairs(values):

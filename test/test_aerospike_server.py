@@ -329,6 +329,87 @@ def test_missing_record_is_refused_by_update_and_replace_only(client, key):
     assert client.get(key('old'))[2] == {'a': 2}
 
 
+LONG = {'total_timeout': 30000}   # for calls of many values, on a machine that has other work
+
+
+def bins_of(number):
+    return {f'{n:x}': n for n in range(number)}
+
+
+@pytest.mark.parametrize(('more', 'result'), [(0, (0, [0, 0])), (1, (-16, [4, 0]))])
+@pytest.mark.parametrize('policy', [REPLACE, CREATE, None], ids=['replace', 'create', 'update'])
+def test_record_of_too_many_bins_alone_is_refused(client, key, policy, more, result):
+    assert write(client, [(key('many'), bins_of(32767 + more)), (key('good'), {'a': 1})], policy, **LONG) == result
+    if more:
+        assert code(client.get, key('many')) == 2
+    else:
+        assert client.get(key('many'), LONG)[2] == bins_of(32767)
+
+
+def test_update_that_would_make_too_many_bins_is_refused(client, key):
+    assert write(client, [(key(1), bins_of(32767))], **LONG) == (0, [0])
+    assert write(client, [(key(1), {'other': 1}), (key(1), {'0': 'new'})], **LONG) == (-16, [4, 0])
+    assert client.get(key(1), LONG)[2] == {**bins_of(32767), '0': 'new'}
+
+
+def test_client_counts_operations_in_16_bits(client, key):
+    """It says that all were written."""
+    assert write(client, [(key('cut'), bins_of(65537)), (key('good'), {'a': 1})], **LONG) == (0, [0, 0])
+    assert client.get(key('cut'))[2] == bins_of(1)
+
+
+def test_no_operations_by_that_count_spoil_the_whole_batch(client, key):
+    result, records = write(client, [(key('none'), bins_of(65536)), (key('good'), {'a': 1})], max_retries=0, **LONG)
+    assert result < 0 and records == [-15, -15]
+    assert [code(client.get, key(name)) for name in ('none', 'good')] == [2, 2]
+
+
+@pytest.mark.parametrize('size', [1, 31, 32, 255, 256, 65535, 65536, 900_000])
+def test_sizes_are_kept(client, key, size):
+    """At the limits of the numbers in which msgpack and the protocol keep a size."""
+    few = min(size, 70_000)
+    for value in ('x' * size, ['x' * size], {'x' * size: 1}, list(range(few)), {f'{n}': n for n in range(few)}):
+        client.put(key('size'), {'v': value}, {}, {**REPLACE, **LONG})
+        assert client.get(key('size'), LONG)[2] == {'v': value}
+
+
+@pytest.mark.parametrize('size', [1, 255, 256, 65535, 65536, 1_000_000])
+def test_key_is_kept_at_any_length(client, key, size):
+    write(client, [(key('k' * size), {'a': 1})], SEND_KEY)
+    assert [row[0][2] for row in client.query('test', key('')[1]).results()] == ['k' * size]
+
+
+def test_key_counts_for_the_size_of_its_record(client, key):
+    assert write(client, [(key('k' * MIB), {'a': 1}), (key('good'), {'a': 1})], SEND_KEY) == (-16, [13, 0])
+
+
+@pytest.mark.parametrize(('name', 'good'), [('s' * 63, True), ('s' * 64, False), ('\u00e9' * 32, False)])
+def test_set_name_has_at_most_63_bytes(server, local, name, good):
+    records = [(('test', name, 'k'), {'a': 1})]
+    if good:
+        assert write(local, records) == (0, [0])
+    else:
+        with pytest.raises(exception.ParamError):
+            write(local, records)
+
+
+def test_ttl_and_timeout_wrap_round_in_the_client(client, key):
+    """They have 32 bits: so x-msrv never passes on more."""
+    assert write(client, [(key(1), {'a': 1})], {'ttl': (1 << 32) + 60})[1] == [0]
+    assert client.exists(key(1))[1]['ttl'] in (59, 60)
+
+
+def test_generation_wraps_round(server, local):
+    """It has 16 bits; a write that does not ask for one is not held up."""
+    at, = local_keys(1)
+    local.put(at, {'a': 0})
+    digest, = server.namespaces['test'].records
+    records = server.namespaces['test'].records
+    records[digest] = records[digest]._replace(generation=0xffff)
+    assert write(local, [(at, {'a': 1})]) == (0, [0])
+    assert local.get(at)[1]['gen'] == 1
+
+
 def test_last_of_two_operations_on_a_bin_wins(client, key):
     rows = [Write(key(n), [operations.write('a', 1), operations.write('a', 2)]) for n in range(2)]
     client.batch_write(BatchRecords(rows))
@@ -482,6 +563,35 @@ def test_ttl_is_refused_where_nothing_would_expire():
 
 
 # ------------------------------------------------------------------------------------------------------- query and info
+
+def limit_set(client, name, count):
+    client.info_all(f'set-config:context=namespace;id=test;set={name};stop-writes-count={count}')
+
+
+def test_full_set_takes_no_new_record(client, key):
+    own = key(1)[1]
+    assert write(client, [(key(n), {'a': n}) for n in range(2)]) == (0, [0, 0])
+    try:
+        limit_set(client, own, 2)
+        assert facts(info(client, f'sets/test/{own}'), ':')['stop-writes-count'] == '2'
+        assert write(client, [(key(n), {'a': n}) for n in range(3)]) == (-16, [0, 0, 22])
+    finally:
+        limit_set(client, own, 0)
+    assert write(client, [(key(2), {'a': 2})]) == (0, [0])
+
+
+def test_truncate_takes_out_a_set(client, key):
+    write(client, [(key(n), {'a': n}) for n in range(3)])
+    client.info_all(f'truncate:namespace=test;set={key(1)[1]}')
+    wait_until(lambda: code(client.get, key(1)) == 2, 'it is gone')
+
+
+@pytest.mark.parametrize(('option', 'result'), [('stop_writes', 8), ('clock_skew_stop_writes', 22)])
+def test_stopped_writes_are_told_by_info(server, local, option, result):
+    setattr(server, option, True)
+    assert write(local, [(each, {'a': 1}) for each in local_keys(2)]) == (-16, [result] * 2)
+    assert facts(info(local, 'namespace/test'))[option] == 'true'
+
 
 def test_query_reads_everything_back_with_its_key(client, key):
     names = [*range(600), *(f'name {n}' for n in range(600))]
