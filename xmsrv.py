@@ -763,6 +763,7 @@ MAX_NAME = 64         # characters of a topic or channel: nsq internal/protocol/
 MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store, so that a pipeline can move
 UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
+CLIENT_CONNECTIONS = 100   # of the Aerospike client to each node: its own default (max_conns_per_node)
 SIZES = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
 
 
@@ -1510,6 +1511,9 @@ def cross_warnings(config):
         yield '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'
     if config.store == 'aerospike' and config.aerospike.user and not config.aerospike.tls:
         yield '[aerospike] user without [[tls]]: what proves the password crosses the network in the clear'
+    if config.store == 'aerospike' and config.aerospike.writers > CLIENT_CONNECTIONS:
+        yield (f'[aerospike] writers = {config.aerospike.writers}: the client has {CLIENT_CONNECTIONS} connections to '
+               'each node, so calls beyond that fail and are tried again')
     if config.dead_letter.discard:
         yield '[dead-letter] discard = yes: what can never become a record is thrown away'
     if os.path.exists(UNIT):
@@ -2609,8 +2613,102 @@ ANSWERS = {
 }
 JUDGED = ('stored', 'duplicate', 'filtered')   # answers that a write only gets where its form is right
 ADVICE = {8: 'make room', 9: 'see whether the nodes are overloaded or gone', 18: 'the disks are too slow for the load',
-          20: 'see namespace in [aerospike]', 22: 'see ttl in [record] and nsup-period of the namespace',
+          20: 'see namespace in [aerospike]',
+          22: 'a stop-writes limit of the set, clock skew between the nodes, or a ttl where nsup-period is 0; '
+              'x-msrv check --connect names it',
           80: 'see user in [aerospike]', 81: 'give the user the role read-write', 82: 'the whitelist lacks this host'}
+FORBIDDING = (8, 22)     # answers for which a node's own facts name the cause
+MIN_SERVER = (6, 0)      # the first server that takes batches of writes
+INT32_MAX = 0x7FFFFFFF   # ms: the client counts them in 32 bits; what is over wraps round, and 0 would be no limit
+
+
+def milliseconds(seconds):
+    """Seconds as the client takes a limit: whole milliseconds, never 0 (which is no limit) nor over its 32 bits."""
+    return min(INT32_MAX, max(50, int(seconds * 1000)))
+
+
+def facts_of(text, separator):
+    """`a=1;b=true`, an answer to an info question, as a dict."""
+    return dict(fact.partition('=')[::2] for fact in text.strip(';').split(separator))
+
+
+def whole(facts, name):
+    """A fact that is a whole number; 0 where a server does not have it."""
+    return int(facts[name]) if facts.get(name, '').isdecimal() else 0
+
+
+def check_version(where, version):
+    """Raises StoreDown for a server (`5.7.0.8`) below MIN_SERVER; a version of another form is taken as new enough."""
+    numbers = re.match(r'(\d+)\.(\d+)', version)
+    if numbers and tuple(map(int, numbers.groups())) < MIN_SERVER:
+        raise StoreDown(f'{where}: server {version} is too old: {".".join(map(str, MIN_SERVER))} or newer is needed')
+
+
+def write_obstacles(ttl, namespace, set_):
+    """Yields why a node forbids writes, by its facts of the namespace and of the set (dicts of info)."""
+    if namespace.get('stop_writes') == 'true':
+        yield 'the namespace stops writes (stop_writes): a limit of its storage or memory is reached'
+    if namespace.get('clock_skew_stop_writes') == 'true':
+        yield 'the clocks of the nodes differ too much (clock_skew_stop_writes)'
+    used = {'stop-writes-count': ('objects',),
+            'stop-writes-size': ('data_used_bytes', 'memory_data_bytes', 'device_data_bytes')}   # the latter up to 6.4
+    for option, counters in used.items():
+        limit = whole(set_, option)
+        if limit and sum(whole(set_, counter) for counter in counters) >= limit:
+            yield f'the set has reached its {option} of {limit}'
+    default = whole(set_, 'default-ttl') or whole(namespace, 'default-ttl')
+    if (ttl or default) not in (0, NEVER) and namespace.get('nsup-period') == '0' and (
+            namespace.get('allow-ttl-without-nsup') != 'true'):
+        source = '' if ttl else f' (default-ttl = {default})'
+        yield f'a ttl is refused{source}, for nsup-period is 0 and allow-ttl-without-nsup is off'
+
+
+class ConnectLog:
+    """Collects what the client logs while it connects: its exceptions say `Failed to connect`, not which host nor why.
+
+    The client has one log for the whole process, so it is turned off again.
+    """
+
+    LINE = re.compile(r'Failed to (?:lookup|connect to seed) (\S+) (\d+)\. (?:AEROSPIKE_(\w+) ?)?(.*)', re.DOTALL)
+
+    def __init__(self, client_module):
+        self.module, self.lines = client_module, []
+
+    def __enter__(self):
+        self.module.set_log_level(self.module.LOG_LEVEL_WARN)
+        self.module.set_log_handler(self.collect)
+        return self
+
+    def __exit__(self, *exception):
+        self.module.set_log_handler(None)
+
+    def collect(self, level, function, path, line, text):
+        """Takes one line."""
+        self.lines.append(text)
+
+    def reasons(self):
+        """`host:port: why` of each host that failed, or nothing where the client did not say."""
+        found, before = [], []   # before: what TLS says comes in lines of its own, ahead of the host's
+        for text in self.lines:
+            match = self.LINE.match(text)
+            if match:
+                host, port, code, rest = match.groups()
+                why = '; '.join([*before, reason_of(code or '', rest)])
+                found.append(f'{spelled((host, port))}: {shortened(why, 300)}')
+            before = [] if match else [*before, text]
+        return list(dict.fromkeys(found))
+
+
+def reason_of(code, text):
+    """The reason in the client's line about a host: without the address, which comes twice, and in words."""
+    text = re.sub(r'(, | from )(\[\S+\]|[^\s:]+):\d+$', '', text).removeprefix('AEROSPIKE_' + code)
+    text = re.sub(r'^Invalid hostname \S+: ', '', text)
+    text = re.sub(r'^Socket \w+ error: (\d+)$', lambda found: os.strerror(int(found[1])), text)
+    if text.startswith('Invalid proto'):
+        return 'what answers there is no Aerospike server'
+    if code == 'ERR_TIMEOUT' and not text:
+        return 'no answer in time'
+    return text or code.removeprefix('ERR_').replace('_', ' ').lower()
 
 
 class AerospikeStore(Store):
@@ -2629,6 +2727,7 @@ class AerospikeStore(Store):
         self.patience = options.total_timeout + 0.5
         self.where = f'aerospike {", ".join(map(spelled, options.hosts))}: {self.namespace}.{self.set}'
         self.client, self.proven, self.strange = None, False, False
+        self.advice = {}   # code -> what the nodes named as its cause
         impossible = ({5} if self.record.write != 'create' else set()) | ({27} if not self.time_bin else set())
         self.answers = {code: outcome for code, outcome in ANSWERS.items() if code not in impossible}
 
@@ -2643,14 +2742,22 @@ class AerospikeStore(Store):
         self.policy = {'key': aerospike.POLICY_KEY_SEND, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
                        'exists': getattr(aerospike, EXISTS[self.record.write]), 'ttl': self.record.ttl}
         self.filter = newest_wins(self.time_bin) if self.time_bin else None
-        try:
-            self.client = self.connected(self.client_config())
-            log.debug('%s: connected', self.where)
-        except (OSError, ValueError) as error:   # a secret that was there when the file was checked
-            raise StoreDown(f'{self.where}: {self.options.password_file}: '
-                            f'{getattr(error, "strerror", None) or error}') from None
-        except aerospike.exception.AerospikeError as error:
-            raise StoreDown(f'{self.where}: {self.named(error.code)}: {shortened(str(error.msg), 200)}') from None
+        self.connect()
+        for version in self.ask('build').values():
+            check_version(self.where, version)
+        log.debug('%s: connected', self.where)
+
+    def connect(self):
+        """Connects the client. Raises StoreDown, with the reason for each host."""
+        with ConnectLog(self.aerospike) as connect_log:
+            try:
+                self.client = self.connected(self.client_config())
+            except (OSError, ValueError) as error:   # a secret that was there when the file was checked
+                raise StoreDown(f'{self.where}: {self.options.password_file}: '
+                                f'{getattr(error, "strerror", None) or error}') from None
+            except self.aerospike.exception.AerospikeError as error:
+                reason = '; '.join(connect_log.reasons()) or shortened(str(error.msg), 200)
+                raise StoreDown(f'{self.where}: {self.named(error.code)}: {reason}') from None
 
     def connected(self, config):
         """A client that is connected. It refuses a cluster of which it finds one node and misses one of the hosts (of
@@ -2669,8 +2776,7 @@ class AerospikeStore(Store):
     def client_config(self):
         """The client's own configuration; it refuses a name that it does not know (validate_keys)."""
         options, tls = self.options, self.options.tls
-        milliseconds = int(options.total_timeout * 1000)
-        config = {'validate_keys': True, 'connect_timeout': milliseconds,
+        config = {'validate_keys': True, 'connect_timeout': milliseconds(options.total_timeout),
                   'hosts': [(*host, tls.name) if tls and tls.name else host for host in options.hosts],
                   'policies': {'batch_write': self.policy}}
         if options.user:
@@ -2684,12 +2790,20 @@ class AerospikeStore(Store):
     def named(self, code):
         """An answer's code by its name, and what to do about it."""
         name = self.names.get(code, 'not known to the client')
-        return f'{code} {name}' + (f' ({ADVICE[code]})' if code in ADVICE else '')
+        advice = self.advice.get(code) or ADVICE.get(code)
+        return f'{code} {name}' + (f' ({advice})' if advice else '')
+
+    def look_for_cause(self, codes, deadline):
+        """Asks the nodes for the cause of the forbidding answers among `codes`, so that the advice names that one."""
+        for code in set(codes).intersection(FORBIDDING):
+            self.advice[code] = None   # what held for an earlier batch may be over
+            with contextlib.suppress(StoreDown):
+                self.advice[code] = '; '.join(self.obstacles(deadline))
 
     def limits(self, deadline):
         """The policy of one call that has to be back at `deadline` (monotonic)."""
-        milliseconds = max(50, int((deadline - time.monotonic()) * 1000))
-        return {'total_timeout': milliseconds, 'socket_timeout': milliseconds, 'max_retries': 0}
+        left = milliseconds(deadline - time.monotonic())
+        return {'total_timeout': left, 'socket_timeout': left, 'max_retries': 0}
 
     # -- a batch's way
 
@@ -2700,6 +2814,8 @@ class AerospikeStore(Store):
         self.call(writes, deadline)
         outcomes = [self.answers.get(write.result, 'unknown') for write in writes]
         self.proven = self.proven or any(outcome in JUDGED for outcome in outcomes)
+        if 'stop' in outcomes:
+            self.look_for_cause((write.result for write in writes), deadline)
         answers = [STORED if outcome == 'stored' else self.answer(outcome, write)
                    for outcome, write in zip(outcomes, writes, strict=True)]
         filtered = [place for place, outcome in enumerate(outcomes) if outcome == 'filtered']
@@ -2781,37 +2897,63 @@ class AerospikeStore(Store):
     # -- what is at the other end
 
     def describe(self):
-        """Nodes, version, whether the namespace is there, what it says of ttl and of the size of a record."""
-        version = self.ask('build')
-        facts = dict(fact.partition('=')[::2] for fact in self.ask(f'namespace/{self.namespace}').split(';'))
-        objects = dict(fact.partition('=')[::2] for fact in self.ask(f'sets/{self.namespace}/{self.set}').split(':'))
-        nodes = len(self.client.get_node_names())
-        line = (f'{self.where}: {nodes} node{"s" * (nodes > 1)}, server {version}, {objects.get("objects", 0)} records '
-                f'of at most {facts.get("max-record-size")} bytes, nsup-period {facts.get("nsup-period")}')
-        return line, list(self.problems(facts))
+        """Nodes, version, records, and what the namespace says of ttl and the size of a record; and what is wrong."""
+        versions, namespaces, sets = self.ask('build'), *self.facts()
+        if not any('nsup-period' in facts for facts in namespaces.values()):
+            names = next(iter(self.ask('namespaces').values())).replace(';', ', ')
+            problem = f'{self.where}: no such namespace; there are {names}'
+            return f'{self.where}: server {versions_of(versions)}', [problem]
+        facts = next(facts for facts in namespaces.values() if 'nsup-period' in facts)
+        copies = whole(facts, 'effective_replication_factor') or 1
+        records = sum(whole(facts, 'objects') for facts in sets.values()) // copies
+        line = (f'{self.where}: {len(versions)} node{"s" * (len(versions) > 1)}, server {versions_of(versions)}, '
+                f'{records} records of at most {facts.get("max-record-size")} bytes, default-ttl '
+                f'{facts.get("default-ttl")}, nsup-period {facts["nsup-period"]}')
+        return line, [f'{self.where}: {problem}' for problem in self.obstacles() + self.batch_limits()]
 
-    def problems(self, facts):
-        """Yields what would go wrong, by what the namespace says of itself."""
-        if 'nsup-period' not in facts:
-            yield f'{self.where}: no such namespace; there are {self.ask("namespaces").replace(";", ", ")}'
-        elif (self.record.ttl not in (0, NEVER)
-                and facts['nsup-period'] == '0' and facts.get('allow-ttl-without-nsup') != 'true'):
-            yield f'{self.where}: a ttl is refused, for nsup-period is 0 and allow-ttl-without-nsup is off'
+    def batch_limits(self):
+        """The fault of a batch-size that a server does not take, where it may be asked."""
+        texts = ()
+        with contextlib.suppress(StoreDown):
+            texts = self.ask('get-config:context=service').values()
+        limits = {whole(facts_of(text, ';'), 'batch-max-requests') for text in texts} - {0}   # 0: without limit
+        return [f'batch-size = {self.batch_size} is over batch-max-requests = {limit} of the server'
+                for limit in sorted(limits)[:1] if limit < self.batch_size]
 
-    def ask(self, question):
-        """What the first node that answers says to an info question."""
+    def obstacles(self, deadline=None):
+        """Why writes are forbidden, each once for all nodes. Raises StoreDown."""
+        namespaces, sets = self.facts(deadline)
+        return list(dict.fromkeys(obstacle for node, facts in namespaces.items()
+                                  for obstacle in write_obstacles(self.record.ttl, facts, sets.get(node, {}))))
+
+    def facts(self, deadline=None):
+        """What each node says of the namespace and of the set, by node. Raises StoreDown."""
+        namespaces = self.ask(f'namespace/{self.namespace}', deadline)
+        sets = self.ask(f'sets/{self.namespace}/{self.set}', deadline)
+        return ({node: facts_of(text, ';') for node, text in namespaces.items()},
+                {node: facts_of(text, ':') for node, text in sets.items()})
+
+    def ask(self, question, deadline=None):
+        """What each node that answers says to an info question, by node; deadline: monotonic. Raises StoreDown."""
+        policy = {'timeout': milliseconds(deadline - time.monotonic())} if deadline else None
         try:
-            for error, answer in self.client.info_all(question).values():
-                if not error and answer:
-                    return answer.strip()
+            answers = self.client.info_all(question, policy)
         except self.aerospike.exception.AerospikeError as error:
             raise StoreDown(f'{self.where}: {self.named(error.code)}') from None
-        raise StoreDown(f'{self.where}: no node answers')
+        found = {node: answer.strip() for node, (error, answer) in answers.items() if not error and answer is not None}
+        if not found:
+            raise StoreDown(f'{self.where}: no node answers')
+        return found
 
     def close(self):
         """Disconnects."""
         if self.client:
             self.client.close()
+
+
+def versions_of(versions):
+    """The versions of the nodes, each once."""
+    return ' and '.join(dict.fromkeys(versions.values()))
 
 
 EXISTS = {'replace': 'POLICY_EXISTS_CREATE_OR_REPLACE', 'create': 'POLICY_EXISTS_CREATE',

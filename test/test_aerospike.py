@@ -2,6 +2,7 @@
 import contextlib
 import os
 import random
+import re
 import ssl
 import time
 
@@ -16,7 +17,21 @@ from aerospike_helpers import expressions as exp
 from aerospike_server import Lost
 from clusters import NAMESPACE
 
-from xmsrv import ANSWERS, DUPLICATE, STALE, STORED, AerospikeStore, Record, StoreDown, load, newest_wins
+from xmsrv import (
+    ANSWERS,
+    DUPLICATE,
+    STALE,
+    STORED,
+    AerospikeStore,
+    Record,
+    StoreDown,
+    check_version,
+    load,
+    milliseconds,
+    newest_wins,
+    reason_of,
+    write_obstacles,
+)
 
 BY_ID = {'key': 'id'}
 
@@ -114,6 +129,18 @@ def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, 
         return cluster.rows()
 
     roundtrip.check(nsqd, xmsrv, rows, **settings)
+
+
+@pytest.mark.parametrize('seconds, limit', [
+    (-1, 50), (0.01, 50), (2, 2000), (86400, 86_400_000), (0x7FFFFFFF / 1000, 0x7FFFFFFF),
+    (2**32 / 1000, 0x7FFFFFFF), (3650 * 86400, 0x7FFFFFFF)])
+def test_a_limit_of_time_stays_within_what_the_client_counts(seconds, limit):
+    """2**32 ms would be no limit at all, and one second more would be one second."""
+    assert milliseconds(seconds) == limit
+
+
+def test_a_very_long_total_timeout(opened, cluster):
+    assert opened(cluster, more={'total-timeout': '3650d'}).write(numbered(2)) == [STORED] * 2
 
 
 # ---------------------------------------------------------------------------------------------------- the newest wins
@@ -271,6 +298,124 @@ def test_filtered_out_by_what_is_gone_is_tried_again(opened, standin):
     assert answer.outcome == 'retry'
 
 
+@contextlib.contextmanager
+def full_set(cluster):
+    cluster.client.info_all(f'set-config:context=namespace;id={NAMESPACE};set={cluster.set};stop-writes-count=2')
+    yield
+    cluster.client.info_all(f'set-config:context=namespace;id={NAMESPACE};set={cluster.set};stop-writes-count=0')
+
+
+@contextlib.contextmanager
+def no_expiry(cluster):
+    cluster.server.nsup_period, cluster.server.default_ttl = 0, 60
+    yield
+
+
+@contextlib.contextmanager
+def clock_skew(cluster):
+    cluster.server.clock_skew_stop_writes = True
+    yield
+
+
+@contextlib.contextmanager
+def full_namespace(cluster):
+    cluster.server.stop_writes = True
+    yield
+
+
+FORBIDDEN = {full_set: (22, 'the set has reached its stop-writes-count of 2'),
+             no_expiry: (22, 'a ttl is refused (default-ttl = 60)'),
+             clock_skew: (22, 'the clocks of the nodes differ too much'),
+             full_namespace: (8, 'the namespace stops writes')}
+
+
+@pytest.mark.parametrize('cause', FORBIDDEN, ids=lambda cause: cause.__name__)
+def test_the_advice_names_the_cause_of_a_forbidden_write(nsqd, xmsrv, standin, cause):
+    """ttl is the default, so it is not what has to be looked at."""
+    code, words = FORBIDDEN[cause]
+    xmsrv.configure(nsqd, **standin.settings())
+    nsqd.publish('orders', ['{"n": 1}', '{"n": 2}', '{"n": 3}'])
+    standin.put('k', {'n': 0})
+    standin.put('l', {'n': 0})
+    with cause(standin):
+        said = xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr
+        checked = xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE)
+    assert f'answer {code} ' in said and words in said
+    assert words in checked.stderr and NAMESPACE in checked.stdout
+
+
+def test_a_forbidden_write_without_a_known_cause_gets_general_advice(opened, standin):
+    answer = answered(opened(standin), standin, 22)[2]
+    assert 'check --connect' in answer.detail
+
+
+def test_what_a_full_set_holds_can_still_be_written(opened, cluster):
+    """The limit is on new records."""
+    store = opened(cluster)
+    assert store.write(numbered(2)) == [STORED] * 2
+    with full_set(cluster):
+        servers.wait_until(lambda: outcomes(store.write([Record('new', {'n': 3}, None)])) == ['stop'], 'it is full')
+        assert store.write(numbered(2)) == [STORED] * 2
+
+
+LIMITED = {'objects': '10', 'stop-writes-count': '10', 'data_used_bytes': '999', 'stop-writes-size': '1000'}
+
+
+@pytest.mark.parametrize('ttl, namespace, set_, words', [
+    (0, {}, {}, []),
+    (0, {'stop_writes': 'false', 'clock_skew_stop_writes': 'false', 'nsup-period': '0', 'default-ttl': '0'}, {}, []),
+    (0, {'stop_writes': 'true', 'clock_skew_stop_writes': 'true'}, {}, ['stop_writes', 'clock_skew_stop_writes']),
+    (0, {}, LIMITED, ['stop-writes-count of 10']),
+    (0, {}, {**LIMITED, 'objects': '9'}, []),
+    (0, {}, {**LIMITED, 'objects': '9', 'data_used_bytes': '1000'}, ['stop-writes-size of 1000']),
+    (0, {}, {'memory_data_bytes': '60', 'device_data_bytes': '40', 'stop-writes-size': '100'}, ['stop-writes-size']),
+    (0, {}, {'objects': '10', 'stop-writes-count': '0', 'stop-writes-size': 'odd'}, []),
+    (3600, {'nsup-period': '0'}, {}, ['a ttl is refused, ']),
+    (3600, {'nsup-period': '120'}, {}, []),
+    (3600, {'nsup-period': '0', 'allow-ttl-without-nsup': 'true'}, {}, []),
+    (0xFFFFFFFF, {'nsup-period': '0', 'default-ttl': '5'}, {}, []),
+    (0, {'nsup-period': '0', 'default-ttl': '5'}, {}, ['(default-ttl = 5)']),
+    (0, {'nsup-period': '0', 'default-ttl': '5'}, {'default-ttl': '4294967295'}, []),
+    (0, {'nsup-period': '0', 'default-ttl': '0'}, {'default-ttl': '7'}, ['(default-ttl = 7)']),
+])
+def test_why_a_node_forbids_writes(ttl, namespace, set_, words):
+    found = list(write_obstacles(ttl, namespace, set_))
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ old servers
+
+def test_a_server_that_is_too_old_is_named(nsqd, xmsrv, standin):
+    standin.server.build = '5.7.0.31'
+    xmsrv.configure(nsqd, **standin.settings())
+    nsqd.publish('orders', '{"n": 1}')
+    for command in (['once'], ['check', '--connect']):
+        said = xmsrv.run(*command, expect=os.EX_UNAVAILABLE).stderr
+        assert 'server 5.7.0.31 is too old: 6.0 or newer is needed' in said
+    assert nsqd.left('orders', 'x-msrv') == 1
+
+
+@pytest.mark.parametrize('version', ['6.0.0.0', '6.4.0.2', '8.1.2.0', '10.0.0.0-rc1', 'main'])
+def test_a_server_that_is_new_enough(version):
+    check_version('here', version)
+
+
+@pytest.mark.parametrize('version', ['4.9.0.3', '5.7.0.8', '5.10.0.0-2-gabc'])
+def test_a_server_that_is_not(version):
+    with pytest.raises(StoreDown, match=f'here: server {version} is too old'):
+        check_version('here', version)
+
+
+def test_check_says_that_a_batch_is_over_the_servers_limit(nsqd, xmsrv, standin):
+    standin.server.batch_max_requests = 5000
+    xmsrv.configure(nsqd, **standin.settings(**{'batch-size': 5000}))
+    xmsrv.run('check', '--connect')
+    xmsrv.configure(nsqd, **standin.settings(**{'batch-size': 5001}))
+    said = xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
+    assert 'batch-size = 5001 is over batch-max-requests = 5000' in said
+
+
 # -------------------------------------------------------------------------------------------------------------- outages
 
 def test_a_cluster_that_is_not_there_is_down(opened, standin):
@@ -310,6 +455,64 @@ def test_answers_that_are_lost_after_the_write(opened, standin):
 
 
 # ------------------------------------------------------------------------------------------------- how it is reached
+
+@contextlib.contextmanager
+def unknown_name():
+    yield 'no-such-host.invalid:3000'
+
+
+@contextlib.contextmanager
+def silent():
+    with proxies.Says() as server:
+        yield server.address
+
+
+@contextlib.contextmanager
+def web_server():
+    with proxies.Says(b'HTTP/1.1 400 Bad Request\r\n\r\n') as server:
+        yield server.address
+
+
+UNREACHABLE = {unknown_name: 'Name or service not known|Temporary failure in name resolution',
+               proxies.refusing: 'Connection refused', silent: 'no answer in time',
+               web_server: 'what answers there is no Aerospike server'}
+
+
+@pytest.mark.parametrize('host, reason', UNREACHABLE.items(), ids=lambda value: getattr(value, '__name__', ''))
+def test_a_host_that_cannot_be_reached_is_named_with_the_reason(opened, standin, host, reason):
+    with host() as address, pytest.raises(StoreDown, match=f'{re.escape(address)}: ({reason})'):
+        opened(standin, more={'hosts': address, 'total-timeout': '500ms'})
+
+
+def test_each_host_that_cannot_be_reached_is_named(nsqd, xmsrv):
+    with proxies.refusing() as first, proxies.refusing() as second:
+        hosts = f'{first}, no-such-host.invalid:3000, {second}'
+        xmsrv.configure(nsqd, store='aerospike', aerospike={'hosts': hosts, 'namespace': NAMESPACE})
+        for command in (['once'], ['check', '--connect']):
+            said = xmsrv.run(*command, expect=os.EX_UNAVAILABLE).stderr
+            assert all(f'{address}: Connection refused' in said for address in (first, second))
+            assert 'no-such-host.invalid:3000: ' in said
+
+
+def test_the_log_of_the_client_is_quiet_after_it_has_connected(opened, standin, capfd):
+    store = opened(standin)
+    standin.server.refuse()
+    assert outcomes(store.write(numbered(2))) == ['retry'] * 2
+    assert capfd.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('code, text, reason', [
+    ('ERR_CONNECTION', 'Socket write error: 111, 127.0.0.1:3000', 'Connection refused'),
+    ('ERR_CONNECTION', 'Socket read error: 104, [2001:db8::1]:3000', 'Connection reset by peer'),
+    ('ERR_INVALID_HOST', 'Invalid hostname db1: Name or service not known', 'Name or service not known'),
+    ('ERR_TIMEOUT', ', 127.0.0.1:3000', 'no answer in time'),
+    ('INVALID_USER', 'AEROSPIKE_INVALID_USER from 127.0.0.1:3000', 'invalid user'),
+    ('', 'something new', 'something new'),
+    ('ERR_CLUSTER', '', 'cluster'),
+])
+def test_the_reason_in_a_line_of_the_client(code, text, reason):
+    assert reason_of(code, text) == reason
+
 
 def test_one_of_several_hosts_is_enough(opened, standin):
     with proxies.refusing() as address:
@@ -369,7 +572,8 @@ def test_tls_of_another_name_is_refused(opened, authority, workdir):
 
 def test_tls_of_an_unknown_authority_is_refused(opened, authority, workdir):
     trustme.CA().cert_pem.write_to_path(workdir / 'theirs.pem')
-    with clusters.standin(tls=authority('db.example')) as cluster, pytest.raises(StoreDown):
+    reason = 'certificate verify failed'
+    with clusters.standin(tls=authority('db.example')) as cluster, pytest.raises(StoreDown, match=reason):
         opened(cluster, more=tls(workdir, **{'ca-file': 'theirs.pem'}))
 
 
@@ -383,7 +587,7 @@ def test_user(opened, workdir):
     login = {'user': 'writer', 'password-file': workdir / 'password'}
     with clusters.standin(users={'writer': 's3cret'}) as cluster:
         assert opened(cluster, more=login).write(numbered(2)) == [STORED] * 2
-        with pytest.raises(StoreDown) as failure:
+        with pytest.raises(StoreDown, match='invalid user') as failure:
             opened(cluster, more={**login, 'user': 'nobody'})
         assert 's3cret' not in str(failure.value)
         with pytest.raises(StoreDown):

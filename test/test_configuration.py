@@ -434,6 +434,9 @@ def test_a_valid_file_has_no_fault(xmsrv, text):
      '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'),
     ('[aerospike]\nhosts = a:1\nnamespace = n\nuser = u\npassword-file = {directory}/secret\n',
      "[aerospike] user without [[tls]]: what proves the password crosses the network in the clear"),
+    ('[aerospike]\nhosts = a:1\nnamespace = n\nwriters = 101\n',
+     '[aerospike] writers = 101: the client has 100 connections to each node, so calls beyond that fail and are tried '
+     'again'),
     ('[dead-letter]\ndiscard = yes\n',
      '[dead-letter] discard = yes: what can never become a record is thrown away'),
 ])
