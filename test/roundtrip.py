@@ -5,7 +5,7 @@ import json
 import random
 
 import servers
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 texts = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), max_size=10)
@@ -53,6 +53,52 @@ def check(nsqd, xmsrv, rows, **settings_):
         assert len(stored + dead) == len(bodies)
         lost = [body for body, (harmless, _) in zip(bodies, batch, strict=False) if harmless and body in dead]
         assert not lost, 'these had no fault'
+
+    round_trip()
+
+
+# Sizes at which a number of fewer bits than Python's is full: of msgpack, of the protocol, of a record.
+sizes = st.sampled_from([1, 15, 16, 31, 32, 127, 128, 255, 256, 32765, 32766, 32767, 32768, 65534, 65535, 65536,
+                         70_000])
+SHAPES = {
+    'fields': lambda size: {f'{n:x}': n for n in range(size - 1)},   # one more is n
+    'long name': lambda size: {'x' * min(size, 300): 1},
+    'string': lambda size: {'v': 'x' * size},
+    'two bytes a letter': lambda size: {'v': '\u00e9' * size},
+    'list': lambda size: {'v': list(range(size))},
+    'object': lambda size: {'v': {f'{n}': n for n in range(size)}},
+    'strings inside': lambda size: {'v': ['x' * size, {'y' * size: 'z' * size}]},
+    'depth': lambda size: {'v': nested(min(size, 63))},
+    'integers': lambda size: {'v': [sign * (size << shift) for sign in (1, -1) for shift in (0, 8, 16, 32, 46)]},
+}
+
+
+def nested(levels):
+    """A list of so many levels."""
+    value = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+def check_sizes(nsqd, xmsrv, rows, own_bins=1, **settings_):
+    """Messages at the limits of every size: each is equal in the store, or dead because no store can hold it.
+    own_bins: how many bins are not of the message (id-bin, time-bin)."""
+    topics = (f'sizes-{number}' for number in itertools.count())
+    one = st.tuples(st.sampled_from(sorted(SHAPES)), sizes)
+
+    @settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.generate])
+    @given(st.lists(one, min_size=4, max_size=8))
+    @example([('fields', 32766), ('fields', 32767), ('fields', 65536), ('string', 1), ('fields', 70_000)])
+    def round_trip(batch):
+        values = [{**SHAPES[shape](size), 'n': n} for n, (shape, size) in enumerate(batch)]
+        bodies = [json.dumps(value).encode() for value in values]
+        topic = next(topics)
+        dead = window(nsqd, xmsrv, topic, bodies, settings_)
+        unfit = [body for body, value in zip(bodies, values, strict=True)
+                 if len(value) + own_bins > 32767 or max(map(len, value)) > 15]
+        assert collections.Counter(dead) == collections.Counter(unfit)
+        assert sorted(equals(rows(topic), bodies) + dead) == sorted(bodies)
 
     round_trip()
 

@@ -95,6 +95,25 @@ def test_a_full_batch_is_stored(opened, cluster):
     assert cluster.numbers() == list(range(500))
 
 
+def wide(key, number):
+    return Record(key, {f'{n:x}': n for n in range(number)}, None)
+
+
+def test_a_record_of_very_many_bins_goes_in_a_call_of_its_own(opened, standin):
+    """It takes a server seconds, for which the others must not wait: their answers are lost otherwise."""
+    store = opened(standin, more={'total-timeout': '1s'})
+    standin.server.judge = lambda write: standin.server.hang() if len(write.bins) > 4000 else None
+    answers = store.write([*numbered(2), wide('w', 4001), *numbered(2, first=2), wide('v', 5000)])
+    assert outcomes(answers) == ['stored', 'stored', 'retry', 'stored', 'stored', 'retry']
+    assert '4001 bins takes the server long: see total-timeout' in answers[2].detail
+    standin.server.judge = None
+    standin.server.resume()
+    records = [wide('v', 5000), wide('w', 4001)]
+    servers.wait_until(lambda: store.write(records) == [STORED] * 2, 'it is back')
+    kept = standin.records()
+    assert all(kept[record.key] == record.bins for record in records) and len(kept) == 6
+
+
 def test_create_keeps_the_first(opened, cluster):
     store = opened(cluster, write='create')
     records = [Record('k', {'n': 1}, None), Record('l', {'n': 2}, None), Record('k', {'n': 3}, None)]
@@ -121,14 +140,29 @@ def test_ttl(opened, cluster, ttl, least, most):
     assert meta['ttl'] == aerospike.TTL_NEVER_EXPIRE if least is None else least <= meta['ttl'] <= most
 
 
-def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, xmsrv, cluster):
-    settings = cluster.settings(set='')   # the topic's name
-
+def rows_of(cluster):
+    """A function: the (key, bins) of what is stored of a topic, in the set of its name."""
     def rows(topic):
         cluster.set = topic
         return cluster.rows()
+    return rows
 
-    roundtrip.check(nsqd, xmsrv, rows, **settings)
+
+def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, xmsrv, cluster):
+    roundtrip.check(nsqd, xmsrv, rows_of(cluster), **cluster.settings(set=''))   # the topic's name
+
+
+@pytest.mark.parametrize('record', [{'write': 'create'}, {'write': 'update'}, {'key': 'n'}], ids=str)
+def test_any_size_is_equal_in_the_store_or_a_dead_letter(nsqd, xmsrv, cluster, record):
+    settings = cluster.settings(set='', **{'total-timeout': '30s'})
+    rows, timed = rows_of(cluster), 'key' in record
+
+    def without_time(topic):
+        found = rows(topic)
+        assert all(('gts' in bins) == timed for _, bins in found)
+        return [(key, {name: value for name, value in bins.items() if name != 'gts'}) for key, bins in found]
+
+    roundtrip.check_sizes(nsqd, xmsrv, without_time, own_bins=1 + timed, record=record, **settings)
 
 
 @pytest.mark.parametrize('seconds, limit', [

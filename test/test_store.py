@@ -460,8 +460,14 @@ def test_two_programs_share_one_database(nsqds, xmsrv):
 
 # --- any message
 
-def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, xmsrv):
-    def rows(topic):
-        return [(key, bins) for where, key, bins, _ in xmsrv.rows() if where == topic]
+def rows_of(xmsrv):
+    """A function: the (key, bins) of what is stored of a topic."""
+    return lambda topic: [(key, bins) for where, key, bins, _ in xmsrv.rows() if where == topic]
 
-    roundtrip.check(nsqd, xmsrv, rows)
+
+def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, xmsrv):
+    roundtrip.check(nsqd, xmsrv, rows_of(xmsrv))
+
+
+def test_any_size_is_equal_in_the_store_or_a_dead_letter(nsqd, xmsrv):
+    roundtrip.check_sizes(nsqd, xmsrv, rows_of(xmsrv))
