@@ -2746,7 +2746,10 @@ class AerospikeStore(Store):
                        'exists': getattr(aerospike, EXISTS[self.record.write]), 'ttl': self.record.ttl}
         self.filter = newest_wins(self.time_bin) if self.time_bin else None
         self.connect()
-        for version in self.ask('build').values():
+        versions = {}
+        with contextlib.suppress(StoreDown):   # nodes that are too busy to say their version are no reason to stop
+            versions = self.ask('build', time.monotonic() + self.options.total_timeout)
+        for version in versions.values():
             check_version(self.where, version)
         log.debug('%s: connected', self.where)
 

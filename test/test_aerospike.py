@@ -140,21 +140,25 @@ def test_ttl(opened, cluster, ttl, least, most):
     assert meta['ttl'] == aerospike.TTL_NEVER_EXPIRE if least is None else least <= meta['ttl'] <= most
 
 
-def rows_of(cluster):
-    """A function: the (key, bins) of what is stored of a topic, in the set of its name."""
+def rows_of(cluster, set_is_topic=False):
+    """A function: the (key, bins) of what was stored of a topic, which it takes out, for a real server keeps it."""
     def rows(topic):
-        cluster.set = topic
-        return cluster.rows()
+        if set_is_topic:
+            cluster.set = topic
+        found = cluster.rows()
+        for key, _ in found:
+            cluster.client.remove((NAMESPACE, cluster.set, key))
+        return found
     return rows
 
 
 def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, xmsrv, cluster):
-    roundtrip.check(nsqd, xmsrv, rows_of(cluster), **cluster.settings(set=''))   # the topic's name
+    roundtrip.check(nsqd, xmsrv, rows_of(cluster, set_is_topic=True), **cluster.settings(set=''))
 
 
 @pytest.mark.parametrize('record', [{'write': 'create'}, {'write': 'update'}, {'key': 'n'}], ids=str)
 def test_any_size_is_equal_in_the_store_or_a_dead_letter(nsqd, xmsrv, cluster, record):
-    settings = cluster.settings(set='', **{'total-timeout': '30s'})
+    settings = cluster.settings(**{'total-timeout': '30s'})
     rows, timed = rows_of(cluster), 'key' in record
 
     def without_time(topic):
