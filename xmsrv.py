@@ -1,8 +1,8 @@
 """x-msrv: JSON messages from an NSQ topic become records, at most N a window, none lost, none doubled, none bent.
 
 One message flows through this module from top to bottom in the order of CONTRIBUTING.md's picture:
-Subscription.read -> Consumer.receive -> Window.take -> Mapper.record -> Lane -> Store.write -> Window.settle
--> Consumer.finish; a dead letter goes from Window.reject by a second Lane to DeadLetters.keep, and joins it there.
+Subscription.read -> Consumer.receive -> Window.accept -> Mapper.record -> Batcher -> Store.write -> Window.settle
+-> Consumer.finish; a dead letter goes from Window.reject by a second Batcher to DeadLetters.keep, and joins it there.
 """
 
 # ruff: noqa: E402 - the imports take a tenth of a second, in which a signal must find its handler
@@ -39,6 +39,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import datetime
 import difflib
 import enum
@@ -67,8 +68,9 @@ import textwrap
 import threading
 import time
 import types
+import typing
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import configobj
@@ -177,10 +179,13 @@ STORED = Answer('stored')           # durably
 DUPLICATE = Answer('duplicate')     # the key was there, and write = create
 STALE = Answer('stale')             # the stored record of that key is newer
 DEAD = Answer('dead')               # durably kept as dead letter, or discarded by wish
-UNKEPT = Answer('unkept')           # a dead letter that can't be kept: stays in the queue
 # and Answer('rejected', reason, detail): can never be stored
-# and Answer('retry', code, detail): not stored, or nobody knows; may be later
+# and Answer('refused', code, detail): not stored, and nobody knows yet whether the message is to blame
+# and Answer('busy', code, detail): not stored now; the store works
+# and Answer('retry', code, detail): not stored, or nobody knows, for the store does not work; it may later
 # and Answer('stop', code, detail): not stored; the window ends
+# and Answer('unkept', reason, detail): a dead letter that can't be kept; reason: `away` or `refused`, by the keeper
+# and Answer('unsettled', None, detail): nobody knows what is wrong with the message; it comes again later
 
 
 def rfc3339(seconds):
@@ -217,9 +222,10 @@ def open_regular(filename, flags, mode=0o640):
 
 
 OUTCOMES = ('received', 'stored', 'duplicate', 'stale', 'dead', 'requeued', 'late')
-# What follows for the message from each outcome: the one table that Window.settle goes by.
-FOLLOWS = {'stored': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish', 'rejected': 'reject',
-           'retry': 'again', 'stop': 'leave', 'unkept': 'leave'}
+# What follows for the message from each outcome: the method of Window that settle() calls.
+ACTIONS = {'stored': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish', 'rejected': 'reject_for',
+           'retry': 'retry', 'busy': 'retry', 'refused': 'on_refused', 'stop': 'on_store_stop',
+           'unkept': 'on_unkept', 'unsettled': 'postpone'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,6 +495,44 @@ def set_up_log(arguments, log_format='text', **common):
     logging.getLogger('tornado').setLevel(logging.CRITICAL)   # it reports again what is raised to us
 
 
+ENDS = ('queue', 'store', 'dead letters')
+
+
+class Health:
+    """What is up, what fails and since when: of the queue, the store and the keeper of dead letters (ENDS).
+
+    Whoever meets a failure says so here, and nowhere else; the log, STATUS, /readyz, the page and the metrics read it,
+    so that they agree. errors: end -> (text, loop time since when it fails, its kind).
+    """
+
+    def __init__(self) -> None:
+        self.errors: dict[str, tuple[str, float, str]] = {}
+
+    def fail(self, end: str, text: str, kind: str | None = None, logged: bool = False) -> None:
+        """`end` fails, because of `text`. A failure of another kind than the last one is a warning again; logged: a
+        line has said it already."""
+        kind = text if kind is None else kind
+        _, since, last_kind = self.errors.get(end, (None, asyncio.get_running_loop().time(), None))
+        log.log(logging.DEBUG if kind == last_kind or logged else logging.WARNING, '%s unavailable (%s): retrying%s',
+                end, text, '' if end == 'dead letters' else ', consumption paused')
+        self.errors[end] = text, since, kind
+
+    def recover(self, end: str) -> None:
+        """`end` works, or works again."""
+        if end in self.errors:
+            _, since, _ = self.errors.pop(end)
+            log.log(NOTICE, '%s recovered after %.1f s', end, asyncio.get_running_loop().time() - since)
+
+    def up(self, end: str) -> bool:
+        """Whether no failure of `end` is known."""
+        return end not in self.errors
+
+    @property
+    def trouble(self) -> str | None:
+        """The first failure in words, with the end that fails; None when there is none."""
+        return next((f'{end} unavailable: {self.errors[end][0]}' for end in ENDS if end in self.errors), None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics: what is counted
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,9 +631,10 @@ class Figures:
 
     def follow(self, window):
         """What a window has counted since it was asked last."""
+        count = window.count
         for outcome in OUTCOMES[1:]:
-            self.add('xmsrv_messages_total', window.count[outcome] - window.followed[outcome], outcome)
-        window.followed = dict(window.count)
+            self.add('xmsrv_messages_total', count[outcome] - window.followed[outcome], outcome)
+        window.followed = count
 
     def period(self, config):
         """The time from one window to the next."""
@@ -605,7 +650,7 @@ class Figures:
     def holds(self, consumer):
         """What a consumer has, now."""
         up = len(consumer.connections)
-        self.set('xmsrv_in_flight', len(consumer.held))
+        self.set('xmsrv_in_flight', len(consumer.in_flight))
         self.set('xmsrv_connections', up, 'up')
         self.set('xmsrv_connections', max(0, len(consumer.addresses) - up), 'down')
 
@@ -1630,11 +1675,11 @@ class Message:
     deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (the id
     alone is not unique between nsqds, nor between topics of one). record: what Mapper made of it. unfit: why it can
     never be one. touched: loop time at which nsqd last (re)started its msg-timeout; received: at which it came.
-    parked: put aside for the window's end.
+    held_back: it waits for the window's end. size: bytes that it takes once decoded, at most.
     """
 
     __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'unfit', 'touched', 'received',
-                 'parked')
+                 'held_back', 'size')
 
     def __init__(self, conn, id, timestamp, attempts, body, now=0.0):
         self.conn = conn
@@ -1645,7 +1690,8 @@ class Message:
         self.key = f'{id.decode("ascii", "replace")}-{timestamp:x}-{zlib.crc32(body):x}'
         self.record = self.unfit = None
         self.touched = self.received = now
-        self.parked = False
+        self.held_back = False
+        self.size = 0
 
 
 class Record:
@@ -2073,6 +2119,8 @@ class Connection:
         self.stream, self.info, self.lost = None, {}, False
         self.rest = b''          # of the last read: an unfinished frame
         self.heard = 0.0         # loop time of the last read
+        self.last_data = 0.0     # loop time of the last read that had a message, or a part of one
+        self.round_trip = 0.0    # seconds from a command to its answer, as the handshake had it
         self.heartbeat = HEARTBEAT
 
     def __str__(self):
@@ -2102,8 +2150,10 @@ class Connection:
         self.rest, self.lost = b'', False
         tls, secret = await self.within('the reading of certificates and secret', self.link.credentials())
         await self.connect_tcp()
+        asked = asyncio.get_running_loop().time()
         self.send(b'  V2' + nsq.identify({**self.link.identity(), **wishes}))
         self.info = self.parsed(await self.within('IDENTIFY', self.answer()))
+        self.round_trip = asyncio.get_running_loop().time() - asked
         if tls:
             await self.within('TLS', self.start_tls(tls))
         await self.within('AUTH', self.authenticate(secret))
@@ -2195,8 +2245,10 @@ class Connection:
         """Hands over what comes, until the connection ends; then raises why."""
         while True:
             messages = self.unpack(await self.read_frames())
+            if messages or self.rest:
+                self.last_data = self.heard
             if messages:
-                await self.deliver(messages)
+                self.deliver(messages)
 
     async def read_frames(self):
         """What comes next, with all of the frame that has begun. Its chunks are joined once: to join each with those
@@ -2206,7 +2258,9 @@ class Connection:
         while True:
             chunks.append(await self.read_chunk())
             missing -= len(chunks[-1])
-            if missing <= 0:
+            if missing > 0:
+                self.last_data = self.heard
+            else:
                 return b''.join(chunks) if self.rest else chunks[1]
 
     async def read_chunk(self):
@@ -2248,7 +2302,7 @@ class Connection:
         elif kind == ERROR:
             raise QueueError(data.decode('utf-8', 'replace'))
 
-    async def deliver(self, messages):
+    def deliver(self, messages):
         """Takes messages; only a Subscription asks for any."""
 
     async def leave(self):
@@ -2326,16 +2380,16 @@ class Publisher(Connection):
 class Subscription(Connection):
     """A connection that receives messages.
 
-    rdy: what nsqd was last told. in_flight: messages held; parked: of them, those put aside for the window's end, for
-    which RDY has to be so much higher. listening: loop time since when it could have delivered.
-    quiet: it could for a while, and had nothing; a new RDY gives it a new chance. tried: the same, until a message.
+    rdy: what nsqd was last told. in_flight: messages without an answer yet; held_back: of them, those that wait for the
+    window's end, by which RDY has to be higher. rdy_since: loop time since when it could have delivered.
+    idle: it could for a while, and had nothing; a new RDY gives it a new chance. tried: the same, until a message.
     """
 
     def __init__(self, address, consumer):
         super().__init__(address, consumer.link, consumer.topic, consumer.channel)
         self.consumer = consumer
-        self.rdy = self.in_flight = self.parked = 0
-        self.quiet, self.tried, self.listening = False, False, 0.0
+        self.rdy = self.in_flight = self.held_back = 0
+        self.idle, self.tried, self.rdy_since = False, False, 0.0
         self.closed = None
 
     async def open(self):
@@ -2348,39 +2402,39 @@ class Subscription(Connection):
         log.debug('nsqd %s: connected, version %s, RDY at most %d, msg-timeout %g s', self, self.info.get('version'),
                   self.max_rdy, self.msg_timeout)
 
-    async def deliver(self, messages):
-        """Hands messages on; reads no further while too much is held."""
+    def deliver(self, messages):
+        """Hands messages on. Reading never stops: nsqd closes a connection to which it can't write."""
+        self.rdy_since = self.heard
         self.consumer.receive(self, messages)
-        await self.consumer.room.wait()
 
     def respond(self, kind, data):
         """A refused FIN, REQ or TOUCH is late, no error: what was stored stays stored, the redelivery rewrites it."""
         if kind == ERROR and data.startswith(REFUSED_ANSWERS):
-            self.consumer.refused(self, data)
+            self.consumer.on_refused(self, data)
         elif data == b'CLOSE_WAIT' and self.closed:
             self.closed.set()
         else:
             super().respond(kind, data)
 
-    def ask(self, rdy):
+    def set_rdy(self, rdy):
         """Sends RDY when it changes."""
         if rdy != self.rdy:
             if rdy > self.rdy:
-                self.listening = asyncio.get_running_loop().time()
+                self.rdy_since = asyncio.get_running_loop().time()
             if not self.rdy:
-                self.quiet = False
+                self.idle = False
             log.debug('nsqd %s: RDY %d -> %d', self, self.rdy, rdy)
             self.rdy = rdy
             self.send(nsq.ready(rdy))
 
     async def close(self):
-        """CLS, behind all answers; then reads until CLOSE_WAIT: closing at once loses the FINs on their way. Hands back
+        """CLS, behind all answers; then reads until CLOSE_WAIT: closing at once loses the FINs on their way. Requeues
         what was on its way to us, else it would come again only after msg-timeout; nsqd takes a REQ behind CLS."""
         self.closed = asyncio.Event()
         self.send(b'CLS\n')
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.closed.wait(), CLOSE_TIMEOUT)
-        self.consumer.hand_back([message for message in self.consumer.held.values() if message.conn is self])
+        self.consumer.requeue([message for message in self.consumer.in_flight.values() if message.conn is self])
         self.drop()
         log.debug('nsqd %s: disconnected', self)
 
@@ -2390,22 +2444,37 @@ def http_client():
     return AsyncHTTPClient(force_instance=True, resolver=NameResolver())
 
 
-async def look_up(addresses, topic):
-    """Asks all nsqlookupds for the nsqds of a topic. Returns ({(host, port): http port}, {address: error})."""
+async def look_up(addresses, topic, patience=math.inf):
+    """Asks all nsqlookupds for the nsqds of a topic, and waits for the others for at most `patience` seconds once one
+    has named some. Returns ({(host, port): http port}, {address: error})."""
     client = http_client()
+    questions = {asyncio.ensure_future(ask_lookupd(client, address, topic)): address for address in addresses}
     try:
-        questions = [ask_lookupd(client, address, topic) for address in addresses]
-        answers = await asyncio.gather(*questions, return_exceptions=True)
+        waiting, timeout = set(questions), None
+        while waiting:
+            answered, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not answered:
+                break
+            if any(not question.exception() and question.result() for question in answered) and patience < math.inf:
+                timeout = patience
     finally:
+        for question in questions:
+            question.cancel()
+        await asyncio.gather(*questions, return_exceptions=True)
         client.close()
+    return sort_answers(questions)
+
+
+def sort_answers(questions):
+    """What nsqlookupds answered: {question: address} as ({(host, port): http port}, {address: error})."""
     found, errors = {}, {}
-    for address, answer in zip(addresses, answers, strict=True):
-        if isinstance(answer, UNREACHABLE):
-            errors[address] = explained(answer)
-        elif isinstance(answer, BaseException):
-            raise answer
+    for question, address in questions.items():
+        if question.cancelled():
+            errors[address] = 'no answer yet'
+        elif isinstance(question.exception(), UNREACHABLE):
+            errors[address] = explained(question.exception())
         else:
-            found.update(answer)
+            found.update(question.result())
     return found, errors
 
 
@@ -2432,12 +2501,12 @@ def no_such_topic(error):
         return False
 
 
-async def find_nsqds(config, topic):
+async def find_nsqds(config, topic, patience=math.inf):
     """The nsqds to ask for a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers;
     one that is down costs nothing but a warning."""
     if config.nsq.nsqd_tcp_address:
         return dict.fromkeys(config.nsq.nsqd_tcp_address)
-    found, errors = await look_up(config.nsq.lookupd_http_address, topic)
+    found, errors = await look_up(config.nsq.lookupd_http_address, topic, patience)
     lines = [f'nsqlookupd {spelled(address)}: {error}' for address, error in errors.items()]
     if len(errors) == len(set(config.nsq.lookupd_http_address)):
         raise Unavailable('no nsqlookupd can be reached: ' + '; '.join(lines))
@@ -2607,7 +2676,8 @@ class SqliteStore(Store):
 # What an answer of the cluster means for its record (the names: aerospike.exception), in the order of its weight.
 ANSWERS = {
     **dict.fromkeys((8, 20, 22, 80, 81, 82), 'stop'),   # full, no namespace, forbidden, not allowed
-    **dict.fromkeys((-15, -14, -10, -8, 7, 9, 11, 14, 18), 'retry'),   # no answer, time, load, the cluster
+    **dict.fromkeys((-15, -14, -10, -8, 7, 9, 11, 18), 'retry'),   # no answer, time, load, the cluster
+    **dict.fromkeys((14, 28, 120), 'busy'),   # this record alone
     **dict.fromkeys((-2, 4, 12, 21), 'refused'),   # the message's own fault, or that of all: AerospikeStore.refused
     0: 'stored', 5: 'duplicate', 13: 'too-big', 27: 'filtered',
 }
@@ -2890,11 +2960,11 @@ class AerospikeStore(Store):
         if outcome == 'refused' and self.proven:
             return Answer('rejected', 'rejected', f'answer {self.named(code)}')
         if outcome == 'refused':
-            return Answer('stop', code, f'{text}, and no write of this run has succeeded yet')
+            return Answer('refused', code, f'{text}, and no write of this run has succeeded yet')
         if outcome == 'unknown' and not self.strange:
             self.strange = True
             log.error('%s; its messages are tried again, and handed back', text)
-        return Answer('stop' if outcome == 'stop' else 'retry', code, text)
+        return Answer(outcome if outcome in ('stop', 'busy') else 'retry', code, text)
 
     def compare(self, records, deadline):
         """An Answer for each of the records that the cluster filtered out, by the time that is stored: one of another
@@ -3160,30 +3230,30 @@ class DeadLetters:
         return envelope(message, key, message.unfit, *self.source)
 
     async def keep(self, messages):
-        """Keeps the messages, each with its `unfit`. Returns DEAD or UNKEPT for each."""
+        """Keeps the messages, each with its `unfit`. Returns DEAD, or Answer('unkept', ...), for each."""
         for message in messages if log.isEnabledFor(logging.DEBUG) else ():
             fields = {'outcome': 'dead', 'reason': message.unfit.reason}
             log.debug('dead letter %s: %s', message.key, message.unfit, extra={'fields': fields})
         if self.discard:
             return [DEAD] * len(messages)
-        left = messages
+        unkept = dict.fromkeys(messages)
         if self.topic:
-            left = [message for refused in await asyncio.gather(*(
-                self.publish(address, list(group)) for address, group in grouped(messages, lambda m: m.conn.address)))
-                for message in refused]
-        if left and self.file:
-            left = await self.write(left)
-        unkept = set(map(id, left))
-        return [UNKEPT if id(message) in unkept else DEAD for message in messages]
+            groups = grouped(messages, lambda message: message.conn.address)
+            unkept = {message: result for refused in await asyncio.gather(*(
+                self.publish(address, list(group)) for address, group in groups)) for message, result in refused}
+        if unkept and self.file:
+            unkept = await self.write(list(unkept))
+        return [unkept.get(message, DEAD) for message in messages]
 
     async def publish(self, address, messages):
-        """Publishes dead letters to one nsqd. Returns those it did not take: where it refuses a batch, each half goes
-        by itself, until the culprit is alone."""
+        """Publishes dead letters to one nsqd. Returns (message, result) for each that it did not take: where it refuses
+        a batch, each half goes by itself, until the culprit is alone."""
         try:
             publisher = await self.publisher(address)
         except UNREACHABLE as error:
-            log.warning('dead letters: nsqd %s: %s', spelled(address), explained(error))
-            return messages
+            text = f'nsqd {spelled(address)}: {explained(error)}'
+            log.warning('dead letters: %s', text)
+            return [(message, Answer('unkept', 'away', text)) for message in messages]
         try:
             await publisher.publish([enveloped(self.header(m), m.body) for m in messages])
         except UNREACHABLE as error:
@@ -3191,9 +3261,16 @@ class DeadLetters:
             half = len(messages) // 2
             if half and not self.closed and not isinstance(error, asyncio.TimeoutError):
                 return await self.publish(address, messages[:half]) + await self.publish(address, messages[half:])
-            log.warning('dead letter %s: nsqd %s: %s', messages[0].key, publisher, explained(error))
-            return messages
+            return self.unpublished(messages, publisher, error)
         return []
+
+    def unpublished(self, messages, publisher, error):
+        """What follows where nsqd did not take dead letters: (message, result) for each."""
+        refused = isinstance(error, QueueError)
+        hint = '; a file in [dead-letter] would keep it' if refused and not self.file else ''
+        text = f'nsqd {publisher}: {explained(error)}'
+        log.warning('dead letter %s: %s%s', messages[0].key, text, hint)
+        return [(message, Answer('unkept', 'refused' if refused else 'away', text)) for message in messages]
 
     async def publisher(self, address):
         """The connection that publishes to the nsqd at `address`. It subscribes at RDY 0, so that the channel for
@@ -3205,14 +3282,14 @@ class DeadLetters:
         return self.connections[address]
 
     async def write(self, messages):
-        """Appends dead letters to the file. Returns those that could not be."""
+        """Appends dead letters to the file. Returns a result for each that could not be: {message: result}."""
         lines = [filed(self.header(m), m.body) for m in messages]
         try:
             await asyncio.get_running_loop().run_in_executor(self.pool, append_durably, self.file, lines)
         except OSError as error:
             log.error('dead letters: %s: %s', self.file, error.strerror)
-            return messages
-        return []
+            return dict.fromkeys(messages, Answer('unkept', 'away', f'{self.file}: {error.strerror}'))
+        return {}
 
     def close(self):
         """Closes the connections; what has no answer by now will have none."""
@@ -3223,21 +3300,26 @@ class DeadLetters:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# batcher: messages wait for their batch
+# batcher and breaker: messages wait for their batch
 # ---------------------------------------------------------------------------------------------------------------------
+
+BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
+HALVED_AT = 3               # failures of a whole batch before it is halved
+NO_VERDICT = {'stop', 'refused'}   # outcomes that do not show whether the store takes records
+
 
 class Backoff:
     """Growing delays with jitter, in seconds."""
 
-    def __init__(self, first, most):
+    def __init__(self, first: float, most: float) -> None:
         self.first, self.most, self.tries = first, most, 0
 
-    def next(self):
+    def next(self) -> float:
         """The next delay."""
         self.tries += 1
         return min(self.most, self.first * 2 ** min(self.tries - 1, 20)) * random.uniform(0.5, 1)
 
-    def reset(self):
+    def reset(self) -> None:
         """Starts anew."""
         self.tries = 0
 
@@ -3271,111 +3353,199 @@ class Crew:
             await asyncio.wait(self.tasks, timeout=0.1)
 
 
-BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
+class BreakerState(enum.Enum):
+    """CLOSED: batches go. OPEN: none goes. HALF_OPEN: one at a time goes, to find out."""
+
+    CLOSED = 'closed'
+    OPEN = 'open'
+    HALF_OPEN = 'half-open'
 
 
-class Lane:
-    """Messages wait here for their batch: it owns what is pending, and how many batches are under way.
+class Breaker:
+    """The circuit breaker in front of the store or of the keeper of dead letters.
 
-    A batch closes when it is full, and at once when none is under way: a lone message does not wait, and under load
-    batches fill while the one before them is written. After a failure batches go one at a time, with backoff.
-    work: async, a batch -> an Answer each; the window settles them. size: messages a batch, most: bytes.
+    Example: the store dies. The batch under way fails: OPEN, for 0.1 s. Then HALF_OPEN: one batch goes, fails: OPEN for
+    0.2 s, 0.4 s, ... 5 s at most. The store is back: the next probe succeeds: CLOSED, and all batches go again.
     """
 
-    patience = LETTERS_PATIENCE
+    def __init__(self, state: BreakerState = BreakerState.CLOSED) -> None:
+        self.state, self.backoff = state, Backoff(0.1, 5)
 
-    def __init__(self, name, window, work, limits, parallel):
-        self.name, self.crew, self.work, self.settle = name, window.crew, work, window.settle
-        (self.size, self.most), self.parallel = limits, parallel
-        self.pending, self.bytes, self.busy = collections.deque(), 0, 0
-        self.backoff = Backoff(0.1, 5)
-        self.timer = None        # while it rests after a failure
-        self.halted = False
-        self.calls = []          # loop times at which those under way began
+    def on_failure(self) -> float:
+        """A whole batch failed. Returns the seconds until the next may probe."""
+        self.state = BreakerState.OPEN
+        return self.backoff.next()
+
+    def on_delay_over(self) -> None:
+        """The next batch may probe."""
+        if self.state is BreakerState.OPEN:
+            self.state = BreakerState.HALF_OPEN
+
+    def on_success(self) -> None:
+        """The other end took a batch, or a part of it."""
+        self.state = BreakerState.CLOSED
+        self.backoff.reset()
+
+
+class Batch:
+    """Messages for one call. failures: how often it failed as a whole; accepted_before: how many batches the other end
+    had accepted by then; tries: how often some of its records were busy."""
+
+    __slots__ = ('messages', 'failures', 'accepted_before', 'tries')
+
+    def __init__(self, messages: list, failures: int = 0, accepted_before: int = 0, tries: int = 0) -> None:
+        self.messages, self.failures, self.accepted_before, self.tries = messages, failures, accepted_before, tries
+
+    def halved(self) -> list:
+        """Both halves as batches of the same history; itself when it can't be halved, or need not be yet."""
+        middle = len(self.messages) // 2
+        if not middle or self.failures < HALVED_AT:
+            return [self]
+        return [Batch(part, self.failures, self.accepted_before)
+                for part in (self.messages[:middle], self.messages[middle:])]
+
+
+class Batcher:
+    """Messages wait here for their batch: it owns what is pending, the batches under way and the breaker.
+
+    A batch closes when it is full, and at once when none is under way: a lone message does not wait, and under load
+    batches fill while the one before them is written. A batch that fails as a whole opens the breaker, and from its
+    third failure on is halved, so that one message which fails all the others with it ends up alone. When other batches
+    were accepted since its last failure, the batch itself is to blame, and the breaker stays as it is.
+
+    write: async, messages -> a result each. settle: (messages, results) -> the messages to retry.
+    end: the one of ENDS that it writes to. limits: (messages, bytes) of a batch. writers: calls at a time.
+    call_timeout: seconds after which a call has returned, unless it hangs.
+    """
+
+    def __init__(self, end: str, tasks: Crew, health: Health, write, settle, limits: tuple[int, int], writers: int,
+                 call_timeout: float) -> None:
+        self.end, self.tasks, self.health, self.write, self.settle = end, tasks, health, write, settle
+        (self.size, self.max_bytes), self.writers, self.call_timeout = limits, writers, call_timeout
+        self.pending, self.pending_bytes = collections.deque(), 0
+        self.retries = collections.deque()   # batches that may go again
+        self.calls = []                      # loop times at which those under way began
+        self.accepted = 0                    # batches that the other end took, at least in part
+        self.last_error = ''
+        self.breaker = Breaker(BreakerState.CLOSED if health.up(end) else BreakerState.HALF_OPEN)
+        self.stopped = False                 # nothing goes any more
 
     @property
-    def troubled(self):
-        """Whether the last batch failed."""
-        return self.backoff.tries > 0
+    def failing(self) -> bool:
+        """Whether the breaker is not closed."""
+        return self.breaker.state is not BreakerState.CLOSED
 
     @property
-    def full(self):
+    def full(self) -> bool:
         """Whether a whole batch is pending."""
-        return len(self.pending) >= self.size or self.bytes >= self.most
+        return len(self.pending) >= self.size or self.pending_bytes >= self.max_bytes
 
-    def put(self, messages):
-        """Takes messages; batches that are due go off at once, where they may."""
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is under way, nor goes by itself: what is left waits for the end of a delay."""
+        return not self.calls and (self.stopped or self.failing or not (self.pending or self.retries))
+
+    def add(self, messages: list) -> None:
+        """Takes messages; batches that are due go at once, where they may."""
         self.pending.extend(messages)
-        self.bytes += sum([len(message.body) for message in messages])
-        self.pump()
+        self.pending_bytes += sum([len(message.body) for message in messages])
+        self.flush()
 
-    def pump(self):
-        """Sends off the batches that are due."""
-        while self.pending and not self.halted and not self.timer and (
-                not self.busy or (self.full and self.busy < self.parallel and not self.troubled)):
-            self.busy += 1
-            self.crew.start(self.run(self.cut()))
+    def flush(self) -> None:
+        """Starts the batches that may go."""
+        while batch := self.next_batch():
+            started = asyncio.get_running_loop().time()
+            self.calls.append(started)
+            self.tasks.start(self.run(batch, started))
 
-    def cut(self):
+    def next_batch(self) -> Batch | None:
+        """The batch that goes next, or None when none may go now."""
+        if (self.stopped or self.breaker.state is BreakerState.OPEN
+                or len(self.calls) >= (1 if self.failing else self.writers)):
+            return None
+        # Probes change between old batches and new messages, so that a batch which can't succeed is not the only probe.
+        probes_new = self.failing and self.breaker.backoff.tries % 2 == 0 and self.pending
+        if self.retries and not probes_new:
+            return self.retries.popleft()
+        return self.cut_batch() if self.pending and (not self.calls or self.full) else None
+
+    def cut_batch(self) -> Batch:
         """Takes one batch off what is pending."""
-        batch, weight = [], 0
-        while self.pending and len(batch) < self.size and (
-                not batch or weight + len(self.pending[0].body) <= self.most):
-            batch.append(self.pending.popleft())
-            weight += len(batch[-1].body)
-        self.bytes -= weight
-        return batch
+        messages, weight = [], 0
+        while self.pending and len(messages) < self.size and (
+                not messages or weight + len(self.pending[0].body) <= self.max_bytes):
+            messages.append(self.pending.popleft())
+            weight += len(messages[-1].body)
+        self.pending_bytes -= weight
+        return Batch(messages)
 
-    async def run(self, batch):
+    async def run(self, batch: Batch, started: float) -> None:
         """One batch, from the call to what follows."""
-        begun = asyncio.get_running_loop().time()
-        self.calls.append(begun)
-        answers = await self.work(batch)
-        self.calls.remove(begun)
-        self.tell(batch, answers, asyncio.get_running_loop().time() - begun)
-        self.busy -= 1
-        again = self.settle(batch, answers)
-        if again:
-            if len(again) < len(batch):
-                self.backoff.reset()   # it works, if only for some: no reason to wait longer each time
-            self.pending.extendleft(reversed(again))
-            self.bytes += sum(len(message.body) for message in again)
-            delay = self.backoff.next()
-            log.debug('%s: %d messages wait %.1f s for the next try', self.name, len(self.pending), delay)
-            self.timer = asyncio.get_running_loop().call_later(delay, self.rested)
-        elif self.troubled and not self.halted:
-            self.backoff.reset()
-        self.pump()
+        results = await self.write(batch.messages)
+        self.calls.remove(started)
+        self.log_results(batch, results, asyncio.get_running_loop().time() - started)
+        retry = self.settle(batch.messages, results)
+        if all(map(is_outage, results)):
+            self.on_batch_failure(batch, results[0], retry)
+        elif NO_VERDICT.isdisjoint([result.outcome for result in results]):
+            self.on_batch_accepted(batch, retry)
+        self.flush()
 
-    def tell(self, batch, answers, seconds):
+    def on_batch_accepted(self, batch: Batch, retry: list) -> None:
+        """The other end works. Records that were busy are tried again after a delay of their own."""
+        self.accepted += 1
+        self.breaker.on_success()
+        self.health.recover(self.end)
+        if retry:
+            self.retry_later([Batch(retry, tries=batch.tries + 1)], 0.1 * 2 ** min(batch.tries, 6))
+
+    def on_batch_failure(self, batch: Batch, result: Answer, retry: list) -> None:
+        """All of a batch failed: the other end is away, or one message of the batch makes it fail."""
+        self.last_error = result.detail or result.outcome
+        suspect = batch.failures and self.accepted > batch.accepted_before
+        batch.failures, batch.accepted_before, batch.messages = batch.failures + 1, self.accepted, retry
+        if not suspect:
+            self.health.fail(self.end, self.last_error, kind='batch')
+            self.retries.extend(batch.halved() if retry else ())
+            if self.breaker.state is not BreakerState.OPEN:   # else it was opened by another of the batches under way
+                self.open_breaker()
+        elif len(retry) > 1 or batch.failures <= HALVED_AT:
+            self.retry_later(batch.halved() if retry else (), 0.1 * batch.failures)
+        elif retry:
+            self.settle(retry, [Answer('unsettled', None, self.last_error)])
+
+    def open_breaker(self) -> None:
+        """Lets no batch go for a while, and then one."""
+        delay = self.breaker.on_failure()
+        log.debug('%s: next try in %.1f s, %d messages pending', self.end, delay, len(self.pending))
+
+        def delay_over():
+            self.breaker.on_delay_over()
+            self.flush()
+        asyncio.get_running_loop().call_later(delay, delay_over)
+
+    def retry_later(self, batches, delay: float) -> None:
+        """Tries batches again after `delay` seconds; the others go on meanwhile."""
+        def delay_over():
+            self.retries.extend(batches)
+            self.flush()
+        asyncio.get_running_loop().call_later(delay, delay_over)
+
+    def log_results(self, batch: Batch, results: list, seconds: float) -> None:
         """What came of a batch, for -v."""
         if log.isEnabledFor(logging.DEBUG):
-            outcomes = collections.Counter(answer.outcome for answer in answers)
-            log.debug('%s: batch of %d, %d bytes, in %.0f ms: %s', self.name, len(batch),
-                      sum(len(message.body) for message in batch), seconds * 1000,
+            outcomes = collections.Counter(result.outcome for result in results)
+            log.debug('%s: batch of %d, %d bytes, in %.0f ms: %s', self.end, len(batch.messages),
+                      sum(len(message.body) for message in batch.messages), seconds * 1000,
                       ', '.join(f'{name} {number}' for name, number in outcomes.items()))
 
-    def rested(self):
-        """The time to try again."""
-        self.timer = None
-        self.pump()
-
-    def halt(self):
-        """Sends nothing off any more."""
-        self.halted = True
-        if self.timer:
-            self.timer.cancel()
+    def stop(self) -> None:
+        """Starts no batch any more."""
+        self.stopped = True
 
 
-def answered(batch, answers):
-    """The messages of a batch by their answer, as (answer, messages); mostly it is one for all."""
-    if answers.count(answers[0]) == len(batch):
-        return [(answers[0], batch)]
-    return grouped(batch, dict(zip(batch, answers, strict=True)).__getitem__)
-
-
-class Pool(concurrent.futures.ThreadPoolExecutor):
-    """Threads that know which calls are under way."""
+class StoreExecutor(concurrent.futures.ThreadPoolExecutor):
+    """The threads in which a store's calls block; it knows which calls are under way."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -3389,285 +3559,118 @@ class Pool(concurrent.futures.ThreadPoolExecutor):
         return call
 
 
-async def close_store(store, pool):
-    """Closes the store in its pool, within a bound; one with a call under way is left as it is."""
-    if not pool.calls:
+async def close_store(store, executor: StoreExecutor) -> None:
+    """Closes the store in its executor, within a bound; one with a call under way is left as it is."""
+    if not executor.calls:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, store.close), CLOSE_TIMEOUT)
-    pool.shutdown(wait=False)
+            await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(executor, store.close), CLOSE_TIMEOUT)
+    executor.shutdown(wait=False)
+
+
+def is_outage(result: Answer) -> bool:
+    """Whether a result speaks of the other end, and not of the message."""
+    return result.outcome == 'retry' or (result.outcome == 'unkept' and result.reason == 'away')
+
+
+def group_by_result(messages: list, results: list):
+    """The messages of a batch by their result, as (result, messages); mostly it is one for all."""
+    if results.count(results[0]) == len(messages):
+        return [(results[0], messages)]
+    return grouped(messages, dict(zip(messages, results, strict=True)).__getitem__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # RDY and consumer: the nsqds, and the one place that answers them
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Consumer:
-    """The connections to all nsqds of a topic. It alone owns RDY and what is held, and alone answers nsqd."""
+LOOKUP_INTERVAL = 60.0      # seconds between questions to nsqlookupd while every nsqd that it names is connected
+LOOKUP_INTERVAL_DOWN = 5.0  # the most of them, while one is not, or none is known
+LOOKUP_PATIENCE = 0.5       # seconds that the first question waits for the other nsqlookupds once one has named nsqds
+IDLE_TICK = 0.5             # seconds between looks at the connections while no window takes messages
+FIRST_MESSAGE_SIZE = 64 << 10   # bytes that a message is taken to have before any has come
+REQUEUE_DELAYS = 1, 600     # seconds: of the first delivery that can't be settled, and at most
 
-    def __init__(self, config, crew, link, topic, channel):
-        self.config, self.crew, self.link, self.topic, self.channel = config, crew, link, topic, channel
-        self.max_in_flight, self.max_held = config.nsq.max_in_flight, config.nsq.max_held
-        self.addresses = []         # of the nsqds that are to be asked
-        self.keepers = {}           # address -> the task that keeps its connection up
-        self.connections = []       # Subscriptions that are up
-        self.attempted = {}         # address -> None, or the error of its first attempt
-        self.held = {}              # key -> Message without an answer yet
-        self.held_bytes = 0
-        self.room = asyncio.Event()  # set while held_bytes < max_held
-        self.room.set()
-        self.window = None          # the Window that takes messages
-        self.closing = False
-        self.last_touch = 0.0
-        self.warned_late = False
 
-    async def open(self):
-        """Finds the nsqds and connects; returns when the first is up. Raises Unavailable when none is."""
-        self.look_after(await find_nsqds(self.config, self.topic))
-        addresses = self.addresses
-        while addresses and not self.connections and len(self.attempted) < len(addresses) and not self.crew.error:
-            self.crew.wake.clear()
-            await self.crew.wake.wait()
-        if self.crew.error:
-            raise self.crew.error
-        if addresses and not self.connections:
-            raise Unavailable('no nsqd can be reached: ' + '; '.join(
-                f'{spelled(address)}: {error}' for address, error in self.attempted.items()))
-        self.crew.start(self.tick())
+class Source(typing.Protocol):
+    """What a window reads from: the nsqds (Consumer), or a file of dead letters (DeadLetterFileSource).
 
-    async def refresh(self):
-        """Asks nsqlookupd again, for a consumer that lasts longer than a window."""
-        if self.config.nsq.lookupd_http_address:
-            try:
-                found = await find_nsqds(self.config, self.topic)
-            except Unavailable as error:
-                log.warning('%s; going on with the nsqds that are known', error)
-            else:
-                self.look_after(found)
+    It delivers messages for as long as `credit()` is positive, and alone knows how to answer them. in_flight: key ->
+    Message without an answer yet. requeued, late: counts since start().
+    """
 
-    def look_after(self, found):
-        """Connects to the nsqds that are new; one that is named no more stays for as long as its connection does."""
-        up = [connection.address for connection in self.connections]
-        self.addresses = list(dict.fromkeys([*found, *up]))
-        for address in found:
-            if address not in self.keepers or self.keepers[address].done():
-                self.attempted.pop(address, None)
-                self.keepers[address] = self.crew.start(self.keep(address))
+    topic: str
+    channel: str
+    max_in_flight: int
+    in_flight: dict
+    requeued: int
+    late: int
 
-    async def keep(self, address):
-        """Keeps a connection to one nsqd up, with backoff, until the consumer closes or nobody names it any more."""
-        backoff, said = Backoff(0.1, 5), None
-        while not self.closing and address in self.addresses:
-            connection = Subscription(address, self)
-            try:
-                await connection.open()
-                self.attempted[address] = None
-                self.connections.append(connection)
-                self.crew.wake.set()
-                if backoff.tries:
-                    log.info('nsqd %s is back', connection)
-                backoff.reset()
-                said = None
-                await connection.read()
-            except UNREACHABLE as error:
-                said = self.parted(connection, explained(error), said)
-            delay = backoff.next()
-            if not self.closing:
-                log.debug('nsqd %s: connecting again in %.1f s', connection, delay)
-            await asyncio.sleep(delay)
+    def start(self, credit: Callable[[], int], deliver: Callable[[list], None]) -> None:
+        """From now on messages go to `deliver`, as many as `credit()` allows."""
 
-    def parted(self, connection, reason, said):
-        """A connection could not be made, or has ended. A reason that is not what was `said` last is a warning: it may
-        be one that only a person can change. Returns the reason, as what is said now."""
-        connection.drop()
-        if connection in self.connections:
-            self.connections.remove(connection)
-        self.attempted.setdefault(connection.address, reason)
-        self.crew.wake.set()
-        if not self.closing:
-            log.log(logging.DEBUG if reason == said else logging.WARNING, 'nsqd %s: %s', connection, reason)
-        return reason
+    def stop(self) -> None:
+        """Delivers no more."""
 
-    # -- what comes
+    def on_credit_change(self) -> None:
+        """`credit()` says something else than before."""
 
-    def receive(self, connection, messages):
-        """Messages of one chunk. A second copy of a held one joins the first."""
-        fresh = [message for message in messages if self.held.setdefault(message.key, message) is message]
-        for message in messages if len(fresh) < len(messages) else ():
-            self.join(self.held[message.key], message)
-        connection.in_flight += len(fresh)
-        connection.quiet = connection.tried = False
-        connection.listening = connection.heard
-        self.held_bytes += sum([len(message.body) for message in fresh])
-        if self.held_bytes >= self.max_held:
-            self.room.clear()
-        log.debug('nsqd %s: %d messages', connection, len(messages))
-        if self.window:
-            self.window.take(fresh)
-            self.lower(connection)
+    def finish(self, messages: list) -> None:
+        """They are durable: they never come again."""
 
-    def join(self, first, second):
-        """nsqd has delivered a held message again: the answer goes to where it came from last."""
-        if second is not first:
-            if second.conn is not first.conn:
-                first.conn.in_flight -= 1
-                first.conn.parked -= first.parked
-                second.conn.in_flight += 1
-                second.conn.parked += first.parked
-            first.conn, first.touched, first.received = second.conn, second.touched, second.received
+    def requeue(self, messages: list, delay: float = 0) -> None:
+        """They come again, after `delay` seconds at the earliest."""
 
-    def park(self, messages):
-        """Puts messages aside, to be handed back at the window's end."""
-        for message in messages:
-            if message.key in self.held and not message.parked:
-                message.parked = True
-                message.conn.parked += 1
-
-    def carry_over(self):
-        """What came when no window could take it, for the next one."""
-        for message in self.held.values():
-            message.conn.parked -= message.parked
-            message.parked = False
-        return list(self.held.values())
-
-    def begin(self, window):
-        """From now on what comes is the window's; each nsqd has to show anew that it has nothing."""
-        self.window, self.warned_late = window, False
-        for connection in self.connections:
-            connection.quiet = connection.tried = False
-
-    # -- RDY
+    def hold(self, messages: list) -> None:
+        """They stay in flight, and in nobody's way, until they are requeued."""
 
     @property
-    def budget(self):
-        """The most that the RDYs of all connections may add up to, beyond what is parked."""
-        if self.closing or not self.window or not self.window.asking or self.held_bytes >= self.max_held:
-            return 0
-        parked = sum([c.parked for c in self.connections])
-        return max(0, min(self.window.left, self.window.allowance, self.max_in_flight - parked))
-
-    def lower(self, connection):
-        """Takes what has come off its connection's RDY, where the window is near its end or held bytes are many:
-        before any FIN can free a slot, and without touching the RDY of another connection."""
-        budget = self.budget
-        excess = sum([c.rdy - c.parked for c in self.connections]) - budget
-        if excess > 0:
-            connection.ask(max(0, connection.rdy - excess))
-        if budget == 0:
-            self.deal()
-
-    def deal(self):
-        """Deals the budget out to the connections: what is lowered is sent first."""
-        budget = self.budget
-        far = bool(self.window) and self.window.left > 2 * self.max_in_flight
-        more = shares([(0 if far else max(0, c.rdy - c.parked), c.quiet, c.listening, max(0, c.max_rdy - c.parked))
-                       for c in self.connections], budget)
-        rdys = [share and share + c.parked for c, share in zip(self.connections, more, strict=True)]
-        for connection, rdy in sorted(zip(self.connections, rdys, strict=True), key=lambda pair: pair[1] - pair[0].rdy):
-            connection.ask(rdy)
+    def idle_since(self) -> float | None:
+        """Loop time since when nothing came though it could have; None: not so."""
 
     @property
-    def starved(self):
-        """Whether every nsqd has had its chance to deliver for a while, and RDY is applied, and nothing came."""
-        known = all(address in self.attempted for address in self.addresses)
-        return known and self.budget > 0 and bool(self.connections) and all(c.tried for c in self.connections)
+    def exhausted(self) -> bool:
+        """Whether nothing can come any more."""
 
-    def look_for_quiet(self, now):
-        """Marks the connections that could deliver, and did not."""
-        for connection in self.connections:
-            if connection.rdy <= connection.in_flight:
-                connection.listening = now
-            elif now - connection.listening >= connection.silence:
-                connection.quiet = connection.tried = True
 
-    # -- answers
+class RdyAllocator:
+    """Deals out RDY: budget, connections and the time in, new values of RDY out. It knows nothing else.
 
-    def finish(self, messages):
-        """FIN: called only with messages whose record or dead letter is durable."""
-        self.answer(b'FIN %s\n', messages)
+    Example: three connections, a budget of 12, and the third is idle. It keeps 1, to be heard when a message comes; the
+    other two share 11: RDY 6, 5, 1. With a budget of 2 there is not 1 for each: the two that are not idle get 1 each,
+    and connections that are idle take turns.
+    """
 
-    def hand_back(self, messages):
-        """REQ without delay, at RDY 0: in an open window the same messages would come round and round."""
-        late = self.answer(b'REQ %s 0\n', messages)
-        if self.window:
-            self.window.count['requeued'] += len(messages) - late
+    @staticmethod
+    def allocate(connections: Sequence, budget: int, keep: bool) -> list[tuple[object, int]]:
+        """The new RDY of each connection, what is lowered first: the sum never exceeds the budget on the way. keep:
+        leave each what it has, for a message may be under way on it."""
+        more = shares([(max(0, c.rdy - c.held_back) if keep else 0, c.idle, c.rdy_since,
+                        max(0, c.max_rdy - c.held_back)) for c in connections], budget)
+        rdys = [(c, share and share + c.held_back) for c, share in zip(connections, more, strict=True)]
+        return sorted(rdys, key=lambda pair: pair[1] - pair[0].rdy)
 
-    def answer(self, command, messages):
-        """Sends one command for each message, one write a connection. Returns how many were too late: their
-        connection is gone, and nsqd delivers them again."""
-        messages = [message for message in messages if self.held.pop(message.key, None)]   # each is answered once
-        late = 0
-        for connection, group in grouped(messages, lambda message: message.conn):
-            connection.in_flight -= len(group)
-            connection.parked -= sum([message.parked for message in group])
-            if connection.lost:
-                late += len(group)
-            else:
-                connection.send(b''.join([command % message.id for message in group]))
-        self.held_bytes -= sum([len(message.body) for message in messages])
-        if self.held_bytes < self.max_held:
-            self.room.set()
-        if late and self.window:
-            self.window.count['late'] += late
-        return late
-
-    def refused(self, connection, data):
-        """nsqd refused a FIN, REQ or TOUCH."""
-        if not data.startswith(b'E_TOUCH') and self.window:
-            self.window.count['late'] += 1
-            self.window.count['requeued'] -= data.startswith(b'E_REQ')
-        log.log(logging.DEBUG if self.warned_late else logging.WARNING, 'nsqd %s: late: %s', connection,
-                data.decode('utf-8', 'replace'))
-        self.warned_late = True
-
-    def touch(self, now):
-        """TOUCH for what was neither delivered nor touched for half its msg-timeout. After max-msg-timeout nsqd
-        delivers again, and still takes the touches: so there they end."""
-        due = [message for message in self.held.values()
-               if now - message.touched >= message.conn.msg_timeout / 2 - 2 * TICK
-               and now - message.received < message.conn.max_msg_timeout]
-        for connection, group in grouped(due, lambda message: message.conn):
-            log.debug('nsqd %s: TOUCH for %d messages', connection, len(group))
-            connection.send(b''.join([b'TOUCH %s\n' % message.id for message in group]))
-        for message in due:
-            message.touched = now
-
-    # -- time
-
-    async def tick(self):
-        """Looks after RDY and TOUCH."""
-        loop = asyncio.get_running_loop()
-        while True:
-            now = loop.time()
-            self.look_for_quiet(now)
-            self.deal()
-            if self.held and now - self.last_touch >= min((c.msg_timeout for c in self.connections), default=60) / 8:
-                self.last_touch = now
-                self.touch(now)
-            self.crew.wake.set()
-            await asyncio.sleep(TICK)
-
-    async def close(self):
-        """Ends every connection. What is still held then is nsqd's, after msg-timeout."""
-        self.closing = True
-        self.deal()
-        await asyncio.gather(*(connection.close() for connection in self.connections))
+    @staticmethod
+    def reduced(connection, connections: Sequence, budget: int) -> int:
+        """The RDY of the one connection on which messages have come, so that the sum keeps within the budget."""
+        excess = sum([c.rdy - c.held_back for c in connections]) - budget
+        return connection.rdy if excess <= 0 else max(0, connection.rdy - excess)
 
 
 def shares(states, budget):
-    """How `budget` messages are dealt out as RDY; each state is a (rdy, quiet, listening, max_rdy).
+    """How `budget` messages are dealt out as RDY; each state is a (rdy, idle, rdy_since, max_rdy).
 
-    The quiet keep 1, to be heard again, when there is 1 for everybody; the rest goes evenly to the others, of whom
-    none loses what it has (a message may be under way on it). With too few for all, those that are quiet take turns,
-    the one that listened longest ago first.
+    The idle keep 1, to be heard again, when there is 1 for everybody; the rest goes evenly to the others, of whom
+    none loses what it has (a message may be under way on it). With too few for all, those that are idle take turns,
+    the one that could deliver longest ago first.
     """
     rdys = [0] * len(states)
-    eager = [i for i, (_, quiet, _, _) in enumerate(states) if not quiet]
-    quiet = sorted((i for i, state in enumerate(states) if state[1]), key=lambda i: states[i][2])
+    eager = [i for i, (_, idle, _, _) in enumerate(states) if not idle]
+    idle = sorted((i for i, state in enumerate(states) if state[1]), key=lambda i: states[i][2])
     if budget >= len(states):
-        for i in quiet:
+        for i in idle:
             rdys[i] = 1
-        budget -= len(quiet)
-    first, second = sorted(eager, key=lambda i: -states[i][0]), quiet
+        budget -= len(idle)
+    first, second = sorted(eager, key=lambda i: -states[i][0]), idle
     for group in (first, second if not first or budget else ()):
         for place, i in enumerate(group):
             rdy, _, _, most = states[i]
@@ -3678,352 +3681,813 @@ def shares(states, budget):
     return rdys
 
 
+class LookupPoller:
+    """Asks nsqlookupd for the nsqds of a topic, in the background, and tells the Consumer what it names."""
+
+    def __init__(self, config, topic: str, consumer) -> None:
+        self.config, self.topic, self.consumer = config, topic, consumer
+        self.due = asyncio.Event()
+        self.waiting: list[asyncio.Future] = []   # for the next answer
+        self.backoff = Backoff(0.5, LOOKUP_INTERVAL_DOWN)
+
+    async def run(self) -> None:
+        """Asks at once when a connection has ended, soon while an nsqd is missing, else once in a while."""
+        while True:
+            settled = self.consumer.is_settled()
+            if settled:
+                self.backoff.reset()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.due.wait(), LOOKUP_INTERVAL if settled else self.backoff.next())
+            self.due.clear()
+            await self.look_up()
+
+    async def look_up(self) -> None:
+        """One question. When no nsqlookupd answers, the nsqds that are known stay."""
+        waiting, self.waiting = self.waiting, []
+        try:
+            self.consumer.update_nsqds(await find_nsqds(self.config, self.topic))
+        except Unavailable as error:
+            log.warning('%s; going on with the nsqds that are known', error)
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def fresh_answer(self) -> None:
+        """Waits for the answer to a question that is asked from now on."""
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append(future)
+        self.due.set()
+        await future
+
+
+class Consumer:
+    """The connections to all nsqds of a topic: the Source whose messages come from nsqd. It alone owns RDY and what is
+    in flight, and alone answers nsqd."""
+
+    def __init__(self, config, tasks: Crew, link, topic: str, channel: str, health: Health) -> None:
+        self.config, self.tasks, self.link, self.topic, self.channel = config, tasks, link, topic, channel
+        self.health = health
+        self.max_in_flight = config.nsq.max_in_flight
+        self.addresses = []         # of the nsqds that are to be asked
+        self.connect_tasks = {}     # address -> the task that keeps its connection up
+        self.connections = []       # Subscriptions that are up
+        self.connect_errors = {}    # address -> None, or the error of its last attempt
+        self.in_flight = {}         # key -> Message without an answer yet
+        self.held_bytes = 0         # of their bodies
+        self.message_size = FIRST_MESSAGE_SIZE   # bytes that the next messages may have
+        self.credit = self.deliver = None        # of the window that takes messages
+        self.requeued = self.late = 0
+        self.idle_since = None
+        self.last_touch, self.last_loss = 0.0, -math.inf   # loop times
+        self.poller = LookupPoller(config, topic, self) if config.nsq.lookupd_http_address else None
+
+    async def open(self) -> None:
+        """Finds the nsqds and connects; returns when the first is up. Raises Unavailable when none is."""
+        self.update_nsqds(await find_nsqds(self.config, self.topic, LOOKUP_PATIENCE))
+        addresses = self.addresses
+        while addresses and not self.connections and not self.all_tried() and not self.tasks.error:
+            self.tasks.wake.clear()
+            await self.tasks.wake.wait()
+        if self.tasks.error:
+            raise self.tasks.error
+        if addresses and not self.connections:
+            raise Unavailable('no nsqd can be reached: ' + '; '.join(
+                f'{spelled(address)}: {error}' for address, error in self.connect_errors.items()))
+        self.tasks.start(self.tick())
+        if self.poller:
+            self.tasks.start(self.poller.run())
+
+    def all_tried(self) -> bool:
+        """Whether a connection to each nsqd was made, or has failed."""
+        return all(address in self.connect_errors for address in self.addresses)
+
+    def is_settled(self) -> bool:
+        """Whether each nsqd that is known is connected, there is one, and none was lost lately: one that starts again
+        elsewhere is to be found soon."""
+        return (0 < len(self.addresses) <= len(self.connections)
+                and asyncio.get_running_loop().time() - self.last_loss > LOOKUP_INTERVAL)
+
+    def update_nsqds(self, found: dict) -> None:
+        """Connects to the nsqds that are new; one that is named no more stays for as long as its connection does."""
+        up = [connection.address for connection in self.connections]
+        self.addresses = list(dict.fromkeys([*found, *up]))
+        for address in found:
+            if address not in self.connect_tasks or self.connect_tasks[address].done():
+                self.connect_errors.pop(address, None)
+                self.connect_tasks[address] = self.tasks.start(self.maintain_connection(address))
+        self.tasks.wake.set()
+
+    async def maintain_connection(self, address) -> None:
+        """Keeps a connection to one nsqd up, with backoff, until nobody names it any more.
+
+        nsqlookupd is asked before each new attempt: a topic that was deleted would be made again by our SUB.
+        """
+        backoff, last_error = Backoff(0.1, 5), None
+        while address in self.addresses:
+            connection = Subscription(address, self)
+            try:
+                await connection.open()
+                self.on_connect(connection, backoff)
+                await connection.read()
+            except UNREACHABLE as error:
+                if address not in self.addresses:   # it was closed
+                    return
+                changed = explained(error) != last_error or not backoff.tries
+                last_error = explained(error)
+                log.log(logging.WARNING if changed else logging.DEBUG, 'nsqd %s: %s', connection, last_error)
+                self.on_disconnect(connection, last_error)
+            delay = backoff.next()
+            log.debug('nsqd %s: connecting again in %.1f s', connection, delay)
+            await asyncio.sleep(delay)
+            if self.poller:
+                await self.poller.fresh_answer()
+
+    def on_connect(self, connection, backoff: Backoff) -> None:
+        """A connection is up."""
+        self.connect_errors[connection.address] = None
+        self.connections.append(connection)
+        if backoff.tries:
+            log.info('nsqd %s is back', connection)
+        self.health.recover('queue')
+        backoff.reset()
+        self.tasks.wake.set()
+
+    def on_disconnect(self, connection, error: str) -> None:
+        """A connection could not be made, or has ended."""
+        connection.drop()
+        self.connect_errors[connection.address] = error
+        if connection in self.connections:
+            self.connections.remove(connection)
+            self.last_loss = asyncio.get_running_loop().time()
+            if not self.connections:
+                self.health.fail('queue', f'nsqd {connection}: {error}', logged=True)
+        self.tasks.wake.set()
+
+    # -- what comes
+
+    def start(self, credit: Callable[[], int], deliver: Callable[[list], None]) -> None:
+        """From now on messages go to the window; each nsqd has to show anew that it has nothing."""
+        self.credit, self.deliver = credit, deliver
+        self.requeued = self.late = 0
+        self.idle_since = None
+        for connection in self.connections:
+            connection.idle = connection.tried = False
+
+    def stop(self) -> None:
+        """No window takes messages."""
+        self.credit = self.deliver = None
+        self.on_credit_change()
+
+    def receive(self, connection, messages: list) -> None:
+        """Messages of one read. A second copy of one in flight joins the first."""
+        fresh = [message for message in messages if self.in_flight.setdefault(message.key, message) is message]
+        for message in messages if len(fresh) < len(messages) else ():
+            self.on_redelivery(self.in_flight[message.key], message)
+        connection.in_flight += len(fresh)
+        connection.idle = connection.tried = False
+        self.idle_since = None
+        sizes = [len(message.body) for message in fresh]
+        self.held_bytes += sum(sizes)
+        self.message_size = max(int(self.message_size * 0.95 ** len(sizes)), 1, *sizes)
+        log.debug('nsqd %s: %d messages', connection, len(messages))
+        if self.deliver:
+            self.deliver(fresh)
+            self.reduce_rdy(connection)
+
+    def on_redelivery(self, first: Message, second: Message) -> None:
+        """nsqd has delivered a message in flight again: the answer goes to where it came from last."""
+        if second is not first:
+            if second.conn is not first.conn:
+                first.conn.in_flight -= 1
+                first.conn.held_back -= first.held_back
+                second.conn.in_flight += 1
+                second.conn.held_back += first.held_back
+            first.conn, first.touched, first.received = second.conn, second.touched, second.received
+
+    def hold(self, messages: list) -> None:
+        """They stay in flight until they are requeued; RDY is raised by them, so that others can come."""
+        for message in messages:
+            if message.key in self.in_flight and not message.held_back:
+                message.held_back = True
+                message.conn.held_back += 1
+
+    # -- RDY
+
+    @property
+    def budget(self) -> int:
+        """The most that RDY of all connections may add up to, beyond what is held back.
+
+        Example: max-held is 32 MiB, 24 MiB are in flight in 100 messages, and messages have 1 MiB: 8 more may come, so
+        RDY may add up to 108.
+        """
+        credit = self.credit() if self.credit else 0
+        if credit <= 0 or self.held_bytes >= self.config.nsq.max_held:
+            return 0
+        held_back = sum([c.held_back for c in self.connections])
+        room = max(1, (self.config.nsq.max_held - self.held_bytes) // self.message_size)
+        return max(0, min(credit, self.max_in_flight - held_back, len(self.in_flight) - held_back + room))
+
+    def reduce_rdy(self, connection) -> None:
+        """Takes what has come off its connection's RDY, where the window is near its end or many bytes are in flight:
+        before any FIN can free a slot, and without touching the RDY of another connection."""
+        budget = self.budget
+        connection.set_rdy(RdyAllocator.reduced(connection, self.connections, budget))
+        if budget == 0 or self.message_size * self.max_in_flight > self.config.nsq.max_held:
+            self.on_credit_change()
+
+    def on_credit_change(self) -> None:
+        """Deals the budget out to the connections."""
+        plenty = bool(self.credit) and self.credit() > 2 * self.max_in_flight
+        for connection, rdy in RdyAllocator.allocate(self.connections, self.budget, keep=not plenty):
+            connection.set_rdy(rdy)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nobody has the topic, or what is in flight takes up all of RDY and stays."""
+        return not self.addresses or bool(self.connections and self.in_flight and all(
+            c.rdy <= c.in_flight for c in self.connections))
+
+    def mark_idle(self, now: float) -> None:
+        """Marks the connections that could deliver, and did not."""
+        for connection in self.connections:
+            if now - connection.last_data < connection.silence:   # a part of a message is activity, too
+                connection.idle = connection.tried = False
+            elif connection.rdy <= connection.in_flight:
+                connection.rdy_since = now
+            elif now - connection.rdy_since - connection.round_trip >= connection.silence:
+                connection.idle = connection.tried = True
+        if not (self.budget and self.connections and self.all_tried() and all(c.tried for c in self.connections)):
+            self.idle_since = None
+        elif self.idle_since is None:
+            self.idle_since = now
+
+    # -- answers
+
+    def finish(self, messages: list) -> None:
+        """FIN: called only with messages whose record or dead letter is durable."""
+        self.answer(b'FIN %s\n', messages)
+
+    def requeue(self, messages: list, delay: float = 0) -> None:
+        """REQ. Without a delay only at RDY 0: in an open window the same messages would come round and round."""
+        late = self.answer(b'REQ %%s %d\n' % (delay * 1000), messages)
+        self.requeued += len(messages) - late
+
+    def answer(self, command: bytes, messages: list) -> int:
+        """Sends one command for each message, one write a connection. Returns how many were too late: their
+        connection is gone, and nsqd delivers them again."""
+        messages = [message for message in messages if self.in_flight.pop(message.key, None)]   # each is answered once
+        late = 0
+        for connection, group in grouped(messages, lambda message: message.conn):
+            connection.in_flight -= len(group)
+            connection.held_back -= sum([message.held_back for message in group])
+            if connection.lost:
+                late += len(group)
+            else:
+                connection.send(b''.join([command % message.id for message in group]))
+        self.held_bytes -= sum([len(message.body) for message in messages])
+        self.late += late
+        return late
+
+    def on_refused(self, connection, data: bytes) -> None:
+        """nsqd refused a FIN, REQ or TOUCH: it has delivered the message again."""
+        if not data.startswith(b'E_TOUCH'):
+            self.late += 1
+            self.requeued -= data.startswith(b'E_REQ')
+        log.warning('nsqd %s: late: %s', connection, data[:13].decode('utf-8', 'replace'))
+
+    def touch(self, now: float) -> None:
+        """TOUCH for what was neither delivered nor touched for half its msg-timeout. After max-msg-timeout nsqd
+        delivers again, and still takes the touches: so there they end."""
+        due = [message for message in self.in_flight.values()
+               if now - message.touched >= message.conn.msg_timeout / 2 - 2 * TICK
+               and now - message.received < message.conn.max_msg_timeout]
+        for connection, group in grouped(due, lambda message: message.conn):
+            log.debug('nsqd %s: TOUCH for %d messages', connection, len(group))
+            connection.send(b''.join([b'TOUCH %s\n' % message.id for message in group]))
+        for message in due:
+            message.touched = now
+
+    # -- time
+
+    async def tick(self) -> None:
+        """Looks after RDY and TOUCH."""
+        loop = asyncio.get_running_loop()
+        while True:
+            now = loop.time()
+            self.mark_idle(now)
+            self.on_credit_change()
+            shortest = min((c.msg_timeout for c in self.connections), default=60)
+            if self.in_flight and now - self.last_touch >= shortest / 8:
+                self.last_touch = now
+                self.touch(now)
+            self.tasks.wake.set()
+            await asyncio.sleep(TICK if self.credit else min(IDLE_TICK, shortest / 8))
+
+    async def close(self) -> None:
+        """Ends every connection. What is still in flight then is nsqd's, after msg-timeout."""
+        self.addresses = []
+        self.stop()
+        await asyncio.gather(*(connection.close() for connection in self.connections))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # window: one bounded receive, from the first message to the last answer
 # ---------------------------------------------------------------------------------------------------------------------
 
-REPEAT = 60.0               # seconds for which a failure that comes again is not warned of again
+KEEPER_PATIENCE = 5.0       # seconds that a dead letter waits for a keeper that is away
+REFUSED_AT = 3              # deliveries after which a message that the store refuses for itself is a dead letter
+SMALL = 512                 # bytes of a body for which it is not worth while to count what it holds
+SMALL_FACTOR = 32           # bytes that one byte of such a body takes at most when it is decoded
 
 
-class Window:
-    """One bounded receive: what may still come (`left`), what came, and what became of it (`count`)."""
+def decoded_size(body: bytes) -> int:
+    """The bytes that a message takes once it is decoded, at most: a list of empty lists takes 40 times its body.
 
-    empty_level = logging.DEBUG   # of a summary of nothing: a timer makes 8,640 of them a day
+    The sizes are those of CPython's objects (sys.getsizeof): 64 and more a list, 184 and more an object, and for each
+    element its place in them and itself.
+    """
+    if len(body) < SMALL:
+        return len(body) * SMALL_FACTOR
+    return len(body) + 72 * body.count(b',') + 128 * body.count(b'[') + 256 * body.count(b'{')
 
-    def __init__(self, config, consumer, store, pool, mapper, dead_letters, figures=None, limit=None):
-        self.config, self.consumer, self.crew, self.store, self.pool = config, consumer, consumer.crew, store, pool
-        self.mapper, self.dead_letters, self.figures = mapper, dead_letters, figures or Figures()
-        self.limit = config.nsq.max_messages if limit is None else limit
-        self.timeout, self.idle_timeout = config.timeout, config.idle_timeout
-        self.lasting = False     # the consumer goes on after it: what came beyond the limit is for the next window
-        self.allowance = sys.maxsize   # messages in flight, until the store has shown that it works
-        self.leaving = False     # it is to end, and to finish what it has
-        self.well = lambda: None   # called when a batch was stored
-        self.storing = Lane(config.store, self, self.write, (store.batch_size, BATCH_BYTES), store.writers)
-        self.storing.patience = store.patience
-        self.burying = Lane('dead letters', self, self.keep, (LETTERS, LETTER_BYTES), 1)
-        self.count = dict.fromkeys(OUTCOMES, 0)
-        self.followed = dict(self.count)   # what of it is in the figures
-        self.taken = 0           # of the limit
-        self.open = 0            # messages in the lanes; what else is held stays for the end
-        self.asking = False      # may RDY be more than 0? Not before, not after, not while the store is down
-        self.ended = None        # loop time since when nothing more is asked for, and what is under way waited for
-        self.stopping = False    # by a signal
-        self.failure = None      # why the window ends, and messages go back, though nobody asked for it
-        self.queue_fails = False   # it is the queue's failure, not the store's
-        self.unkept = 0          # dead letters that could not be kept: they go back at its end
-        self.beyond = []         # what came beyond the limit
-        self.down_since = None   # loop time since when the store fails
-        self.moved = 0.0         # loop time at which a batch came back last
-        self.said = -math.inf    # loop time at which a failing store was last warned of
 
-    # -- a message's way
+class RecordQueue:
+    """Messages that wait to become records: what is decoded at a time stays within `max_held` bytes, or is one."""
 
-    @property
-    def left(self):
-        """How many messages the window may still take."""
-        if self.stopping or self.failure or self.leaving:
-            return 0
-        return self.limit - self.taken if self.limit else sys.maxsize
+    def __init__(self, mapper: 'Mapper', max_held: int) -> None:
+        self.mapper, self.max_held = mapper, max_held
+        self.waiting, self.decoded = collections.deque(), 0
 
-    def take(self, messages):
-        """Makes records of messages and sends them on their way. Those beyond the limit stay held for the end."""
-        beyond, messages = messages[self.left:], messages[:self.left]
-        self.came(len(messages) if self.lasting else len(messages) + len(beyond))
-        self.beyond += beyond
-        self.consumer.park(beyond)
-        self.taken += len(messages)
-        self.open += len(messages)
-        for first in range(0, len(messages), self.storing.size):   # so that a full batch goes off at once
-            self.storing.put(self.mapped(messages[first:first + self.storing.size]))
-
-    def mapped(self, messages):
-        """Those of the messages that have become records; the others are on their way to be buried."""
-        fit = []
-        for message in messages:
+    def take(self, most: int) -> tuple[list, list]:
+        """At most `most` of the messages, as (those that have a record now, those that can never have one)."""
+        fit, invalid = [], []
+        while self.waiting and len(fit) < most and (self.decoded < self.max_held or not self.decoded):
+            message = self.waiting.popleft()
+            message.size = decoded_size(message.body)
+            self.decoded += message.size
             try:
                 message.record = self.mapper.record(message)
                 fit.append(message)
             except Unfit as unfit:
-                self.reject(message, unfit)
-        return fit
+                message.unfit = unfit
+                invalid.append(message)
+        return fit, invalid
 
-    def came(self, number):
-        """Counts what was received."""
-        self.count['received'] += number
-        self.figures.add('xmsrv_received_total', number)
+    def release(self, messages: list) -> None:
+        """These are settled."""
+        self.decoded -= sum([message.size for message in messages])
 
-    async def write(self, batch):
-        """Writes a batch in a thread of the store. Returns an Answer for each."""
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        try:
-            answers = await loop.run_in_executor(self.pool, self.store.write, [message.record for message in batch])
-        except StoreDown as error:
-            answers = [Answer('retry' if error.again else 'stop', 'down', str(error))] * len(batch)
-        self.figures.batch(len(batch), loop.time() - begun, answers)
-        failures = {answer.outcome: answer.detail for answer in answers if answer.outcome in ('retry', 'stop')}
-        if failures:
-            self.store_fails(failures, loop.time())
-        elif self.down_since:
-            log.log(self.loud(self.down_since), '%s is back after %.1f s', self.config.store,
-                    loop.time() - self.down_since)
-            self.down_since = None
-            self.ask(not self.ended)
-        if not failures:
-            self.allowance = sys.maxsize
-            self.well()
-        return answers
 
-    def store_fails(self, failures, now):
-        """Says so once, and stops the flow: until a whole batch is through again, or for good."""
-        if 'stop' in failures:
-            log.log(logging.DEBUG if self.failure else logging.ERROR,
-                    '%s; the window ends, its messages go back to the queue', failures['stop'])
-            self.failure = self.failure or failures['stop']
-        elif not self.down_since:
-            self.down_since = now
-            if now - self.said > REPEAT:
-                self.said = now
-            log.log(self.loud(now), '%s; trying again, nothing more is taken from the queue', failures['retry'])
-        self.ask(False)
+class WindowState(enum.Enum):
+    """OPEN: takes messages. DRAINING: takes none, and waits for what is under way. CLOSED: the rest is requeued."""
 
-    def loud(self, since):
-        """The level for a failure that began then: a store that fails again and again is warned of once in a while."""
-        return logging.WARNING if since == self.said else logging.DEBUG
+    OPEN = 'open'
+    DRAINING = 'draining'
+    CLOSED = 'closed'
 
-    def reject(self, message, unfit):
-        """The message can never become a record."""
-        message.unfit = unfit
-        self.burying.put([message])
 
-    async def keep(self, batch):
-        """Keeps a batch of dead letters. Returns an Answer for each."""
-        return await self.dead_letters.keep(batch)
+class End(enum.Enum):
+    """Why a window ended: what -v says, whether what is pending is still written, and the exit status.
 
-    def settle(self, batch, answers):
-        """Does what follows from the answers. Returns the messages to try again."""
-        self.moved = asyncio.get_running_loop().time()
-        follows = {'finish': [], 'again': [], 'leave': [], 'reject': []}
-        for answer, group in answered(batch, answers):
-            follows[FOLLOWS[answer.outcome]] += group
-            if FOLLOWS[answer.outcome] == 'finish':
-                self.count[answer.outcome] += len(group)
-                self.figures.settled(answer, group, time.time())
-            elif FOLLOWS[answer.outcome] == 'reject':
-                for message in group:
-                    self.reject(message, Unfit(answer.reason, answer.detail))
-            self.unkept += len(group) if answer is UNKEPT else 0
-        self.consumer.finish(follows['finish'])
-        self.consumer.park(follows['leave'])
-        self.open -= len(follows['finish']) + len(follows['leave'])
-        return follows['again']
+    Example: a window is full, and drains; SIGTERM comes meanwhile. SIGNAL does not drain, so it takes the place of
+    FULL: the batches under way end, the messages that are pending are requeued, and the exit status is 0.
+    """
+
+    FULL = 'full', True, os.EX_OK
+    IDLE = 'the queue is idle', True, os.EX_OK
+    TIMEOUT = 'out of time', True, os.EX_OK
+    RELOAD = 'told to end', True, os.EX_OK
+    SIGNAL = 'stopped', False, os.EX_OK
+    STORE_FAILED = 'the store failed', False, os.EX_TEMPFAIL
+    DEAD_LETTERS_FAILED = 'dead letters could not be kept', False, os.EX_TEMPFAIL
+    QUEUE_FAILED = 'no nsqd is connected', False, os.EX_TEMPFAIL
+
+    def __init__(self, text: str, drains: bool, exit_status: int) -> None:
+        self.text, self.drains, self.exit_status = text, drains, exit_status
+
+
+class WindowLimits(typing.NamedTuple):
+    """How much a window takes, and for how long. max_messages: 0 for any number. timeout, idle_timeout: seconds.
+    lasting: the source goes on after the window, so what came beyond its limit is for the next one."""
+
+    max_messages: int
+    timeout: float
+    idle_timeout: float
+    lasting: bool = False
+
+
+@dataclasses.dataclass(slots=True)
+class WindowTimes:
+    """Loop times of a window. active: when it last had something to do. progress: when a batch last came back.
+    drained: when it began to drain. seconds: how long it took, at its end."""
+
+    started: float = 0.0
+    active: float = 0.0
+    progress: float = 0.0
+    drained: float = 0.0
+    seconds: float = 0.0
+
+
+class Window:
+    """One bounded receive: what may still come, what came, and what became of it (`count`).
+
+    It accepts messages from its Source, has them mapped to records and written in batches, and does what follows from
+    each result. pending_count: messages that are not settled. excess: those that came beyond the limit. refused: keys
+    that the store refused before it took any. postponed: messages that were requeued with a delay.
+    """
+
+    def __init__(self, pipeline, limits: WindowLimits, mapper) -> None:
+        self.pipeline, self.limits, self.source = pipeline, limits, pipeline.source
+        config, store = pipeline.config, pipeline.store
+        self.records = RecordQueue(mapper, config.nsq.max_held)
+        self.store_batcher = Batcher('store', pipeline.tasks, pipeline.health, pipeline.write, self.settle,
+                                     (store.batch_size, BATCH_BYTES), store.writers, store.patience)
+        self.dead_letter_batcher = Batcher('dead letters', pipeline.tasks, pipeline.health, pipeline.keep, self.settle,
+                                           (LETTERS, LETTER_BYTES), 1, LETTERS_PATIENCE)
+        self.state, self.end_reason, self.detail = WindowState.OPEN, None, ''
+        self.times = WindowTimes()
+        self.settled = dict.fromkeys(OUTCOMES, 0)
+        self.followed = dict(self.settled)   # what of `count` is in the metrics
+        self.accepted = self.pending_count = 0
+        self.postponed = 0
+        self.excess, self.refused = [], set()
+
+    # -- a message's way
+
+    @property
+    def left(self) -> int:
+        """How many messages the window may still accept. Those that cross the end of an open window are welcome."""
+        if self.end_reason not in (None, End.IDLE, End.TIMEOUT) or self.state is WindowState.CLOSED:
+            return 0
+        return self.limits.max_messages - self.accepted if self.limits.max_messages else sys.maxsize
+
+    def credit(self) -> int:
+        """How many messages the source may ask for: none while the store fails, but for one batch as a probe."""
+        batcher = self.store_batcher
+        if self.state is not WindowState.OPEN or batcher.breaker.state is BreakerState.OPEN:
+            return 0
+        return min(self.left, max(0, batcher.size - self.pending_count)) if batcher.failing else self.left
+
+    def accept(self, messages: list) -> None:
+        """Takes messages; those beyond the limit stay in flight for the end."""
+        left = self.left
+        excess, messages = messages[left:], messages[:left]
+        self.count_received(len(messages) if self.limits.lasting else len(messages) + len(excess))
+        self.excess += excess
+        self.source.hold(excess)
+        self.accepted += len(messages)
+        self.pending_count += len(messages)
+        self.records.waiting.extend(messages)
+        self.map_records()
+
+    def map_records(self) -> None:
+        """Makes records of the messages that wait, for as many as may be decoded, and hands them to the batcher."""
+        while True:
+            fit, invalid = self.records.take(self.store_batcher.size)   # so that a full batch goes at once
+            if invalid:
+                self.reject(invalid)
+            if not fit:
+                return
+            self.store_batcher.add(fit)
+
+    def count_received(self, number: int) -> None:
+        """Counts what came."""
+        self.settled['received'] += number
+        self.pipeline.metrics.add('xmsrv_received_total', number)
+
+    def reject(self, messages: list) -> None:
+        """They can never become records: each has its `unfit`."""
+        self.dead_letter_batcher.add(messages)
+
+    def settle(self, messages: list, results: list) -> list:
+        """Does what follows from the results of a batch. Returns the messages to retry."""
+        self.times.progress = asyncio.get_running_loop().time()
+        retry = []
+        for result, group in group_by_result(messages, results):
+            retry += getattr(self, ACTIONS[result.outcome])(group, result) or ()
+        self.map_records()
+        return retry
+
+    def finish(self, messages: list, result: Answer) -> None:
+        """They are durable."""
+        self.settled[result.outcome] += len(messages)
+        self.pipeline.metrics.settled(result, messages, time.time())
+        self.release(messages)
+        self.source.finish(messages)
+
+    def release(self, messages: list) -> None:
+        """They are settled."""
+        self.pending_count -= len(messages)
+        self.records.release(messages)
+
+    def retry(self, messages: list, result: Answer) -> list:
+        """The batcher tries them again."""
+        return messages
+
+    def reject_for(self, messages: list, result: Answer) -> None:
+        """The store can never take them."""
+        for message in messages:
+            message.unfit = Unfit(result.reason, result.detail)
+        self.reject(messages)
+
+    def on_refused(self, messages: list, result: Answer) -> None:
+        """The store refused them before it took any message: is it their fault, or that of a policy, for all?
+
+        Several messages refused and none accepted: the policy's. One alone: its own, if it is refused each time.
+        """
+        self.refused.update(message.key for message in messages)
+        message = messages[0]
+        text = f'message {message.id.decode("ascii", "replace")}, key {message.record.key!r}: {result.detail}'
+        if len(self.refused) > 1:
+            self.on_store_stop(messages, Answer('stop', result.reason, text))
+        elif message.attempts >= REFUSED_AT:
+            self.reject_for(messages, Answer('rejected', 'rejected', result.detail))
+        else:
+            log.error('%s', text)
+            self.postpone(messages, Answer('unsettled', None, text))
+
+    def on_store_stop(self, messages: list, result: Answer) -> None:
+        """The store takes nothing until somebody changes something: the window ends, and they are requeued then."""
+        if self.end_reason is not End.STORE_FAILED:
+            log.error('%s; the window ends, its messages are requeued', result.detail)
+        self.pipeline.health.fail('store', result.detail)
+        self.release(messages)
+        self.end(End.STORE_FAILED, result.detail)
+
+    def on_unkept(self, messages: list, result: Answer) -> list:
+        """The keeper of dead letters did not take them. One that is away for a moment gets time to come back, at their
+        first delivery; after that they make room for others."""
+        young = asyncio.get_running_loop().time() - KEEPER_PATIENCE
+        retry = [message for message in messages
+                 if result.reason == 'away' and message.attempts == 1 and message.received > young]
+        self.postpone([message for message in messages if message not in retry], result)
+        return retry
+
+    def postpone(self, messages: list, result: Answer) -> None:
+        """They can't be settled now: they come again, after a delay that grows from delivery to delivery."""
+        self.release(messages)
+        for attempts, group in grouped(messages, lambda message: message.attempts):
+            first, most = REQUEUE_DELAYS
+            self.source.requeue(group, min(most, first * 2 ** min(attempts - 1, 20)))
+        self.postponed += len(messages)
 
     # -- its end
 
-    async def run(self):
-        """Takes messages until the window is over, waits for what is under way, and hands the rest back."""
-        loop = asyncio.get_running_loop()
-        self.started = self.active = loop.time()
-        self.consumer.begin(self)
-        log.debug('window: begins, at most %s messages, %g s, idle %g s, %d in flight', self.limit or 'any number of',
-                  self.timeout, self.idle_timeout, self.consumer.max_in_flight)
-        with progress(self) as show:
-            if self.lasting:
-                self.take(self.consumer.carry_over())
-            self.ask(True)
-            await self.until(lambda: show() or self.over(loop.time()))
-            self.ended = loop.time()
-            log.debug('window: ends after %.2f s, %s; %d taken, %d under way', self.ended - self.started, self.cause,
-                      self.taken, self.open)
-            self.ask(False)
-            if self.stopping or self.storing.troubled or self.failure:
-                self.halt()
-            await self.until(lambda: show() or self.drained, bounded=True)
-        self.halt()
-        if self.open and not self.stopping and not self.failure:
-            self.failure = f'{self.stuck_lane.name}: no good answer till the end'
-            self.queue_fails = self.stuck_lane is self.burying
-        if self.lasting and self.consumer.addresses and not self.consumer.connections and not self.failure:
-            self.failure, self.queue_fails = 'no nsqd is connected', True
-        kept = self.beyond if self.lasting and not (self.stopping or self.failure) else []
-        if self.lasting and not kept:
-            self.came(len(self.beyond))   # else the next window counts them
-        keys = {message.key for message in kept}
-        self.consumer.hand_back([message for key, message in self.consumer.held.items() if key not in keys])
-        self.seconds = loop.time() - self.started
+    def end(self, reason: End, detail: str = '') -> None:
+        """Ends the window. The first reason stays, unless one that does not drain comes after one that does."""
+        if self.end_reason is None or (self.end_reason.drains and not reason.drains):
+            self.end_reason, self.detail = reason, detail
+        if not reason.drains:
+            self.store_batcher.stop()
+            self.dead_letter_batcher.stop()
+        if self.state is WindowState.OPEN:
+            self.state = WindowState.DRAINING
+            self.times.drained = asyncio.get_running_loop().time()
+            self.pipeline.tasks.wake.set()
+            self.source.on_credit_change()
 
-    async def until(self, condition, bounded=False):
-        """Waits until the condition holds, or no batch came back for longer than it may take; a task that failed ends
-        the program."""
+    async def run(self) -> None:
+        """Takes messages until the window has ended, waits for what is under way, and requeues the rest."""
         loop = asyncio.get_running_loop()
+        self.times.started = self.times.active = loop.time()
+        log.debug('window: begins, at most %s messages, %g s, idle %g s, %d in flight',
+                  self.limits.max_messages or 'any number of', self.limits.timeout, self.limits.idle_timeout,
+                  self.source.max_in_flight)
+        with progress(self) as show:
+            carried_over = list(self.source.in_flight.values()) if self.limits.lasting else []
+            self.source.start(self.credit, self.accept)
+            self.accept(carried_over)
+            self.source.on_credit_change()
+            await self.wait_until(lambda: show() or self.has_ended(loop.time()))
+            log.debug('window: ends after %.2f s, %s; %d taken, %d under way',
+                      self.times.drained - self.times.started, self.end_reason.text, self.accepted, self.pending_count)
+            await self.wait_until(lambda: show() or self.is_drained(loop.time()), bounded=True)
+        self.close()
+        self.times.seconds = loop.time() - self.times.started
+
+    def has_ended(self, now: float) -> bool:
+        """Whether the window takes no more messages; ends it where it is full, idle, or out of time."""
+        idle_since = self.source.idle_since
+        if self.pending_count or idle_since is None:
+            self.times.active = now
+        exhausted = self.source.exhausted and not self.pending_count and not self.limits.lasting
+        if not self.left and not self.pending_count:
+            self.end(End.FULL)
+        elif exhausted or now - self.times.active >= self.limits.idle_timeout:
+            self.end(End.IDLE)
+        elif now - self.timeout_since >= self.limits.timeout:
+            self.end(End.TIMEOUT)
+        return self.state is not WindowState.OPEN
+
+    @property
+    def timeout_since(self) -> float:
+        """The loop time from which `timeout` counts."""
+        return self.times.started
+
+    def is_drained(self, now: float) -> bool:
+        """Whether nothing is under way that could still end well. A message may cross the RDY 0 of the window's end:
+        where there is room for it, it gets a moment to come, and need not be requeued."""
+        at_rest = self.store_batcher.at_rest and self.dead_letter_batcher.at_rest
+        failing = self.store_batcher.failing or self.dead_letter_batcher.failing or self.store_batcher.stopped
+        return at_rest and (failing or not self.left or now - self.times.drained >= TICK)
+
+    async def wait_until(self, condition: Callable[[], bool], bounded: bool = False) -> None:
+        """Waits until the condition holds; bounded: or no batch came back for longer than it may take. A task that
+        failed ends the program."""
+        loop, tasks = asyncio.get_running_loop(), self.pipeline.tasks
         begun = loop.time()
         while not condition():
-            if self.crew.error:
-                raise self.crew.error
-            lane = self.stuck_lane
-            seconds = (self.store if self.stopping else lane).patience + 0.5
-            if bounded and loop.time() - max(begun, self.moved) > seconds:
-                log.error('%s: a call has not come back in %.1f s', lane.name, seconds)
+            if tasks.error:
+                raise tasks.error
+            seconds = self.slow_batcher.call_timeout + 0.5
+            if bounded and loop.time() - max(begun, self.times.progress) > seconds:
+                self.slow_batcher.last_error = f'a call has not come back in {seconds:.1f} s'
+                log.error('%s: %s', self.slow_batcher.end, self.slow_batcher.last_error)
                 return
-            self.crew.wake.clear()
-            await self.crew.wake.wait()
-
-    def ask(self, asking):
-        """Opens or stops the flow."""
-        self.asking = asking
-        self.consumer.deal()
-
-    def over(self, now):
-        """Whether the window has ended: full, stopped, out of time, idle, or stuck with what it can't get rid of."""
-        if self.open or not self.consumer.starved:
-            self.active = now
-        # Else a full window has until its timeout for a store that is down.
-        given_up = self.stopping or self.failure or self.leaving
-        nobody = not self.consumer.addresses and not self.lasting   # one that lasts may still hear of some
-        return (not self.left and (given_up or not self.open) or nobody or self.stuck
-                or now - self.since >= self.timeout or now - self.active >= self.idle_timeout)
+            tasks.wake.clear()
+            await tasks.wake.wait()
 
     @property
-    def cause(self):
-        """Why it has ended, for -v."""
-        causes = {'stopped': self.stopping, 'failed': self.failure, 'told to end': self.leaving, 'full': not self.left,
-                  'no nsqd': not self.consumer.addresses, 'stuck': self.stuck,
-                  'out of time': self.ended - self.since >= self.timeout}
-        return next((cause for cause, holds in causes.items() if holds), 'the queue is idle')
+    def slow_batcher(self) -> Batcher:
+        """The batcher for which the window waits. After a signal, and where both have something, it is the store's."""
+        store, letters = self.store_batcher, self.dead_letter_batcher
+        return letters if letters.calls and not store.calls and self.end_reason is not End.SIGNAL else store
 
-    @property
-    def since(self):
-        """The loop time from which `timeout` counts."""
-        return self.started
+    def close(self) -> None:
+        """Settles why the window ended, and requeues what is left."""
+        self.find_failure()
+        self.store_batcher.stop()
+        self.dead_letter_batcher.stop()
+        self.state = WindowState.CLOSED
+        kept = self.excess if self.limits.lasting and self.end_reason.drains else []
+        if self.limits.lasting and not kept:
+            self.count_received(len(self.excess))   # else the next window counts them
+        keys = {message.key for message in kept}
+        self.source.stop()
+        self.source.requeue([message for key, message in self.source.in_flight.items() if key not in keys])
 
-    @property
-    def stuck(self):
-        """Whether nothing can come any more: what is held waits for the end, and leaves no room for another."""
-        connections = self.consumer.connections
-        return (not self.open and connections and self.consumer.held and self.timeout < math.inf
-                and all(c.rdy <= c.in_flight for c in connections))
+    def find_failure(self) -> None:
+        """Ends the window by what failed, when messages have to be requeued for it."""
+        for batcher, reason, what in ((self.store_batcher, End.STORE_FAILED, 'writes were'),
+                                      (self.dead_letter_batcher, End.DEAD_LETTERS_FAILED, 'dead letters were')):
+            if self.pending_count and (batcher.pending or batcher.retries or batcher.calls):
+                last = f', last answer: {batcher.last_error}' if batcher.last_error else ''
+                self.end(reason, f'{what} still failing when the window ended ({self.end_reason.text}){last}')
+        if self.postponed and self.refused:
+            self.end(End.STORE_FAILED, f'{self.postponed} messages were refused')
+        elif self.postponed:
+            self.end(End.DEAD_LETTERS_FAILED, f'{self.postponed} dead letters could not be kept')
+        if self.limits.lasting and not self.pipeline.health.up('queue'):
+            self.end(End.QUEUE_FAILED, self.pipeline.health.errors['queue'][0])
+        if self.pending_count and self.end_reason.drains:   # what is delayed, because it was busy
+            self.end(End.STORE_FAILED, f'{self.pending_count} records were busy')
 
-    @property
-    def stuck_lane(self):
-        """The lane whose messages are still open."""
-        return self.storing if self.storing.busy or self.storing.pending else self.burying
-
-    @property
-    def drained(self):
-        """Whether nothing is under way that could still come to an end. A message may cross the RDY 0 of the window's
-        end: where there is room for it, it gets a moment to come, and need not go back."""
-        lanes = (self.storing, self.burying)
-        over = any(lane.halted or lane.troubled for lane in lanes) and not any(lane.busy for lane in lanes)
-        moment = self.left and asyncio.get_running_loop().time() - self.ended < TICK
-        return not (self.open or moment) or over
-
-    def stop(self):
-        """A signal: takes no more, finishes what is being stored, hands back the rest."""
-        self.stopping = True
-        self.halt()
-        self.crew.wake.set()
-
-    def leave(self):
-        """Takes no more, and finishes what it has."""
-        self.leaving = True
-        self.crew.wake.set()
-
-    def healthy(self, now):
+    def is_healthy(self, now: float) -> bool:
         """Whether no call has been under way for longer than it may."""
-        return all(now - min(lane.calls, default=now) <= lane.patience + 2 for lane in (self.storing, self.burying))
-
-    def halt(self):
-        """No new batches."""
-        self.storing.halt()
-        self.burying.halt()
+        return all(now - min(batcher.calls, default=now) <= batcher.call_timeout + 2
+                   for batcher in (self.store_batcher, self.dead_letter_batcher))
 
     @property
-    def status(self):
-        """The exit status of this window."""
-        return os.EX_TEMPFAIL if self.failed and not self.stopping else os.EX_OK
+    def count(self) -> dict[str, int]:
+        """How many messages came, and what became of them."""
+        return {**self.settled, 'requeued': self.source.requeued, 'late': self.source.late}
 
     @property
-    def failed(self):
-        """Whether messages went back though nobody asked for it."""
-        return bool(self.failure or self.unkept)
+    def exit_status(self) -> int:
+        """What `once` exits with after this window."""
+        return self.end_reason.exit_status
 
-    def report(self):
-        """Logs the summary, and why messages went back where they had to; called when the connections are closed, for
-        till then answers may be refused, and what was on the wire be handed back. Returns the exit status."""
-        self.figures.ended(self)
-        self.summary()
+    @property
+    def failed(self) -> bool:
+        """Whether messages were requeued though nobody asked for it."""
+        return self.exit_status != os.EX_OK
+
+    def report(self) -> int:
+        """Logs the summary, and why messages were requeued if they were; called when the connections are closed, for
+        until then nsqd may refuse answers. Returns the exit status."""
+        self.pipeline.metrics.ended(self)
+        self.log_summary()
         if self.failed:
-            reason = self.failure or f'{self.unkept} dead letters could not be kept'
-            log.error('%d messages handed back: %s', self.count['requeued'], reason, extra={'fields': self.outcome})
-        return self.status
+            log.error('requeued %d messages: %s', self.count['requeued'], self.detail or self.end_reason.text,
+                      extra={'fields': self.outcome})
+        return self.exit_status
 
     @property
-    def outcome(self):
+    def outcome(self) -> dict[str, str]:
         """Fields of a log record: which pipeline, and whether its window was as it should be."""
-        return {'topic': self.consumer.topic, 'channel': self.consumer.channel,
-                'outcome': 'failed' if self.status else 'done'}
+        return {'topic': self.source.topic, 'channel': self.source.channel,
+                'outcome': 'failed' if self.failed else 'done'}
 
-    def summary(self):
-        """Logs the line of this window."""
-        topic, channel = self.consumer.topic, self.consumer.channel
-        fields = {**self.outcome, **self.count, 'seconds': round(self.seconds, 2)}
+    def log_summary(self) -> None:
+        """Logs the line of this window. Messages requeued without a fault are worth a warning: something is slow."""
+        seconds = self.times.seconds
+        fields = {**self.outcome, **self.count, 'seconds': round(seconds, 2)}
         counts = ', '.join(f'{name} {number}' for name, number in self.count.items())
-        level = NOTICE if any(self.count.values()) or self.status else self.empty_level
-        log.log(level, '[%s/%s] %s in %.2f s', topic, channel, counts, self.seconds, extra={'fields': fields})
+        slow = (self.end_reason is End.IDLE or self.end_reason is End.TIMEOUT) and self.count['requeued'] > 0
+        level = (logging.WARNING if slow and not self.requeues_on_purpose else
+                 NOTICE if any(self.count.values()) or self.failed else self.empty_level)
+        log.log(level, '[%s/%s] %s in %.2f s', self.source.topic, self.source.channel, counts, seconds,
+                extra={'fields': fields})
+
+    requeues_on_purpose = False   # a replay does
+    empty_level = logging.DEBUG   # of a summary of nothing: a timer makes 8,640 of them a day
 
 
 @contextlib.contextmanager
-def progress(window):
+def progress(window: Window):
     """A progress bar on a terminal, for a window of more than a second; gives a function that redraws it."""
-    if window.lasting or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
+    if window.limits.lasting or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
         yield lambda: None
         return
     import tqdm  # here: only a terminal needs it
 
-    with tqdm.tqdm(total=window.limit or None, unit='msg', delay=1, leave=False, desc=window.consumer.topic) as bar:
-        yield lambda: bar.update(window.taken - bar.n) and None
+    most = window.limits.max_messages or None
+    with tqdm.tqdm(total=most, unit='msg', delay=1, leave=False, desc=window.source.topic) as bar:
+        yield lambda: bar.update(window.accepted - bar.n) and None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pipeline and once: both ends opened, and one window
 # ---------------------------------------------------------------------------------------------------------------------
 
-@contextlib.asynccontextmanager
-async def pipeline(config, topic, channel, store):
-    """The store and the consumer of a topic, connected in this order: gives (consumer, pool); all closed at the end.
+GRACE = 5.0                 # seconds beyond a window's timeout for its end, in which systemd is not to kill `once`
 
-    Raises Unavailable when one of them can't be reached; nothing was taken then.
+
+@dataclasses.dataclass(slots=True)
+class Pipeline:
+    """A source and a store that are open, and what windows need besides. sink: keeps dead letters; None in a replay,
+    where they stay in the source."""
+
+    config: types.SimpleNamespace
+    source: Source
+    store: Store
+    executor: StoreExecutor
+    sink: DeadLetters | None
+    tasks: Crew
+    metrics: Figures
+    health: Health
+
+    async def write(self, messages: list) -> list:
+        """Writes the records of messages in a thread of the store. Returns a result for each."""
+        loop = asyncio.get_running_loop()
+        begun, records = loop.time(), [message.record for message in messages]
+        try:
+            results = await loop.run_in_executor(self.executor, self.store.write, records)
+        except StoreDown as error:
+            results = [Answer('retry' if error.again else 'stop', 'down', str(error))] * len(messages)
+        self.metrics.batch(len(messages), loop.time() - begun, results)
+        return results
+
+    async def keep(self, messages: list) -> list:
+        """Keeps dead letters. Returns a result for each."""
+        return await self.sink.keep(messages)
+
+
+@contextlib.asynccontextmanager
+async def open_pipeline(config, store, new_source, metrics, health, sink=None):
+    """Opens the store, then the source that `new_source(tasks)` makes: gives a Pipeline; all is closed at the end.
+
+    Raises Unavailable when one of them can't be reached; no message was taken then.
     """
-    loop, crew = asyncio.get_running_loop(), Crew()
-    pool = Pool(store.writers, thread_name_prefix=f'{THREADS}-store')
-    consumer = Consumer(config, crew, Link(config), topic, channel)
+    loop, tasks = asyncio.get_running_loop(), Crew()
+    executor = StoreExecutor(store.writers, thread_name_prefix=f'{THREADS}-store')
+    source = new_source(tasks)
     try:
-        await loop.run_in_executor(pool, store.open)
-        await consumer.open()
-        yield consumer, pool
+        await loop.run_in_executor(executor, store.open)
+        await source.open()
+        yield Pipeline(config, source, store, executor, sink, tasks, metrics, health)
     except StoreDown as error:
         raise StoreAway(str(error)) from None
     finally:
-        if consumer.held:
-            consumer.hand_back(list(consumer.held.values()))
-        await consumer.close()
-        await crew.cancel()
-        await close_store(store, pool)
+        if sink:
+            sink.close()
+        if source.in_flight:
+            source.requeue(list(source.in_flight.values()))
+        await source.close()
+        await tasks.cancel()
+        await close_store(store, executor)
 
 
-async def receive(config, stopper, figures):
+def topic_pipeline(config, store, metrics, health):
+    """The pipeline from the nsqds of the configuration to its store."""
+    link = Link(config)
+    return open_pipeline(
+        config, store,
+        lambda tasks: Consumer(config, tasks, link, config.nsq.topic, config.nsq.channel, health),
+        metrics, health, DeadLetters(config, link))
+
+
+async def run_once(config, stopper, figures):
     """One window. Returns the exit status."""
-    store = STORES[config.store](config)
+    health, store = Health(), STORES[config.store](config)
     connecting = HANDSHAKE_STEPS * config.nsq.connect_timeout
     Notifier().say(EXTEND_TIMEOUT_USEC=int((connecting + config.timeout + store.patience + GRACE) * 1e6))
-    async with pipeline(config, config.nsq.topic, config.nsq.channel, store) as (consumer, pool):
-        dead_letters = DeadLetters(config, consumer.link)
-        window = stopper.window = Window(config, consumer, store, pool, Mapper(config), dead_letters, figures)
+    async with topic_pipeline(config, store, figures, health) as pipeline:
+        limits = WindowLimits(config.nsq.max_messages, config.timeout, config.idle_timeout)
+        window = stopper.window = Window(pipeline, limits, Mapper(config))
         await window.run()
-        dead_letters.close()
-        figures.set('xmsrv_store_up', int(not window.down_since and not window.failure))
-        figures.holds(consumer)
+        figures.set('xmsrv_store_up', int(health.up('store')))
+        figures.holds(pipeline.source)
     return window.report()
 
 
@@ -4037,13 +4501,12 @@ class Stopper:
 
     def stop(self):
         """One signal; a second one changes nothing."""
-        if self.window:
+        if isinstance(self.window, Window):
+            self.window.end(End.SIGNAL)
+        elif self.window:
             self.window.stop()
         else:
             self.task.cancel()
-
-
-GRACE = 5.0                 # seconds beyond a window's timeout for its end, in which systemd is not to kill `once`
 
 
 LOCK_NAME = 50              # characters of a configuration's name in that of its lock: a file name has 255 bytes
@@ -4147,39 +4610,43 @@ class ReplayMapper(Mapper):
 
 
 class Replay(Window):
-    """A pass over the dead letters: what fails again is held to its end and handed back, and so is what `choice` leaves
+    """A pass over the dead letters: what fails again is held to its end and requeued, and so is what `choice` leaves
     out. It lasts for as long as there are any, and letters come and go: `timeout` counts from the last one."""
 
-    empty_level = logging.INFO   # somebody has asked
+    requeues_on_purpose, empty_level = True, logging.INFO   # somebody has asked
 
-    def __init__(self, config, queue, store, pool, letter, choice):
-        super().__init__(config, queue, store, pool, ReplayMapper(config, letter), None)
-        self.letter, self.choice, self.limit = letter, choice, choice.limit
+    def __init__(self, pipeline, letter, choice):
+        config = pipeline.config
+        limits = WindowLimits(choice.limit, config.timeout, config.idle_timeout)
+        super().__init__(pipeline, limits, ReplayMapper(config, letter))
+        self.letter, self.choice = letter, choice
         self.left_out = 0        # by the choice
         self.due = 0.0           # loop time at which the next batch may be written, by `rate`
         if choice.rate:
-            self.storing.size, self.storing.parallel = min(self.storing.size, max(1, choice.rate // 10)), 1
+            batcher = self.store_batcher
+            batcher.size, batcher.writers = min(batcher.size, max(1, choice.rate // 10)), 1
+            batcher.write = self.write_at_rate
 
     @property
-    def since(self):
+    def timeout_since(self):
         """The loop time at which a letter came, or a batch came back, last."""
-        return max(self.started, self.moved)
+        return max(self.times.started, self.times.progress)
 
-    def take(self, messages):
+    def accept(self, messages):
         """Leaves out those that nobody asked for."""
-        super().take(self.chosen(messages))
+        super().accept(self.chosen(messages))
 
     def chosen(self, messages):
-        """Those of the messages that were asked for; the others are put aside."""
-        self.moved = asyncio.get_running_loop().time()
+        """Those of the messages that were asked for; the others are held."""
+        self.times.progress = asyncio.get_running_loop().time()
         if not self.choice.narrow:
             return messages
         chosen, others = [], []
         for message in messages:
             (chosen if self.chooses(message) else others).append(message)
-        self.consumer.park(others)
+        self.source.hold(others)
         self.left_out += len(others)
-        self.came(len(others))
+        self.count_received(len(others))
         return chosen
 
     def chooses(self, message):
@@ -4189,100 +4656,102 @@ class Replay(Window):
         except Unfit:
             return False
 
-    async def write(self, batch):
+    async def write_at_rate(self, messages):
         """Writes a batch when its time has come."""
-        if self.choice.rate:
-            now = asyncio.get_running_loop().time()
-            begin = max(now, self.due)
-            self.due = begin + len(batch) / self.choice.rate
-            await asyncio.sleep(begin - now)
-        return await super().write(batch)
+        now = asyncio.get_running_loop().time()
+        begin = max(now, self.due)
+        self.due = begin + len(messages) / self.choice.rate
+        await asyncio.sleep(begin - now)
+        return await self.pipeline.write(messages)
 
-    def reject(self, message, unfit):
-        """Stays where it is, and is reported."""
-        log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), plain(str(unfit)))   # each was asked for
-        message.unfit = unfit
-        self.consumer.park([message])
-        self.moved = asyncio.get_running_loop().time()
-        self.open -= 1
+    def reject(self, messages):
+        """They stay where they are, and are reported."""
+        for message in messages:   # each was asked for
+            log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), plain(str(message.unfit)))
+        self.release(messages)
+        self.source.hold(messages)
+        self.times.progress = asyncio.get_running_loop().time()
 
-    def summary(self):
+    def log_summary(self):
         """Logs the line of this pass, and how many letters nobody asked for."""
-        super().summary()
+        super().log_summary()
         if self.left_out:
-            most = f' (of a topic at most max-in-flight, {self.config.nsq.max_in_flight}, can be held and looked at)'
+            most = f' (of a topic at most max-in-flight, {self.source.max_in_flight}, can be held and looked at)'
             log.info('%d of them were left out by --reason or --since, and stay where they are%s', self.left_out,
                      most if self.letter is opened else '')
 
 
 class Listing(Replay):
-    """A pass that only looks: `letters` has what was asked for, and all is handed back at the end."""
+    """A pass that only looks: `letters` has what was asked for, and all is requeued at the end."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.letters = []
-        self.consumer.max_in_flight = max(self.consumer.max_in_flight, self.limit)
+        self.source.max_in_flight = max(self.source.max_in_flight, self.choice.limit)
 
-    def take(self, messages):
+    def accept(self, messages):
         """Keeps them for the list."""
         chosen = self.chosen(messages)
-        self.consumer.park(chosen)
+        self.source.hold(chosen)
         chosen = chosen[:self.left]
-        self.taken += len(chosen)
+        self.accepted += len(chosen)
         self.letters += chosen
 
 
-class LetterFile:
-    """The file of dead letters in the place of a Consumer: it has all that a Window asks of one.
+class DeadLetterFileSource:
+    """The file of dead letters as a Source.
 
     Each line comes as the body of a Message, whose key has the line's number and checksum: a line leaves the file only
-    where both are what was stored. Nothing is changed before the pass is over. Then the file is written anew beside
-    the old one, and renamed over it under the writers' lock; that new file's own lock keeps a second replay out.
-    held: key -> Message without an answer yet. gone: keys of what was stored; failed: key -> Unfit of what failed
-    again. fresh: the new file; None where one only looks.
+    where both are what was stored. Nothing changes before the pass is over. Then commit() writes the file anew
+    beside the old one, and renames it over that under the writers' lock; the new file's own lock keeps a second replay
+    out. stored: keys of what was stored; failed: key -> Unfit of what failed again. new_file: None in a mere look.
     """
 
-    connections = ()             # for Window.stuck: none that could be
-    starved = False              # it never gets idle; it ends: see addresses
+    idle_since = None           # it never gets idle: it ends
 
-    def __init__(self, config, crew, path):
-        self.crew, self.topic, self.channel = crew, path, REPLAY_CHANNEL
+    def __init__(self, config, tasks, path, looking):
+        self.tasks, self.topic, self.channel, self.looking = tasks, path, REPLAY_CHANNEL, looking
         self.max_in_flight, self.max_held = config.nsq.max_in_flight, config.nsq.max_held
-        self.window = self.fresh = None
-        self.held, self.held_bytes = {}, 0
-        self.gone, self.failed = set(), {}
-        self.exhausted = False
+        self.credit = self.deliver = self.new_file = None
+        self.in_flight, self.held_bytes = {}, 0
+        self.requeued = self.late = 0
+        self.stored, self.failed = set(), {}
+        self.read_all = False
         self.opened = time.time_ns()
         self.files = contextlib.ExitStack()
-        self.beside = f'{path}.replay'   # the name of the new file until it takes the old one's place
 
     def __str__(self):
         return self.topic
 
-    def open(self, looking):
+    @property
+    def tmp_path(self):
+        """The name of the new file until it takes the old one's place."""
+        return f'{self.topic}.replay'
+
+    async def open(self):
         """Opens the file up to where it ends now, which under the lock is no writer's half line. Raises Unavailable."""
         try:
-            if not looking:
-                fd = open_locked(self.beside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0)
-                self.fresh = self.files.enter_context(os.fdopen(fd, 'wb'))
+            if not self.looking:
+                fd = open_locked(self.tmp_path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0)
+                self.new_file = self.files.enter_context(os.fdopen(fd, 'wb'))
             fd = open_locked(self.topic, os.O_RDONLY, LOCK_TIMEOUT)
             self.file = self.files.enter_context(os.fdopen(fd, 'rb'))
             was = os.fstat(fd)
-            self.end = was.st_size
+            self.size = was.st_size
             fcntl.flock(fd, fcntl.LOCK_UN)
-            if self.fresh:
-                self.make_alike(was)
+            if self.new_file:
+                self.copy_owner_and_mode(was)
         except OSError as error:
-            busy = isinstance(error, BlockingIOError) and not (looking or self.fresh)
+            busy = isinstance(error, BlockingIOError) and not (self.looking or self.new_file)
             raise Unavailable(f'{error.filename or self}: '
                               + ('another replay is at work on it' if busy else error.strerror)) from None
-        self.coming = self.messages()
-        self.crew.start(self.feed())
+        self.lines = self.messages()
+        self.tasks.start(self.feed())
 
-    def make_alike(self, was):
+    def copy_owner_and_mode(self, was):
         """Gives the new file the old one's owner and mode, before it has anything in it."""
-        fd = self.fresh.fileno()
-        self.fresh.truncate()    # a replay that was killed may have left something
+        fd = self.new_file.fileno()
+        self.new_file.truncate()    # a replay that was killed may have left something
         now = os.fstat(fd)
         if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
             os.fchown(fd, was.st_uid, was.st_gid)
@@ -4291,7 +4760,7 @@ class LetterFile:
     def messages(self):
         """Yields each line as a Message."""
         self.file.seek(0)
-        left = self.end
+        left = self.size
         for number in itertools.count(1):
             line = self.file.readline(left)
             if not line:
@@ -4299,94 +4768,88 @@ class LetterFile:
             left -= len(line)
             yield Message(self, b'line %d' % number, self.opened, 1, line)
 
-    # -- what a Window asks of a Consumer
+    # -- what a window reads from
 
     async def feed(self):
-        """Hands lines to the window, for as long as there are any, as it has room for them."""
+        """Delivers lines, for as long as there are any, as the window has room for them."""
         while True:
-            room = self.room
-            lines = list(itertools.islice(self.coming, room))
-            self.exhausted = self.exhausted or len(lines) < room
+            room = self.room()
+            lines = list(itertools.islice(self.lines, room))
+            self.read_all = self.read_all or len(lines) < room
             letters = [message for message in lines if message.body.strip()]   # a blank line is nobody's
             if letters:
-                self.held.update((message.key, message) for message in letters)
+                self.in_flight.update((message.key, message) for message in letters)
                 self.held_bytes += sum(len(message.body) for message in letters)
-                self.window.take(letters)
-            self.crew.wake.set()
+                self.deliver(letters)
+            self.tasks.wake.set()
             await asyncio.sleep(0 if lines else TICK)
 
-    @property
     def room(self):
         """How many lines may come now."""
-        if not self.window or not self.window.asking or self.held_bytes >= self.max_held:
+        if not self.credit or self.held_bytes >= self.max_held:
             return 0
-        return max(0, min(self.window.left, self.max_in_flight - len(self.held), 500))
+        return max(0, min(self.credit(), self.max_in_flight - len(self.in_flight), 500))
 
     @property
-    def addresses(self):
-        """Where letters may still come from: nowhere, when all are read and answered."""
-        return () if self.exhausted and not self.held else (self.topic,)
+    def exhausted(self):
+        """Whether all lines are read and answered."""
+        return self.read_all and not self.in_flight
 
-    def begin(self, window):
+    def start(self, credit, deliver):
         """From now on lines go to the window."""
-        self.window = window
+        self.credit, self.deliver = credit, deliver
 
-    def deal(self):
-        """feed() looks for itself whether the window asks."""
+    def stop(self):
+        """Delivers no more."""
+        self.credit = self.deliver = None
+
+    def on_credit_change(self):
+        """feed() looks for itself."""
 
     def finish(self, messages):
         """These leave the file."""
-        self.gone.update(message.key for message in self.let_go(messages))
+        self.stored.update(message.key for message in self.release(messages))
 
-    def park(self, messages):
-        """These stay in it."""
-        self.hand_back(messages)
-
-    def hand_back(self, messages):
+    def requeue(self, messages, delay=0):
         """These stay in it; those that failed again with their history."""
-        messages = self.let_go(messages)
+        messages = self.release(messages)
         self.failed.update((message.key, message.unfit) for message in messages if message.unfit)
-        self.window.count['requeued'] += len(messages)
+        self.requeued += len(messages)
 
-    def let_go(self, messages):
-        """Holds them no longer. Returns those that were held."""
-        messages = [message for message in messages if self.held.pop(message.key, None)]
+    hold = requeue
+
+    def release(self, messages):
+        """They are no longer in flight. Returns those that were."""
+        messages = [message for message in messages if self.in_flight.pop(message.key, None)]
         self.held_bytes -= sum(len(message.body) for message in messages)
         return messages
 
     # -- the new file
 
-    def settle(self):
-        """Writes the file anew, without what was stored. Where that fails, all letters stay: the next replay stores
-        them again, under the same keys."""
-        if not self.fresh or not (self.gone or self.failed):
+    def commit(self):
+        """Writes the file anew, without what was stored. Raises OSError; then all letters stay, and the next replay
+        stores them again, under the same keys. What is long goes before the lock, for which writers wait."""
+        if not self.new_file or not (self.stored or self.failed):
             return
-        try:
-            self.rewrite()
-        except OSError as error:
-            self.window.failure = f'{self}: not written anew, all its letters stay in it: {error.strerror}'
-
-    def rewrite(self):
-        """The new file in the old one's place. What is long goes before the lock, for which writers wait."""
-        self.fresh.writelines(self.kept(message) for message in self.messages())
+        self.new_file.writelines(self.kept_line(message) for message in self.messages())
         self.sync()
         lock(self.file.fileno(), LOCK_TIMEOUT)
-        if not in_place(self.file.fileno(), self.topic) or os.fstat(self.file.fileno()).st_size < self.end:
+        if not in_place(self.file.fileno(), self.topic) or os.fstat(self.file.fileno()).st_size < self.size:
             raise OSError(errno.ESTALE, 'somebody else has replaced or cut it meanwhile')
-        self.file.seek(self.end)
-        shutil.copyfileobj(self.file, self.fresh)   # what came meanwhile
+        self.file.seek(self.size)
+        shutil.copyfileobj(self.file, self.new_file)   # what came meanwhile
         self.sync()
-        os.rename(self.beside, self.topic)
+        os.rename(self.tmp_path, self.topic)
         sync_directory(os.path.dirname(self.topic))
 
     def sync(self):
         """Makes durable what was written."""
-        self.fresh.flush()
-        os.fsync(self.fresh.fileno())
+        self.new_file.flush()
+        os.fsync(self.new_file.fileno())
 
-    def kept(self, message):
-        """What stands in the new file for a line of the old one."""
-        if message.key in self.gone:
+    def kept_line(self, message):
+        """The line of the new file for one of the old file."""
+        if message.key in self.stored:
             return b''
         if message.key in self.failed:
             with contextlib.suppress(Unfit):   # what is no letter has no history
@@ -4394,63 +4857,56 @@ class LetterFile:
                 return filed(failed_again(header, self.failed[message.key]), first.body)
         return message.body
 
-    def close(self):
+    async def close(self):
         """Closes the files, which unlocks them; what is not in place by now is removed."""
         with contextlib.suppress(OSError):   # a full disk has been reported
-            if self.fresh and in_place(self.fresh.fileno(), self.beside):
-                os.unlink(self.beside)
+            if self.new_file and in_place(self.new_file.fileno(), self.tmp_path):
+                os.unlink(self.tmp_path)
             self.files.close()
 
 
-@contextlib.asynccontextmanager
-async def file_pipeline(config, path, store, looking):
-    """As pipeline(), for a file of dead letters; at the end of a pass that does not only look it is written anew."""
-    loop, crew = asyncio.get_running_loop(), Crew()
-    pool = Pool(store.writers, thread_name_prefix=f'{THREADS}-store')
-    letters = LetterFile(config, crew, path)
-    try:
-        await loop.run_in_executor(pool, store.open)
-        letters.open(looking)
-        yield letters, pool
-        letters.settle()
-    except StoreDown as error:
-        raise Unavailable(str(error)) from None
-    finally:
-        await crew.cancel()
-        await close_store(store, pool)
-        letters.close()
-
-
-def source(config, path, store, looking=False):
-    """Where the letters come from, the file at `path` or (None) the topic: (pipeline, what opens one of them)."""
+def letter_pipeline(config, path, store, looking=False):
+    """The pipeline from the dead letters, those in the file at `path` or (None) in the topic, to a store."""
+    health = Health()
     if path:
-        return file_pipeline(config, path, store, looking), unfiled
-    return pipeline(config, config.dead_letter.topic, REPLAY_CHANNEL, store), opened
+        return open_pipeline(config, store, lambda tasks: DeadLetterFileSource(config, tasks, path, looking),
+                             Figures(), health)
+    link = Link(config)
+    return open_pipeline(
+        config, store, lambda tasks: Consumer(config, tasks, link, config.dead_letter.topic, REPLAY_CHANNEL, health),
+        Figures(), health)
 
 
 async def replay(config, stopper, path, choice):
     """Runs dead letters through again. Returns the exit status."""
-    store = STORES[config.store](config)
-    pipe, letter = source(config, path, store)
-    async with pipe as (queue, pool):
-        window = stopper.window = Replay(config, queue, store, pool, letter, choice)
+    async with letter_pipeline(config, path, STORES[config.store](config)) as pipeline:
+        window = stopper.window = Replay(pipeline, unfiled if path else opened, choice)
         await window.run()
+        if path:
+            commit(pipeline.source, window)
     return window.report()
+
+
+def commit(source, window):
+    """Takes out of the file what was stored."""
+    try:
+        source.commit()
+    except OSError as error:
+        window.end(End.STORE_FAILED, f'{source}: not written anew, all its letters stay in it: {error.strerror}')
 
 
 async def look(config, stopper, path, choice, arguments):
     """Prints the letters, by --dry-run also what would become of them. Returns the exit status."""
-    topic = path or config.dead_letter.topic
+    topic, letter = path or config.dead_letter.topic, unfiled if path else opened
     depth = letters_in(path) if path else await total_depth(config, topic, REPLAY_CHANNEL)
-    pipe, letter = source(config, path, Store(), looking=True)
-    async with pipe as (queue, pool):
-        listing = stopper.window = Listing(config, queue, Store(), pool, letter, choice)
+    async with letter_pipeline(config, path, Store(), looking=True) as pipeline:
+        listing = stopper.window = Listing(pipeline, letter, choice)
         await listing.run()
     fates = collections.Counter()
     for message in listing.letters:
         told = described(message, letter)
         if arguments.dry_run:
-            told.update(foreseen(message, listing.mapper))
+            told.update(foreseen(message, listing.records.mapper))
             fates[told['passes']] += 1
         print(json.dumps(told) if arguments.json else listed_line(told))
     shown = len(listing.letters)
@@ -4525,8 +4981,6 @@ def human(seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 
 ON_TIME = 0.05              # seconds by which a start may be late and still count as on time
-REFRESH = 60.0              # seconds between questions to nsqlookupd in a window that never ends
-REFRESH_NONE = 5.0          # the same, as long as it knows no nsqd
 
 
 class Schedule:
@@ -4546,23 +5000,22 @@ class Schedule:
         self.begun = due if now - due <= ON_TIME else now
 
 
-class Flow:
+class WindowRunner:
     """Windows in this process, one for each grant, on connections that stay open; what is down is waited for.
 
     grant: async, waits until a window may begin and returns its limit. report: called with each window that has ended.
     """
 
-    def __init__(self, config, figures, grant, report):
+    def __init__(self, config, figures, grant, report) -> None:
         self.config, self.figures, self.grant, self.report = config, figures, grant, report
         self.endless = config.endless
+        self.health = Health()
         self.backoff = Backoff(1, 30)
-        self.consumer = self.window = self.trouble = self.task = None
-        self.away = None         # `queue` or `store`: which end it is that fails
-        self.since = 0.0         # loop time since when there is trouble
-        self.ending = False
+        self.pipeline = self.window = self.task = None
+        self.ending = None       # the End by which it ends, once that is wished
 
-    async def run(self):
-        """Until stop() or leave(). Returns the exit status."""
+    async def run(self) -> int:
+        """Until end(). Returns the exit status."""
         self.task = asyncio.ensure_future(self.keep_going())
         if self.ending:
             self.task.cancel()
@@ -4570,132 +5023,109 @@ class Flow:
             await self.task
         return os.EX_OK
 
-    async def keep_going(self):
+    async def keep_going(self) -> None:
         """Opens both ends again and again, with backoff while one is down."""
         while not self.ending:
             try:
-                await self.windows()
+                await self.run_windows()
             except Unavailable as error:
-                self.away = 'store' if isinstance(error, StoreAway) else 'queue'
-                self.down(str(error))
+                self.health.fail('store' if isinstance(error, StoreAway) else 'queue', str(error))
                 await asyncio.sleep(self.backoff.next())
 
-    async def windows(self):
-        """Windows on one set of connections. Raises Unavailable when an end can't be reached, or fails in a window."""
+    async def run_windows(self) -> None:
+        """Windows on one set of connections. Raises Unavailable when an end can't be reached, or the store failed."""
         store = STORES[self.config.store](self.config)
-        async with pipeline(self.config, self.config.nsq.topic, self.config.nsq.channel, store) as (consumer, pool):
-            self.consumer, letters = consumer, DeadLetters(self.config, consumer.link)
-            if self.endless:
-                consumer.crew.start(self.refresh(consumer))
-                consumer.crew.start(self.look_up_again(consumer))
+        async with topic_pipeline(self.config, store, self.figures, self.health) as pipeline:
+            self.pipeline = pipeline
+            self.health.recover('queue')
+            pipeline.tasks.start(self.clear_error_when_idle(pipeline.source))
             try:
                 while not self.ending:
-                    limit = await self.grant()
-                    await self.one(limit, store, pool, letters)
-                    if not self.ending:   # else it may be over for no good reason
-                        self.up()
+                    await self.run_window(await self.grant(), pipeline)
             finally:
-                self.consumer = None
-                letters.close()
+                self.pipeline = None
 
-    async def one(self, limit, store, pool, letters):
-        """One window. Raises Unavailable when it failed for more than a message's fault."""
-        consumer = self.consumer
-        if not self.endless:
-            await consumer.refresh()
-        window = Window(self.config, consumer, store, pool, Mapper(self.config), letters, self.figures, limit)
-        window.lasting, window.well = True, self.up
-        if self.endless:
-            window.timeout = window.idle_timeout = math.inf
-        if self.trouble:
-            window.allowance = store.batch_size   # one batch finds out
-        self.window = window
+    async def run_window(self, max_messages: int, pipeline: Pipeline) -> None:
+        """One window. Raises StoreAway when the store failed in it."""
+        config, forever = self.config, self.endless
+        limits = WindowLimits(max_messages, math.inf if forever else config.timeout,
+                              math.inf if forever else config.idle_timeout, lasting=True)
+        self.window = window = Window(pipeline, limits, Mapper(config))
+        if self.ending:
+            window.end(self.ending)
         await window.run()
-        consumer.window = self.window = None
+        self.window = None
         window.report()
         self.report(window)
-        if window.failure and not window.stopping:
-            raise (Unavailable if window.queue_fails else StoreAway)(window.failure)
+        if window.end_reason is End.STORE_FAILED and not self.health.up('store'):
+            raise StoreAway(window.detail)
+        self.backoff.reset()
 
-    async def refresh(self, consumer):
-        """Looks for new nsqds in a window that never ends."""
-        while True:
-            await asyncio.sleep(REFRESH if consumer.addresses else REFRESH_NONE)
-            await consumer.refresh()
-
-    async def look_up_again(self, consumer):
-        """In a window that never ends, and into which nothing comes, an end of trouble shows by nothing else."""
+    async def clear_error_when_idle(self, source: Consumer) -> None:
+        """When nothing comes, no batch can show that the store is back: then its connection has to be enough."""
         while True:
             await asyncio.sleep(HEARTBEAT_OF_WORKERS)
-            if self.trouble and self.window and consumer.starved and not self.window.open:
-                self.up()
+            if source.idle_since is not None and self.window and not self.window.pending_count:
+                self.health.recover('store')
 
-    def down(self, text):
-        """Says so once, and again where something else is wrong."""
-        log.log(logging.DEBUG if self.trouble == text else logging.WARNING, '%s; trying again until all is well', text)
-        self.since = self.since if self.trouble else asyncio.get_running_loop().time()
-        self.trouble = text
-
-    def up(self):
-        """Says so once, and only when there was trouble."""
-        self.backoff.reset()
-        self.away = None
-        if self.trouble:
-            log.warning('all is well again after %.1f s', asyncio.get_running_loop().time() - self.since)
-            self.trouble = None
-
-    def stop(self):
-        """Hands back what is not being stored, and ends."""
-        self.end(Window.stop)
-
-    def leave(self):
-        """Finishes the window that is open, and ends."""
-        self.end(Window.leave)
-
-    def end(self, how):
-        """Ends the window that is open, by `how`; without one whatever is waited for."""
-        self.ending = True
+    def end(self, reason: End) -> None:
+        """Ends the window that is open, by `reason`, and all that follows; without one whatever is waited for."""
+        self.ending = reason
         if self.window:
-            how(self.window)
+            self.window.end(reason)
         elif self.task:
             self.task.cancel()
 
+    def stop(self) -> None:
+        """Requeues what is not being stored, and ends."""
+        self.end(End.SIGNAL)
+
+    def leave(self) -> None:
+        """Finishes the window that is open, and ends."""
+        self.end(End.RELOAD)
+
     @property
-    def ends(self):
-        """What is up: {'queue': bool, 'store': bool}."""
-        failing = self.away == 'store' or (self.window and self.window.down_since)
-        seen = self.consumer or self.away == 'queue'   # the store is opened first
-        return {'queue': bool(self.consumer and self.consumer.connections), 'store': bool(seen and not failing)}
+    def trouble(self) -> str | None:
+        """What fails, in words."""
+        return self.health.trouble
 
-    def healthy(self, now):
+    @property
+    def ends(self) -> dict[str, bool]:
+        """Which of ENDS are up."""
+        queue = bool(self.pipeline and self.pipeline.source.connections)
+        opened = self.pipeline or not self.health.up('queue')   # the store is opened first
+        return {'queue': queue and self.health.up('queue'), 'store': bool(opened and self.health.up('store')),
+                'dead letters': self.health.up('dead letters')}
+
+    def healthy(self, now: float) -> bool:
         """Whether every wait is inside its own bound: that the loop turns is shown by the call itself."""
-        return not self.window or self.window.healthy(now)
+        return not self.window or self.window.is_healthy(now)
 
-    def gauges(self):
+    def gauges(self) -> list[Figures]:
         """The figures as they are now."""
-        consumer, window, figures = self.consumer, self.window, self.figures
-        if window:
-            figures.follow(window)
-        if window and window.timeout == math.inf and all(self.ends.values()):   # it never ends: all is well meanwhile
-            figures.set(SUCCESS, time.time())
-        if consumer:
-            figures.holds(consumer)
-        elif self.away == 'queue':
+        figures = self.figures
+        if self.window:
+            figures.follow(self.window)
+            if self.endless and all(self.ends.values()):   # it never ends: all is well meanwhile
+                figures.set(SUCCESS, time.time())
+        if self.pipeline:
+            figures.holds(self.pipeline.source)
+        elif not self.health.up('queue'):
             figures.nothing_up()
         else:
             figures.set('xmsrv_in_flight', 0)
-        figures.set('xmsrv_store_up', int(self.away != 'store' and not (window and window.down_since)))
+        figures.set('xmsrv_store_up', int(self.health.up('store')))
         return [figures]
 
 
 def facts(window):
     """What is told of a window that has ended."""
-    return types.SimpleNamespace(count=window.count, seconds=window.seconds, ended=time.time())
+    return types.SimpleNamespace(count=window.count, seconds=window.times.seconds, ended=time.time())
 
 
 class Daemon:
-    """The long-lived form: it holds the lock, keeps one Flow or Team going, reads its file again when told to, and
-    tells systemd and whoever asks by HTTP how things are."""
+    """The long-lived form: it holds the lock, keeps one WindowRunner or Team going, reads its file again when told
+    to, and tells systemd and whoever asks by HTTP how things are."""
 
     def __init__(self, arguments):
         self.arguments, self.figures, self.notifier = arguments, Figures(), Notifier()
@@ -4776,11 +5206,11 @@ class Daemon:
         return status
 
     def new_engine(self):
-        """A Flow here, or a Team of workers."""
+        """A WindowRunner here, or a Team of workers."""
         self.schedule.period = self.config.period   # the last start counts, also by another file
         if self.config.workers > 1:
             return Team(self)
-        return Flow(self.config, self.figures, self.grant, lambda window: self.note(facts(window)))
+        return WindowRunner(self.config, self.figures, self.grant, lambda window: self.note(facts(window)))
 
     async def grant(self):
         """Waits for the next period. Returns max-messages."""
@@ -4928,7 +5358,7 @@ class Daemon:
     @property
     def ends(self):
         """What is up."""
-        return self.engine.ends if self.engine else {'queue': False, 'store': False}
+        return self.engine.ends if self.engine else dict.fromkeys(ENDS, False)
 
     def healthy(self):
         """Alive and making progress."""
@@ -5129,7 +5559,7 @@ class Member:
         self.place, self.process, self.state, self.number = place, None, 'away', 0
         self.trouble = None
         self.heard, self.healthy, self.starts = 0.0, True, 0
-        self.ends = {'queue': False, 'store': False}
+        self.ends = dict.fromkeys(ENDS, False)
         self.snapshot = None     # its figures, as it told them last
 
     def tell(self, **message):
@@ -5244,7 +5674,7 @@ class Team:
         """Keeps the figures of a worker that has ended."""
         if member.snapshot:
             self.past.merge(member.snapshot, gauges=False)
-        member.state, member.snapshot, member.ends = 'away', None, {'queue': False, 'store': False}
+        member.state, member.snapshot, member.ends = 'away', None, dict.fromkeys(ENDS, False)
         member.number, member.trouble = 0, None
         self.changed.set()
 
@@ -5312,7 +5742,7 @@ class Team:
     @property
     def ends(self):
         """What is up for all of them."""
-        return {end: all(member.ends[end] for member in self.members) for end in ('queue', 'store')}
+        return {end: all(member.ends[end] for member in self.members) for end in ENDS}
 
     def healthy(self, now):
         """Whether every worker has been heard of, and says that it is; one that has not is named."""
@@ -5358,9 +5788,9 @@ class Worker:
         """Until it is told to end. Returns the exit status."""
         stdin = asyncio.StreamReader(limit=1 << 24)
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
-        config, _ = faultless(self.arguments, json.loads(await stdin.readline())['raw'])   # Flow waits for the files
+        config, _ = faultless(self.arguments, json.loads(await stdin.readline())['raw'])
         set_up_log_of(config, self.arguments)
-        self.flow = stopper.window = Flow(config, self.figures, self.grant, self.windows.append)
+        self.flow = stopper.window = WindowRunner(config, self.figures, self.grant, self.windows.append)
         crew = Crew()
         crew.start(self.listen(stdin))
         crew.start(self.talk())
@@ -5760,7 +6190,7 @@ def command_once(arguments):
     with locked(config, arguments.config):
         try:
             require_available(arguments, unavailable)
-            return run(lambda stopper: receive(config, stopper, figures))
+            return run(lambda stopper: run_once(config, stopper, figures))
         except Unavailable as error:
             figures.unavailable(error)
             raise

@@ -146,7 +146,7 @@ def test_an_outage_longer_than_msg_timeout_is_survived_within_the_window(nsqds, 
     subscribed(nsqd)
     with outage(standin.server):
         nsqd.publish(TOPIC, bodies(50))
-        wait_until(lambda: warnings(xmsrv, 'trying again'), 'it has seen that the cluster is down', 20)
+        wait_until(lambda: warnings(xmsrv, 'retrying'), 'it has seen that the cluster is down', 20)
         wait_until(lambda: [each['ready_count'] for each in nsqd.clients(TOPIC, CHANNEL)] == [0], 'RDY is 0')
         nsqd.publish(TOPIC, bodies(50, first=50))
         wait_until(passed(2.5), 'the outage goes on for more than twice msg-timeout')
@@ -156,7 +156,7 @@ def test_an_outage_longer_than_msg_timeout_is_survived_within_the_window(nsqds, 
     now = nsqd.stats(TOPIC, CHANNEL)
     assert (now['timeout_count'], now['requeue_count'], nsqd.left(TOPIC, CHANNEL)) == (1, 0, 0)
     assert standin.numbers() == list(range(100))
-    assert len(warnings(xmsrv, 'trying again')) == len(warnings(xmsrv, 'is back after')) == 1
+    assert len(warnings(xmsrv, 'retrying')) == len(warnings(xmsrv, 'recovered after')) == 1
 
 
 def test_an_outage_under_load_loses_nothing(nsqd, xmsrv, standin):
@@ -169,7 +169,7 @@ def test_an_outage_under_load_loses_nothing(nsqd, xmsrv, standin):
         wait_until(lambda least=least: standin.stored() >= least, 'it is under way', 30)
         with dead(standin.server):
             still = passed(0.5)
-            wait_until(lambda still=still: still() and warnings(xmsrv, 'trying again'), 'it has seen it', 20)
+            wait_until(lambda still=still: still() and warnings(xmsrv, 'retrying'), 'it has seen it', 20)
     ended(process, seconds=60)
     assert standin.numbers() == list(range(30000))
     assert nsqd.left(TOPIC, CHANNEL) == 0
@@ -232,7 +232,7 @@ def test_a_share_of_bad_answers_costs_only_time(nsqd, xmsrv, standin, answer):
     assert nsqd.left(TOPIC, CHANNEL) == nsqd.stats(TOPIC, CHANNEL)['requeue_count'] == 0
     told = servers.summary(xmsrv.log.read_text())
     assert (told['stored'], told['dead']) == (20000, 0)
-    assert len(warnings(xmsrv, 'trying again')) == 1
+    assert len(warnings(xmsrv, 'retrying')) == 1
 
 
 BAD = {

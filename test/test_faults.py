@@ -195,7 +195,7 @@ def test_an_outage_longer_than_msg_timeout_is_survived_within_the_window(nsqds, 
     wait_until(lambda: nsqd.clients(TOPIC, CHANNEL), 'it has subscribed')
     with xmsrv.locked():
         nsqd.publish(TOPIC, bodies(50))
-        wait_until(lambda: in_log(xmsrv, 'trying again'), 'it has seen that the store is down', 20)
+        wait_until(lambda: in_log(xmsrv, 'retrying'), 'it has seen that the store is down', 20)
         wait_until(lambda: [each['ready_count'] for each in nsqd.clients(TOPIC, CHANNEL)] == [0], 'RDY is 0')
         nsqd.publish(TOPIC, bodies(50, first=50))
         wait_until(passed(2), 'the outage goes on for twice msg-timeout')
@@ -206,7 +206,7 @@ def test_an_outage_longer_than_msg_timeout_is_survived_within_the_window(nsqds, 
     assert (now['timeout_count'], now['requeue_count'], nsqd.left(TOPIC, CHANNEL)) == (0, 0, 0)
     assert numbers(xmsrv) == list(range(100))
     log = xmsrv.log.read_text()
-    assert log.count('locked') == log.count('trying again') == log.count('is back after') == 1
+    assert log.count('locked') == log.count('retrying') == log.count('recovered after') == 1
 
 
 def test_an_outage_to_the_end_hands_all_back_with_75(nsqd, xmsrv):

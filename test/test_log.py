@@ -157,7 +157,7 @@ def test_the_journal_gets_fields(nsqds, xmsrv, workdir, journal):
     nsqd.publish(TOPIC, good(4))
     xmsrv.configure(nsqd)
     assert under(workdir, xmsrv, '-v', 'once') == (os.EX_TEMPFAIL, [])
-    found = journal.wait_for(lambda entry: 'handed back' in entry['MESSAGE'])
+    found = journal.wait_for(lambda entry: entry['MESSAGE'].startswith('requeued'))
     assert (found['PRIORITY'], found['XMSRV_OUTCOME']) == ('3', 'failed')
     found = journal.wait_for(lambda entry: 'XMSRV_RECEIVED' in entry)
     assert found['MESSAGE'].startswith('[orders/x-msrv] received 5, stored 4, ')
@@ -363,12 +363,12 @@ nsqd A: connected, version 1.3.0, RDY at most 2500, msg-timeout 60 s
 window: begins, at most 4 messages, 60 s, idle 30 s, 2500 in flight
 nsqd A: RDY 0 -> \d+
 nsqd A: \d+ messages
-sqlite \S+: database is locked; trying again, nothing more is taken from the queue
+store: batch of \d+, \d+ bytes, in \d+ ms: retry \d+
+store unavailable \(sqlite \S+: database is locked\): retrying, consumption paused
+store: next try in 0\.\d s, \d+ messages pending
 nsqd A: RDY \d+ -> 0
-sqlite: batch of \d+, \d+ bytes, in \d+ ms: retry \d+
-sqlite: \d+ messages wait 0\.\d s for the next try
-sqlite is back after \d+\.\d s
-sqlite: batch of \d+, \d+ bytes, in \d+ ms: stored \d+
+store: batch of \d+, \d+ bytes, in \d+ ms: stored \d+
+store recovered after \d+\.\d s
 nsqd A: connected, for dead letters in orders.dead
 dead letters: batch of 1, 2 bytes, in \d+ ms: dead 1
 window: ends after \d+\.\d\d s, full; 4 taken, 0 under way
@@ -386,7 +386,7 @@ def test_verbose_tells_the_story(nsqds, xmsrv):
     servers.wait_until(lambda: all(nsqd.clients(TOPIC, CHANNEL) for nsqd in pair), 'both are connected')
     with xmsrv.locked():
         pair[0].publish(TOPIC, good(1))
-        servers.wait_until(lambda: 'trying again' in xmsrv.log.read_text(), 'the store is down', 20)
+        servers.wait_until(lambda: 'retrying' in xmsrv.log.read_text(), 'the store is down', 20)
     pair[1].publish(TOPIC, [*good(2), '[]'])
     assert process.wait(timeout=30) == 0
     lines = xmsrv.log.read_text().splitlines()

@@ -373,7 +373,7 @@ def test_75_is_a_dead_letter_that_nobody_keeps(nsqds, xmsrv):
     """The last line says how many messages went back, and why."""
     refused_letter(*nsqds(1, '--max-msg-size=2000'), xmsrv)
     last = xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr.splitlines()[-1]
-    assert last == 'error: 1 messages handed back: 1 dead letters could not be kept'
+    assert last == 'error: requeued 1 messages: 1 dead letters could not be kept'
 
 
 @pytest.mark.parametrize('command', [['once'], ['replay'], ['check'], ['config']])

@@ -647,7 +647,7 @@ def test_an_outage_leaves_the_rest_in_the_file(xmsrv, dead):
     wait_until(xmsrv.rows, 'a letter is stored', 30)
     with xmsrv.locked():
         assert running.wait(timeout=30) == os.EX_TEMPFAIL
-    assert 'handed back' in xmsrv.log.read_text()
+    assert 'error: requeued' in xmsrv.log.read_text()
     assert len(xmsrv.rows()) + len(lines_of(path)) == 4
     xmsrv.run('replay')
     assert (ids(xmsrv), path.read_bytes()) == ([0, 1, 2, 3], b'')
@@ -659,7 +659,7 @@ def test_a_short_outage_is_waited_for(xmsrv, dead):
     running = xmsrv.start('replay', '--rate', '1')
     wait_until(xmsrv.rows, 'a letter is stored', 30)
     with xmsrv.locked():
-        wait_until(lambda: 'trying again' in xmsrv.log.read_text(), 'it has met the lock', 20)
+        wait_until(lambda: 'retrying' in xmsrv.log.read_text(), 'it has met the lock', 20)
     assert running.wait(timeout=30) == 0
     assert (ids(xmsrv), path.read_bytes()) == ([0, 1, 2, 3], b'')
 

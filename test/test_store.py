@@ -315,7 +315,7 @@ def locked_window(nsqd, xmsrv, lock, count, **options):
     servers.wait_until(lambda: nsqd.stats('orders', 'x-msrv')['clients'], 'x-msrv is subscribed')
     lock.execute('BEGIN IMMEDIATE')
     nsqd.publish('orders', numbered(range(count)))
-    servers.wait_until(lambda: 'database is locked; trying again' in xmsrv.log.read_text(), 'the store is down', 20)
+    servers.wait_until(lambda: 'database is locked): retrying' in xmsrv.log.read_text(), 'the store is down', 20)
     return process
 
 

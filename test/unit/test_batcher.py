@@ -1,0 +1,155 @@
+"""The batcher and its breaker, in front of a store that is a function, by a clock of its own."""
+import asyncio
+import types
+
+import pytest
+from support import clock
+
+from xmsrv import STORED, Answer, Batcher, Breaker, BreakerState, Crew, Health
+
+AWAY = Answer('retry', -15, 'no answer')
+BUSY = Answer('busy', 14, 'the record is busy')
+
+
+class Store:
+    """Answers as `answer(batch)` says, and keeps (time, batch) of each call."""
+
+    def __init__(self, answer, seconds=0.01):
+        self.answer, self.seconds, self.calls, self.under_way, self.most = answer, seconds, [], 0, 0
+
+    async def write(self, messages):
+        loop = asyncio.get_running_loop()
+        self.calls.append((loop.time(), [message.n for message in messages]))
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        await asyncio.sleep(self.seconds)
+        self.under_way -= 1
+        answer = self.answer([message.n for message in messages], loop.time())
+        return answer if isinstance(answer, list) else [answer] * len(messages)
+
+
+def message(n, size=10):
+    return types.SimpleNamespace(n=n, body=b'x' * size)
+
+
+def run(store, numbers, seconds, size=4, writers=2, most=1 << 20, more=()):
+    """What becomes of messages in so many seconds: (n -> outcome, batcher). more: (second, numbers) that come later."""
+    settled = {}
+
+    def settle(messages, results):
+        again = []
+        for each, result in zip(messages, results, strict=True):
+            if result.outcome in ('retry', 'busy'):
+                again.append(each)
+            else:
+                settled[each.n] = result.outcome
+        return again
+
+    async def main():
+        tasks = Crew()
+        batcher = Batcher('store', tasks, Health(), store.write, settle, (size, most), writers, 2)
+        batcher.add([message(n) for n in numbers])
+        loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        for second, later in more:
+            await asyncio.sleep(begun + second - loop.time())
+            batcher.add([message(n) for n in later])
+        await asyncio.sleep(begun + seconds - loop.time())
+        assert not tasks.error
+        await tasks.cancel()
+        return settled, batcher
+    return clock.run(main())
+
+
+def test_a_lone_message_goes_at_once_and_full_batches_by_as_many_writers():
+    store = Store(lambda batch, now: STORED)
+    settled, _ = run(store, range(10), 1)
+    assert settled == dict.fromkeys(range(10), 'stored')
+    assert [batch for _, batch in store.calls] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert store.most == 2
+    store = Store(lambda batch, now: STORED)
+    assert run(store, [7], 1)[0] == {7: 'stored'}
+    assert store.calls == [(1000.0, [7])]
+
+
+def test_a_batch_has_a_limit_of_bytes_and_one_message_may_exceed_it():
+    store = Store(lambda batch, now: STORED)
+    run(store, range(3), 1, most=15)
+    assert [batch for _, batch in store.calls] == [[0], [1], [2]]
+    store = Store(lambda batch, now: STORED)
+    run(store, range(3), 1, most=5)
+    assert [batch for _, batch in store.calls] == [[0], [1], [2]]
+
+
+def test_in_an_outage_one_batch_at_a_time_probes_with_growing_delays_and_all_are_stored_after_it():
+    end = 1060
+    store = Store(lambda batch, now: AWAY if now < end else STORED)
+    settled, batcher = run(store, range(40), 90, writers=4)
+    assert settled == dict.fromkeys(range(40), 'stored')
+    assert batcher.breaker.state is BreakerState.CLOSED
+    probes = [at for at, _ in store.calls if at < end][4:]
+    delays = [b - a for a, b in zip(probes, probes[1:], strict=False)]
+    assert all(b - a >= 0.05 for a, b in zip(probes, probes[1:], strict=False))
+    assert 2.4 <= max(delays) <= 5.1 and len(probes) < 35
+    assert sorted(n for _, batch in store.calls for n in batch if _ >= end - 0.01) >= list(range(40))
+
+
+def test_one_message_that_fails_its_whole_batch_ends_up_alone_and_holds_up_nobody():
+    store = Store(lambda batch, now: AWAY if 5 in batch else STORED)
+    settled, batcher = run(store, range(8), 60, size=8, more=[(second, [100 + second]) for second in range(1, 50)])
+    assert settled.pop(5) == 'unsettled'
+    assert settled == dict.fromkeys([*range(5), 6, 7, *range(101, 150)], 'stored')
+    assert not batcher.failing
+    late = [at for at, batch in store.calls if batch[0] > 100]
+    assert max(at - 1000 - int(at - 1000 + 0.001) for at in late) < 6
+
+
+def test_a_message_that_fails_its_batch_alone_in_a_quiet_topic_is_halved_out_too():
+    store = Store(lambda batch, now: AWAY if 5 in batch else STORED)
+    settled, _ = run(store, range(8), 60, size=8)
+    assert settled.pop(5) == 'unsettled'
+    assert settled == dict.fromkeys([0, 1, 2, 3, 4, 6, 7], 'stored')
+
+
+def test_nothing_is_unsettled_by_an_outage_of_any_length():
+    store = Store(lambda batch, now: AWAY)
+    settled, batcher = run(store, range(20), 3600)
+    assert settled == {}
+    assert batcher.failing
+
+
+def test_a_busy_record_is_no_outage_and_is_tried_again_by_itself():
+    store = Store(lambda batch, now: [BUSY if n == 3 and now < 1002 else STORED for n in batch])
+    settled, batcher = run(store, range(8), 10, more=[(0.5, range(20, 40))])
+    assert settled == dict.fromkeys([*range(8), *range(20, 40)], 'stored')
+    assert batcher.health.errors == {}
+    assert [batch for _, batch in store.calls if 3 in batch][1:] == [[3]] * (len(
+        [batch for _, batch in store.calls if 3 in batch]) - 1)
+
+
+def test_a_lone_busy_record_does_not_open_the_breaker():
+    store = Store(lambda batch, now: BUSY)
+    _, batcher = run(store, [1], 5)
+    assert batcher.breaker.state is BreakerState.CLOSED and len(store.calls) > 3
+
+
+@pytest.mark.parametrize('kept', [True, False])
+def test_health_fails_with_the_breaker_and_recovers_with_it(kept):
+    store = Store(lambda batch, now: AWAY if not kept or now < 1001 else STORED)
+    _, batcher = run(store, [1], 10)
+    assert batcher.health.up('store') is kept
+    assert batcher.health.trouble == (None if kept else 'store unavailable: no answer')
+
+
+def test_breaker_goes_from_closed_to_open_to_half_open_and_back():
+    breaker = Breaker()
+    assert breaker.state is BreakerState.CLOSED
+    assert 0.05 <= breaker.on_failure() <= 0.1 and breaker.state is BreakerState.OPEN
+    breaker.on_delay_over()
+    assert breaker.state is BreakerState.HALF_OPEN
+    assert 0.1 <= breaker.on_failure() <= 0.2 and breaker.state is BreakerState.OPEN
+    breaker.on_success()
+    assert breaker.state is BreakerState.CLOSED
+    breaker.on_delay_over()
+    assert breaker.state is BreakerState.CLOSED
+    assert breaker.on_failure() <= 0.1
+    assert max(breaker.on_failure() for _ in range(50)) <= 5

@@ -1,0 +1,258 @@
+"""A window between a source and a store that are objects of the test, by a clock of its own."""
+import asyncio
+import json
+import types
+
+import pytest
+from support import clock
+
+from xmsrv import (
+    DEAD,
+    STORED,
+    Answer,
+    Crew,
+    End,
+    Figures,
+    Health,
+    Mapper,
+    Message,
+    RecordQueue,
+    Window,
+    WindowLimits,
+    WindowState,
+    decoded_size,
+)
+
+AWAY, STOP = Answer('retry', -15, 'no answer'), Answer('stop', 20, 'no such namespace')
+REFUSED = Answer('refused', 4, 'answer 4 ParamError')
+UNKEPT = Answer('unkept', 'refused', 'nsqd: E_BAD_MESSAGE')
+
+
+class Queue:
+    """A Source whose messages the test delivers."""
+
+    topic, channel, max_in_flight = 'orders', 'x-msrv', 2500
+
+    def __init__(self):
+        self.in_flight, self.finished, self.requeues = {}, [], []
+        self.requeued = self.late = 0
+        self.idle_since, self.exhausted, self.credit = None, False, None
+
+    def start(self, credit, deliver):
+        self.credit, self.deliver = credit, deliver
+
+    def stop(self):
+        self.credit = None
+
+    def on_credit_change(self):
+        pass
+
+    def finish(self, messages):
+        self.finished += [self.in_flight.pop(message.key).n for message in messages]
+
+    def requeue(self, messages, delay=0):
+        self.requeues += [(self.in_flight.pop(message.key).n, delay) for message in messages]
+        self.requeued += len(messages)
+
+    def hold(self, messages):
+        pass
+
+    def send(self, *numbers, attempts=1, body=None):
+        made = [numbered(n, attempts, body) for n in numbers]
+        self.in_flight.update((message.key, message) for message in made)
+        self.deliver(made)
+
+
+class Numbered(Message):
+    __slots__ = ('n',)
+
+
+def numbered(n, attempts=1, body=None):
+    message = Numbered(None, b'%016d' % n, n, attempts, body or json.dumps({'n': n}).encode())
+    message.n = n
+    return message
+
+
+def config(**more):
+    return types.SimpleNamespace(
+        nsq=types.SimpleNamespace(max_held=more.get('max_held', 1 << 20)),
+        message=types.SimpleNamespace(nulls='omit', fields={}, unknown_fields='keep'),
+        record=types.SimpleNamespace(key='$id', write='replace', bins={}, time='$timestamp', id_bin='gid',
+                                     time_bin=None))
+
+
+def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, keep=DEAD, **more):
+    """Runs a window, and `steps(window, queue)` beside it. Returns (window, queue)."""
+    async def main():
+        loop, queue, tasks = asyncio.get_running_loop(), Queue(), Crew()
+        options = config(**more)
+
+        async def call(messages):
+            await asyncio.sleep(0.01)
+            answer = write([message.n for message in messages], loop.time() - 1000)
+            return answer if isinstance(answer, list) else [answer] * len(messages)
+
+        async def keep_all(messages):
+            return [keep] * len(messages)
+        pipeline = types.SimpleNamespace(
+            config=options, source=queue, tasks=tasks, metrics=Figures(), health=Health(), write=call, keep=keep_all,
+            store=types.SimpleNamespace(batch_size=4, writers=2, patience=2.0))
+
+        async def tick():
+            while True:
+                tasks.wake.set()
+                await asyncio.sleep(0.025)
+        window = Window(pipeline, WindowLimits(*limits), Mapper(options))
+        running = asyncio.ensure_future(window.run())
+        ticking = asyncio.ensure_future(tick())
+        await asyncio.sleep(0)
+        await steps(window, queue)
+        await asyncio.wait_for(running, 1000)
+        ticking.cancel()
+        await tasks.cancel()
+        return window, queue
+    return clock.run(main())
+
+
+async def no_steps(window, queue):
+    queue.idle_since = asyncio.get_running_loop().time()
+
+
+def sent(*numbers, idle=True, **more):
+    async def steps(window, queue):
+        queue.send(*numbers, **more)
+        await asyncio.sleep(0.5)
+        queue.idle_since = asyncio.get_running_loop().time() if idle else None
+    return steps
+
+
+def test_an_idle_window_ends_after_its_idle_timeout():
+    window, _ = window_of(no_steps)
+    assert (window.end_reason, window.exit_status, window.state) == (End.IDLE, 0, WindowState.CLOSED)
+    assert 0.5 <= window.times.seconds < 0.7
+
+
+def test_a_window_that_is_never_idle_ends_by_its_timeout():
+    window, queue = window_of(sent(1, 2, idle=False))
+    assert (window.end_reason, window.count['stored'], sorted(queue.finished)) == (End.TIMEOUT, 2, [1, 2])
+    assert 10 <= window.times.seconds < 10.2
+
+
+def test_a_full_window_ends_at_once_and_requeues_what_is_beyond():
+    window, queue = window_of(sent(*range(7)), limits=(5, 10.0, 0.5))
+    assert window.end_reason is End.FULL
+    assert (window.count['received'], window.count['stored']) == (7, 5)
+    assert (sorted(queue.finished), queue.requeues) == ([0, 1, 2, 3, 4], [(5, 0), (6, 0)])
+    assert window.times.seconds < 0.2
+
+
+def test_what_is_beyond_is_kept_for_the_next_window_where_there_is_one():
+    window, queue = window_of(sent(*range(7)), limits=(5, 10.0, 0.5, True))
+    assert (window.count['received'], window.count['stored'], queue.requeues) == (5, 5, [])
+    assert [message.n for message in queue.in_flight.values()] == [5, 6]
+
+
+@pytest.mark.parametrize('reason', [End.SIGNAL, End.RELOAD])
+def test_a_signal_requeues_what_is_pending_and_a_reload_writes_it(reason):
+    async def steps(window, queue):
+        queue.send(*range(20))
+        window.end(reason)
+    window, queue = window_of(steps)
+    stored = 8 if reason is End.SIGNAL else 20    # two batches of four were under way
+    assert (window.end_reason, window.exit_status, len(queue.finished)) == (reason, 0, stored)
+    assert len(queue.requeues) == 20 - stored and {delay for _, delay in queue.requeues} <= {0}
+
+
+def test_the_first_reason_stays_but_for_one_that_does_not_drain():
+    async def steps(window, queue):
+        window.end(End.IDLE)
+        window.end(End.TIMEOUT)
+        assert window.end_reason is End.IDLE
+        window.end(End.SIGNAL)
+        window.end(End.STORE_FAILED, 'gone')
+    window, _ = window_of(steps)
+    assert (window.end_reason, window.detail, window.exit_status) == (End.SIGNAL, '', 0)
+
+
+def test_a_store_that_takes_nothing_ends_the_window_and_all_is_requeued():
+    window, queue = window_of(sent(*range(6)), write=lambda numbers, now: STOP)
+    assert (window.end_reason, window.detail, window.exit_status) == (End.STORE_FAILED, 'no such namespace', 75)
+    assert (queue.finished, len(queue.requeues)) == ([], 6)
+
+
+def test_an_outage_to_the_end_requeues_all_and_names_the_last_answer():
+    window, queue = window_of(sent(*range(6)), write=lambda numbers, now: AWAY)
+    assert (window.end_reason, window.exit_status) == (End.STORE_FAILED, 75)
+    assert 'out of time' in window.detail and 'last answer: no answer' in window.detail
+    assert (queue.finished, len(queue.requeues)) == ([], 6)
+
+
+def test_credit_is_0_in_an_outage_one_batch_for_the_probe_and_then_what_is_left():
+    seen = []
+
+    async def steps(window, queue):
+        queue.send(*range(4))
+        await asyncio.sleep(0.02)
+        seen.append((window.store_batcher.breaker.state.value, window.credit()))
+        while window.store_batcher.failing:
+            await asyncio.sleep(0.001)
+        seen.append(window.credit())
+        queue.idle_since = asyncio.get_running_loop().time()
+    window, queue = window_of(steps, limits=(100, 60.0, 0.5), write=lambda n, now: AWAY if now < 5 else STORED)
+    assert seen == [('open', 0), 96]
+    assert (window.end_reason, len(queue.finished)) == (End.IDLE, 4)
+
+
+@pytest.mark.parametrize(('attempts', 'delay'), [(1, 1), (2, 2), (5, 16), (11, 600), (60, 600)])
+def test_a_dead_letter_that_nobody_keeps_is_requeued_with_a_delay_that_grows(attempts, delay):
+    window, queue = window_of(sent(1, attempts=attempts, body=b'[]'), keep=UNKEPT)
+    assert queue.requeues == [(1, delay)]
+    assert (window.end_reason, window.exit_status) == (End.DEAD_LETTERS_FAILED, 75)
+    assert window.detail == '1 dead letters could not be kept'
+
+
+def test_letters_that_nobody_keeps_do_not_end_the_window_nor_use_it_up_twice():
+    async def steps(window, queue):
+        queue.send(1, 2, 3, body=b'[]')
+        for n in range(10, 40):
+            await asyncio.sleep(0.05)
+            if window.credit():
+                queue.send(n)
+    window, queue = window_of(steps, limits=(20, 10.0, 0.5), keep=UNKEPT)
+    assert (len(queue.finished), window.count['stored'], len(queue.requeues)) == (17, 17, 3)
+
+
+def test_one_message_refused_in_a_quiet_topic_waits_and_is_a_dead_letter_on_its_third_delivery():
+    for attempts, outcome in ((1, [(7, 1)]), (2, [(7, 2)]), (3, [])):
+        window, queue = window_of(sent(7, attempts=attempts), write=lambda numbers, now: REFUSED)
+        assert queue.requeues == outcome
+        assert (window.count['dead'], window.exit_status) == ((0, 75) if outcome else (1, 0))
+
+
+def test_several_messages_refused_and_none_accepted_are_a_wrong_policy():
+    window, queue = window_of(sent(7, 8, attempts=9), write=lambda numbers, now: REFUSED)
+    assert (window.end_reason, window.exit_status, window.count['dead']) == (End.STORE_FAILED, 75, 0)
+    assert 'key' in window.detail and '4 ParamError' in window.detail
+    assert queue.requeues == [(7, 0), (8, 0)]
+
+
+def test_the_memory_of_what_is_decoded_is_bounded_and_everything_is_stored():
+    most = []
+
+    def write(numbers, now):
+        most.append(len(numbers))
+        return STORED
+    body = b'{"n": [' + b'[],' * 2000 + b'1]}'
+    window, queue = window_of(sent(*range(30), body=body), write=write, max_held=3 * decoded_size(body))
+    assert len(queue.finished) == window.count['stored'] == 30
+    assert max(most) <= 3
+    assert window.records.decoded == 0
+
+
+def test_one_message_larger_than_the_bound_is_decoded_alone():
+    queue = RecordQueue(types.SimpleNamespace(record=lambda message: None), 10)
+    queue.waiting.extend(numbered(n, body=b'x' * 100) for n in range(3))
+    fit, _ = queue.take(100)
+    assert (len(fit), queue.take(100)) == (1, ([], []))
+    queue.release(fit)
+    assert len(queue.take(100)[0]) == 1
