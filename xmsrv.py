@@ -2991,7 +2991,8 @@ class AerospikeStore(Store):
 
     def describe(self):
         """Nodes, version, records, and what the namespace says of ttl and the size of a record; and what is wrong."""
-        versions, namespaces, sets = self.ask('build'), *self.facts()
+        versions = self.ask('build')
+        namespaces, sets = self.facts()
         if not any('nsup-period' in facts for facts in namespaces.values()):
             names = next(iter(self.ask('namespaces').values())).replace(';', ', ')
             problem = f'{self.where}: no such namespace; there are {names}'
