@@ -567,6 +567,23 @@ def test_the_daemon_waits_for_once_and_says_so(nsqd, xmsrv, systemd):
     stopped(daemon)
 
 
+@pytest.mark.parametrize('make', [os.mkfifo, lambda path: path.symlink_to('/dev/zero')], ids=['FIFO', 'device'])
+def test_a_lock_that_is_no_file_is_69_and_waited_for(nsqd, xmsrv, workdir, make):
+    fill(nsqd, 10)
+    xmsrv.configure(nsqd)
+    xmsrv.run('once')
+    lock, = (workdir / 'state').glob('*.lock')
+    lock.unlink()
+    make(lock)
+    assert f'{lock}: not a regular file' in xmsrv.run('once', expect=os.EX_UNAVAILABLE).stderr
+    running = xmsrv.start('daemon')
+    wait_until(lambda: count(xmsrv, f'waiting: {lock}: not a regular file'), 'the daemon says so')
+    fill(nsqd, 10, 10)
+    lock.unlink()
+    wait_until(lambda: len(xmsrv.rows()) == 20, 'it goes on', 20)
+    stopped(running)
+
+
 def test_a_state_directory_that_cannot_be_is_69(nsqd, xmsrv, workdir):
     (workdir / 'file').write_text('')
     xmsrv.configure(nsqd, state_dir=workdir / 'file' / 'state')

@@ -17,7 +17,7 @@ import time
 import proxies
 import pytest
 import servers
-from flows import CHANNEL, DEAD, RELAXED, REPLAY, STRICT, TOPIC, bury, unfit
+from flows import CHANNEL, DEAD, RELAXED, REPLAY, STRICT, TOPIC, bury, ended, unfit
 from servers import wait_until
 
 MEMBERS = {'reason', 'detail', 'key', 'topic', 'channel', 'nsqd', 'id', 'attempts', 'timestamp', 'time'}
@@ -329,15 +329,23 @@ def test_a_file_that_another_has_locked_leaves_the_message_in_the_queue(nsqd, xm
     assert (count['stored'], count['requeued'], nsqd.left(TOPIC, CHANNEL)) == (5, 2, 2)
 
 
-@pytest.mark.parametrize('where, says', [('/dev/full', 'No space left'), ('.', 'Is a directory')])
-def test_a_file_that_cannot_be_written_leaves_the_message_in_the_queue(nsqd, xmsrv, workdir, where, says):
-    """A full disk, and something that is no file: 75, and the good ones are stored."""
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo, lambda path: path.symlink_to('/dev/full')],
+                         ids=['directory', 'FIFO', 'device'])
+def test_a_file_that_cannot_be_written_leaves_the_message_in_the_queue(nsqd, xmsrv, workdir, make):
+    """Something that is no file has come in its place in mid-run: 75, and the good ones are stored."""
+    path = workdir / 'dead.json'
     nsqd.create(TOPIC, CHANNEL)
-    nsqd.publish(TOPIC, [*good(5), *unfit(2)])
-    ran = xmsrv.once(nsqd, message=STRICT, dead_letter={'topic': '', 'file': workdir / where}, expect=os.EX_TEMPFAIL)
-    count = servers.summary(ran.stderr)
+    nsqd.publish(TOPIC, good(5))
+    xmsrv.configure(nsqd, message=STRICT, dead_letter={'topic': '', 'file': path}, idle_timeout='60s', timeout='20s',
+                    nsq={'max-messages': 7})
+    running = xmsrv.start('once')
+    wait_until(lambda: len(ids(xmsrv)) == 5, 'the good ones are stored', 20)
+    make(path)
+    nsqd.publish(TOPIC, unfit(2))
+    ended(running, os.EX_TEMPFAIL)
+    count = servers.summary(xmsrv.log.read_text())
     assert (count['stored'], count['dead'], count['requeued']) == (5, 0, 2)
-    assert says in ran.stderr
+    assert f'{path}: not a regular file' in xmsrv.log.read_text()
     assert ids(xmsrv) == list(range(5))
     assert sorted(nsqd.drain(TOPIC, CHANNEL)) == unfit(2)
 

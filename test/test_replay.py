@@ -391,6 +391,15 @@ def test_a_file_is_replayed_under_the_first_keys(xmsrv, dead):
     assert servers.summary(xmsrv.run('replay').stderr)['received'] == 0
 
 
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir], ids=['FIFO', 'directory'])
+def test_something_in_the_place_of_the_new_file_is_69_and_costs_no_letter(xmsrv, dead, make):
+    path = dead(unfit(5))
+    there, new = path.read_bytes(), path.with_name(f'{path.name}.replay')
+    make(new)
+    assert f'{new}: not a regular file' in xmsrv.run('replay', expect=os.EX_UNAVAILABLE).stderr
+    assert path.read_bytes() == there and new.exists() and not new.is_file()
+
+
 @pytest.mark.parametrize('named', [True, False])
 def test_a_file_beside_a_topic_is_asked_for(nsqd, xmsrv, workdir, named):
     """By its name, or without one."""
