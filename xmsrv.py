@@ -5155,7 +5155,10 @@ class Daemon:
         self.crew.start(self.watch())
         try:
             await self.in_force.wait()
-            return await self.keep_going()
+            status = await self.keep_going()
+            if self.crew.error:
+                raise self.crew.error
+            return status
         finally:
             self.notifier.say(STOPPING=1)
             self.close_site()
@@ -5235,6 +5238,8 @@ class Daemon:
                 self.notifier.say(WATCHDOG=1)
             if self.engine and self.engine.endless:
                 self.status = f'flowing: {self.total().numbers[("xmsrv_messages_total", "stored")]:.0f} stored'
+            if self.crew.error:   # a bug, of which nobody would hear; run() raises it
+                self.stop()
             if self.state != told:
                 told = self.state
                 self.notifier.say(STATUS=told)

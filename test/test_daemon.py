@@ -1089,6 +1089,15 @@ def test_an_address_that_is_taken_is_waited_for_and_messages_flow(nsqd, xmsrv, s
     stopped(running)
 
 
+def test_a_bug_in_the_background_ends_it_with_70(nsqd, xmsrv, changed):
+    """Here of what listens: else it would never listen, and nobody would hear why."""
+    changed('import xmsrv\nxmsrv.bind_sockets = None\n')
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, metrics={'listen': '127.0.0.1:9100'})
+    ended(xmsrv.start('daemon'), os.EX_SOFTWARE)
+    assert count(xmsrv, 'internal error: TypeError') == 1
+
+
 def test_an_address_of_no_host_of_ours_ends_nothing(nsqd, xmsrv):
     """Nor does a name that nobody knows. 192.0.2.0/24 is nobody's: RFC 5737."""
     fill(nsqd, 10)
