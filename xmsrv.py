@@ -70,8 +70,8 @@ import time
 import types
 import typing
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import configobj
 import nsq
@@ -86,6 +86,9 @@ __version__ = '0.1.0'
 log = logging.getLogger('x-msrv')
 NOTICE = (logging.INFO + logging.WARNING) // 2   # what an operator wants to see of a run in which all is well
 logging.addLevelName(NOTICE, 'NOTICE')
+
+Item = TypeVar('Item')
+Key = TypeVar('Key')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +152,7 @@ class QueueError(Exception):
 class StoreDown(Exception):
     """The store took nothing of a batch. `again`: it may take it later; else the window has to stop."""
 
-    def __init__(self, text, again=True):
+    def __init__(self, text: str, again: bool = True) -> None:
         super().__init__(text)
         self.again = again
 
@@ -157,7 +160,7 @@ class StoreDown(Exception):
 class Unfit(Exception):
     """A message can never become a record: `reason` is one of REASONS, `detail` names the field and the rule."""
 
-    def __init__(self, reason, detail):
+    def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f'{reason}: {detail}')
         self.reason = reason
         self.detail = shortened(detail, 300)
@@ -166,13 +169,17 @@ class Unfit(Exception):
 REASONS = ('invalid-json', 'not-an-object', 'schema', 'unsupported-value', 'bin-name', 'key', 'too-big', 'rejected')
 
 
-def shortened(text, length):
+def shortened(text: str, length: int) -> str:
     """`text`, cut to `length` characters: details quote field names, and those a sender may choose at any length."""
     return text if len(text) <= length else text[:length - 3] + '...'
 
 
-class Answer(collections.namedtuple('Answer', 'outcome reason detail', defaults=(None, None))):
+class Answer(NamedTuple):
     """What became of one message at a store or a dead-letter keeper; Window.settle says what follows."""
+
+    outcome: str
+    reason: str | int | None = None
+    detail: str | None = None
 
 
 STORED = Answer('stored')           # durably
@@ -188,17 +195,17 @@ DEAD = Answer('dead')               # durably kept as dead letter, or discarded 
 # and Answer('unsettled', None, detail): nobody knows what is wrong with the message; it comes again later
 
 
-def rfc3339(seconds):
+def rfc3339(seconds: float) -> str:
     """Seconds since 1970 as `2026-11-24T03:44:00.123456Z`."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime('%Y-%m-%dT%H:%M:%S.%fZ')
 
 
-def grouped(items, key):
+def grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> Iterable[tuple[Key, Sequence[Item]]]:
     """Items in groups of one key, in their order, as (key, items)."""
     keys = [key(item) for item in items]
     if len(set(keys)) < 2:   # as it mostly is
         return [(keys[0], items)] if keys else []
-    groups = collections.defaultdict(list)
+    groups: dict[Key, list[Item]] = collections.defaultdict(list)
     for each, item in zip(keys, items, strict=True):
         groups[each].append(item)
     return groups.items()
@@ -244,7 +251,7 @@ OUTPUT = 1                  # the descriptor of standard output
 SYSTEMD = ('NOTIFY_SOCKET', 'WATCHDOG_PID', 'WATCHDOG_USEC')   # only the parent tells systemd
 
 
-def write_all(fd, data):
+def write_all(fd: int, data: bytes) -> None:
     """Writes all of `data`; the kernel may take it in pieces."""
     view = memoryview(data)
     while view:
@@ -303,11 +310,11 @@ class Notifier:
     """sd_notify(3): tells systemd how things are; silent where it does not listen. interval: seconds in which it wants
     to hear WATCHDOG=1, by half; None: never."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.address = os.environ.get('NOTIFY_SOCKET', '')
         self.interval = watchdog_interval()
 
-    def say(self, **fields):
+    def say(self, **fields: object) -> None:
         """Sends fields such as READY=1; a failure changes nothing."""
         if not self.address:
             return
@@ -320,7 +327,7 @@ class Notifier:
 class TextFormatter(logging.Formatter):
     """`warning: text`, for a terminal or a file; what is said with -v has the seconds since the start."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
         line = super().format(record)
         if record.levelno == logging.DEBUG:
@@ -331,7 +338,7 @@ class TextFormatter(logging.Formatter):
 class PriorityFormatter(logging.Formatter):
     """`<4>text`, each line of several: what the journal reads from stderr."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         """The lines of a record."""
         prefix = f'<{PRIORITIES[record.levelname]}>'
         return prefix + super().format(record).replace('\n', f'\n{prefix}')
@@ -340,11 +347,11 @@ class PriorityFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object a line; `common` is in each, and the summary's counts are members of their own."""
 
-    def __init__(self, common):
+    def __init__(self, common: Mapping[str, object]) -> None:
         super().__init__()
         self.common = common
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
         members = {'time': rfc3339(record.created), 'level': record.levelname.lower(), 'message': record.getMessage(),
                    **self.common, **getattr(record, 'fields', {})}
@@ -357,13 +364,13 @@ class JournalHandler(logging.StreamHandler[TextIO]):
     """To the journal, a datagram of fields a record; `common` is in each. Lines with their priority go to stderr where
     its socket is not there or refuses."""
 
-    def __init__(self, common):
+    def __init__(self, common: Mapping[str, object]) -> None:
         super().__init__()
         self.common, self.plain = common, logging.Formatter()
         self.setFormatter(PriorityFormatter())
         self.socket = None   # made with the first entry: where there are no open files, lines still go to stderr
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         """Sends a record; what can't be formatted is logging's to report. What is said before the file is read, or last
         of all, goes to stderr: of a datagram from a process that has ended the journal no longer finds the unit."""
         try:
@@ -375,14 +382,14 @@ class JournalHandler(logging.StreamHandler[TextIO]):
         except Exception:
             self.handleError(record)
 
-    def entry(self, record):
+    def entry(self, record: logging.LogRecord) -> bytes:
         """A record as the journal takes it: the summary's counts and whatever else it has are fields XMSRV_..."""
         fields = {**self.common, **getattr(record, 'fields', {})}
         return journal_entry({'MESSAGE': self.plain.format(record), 'PRIORITY': PRIORITIES[record.levelname],
                               'SYSLOG_IDENTIFIER': 'x-msrv',
                               **{f'XMSRV_{name.upper()}': value for name, value in fields.items()}})
 
-    def send(self, entry):
+    def send(self, entry: bytes) -> None:
         """Sends a datagram. By name each time, so that a journal that was started anew gets it. Raises OSError."""
         self.socket = self.socket or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
@@ -392,7 +399,7 @@ class JournalHandler(logging.StreamHandler[TextIO]):
                 raise
             self.send_sealed(entry)
 
-    def send_sealed(self, entry):
+    def send_sealed(self, entry: bytes) -> None:
         """What is too large for the socket goes as a file in memory, sealed, so that nobody changes it any more."""
         fd = os.memfd_create('x-msrv', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -403,14 +410,14 @@ class JournalHandler(logging.StreamHandler[TextIO]):
         finally:
             os.close(fd)
 
-    def close(self):
+    def close(self) -> None:
         """Closes the socket; stderr stays open."""
         if self.socket:
             self.socket.close()
         super().close()
 
 
-def journal_entry(fields):
+def journal_entry(fields: Mapping[str, object]) -> bytes:
     """Fields in the journal's form: `NAME=value`, or the name, the length and a value that has a newline in it."""
     lines = []
     for name, value in fields.items():
@@ -427,35 +434,36 @@ class Repeats(logging.Filter):
     seen: kind -> (since when, how many, the last one). With -v all pass.
     """
 
-    def __init__(self, clock=time.monotonic):
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self.clock, self.seen, self.lock = clock, {}, threading.Lock()   # the store's threads log as well
+        self.clock, self.lock = clock, threading.Lock()   # the store's threads log as well
+        self.seen: dict[str, tuple[float, int, logging.LogRecord]] = {}
 
-    def filter(self, record):
+    def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record passes."""
         if record.levelno < logging.WARNING or record.msg == MORE or log.isEnabledFor(logging.DEBUG):
             return True
         self.tell_old()
         kind = record.msg if re.search('[a-z]{2}', record.msg) else record.getMessage()
         with self.lock:
-            since, number, _ = self.seen.get(kind, (self.clock(), 0, None))
+            since, number, _ = self.seen.get(kind, (self.clock(), 0, record))
             number += 1
             self.seen[kind] = since, number, record
         if number == FEW + 1:
             self.set_timer()
         return number <= FEW
 
-    def set_timer(self):
+    def set_timer(self) -> None:
         """So that the count is said in time, though nothing else is; a thread, for there need not be a loop."""
         timer = threading.Timer(MINUTE, self.tell_old)
         timer.daemon = True
         timer.start()
 
-    def tell_old(self):
+    def tell_old(self) -> None:
         """Says the counts of which the minute is over."""
         self.tell(self.clock() - MINUTE)
 
-    def tell(self, until=math.inf):
+    def tell(self, until: float = math.inf) -> None:
         """Says the counts that began until then, and forgets them."""
         with self.lock:
             over = [self.seen.pop(kind) for kind, (since, *_) in list(self.seen.items()) if since <= until]
@@ -467,7 +475,7 @@ class Repeats(logging.Filter):
 repeats = Repeats()
 
 
-def under_journal():
+def under_journal() -> bool:
     """Whether stderr goes to the journal: systemd.exec(5), JOURNAL_STREAM."""
     try:
         here = os.fstat(2)
@@ -476,7 +484,7 @@ def under_journal():
     return os.environ.get('JOURNAL_STREAM') == f'{here.st_dev}:{here.st_ino}'
 
 
-def log_handler(log_format, common):
+def log_handler(log_format: str, common: Mapping[str, object]) -> logging.StreamHandler[TextIO]:
     """The handler for a format, and for what stderr is."""
     if log_format == 'text' and under_journal():
         return JournalHandler(common)
@@ -485,7 +493,7 @@ def log_handler(log_format, common):
     return handler
 
 
-def set_up_log(arguments, log_format='text', **common):
+def set_up_log(arguments: argparse.Namespace, log_format: str = 'text', **common: object) -> None:
     """Sends the log to stderr or the journal, at the level that -v and -q ask for. `common`: fields of each record."""
     for handler in log.handlers:
         handler.close()
