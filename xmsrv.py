@@ -71,7 +71,7 @@ import types
 import typing
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 import configobj
 import nsq
@@ -1689,14 +1689,15 @@ class Message:
     __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'unfit', 'touched', 'received',
                  'held_back', 'size')
 
-    def __init__(self, conn, id, timestamp, attempts, body, now=0.0):
+    def __init__(self, conn: Any, id: bytes, timestamp: int, attempts: int, body: bytes, now: float = 0.0) -> None:
         self.conn = conn
         self.id = id
         self.timestamp = timestamp
         self.attempts = attempts
         self.body = body
         self.key = f'{id.decode("ascii", "replace")}-{timestamp:x}-{zlib.crc32(body):x}'
-        self.record = self.unfit = None
+        self.record: Record | None = None
+        self.unfit: Unfit | None = None
         self.touched = self.received = now
         self.held_back = False
         self.size = 0
@@ -1707,7 +1708,7 @@ class Record:
 
     __slots__ = ('key', 'bins', 'time')
 
-    def __init__(self, key, bins, time):
+    def __init__(self, key: str | int, bins: dict[str, Any], time: int | None) -> None:
         self.key = key
         self.bins = bins
         self.time = time
@@ -1716,12 +1717,12 @@ class Record:
 class Marker:
     """Stands in a decoded value for what strict JSON does not allow, until inspect() has found its path."""
 
-    def __init__(self, reason, detail):
+    def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
         self.detail = detail
 
 
-def unique(pairs):
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as dict; ValueError where a name comes twice."""
     members = dict(pairs)
     if len(members) != len(pairs):
@@ -1729,15 +1730,15 @@ def unique(pairs):
     return members
 
 
-def unique_or_marked(pairs):
+def unique_or_marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as dict, with a Marker under each name that comes twice."""
-    members = {}
+    members: dict[str, Any] = {}
     for name, value in pairs:
         members[name] = value if name not in members else Marker('invalid-json', 'the name comes twice')
     return members
 
 
-def finite(digits):
+def finite(digits: str) -> float:
     """A JSON number with a point or exponent as the nearest double; ValueError beyond the largest."""
     value = float(digits)
     if math.isinf(value):
@@ -1745,7 +1746,7 @@ def finite(digits):
     return value
 
 
-def finite_or_marked(digits):
+def finite_or_marked(digits: str) -> float | Marker:
     """As finite(), with a Marker for what is beyond."""
     try:
         return finite(digits)
@@ -1753,13 +1754,13 @@ def finite_or_marked(digits):
         return Marker('unsupported-value', f'number {error}')
 
 
-def integer_or_marked(digits):
+def integer_or_marked(digits: str) -> int | Marker:
     """A JSON integer, with a Marker for one outside signed 64 bit, at any length."""
     value = int(digits) if len(digits) <= 20 else 1 << 64
     return value if value in INT64 else Marker('unsupported-value', 'integer outside 64 bit')
 
 
-def refuse(name):
+def refuse(name: str) -> NoReturn:
     """NaN and the infinities, which json would take."""
     raise ValueError(f'{name} is not JSON')
 
@@ -1776,7 +1777,7 @@ scan_marking = json_scanner(
     parse_constant=lambda name: Marker('invalid-json', f'{name} is not JSON'))
 
 
-def decode(body):
+def decode(body: bytes) -> dict[str, Any]:
     """The bytes of a message as a dict, strictly: UTF-8, one object, each name once, nothing that a store would bend.
 
     Raises Unfit. Most messages are proven harmless by a look at their bytes at C speed; the others are decoded
@@ -1797,7 +1798,7 @@ def decode(body):
 COMPRESSIONS = {b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ': 'xz', b'BZh': 'bzip2', b'x\x9c': 'zlib'}
 
 
-def foreign_encoding(body):
+def foreign_encoding(body: bytes) -> str | None:
     """Names the encoding or compression of a body that is not plain UTF-8 (and so never JSON), else returns None."""
     for signature, name in COMPRESSIONS.items():
         if body.startswith(signature):
@@ -1810,7 +1811,7 @@ def foreign_encoding(body):
     return f'the body is {encoding[:6].upper()}, not UTF-8'
 
 
-def decodes_as(body, encoding):
+def decodes_as(body: bytes, encoding: str) -> bool:
     """Whether the body is text in this encoding, so that binary data with some zero bytes is not taken for it."""
     try:
         return '\0' not in body.decode(encoding)
@@ -1818,7 +1819,7 @@ def decodes_as(body, encoding):
         return False
 
 
-def decode_carefully(body):
+def decode_carefully(body: bytes) -> dict[str, Any]:
     """As decode(), at a third of the speed, with the path of what is wrong."""
     encoding = foreign_encoding(body)
     if encoding:
@@ -1837,18 +1838,18 @@ def decode_carefully(body):
     if end != len(text):
         raise Unfit('invalid-json', f'more text after the value, at character {end}')
     inspect(value, '', 1)
-    if value.__class__ is not dict:
+    if not isinstance(value, dict):
         raise Unfit('not-an-object', f'the message is {named_type(value)}, not an object')
     return value
 
 
-def named_type(value):
+def named_type(value: object) -> str:
     """The JSON type of a value, with its article."""
     names = {list: 'a list', str: 'a string', bool: 'a boolean', int: 'a number', float: 'a number', type(None): 'null'}
     return names.get(value.__class__, 'an object')
 
 
-def inspect(value, where, depth):
+def inspect(value: object, where: str, depth: int) -> None:
     """Raises Unfit for the first thing in `value` that can't be kept exactly; `where` is its path."""
     if value.__class__ is str:
         inspect_string(value, where)
@@ -1859,12 +1860,12 @@ def inspect(value, where, depth):
             raise Unfit('unsupported-value', blamed(where, f'deeper than {MAX_DEPTH} levels'))
         for step, item in (value.items() if isinstance(value, dict) else enumerate(value)):
             inner = joined(where, step)
-            if isinstance(value, dict):
+            if isinstance(step, str):
                 inspect_string(step, inner)
             inspect(item, inner, depth + 1)
 
 
-def inspect_string(value, where):
+def inspect_string(value: str, where: str) -> None:
     """Raises Unfit for a string or name that Aerospike cuts (NUL) or refuses (lone surrogate)."""
     if '\0' in value:
         raise Unfit('unsupported-value', blamed(where, 'NUL character'))
@@ -1872,12 +1873,12 @@ def inspect_string(value, where):
         raise Unfit('unsupported-value', blamed(where, 'lone surrogate'))
 
 
-def blamed(where, rule):
+def blamed(where: str, rule: str) -> str:
     """The detail for a path and the rule broken there; a path of any length leaves the rule in sight."""
     return f'{shortened(where, 200)}: {rule}' if where else rule
 
 
-def joined(where, step):
+def joined(where: str, step: str | int) -> str:
     """The path of a member or element: `ext[0].n`; names that are no plain, short words are quoted, in ASCII."""
     if isinstance(step, int):
         return f'{where}[{step}]'
@@ -1885,7 +1886,7 @@ def joined(where, step):
     return f'{where}.{name}' if where else name
 
 
-def message_schema(message):
+def message_schema(message: types.SimpleNamespace) -> vol.Schema | None:
     """The voluptuous schema of [message]'s fields, or None when none are named."""
     if not message.fields:
         return None
@@ -1894,7 +1895,7 @@ def message_schema(message):
                        for name, (check, required) in message.fields.items()}, extra=extra)
 
 
-def schema_detail(error):
+def schema_detail(error: vol.MultipleInvalid) -> str:
     """What a voluptuous error says of a message: `id: not an integer`, the first three faults."""
     words = {'required key not provided': 'missing', 'extra keys not allowed': 'unknown field'}
     faults = [f'{joined("", str(fault.path[0]))}: {words.get(fault.msg, fault.msg)}' for fault in error.errors]
@@ -1909,16 +1910,16 @@ def too_many_bins(number):
 class Mapper:
     """Makes the record of a message, by [message] and [record]."""
 
-    def __init__(self, config):
+    def __init__(self, config: types.SimpleNamespace) -> None:
         self.nulls = config.message.nulls
         self.schema = message_schema(config.message)
         self.key, self.write = config.record.key, config.record.write
         self.bins, self.time = config.record.bins, config.record.time
         self.id_bin, self.time_bin = config.record.id_bin, config.record.time_bin
         self.taken = {name for name in (self.id_bin, self.time_bin) if name} | set(self.bins.values())
-        self.known = set()   # names of bins that were found good: a cache, bounded
+        self.known: set[str] = set()   # names of bins that were found good: a cache, bounded
 
-    def record(self, message):
+    def record(self, message: Message) -> Record:
         """The Record of `message`; raises Unfit."""
         fields = decode(message.body)
         if None in fields.values():
@@ -1932,32 +1933,32 @@ class Mapper:
         moment = self.time_of(fields, message) if self.time_bin else None
         return Record(key, self.bins_of(fields, key, moment), moment)
 
-    def without_nulls(self, fields):
+    def without_nulls(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields without nulls at the top: an absent bin reads as null, and the client would refuse one."""
         if self.nulls == 'reject':
             name = next(name for name, value in fields.items() if value is None)
             raise Unfit('schema', f'{joined("", name)}: null')
         return {name: value for name, value in fields.items() if value is not None}
 
-    def key_of(self, fields):
+    def key_of(self, fields: dict[str, Any]) -> str | int:
         """The field that is the key: a string, not empty, or an integer (the server takes True and 1 for one key)."""
         if self.key not in fields:
             raise Unfit('key', f'{joined("", self.key)}: missing')
         key = fields[self.key]
         if key == '' or not (isinstance(key, str) or TYPES['integer'](key)):
             raise Unfit('key', f'{joined("", self.key)}: a key is a string, not empty, or an integer')
-        return key
+        return key   # type: ignore[no-any-return]
 
-    def time_of(self, fields, message):
+    def time_of(self, fields: dict[str, Any], message: Message) -> int:
         """The time by which the newest message of a key wins."""
         if self.time == '$timestamp':
             return message.timestamp
         moment = fields.get(self.time)
         if not TYPES['integer'](moment):
             raise Unfit('schema', f'{joined("", self.time)}: not an integer, and it is the time of the message')
-        return moment
+        return moment   # type: ignore[return-value]
 
-    def bins_of(self, fields, key, moment):
+    def bins_of(self, fields: dict[str, Any], key: str | int, moment: int | None) -> dict[str, Any]:
         """The bins: the fields under the names of [[bins]], id-bin and time-bin; a bin is written once."""
         if not self.known.issuperset(fields):
             self.look_at_names(fields)
@@ -1972,7 +1973,7 @@ class Mapper:
             raise Unfit('unsupported-value', too_many_bins(len(bins)))
         return bins
 
-    def look_at_names(self, fields):
+    def look_at_names(self, fields: dict[str, Any]) -> None:
         """Raises Unfit for a field that can't have a bin of its name."""
         for name in fields:
             if name in self.bins:
