@@ -70,7 +70,7 @@ import time
 import types
 import typing
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 import configobj
@@ -1614,24 +1614,25 @@ def headline(section):
 class PrintedConfig(configobj.ConfigObj):   # type: ignore[misc]  # it has no hints
     """A ConfigObj that is only written: as a file it reads back what it was given."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(interpolation=False, write_empty_values=True, indent_type='')
 
-    def _quote(self, value, multiline=True):
+    def _quote(self, value: str | list[str], multiline: bool = True) -> str:
         """As configobj, which leaves without quotes a name (not multiline) with = or [, and blanks beyond ASCII."""
-        quoted = super()._quote(value, multiline)
+        quoted: str = super()._quote(value, multiline)
         cut = r'^\s|\s$' if multiline else r'^\s|\s$|=|^\['
-        return self._get_single_quote(value) % value if quoted == value and re.search(cut, value) else quoted
+        return str(self._get_single_quote(value)) % value if quoted == value and re.search(cut, quoted) else quoted
 
 
-def effective(raw):
+def effective(raw: dict[str, Any]) -> str:
     """Raw sections with the defaults filled in, as the text of a file; a secret is only ever named by its file.
 
     Raises ConfigError for a value that --set can say and no file.
     """
     printed = PrintedConfig()
     for section, options in itertools.groupby(OPTIONS, key=lambda option: option.section):
-        node, target = raw, printed
+        node: dict[str, Any] | None = raw
+        target = printed
         for part in filter(None, section.split('.')):
             node = (node or {}).get(part)
         if node is None and section in SUBSECTIONS:
@@ -5510,24 +5511,25 @@ PAGE = """\
 
 
 @functools.cache
-def page_template():
+def page_template() -> Any:
     """The template of the page, which escapes all that it is given but `raw`."""
     from tornado.template import Template
     return Template(PAGE)
 
 
-def page(daemon):
+def page(daemon: 'Daemon') -> bytes:
     """The page to look at: it loads itself again every 2 s, and takes nothing from elsewhere."""
     total, windows = daemon.total(), list(daemon.windows)
     most = max((sum(window.count[kind] for kind in BARS) for window in windows), default=0) or 1
-    return page_template().generate(
+    made: bytes = page_template().generate(
         name=f'{daemon.config.nsq.topic}/{daemon.config.nsq.channel}', style=STYLE, ends=daemon.ends,
         status=daemon.state, figures=figures_table(windows, total), bars=bars(windows, most), most=most,
         # Nothing of their bodies.
         letters=[(f'{rfc3339(when)[:19]}Z', reason, detail) for when, reason, detail in reversed(total.recent)])
+    return made
 
 
-def figures_table(windows, total):
+def figures_table(windows: Sequence['Window'], total: Figures) -> list[tuple[str, object]]:
     """Rates and lag of the last windows together, and what is counted: names and values."""
     seconds = sum(window.seconds for window in windows)
     stored = sum(window.count['stored'] for window in windows)
@@ -5539,11 +5541,20 @@ def figures_table(windows, total):
             ('dead letters', total.numbers.get(('xmsrv_messages_total', 'dead'), 0))]
 
 
-Bar = collections.namedtuple('Bar', 'kind x y height label')
+class Bar(NamedTuple):
+    """A part of the chart: the messages of one outcome in one window; x, y and height in its units."""
+
+    kind: str
+    x: int
+    y: float
+    height: float
+    label: str
+
+
 BARS = ('stored', 'dead', 'requeued')   # from below
 
 
-def bars(windows, most):
+def bars(windows: Sequence['Window'], most: int) -> Iterator[Bar]:
     """Yields the bars of the chart, stacked for each window, the latest at the right; `most` is as high as it goes."""
     for place, window in enumerate(windows, 60 - len(windows)):
         y = 100.0
@@ -6016,15 +6027,15 @@ complete -o bashdefault -F _x_msrv x-msrv
 """
 
 
-def completion(shell, parser):
+def completion(shell: str, parser: argparse.ArgumentParser) -> str:
     """What bash, zsh or fish reads to complete the command line of `parser`."""
     import shtab
     if shell == 'zsh':
         join_values(parser)
-    return shtab.complete(parser, shell) + '\n' + (BASH if shell == 'bash' else '')
+    return f'{shtab.complete(parser, shell)}\n{BASH if shell == "bash" else ""}'
 
 
-def join_values(parser):
+def join_values(parser: argparse.ArgumentParser) -> None:
     """Tells zsh's _arguments that a value may follow an option at once (`--set=x`), and may be left out of some.
 
     Only for shtab: nothing can be parsed by the parser after it."""
@@ -6035,7 +6046,8 @@ def join_values(parser):
                 join_values(command)
         elif action.nargs != 0:
             action.option_strings = [name + ('=' if name.startswith('--') else '+') for name in action.option_strings]
-            action.metavar = ':' + action.metavar if action.nargs == '?' else action.metavar
+            if action.nargs == '?':
+                action.metavar = f':{action.metavar}'
 
 
 # What each shell calls for the name of a file: shtab's own, but that fish's would look for a file named `--config=a`.
@@ -6043,12 +6055,12 @@ FILES = {'bash': '_shtab_compgen_files', 'zsh': '_files',
          'fish': "(__fish_complete_path (string replace -r '^--[a-z]+=' '' -- (commandline -ct)))"}
 
 
-def set_completion(action, how=FILES):
+def set_completion(action: argparse.Action, how: dict[str, Any] = FILES) -> None:
     """Tells shtab what each shell calls, or chooses from, for the value of an option."""
-    action.complete = how
+    action.complete = how   # type: ignore[attr-defined]  # where shtab looks for it
 
 
-def settings():
+def settings() -> dict[str, Any]:
     """What may follow --set, from the table of options: what each shell calls for it."""
     words = ' '.join(f'{option.section}.{option.name}'.lstrip('.') + ('=' if option.default is not None else '.')
                      for option in OPTIONS)
