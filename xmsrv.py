@@ -191,7 +191,7 @@ DEAD = Answer('dead')               # durably kept as dead letter, or discarded 
 # and Answer('busy', code, detail): not stored now; the store works
 # and Answer('retry', code, detail): not stored, or nobody knows, for the store does not work; it may later
 # and Answer('stop', code, detail): not stored; the window ends
-# and Answer('unkept', reason, detail): a dead letter that can't be kept; reason: `away` or `refused`, by the keeper
+# and Answer('unkept', reason, detail): a dead letter that can't be kept; reason: `away`, `refused` or `unknown`
 # and Answer('unsettled', None, detail): nobody knows what is wrong with the message; it comes again later
 
 
@@ -529,7 +529,7 @@ class Health:
         """`end` works, or works again."""
         if end in self.errors:
             _, since, _ = self.errors.pop(end)
-            log.log(NOTICE, '%s recovered after %.1f s', end, asyncio.get_running_loop().time() - since)
+            log.warning('%s recovered after %.1f s', end, asyncio.get_running_loop().time() - since)
 
     def up(self, end: str) -> bool:
         """Whether no failure of `end` is known."""
@@ -2449,15 +2449,15 @@ class Subscription(Connection):
         log.debug('nsqd %s: disconnected', self)
 
 
-def http_client():
-    """A client of HTTP whose names delay nobody else; to be closed."""
-    return AsyncHTTPClient(force_instance=True, resolver=NameResolver())
+def http_client(requests=1):
+    """A client for so many requests at a time, whose names delay nobody else; to be closed."""
+    return AsyncHTTPClient(force_instance=True, resolver=NameResolver(), max_clients=requests)
 
 
 async def look_up(addresses, topic, patience=math.inf):
     """Asks all nsqlookupds for the nsqds of a topic, and waits for the others for at most `patience` seconds once one
     has named some. Returns ({(host, port): http port}, {address: error})."""
-    client = http_client()
+    client = http_client(len(addresses))
     questions = {asyncio.ensure_future(ask_lookupd(client, address, topic)): address for address in addresses}
     try:
         waiting, timeout = set(questions), None
@@ -3277,11 +3277,11 @@ class DeadLetters:
 
     def unpublished(self, messages, publisher, error):
         """What follows where nsqd did not take dead letters: (message, result) for each."""
-        refused = isinstance(error, QueueError)
+        refused = isinstance(error, QueueError)   # else nobody knows whether nsqd has taken them
         hint = '; a file in [dead-letter] would keep it' if refused and not self.file else ''
         text = f'nsqd {publisher}: {explained(error)}'
         log.warning('dead letter %s: %s%s', messages[0].key, text, hint)
-        return [(message, Answer('unkept', 'refused' if refused else 'away', text)) for message in messages]
+        return [(message, Answer('unkept', 'refused' if refused else 'unknown', text)) for message in messages]
 
     async def publisher(self, address):
         """The connection that publishes to the nsqd at `address`. It subscribes at RDY 0, so that the channel for
@@ -3580,7 +3580,7 @@ async def close_store(store, executor: StoreExecutor) -> None:
 
 def is_outage(result: Answer) -> bool:
     """Whether a result speaks of the other end, and not of the message."""
-    return result.outcome == 'retry' or (result.outcome == 'unkept' and result.reason == 'away')
+    return result.outcome == 'retry' or (result.outcome == 'unkept' and result.reason != 'refused')
 
 
 def group_by_result(messages: list, results: list):
@@ -3594,8 +3594,7 @@ def group_by_result(messages: list, results: list):
 # RDY and consumer: the nsqds, and the one place that answers them
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOOKUP_INTERVAL = 60.0      # seconds between questions to nsqlookupd while every nsqd that it names is connected
-LOOKUP_INTERVAL_DOWN = 5.0  # the most of them, while one is not, or none is known
+LOOKUP_INTERVAL = 5.0       # seconds between questions to nsqlookupd
 LOOKUP_PATIENCE = 0.5       # seconds that the first question waits for the other nsqlookupds once one has named nsqds
 IDLE_TICK = 0.5             # seconds between looks at the connections while no window takes messages
 FIRST_MESSAGE_SIZE = 64 << 10   # bytes that a message is taken to have before any has come
@@ -3699,16 +3698,12 @@ class LookupPoller:
         self.config, self.topic, self.consumer = config, topic, consumer
         self.due = asyncio.Event()
         self.waiting: list[asyncio.Future] = []   # for the next answer
-        self.backoff = Backoff(0.5, LOOKUP_INTERVAL_DOWN)
 
     async def run(self) -> None:
-        """Asks at once when a connection has ended, soon while an nsqd is missing, else once in a while."""
+        """Asks at once when a connection has ended, else once in a while."""
         while True:
-            settled = self.consumer.is_settled()
-            if settled:
-                self.backoff.reset()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.due.wait(), LOOKUP_INTERVAL if settled else self.backoff.next())
+                await asyncio.wait_for(self.due.wait(), LOOKUP_INTERVAL)
             self.due.clear()
             await self.look_up()
 
@@ -3749,7 +3744,7 @@ class Consumer:
         self.credit = self.deliver = None        # of the window that takes messages
         self.requeued = self.late = 0
         self.idle_since = None
-        self.last_touch, self.last_loss = 0.0, -math.inf   # loop times
+        self.last_touch = 0.0
         self.poller = LookupPoller(config, topic, self) if config.nsq.lookupd_http_address else None
 
     async def open(self) -> None:
@@ -3771,12 +3766,6 @@ class Consumer:
     def all_tried(self) -> bool:
         """Whether a connection to each nsqd was made, or has failed."""
         return all(address in self.connect_errors for address in self.addresses)
-
-    def is_settled(self) -> bool:
-        """Whether each nsqd that is known is connected, there is one, and none was lost lately: one that starts again
-        elsewhere is to be found soon."""
-        return (0 < len(self.addresses) <= len(self.connections)
-                and asyncio.get_running_loop().time() - self.last_loss > LOOKUP_INTERVAL)
 
     def update_nsqds(self, found: dict) -> None:
         """Connects to the nsqds that are new; one that is named no more stays for as long as its connection does."""
@@ -3829,7 +3818,6 @@ class Consumer:
         self.connect_errors[connection.address] = error
         if connection in self.connections:
             self.connections.remove(connection)
-            self.last_loss = asyncio.get_running_loop().time()
             if not self.connections:
                 self.health.fail('queue', f'nsqd {connection}: {error}', logged=True)
         self.tasks.wake.set()
@@ -4137,7 +4125,9 @@ class Window:
         batcher = self.store_batcher
         if self.state is not WindowState.OPEN or batcher.breaker.state is BreakerState.OPEN:
             return 0
-        return min(self.left, max(0, batcher.size - self.pending_count)) if batcher.failing else self.left
+        if batcher.failing:
+            return 0 if self.pending_count else min(self.left, batcher.size)
+        return self.left
 
     def accept(self, messages: list) -> None:
         """Takes messages; those beyond the limit stay in flight for the end."""

@@ -1,4 +1,6 @@
 """What the tests of a whole flow have in common: messages that can be told apart, what became of them, and bounds."""
+import contextlib
+import fcntl
 import json
 import re
 import threading
@@ -63,6 +65,14 @@ def passed(seconds):
 def ended(process, status=0, seconds=30):
     """The process ends by itself, with this exit status."""
     assert process.wait(timeout=seconds) == status
+
+
+@contextlib.contextmanager
+def in_use(path):
+    """A file that another process has locked, so that x-msrv can't write to it."""
+    with path.open('ab') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield path
 
 
 def unfit(number, first=0, **more):

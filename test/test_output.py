@@ -15,7 +15,7 @@ import proxies
 import pytest
 import servers
 import trustme
-from flows import passed
+from flows import in_use, passed
 from servers import wait_until
 
 TOPIC, CHANNEL, DEAD, REPLAY = 'orders', 'x-msrv', 'orders.dead', 'x-msrv-replay'
@@ -124,7 +124,8 @@ def test_a_body_is_not_in_the_log_when_its_letter_is_refused(nsqds, xmsrv, workd
     """By nsqd, and by the file."""
     nsqd, = nsqds(1, '--max-msg-size=2000')
     nsqd.publish(TOPIC, json.dumps([MARKER * 6]))
-    ran = xmsrv.once(nsqd, args=['-v'], dead_letter={'file': workdir}, expect=os.EX_TEMPFAIL)
+    with in_use(workdir / 'dead.json') as path:
+        ran = xmsrv.once(nsqd, args=['-v'], dead_letter={'file': path}, expect=os.EX_TEMPFAIL)
     assert MARKER[:60] not in ran.stderr
 
 

@@ -11,6 +11,7 @@ import types
 import proxies
 import pytest
 import servers
+from flows import in_use
 from servers import wait_until
 from tornado.iostream import StreamClosedError
 
@@ -205,13 +206,13 @@ def test_rdy_never_allows_more_than_the_window_may_take(xmsrv, nsqds, each, limi
     assert max(map(int, proxy.arguments('RDY'))) <= in_flight
 
 
-def test_messages_are_handed_back_at_rdy_0_before_cls(xmsrv, nsqds):
-    """Dead letters that can't be kept go back; the good ones beside them are finished."""
+def test_messages_are_requeued_with_a_delay_or_at_rdy_0(xmsrv, nsqds, workdir):
+    """Dead letters that can't be kept come again later; the good ones beside them are finished."""
     nsqd, = nsqds(1)
     fill(nsqd, 20)
     nsqd.publish(TOPIC, [b'no JSON'] * 5)
-    with proxies.Proxy(nsqd) as proxy:
-        done = xmsrv.once(nsq=addresses(proxy), dead_letter={'topic': '', 'file': '/dev/full'}, expect=75)
+    with proxies.Proxy(nsqd) as proxy, in_use(workdir / 'dead.json') as path:
+        done = xmsrv.once(nsq=addresses(proxy), dead_letter={'topic': '', 'file': path}, expect=75)
     told = servers.summary(done.stderr)
     assert (told['stored'] + told['requeued'], told['dead']) == (25, 0)
     credit = Credit(10 ** 9)
@@ -362,7 +363,7 @@ class Reader(Connection):
         self.looked_at += len(data)
         return super().unpack(data)
 
-    async def deliver(self, messages):
+    def deliver(self, messages):
         self.bodies += [message.body for message in messages]
 
     def read_all(self):
