@@ -178,8 +178,8 @@ class Answer(NamedTuple):
     """What became of one message at a store or a dead-letter keeper; Window.settle says what follows."""
 
     outcome: str
-    reason: str | int | None = None
-    detail: str | None = None
+    reason: Any = None   # a str, or the number that the store answered
+    detail: Any = None   # a str, where the outcome has one
 
 
 STORED = Answer('stored')           # durably
@@ -368,7 +368,8 @@ class JournalHandler(logging.StreamHandler[TextIO]):
         super().__init__()
         self.common, self.plain = common, logging.Formatter()
         self.setFormatter(PriorityFormatter())
-        self.socket = None   # made with the first entry: where there are no open files, lines still go to stderr
+        # Made with the first entry: where there are no open files, lines still go to stderr.
+        self.socket: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Sends a record; what can't be formatted is logging's to report. What is said before the file is read, or last
@@ -1948,7 +1949,7 @@ class Mapper:
         key = fields[self.key]
         if key == '' or not (isinstance(key, str) or TYPES['integer'](key)):
             raise Unfit('key', f'{joined("", self.key)}: a key is a string, not empty, or an integer')
-        return key   # type: ignore[no-any-return]
+        return key
 
     def time_of(self, fields: dict[str, Any], message: Message) -> int:
         """The time by which the newest message of a key wins."""
@@ -3651,7 +3652,7 @@ class RdyAllocator:
     """
 
     @staticmethod
-    def allocate(connections: Sequence, budget: int, keep: bool) -> list[tuple[object, int]]:
+    def allocate(connections: Sequence, budget: int, keep: bool) -> list[tuple[Any, int]]:
         """The new RDY of each connection, what is lowered first: the sum never exceeds the budget on the way. keep:
         leave each what it has, for a message may be under way on it."""
         more = shares([(max(0, c.rdy - c.held_back) if keep else 0, c.idle, c.rdy_since,
@@ -3741,9 +3742,10 @@ class Consumer:
         self.in_flight = {}         # key -> Message without an answer yet
         self.held_bytes = 0         # of their bodies
         self.message_size = FIRST_MESSAGE_SIZE   # bytes that the next messages may have
-        self.credit = self.deliver = None        # of the window that takes messages
+        self.credit: Callable[[], int] | None = None   # of the window that takes messages
+        self.deliver: Callable[[list[Message]], None] | None = None
         self.requeued = self.late = 0
-        self.idle_since = None
+        self.idle_since: float | None = None
         self.last_touch = 0.0
         self.poller = LookupPoller(config, topic, self) if config.nsq.lookupd_http_address else None
 
@@ -3896,7 +3898,7 @@ class Consumer:
 
     def on_credit_change(self) -> None:
         """Deals the budget out to the connections."""
-        plenty = bool(self.credit) and self.credit() > 2 * self.max_in_flight
+        plenty = self.credit is not None and self.credit() > 2 * self.max_in_flight
         for connection, rdy in RdyAllocator.allocate(self.connections, self.budget, keep=not plenty):
             connection.set_rdy(rdy)
 
@@ -4103,7 +4105,8 @@ class Window:
                                      (store.batch_size, BATCH_BYTES), store.writers, store.patience)
         self.dead_letter_batcher = Batcher('dead letters', pipeline.tasks, pipeline.health, pipeline.keep, self.settle,
                                            (LETTERS, LETTER_BYTES), 1, LETTERS_PATIENCE)
-        self.state, self.end_reason, self.detail = WindowState.OPEN, None, ''
+        self.state, self.detail = WindowState.OPEN, ''
+        self.end_reason: Any = None   # an End, once it ends
         self.times = WindowTimes()
         self.settled = dict.fromkeys(OUTCOMES, 0)
         self.followed = dict(self.settled)   # what of `count` is in the metrics
@@ -4441,6 +4444,7 @@ class Pipeline:
 
     async def keep(self, messages: list) -> list:
         """Keeps dead letters. Returns a result for each."""
+        assert self.sink is not None, 'in a replay they stay in the source'
         return await self.sink.keep(messages)
 
 
@@ -5012,8 +5016,10 @@ class WindowRunner:
         self.endless = config.endless
         self.health = Health()
         self.backoff = Backoff(1, 30)
-        self.pipeline = self.window = self.task = None
-        self.ending = None       # the End by which it ends, once that is wished
+        self.pipeline: Any = None   # the Pipeline, whose source is a Consumer
+        self.window: Window | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.ending: End | None = None   # the End by which it ends, once that is wished
 
     async def run(self) -> int:
         """Until end(). Returns the exit status."""
@@ -5519,7 +5525,7 @@ def page(daemon: 'Daemon') -> bytes:
     return made
 
 
-def figures_table(windows: Sequence['Window'], total: Figures) -> list[tuple[str, object]]:
+def figures_table(windows: Sequence[Any], total: Figures) -> list[tuple[str, object]]:
     """Rates and lag of the last windows together, and what is counted: names and values."""
     seconds = sum(window.seconds for window in windows)
     stored = sum(window.count['stored'] for window in windows)
@@ -5544,7 +5550,7 @@ class Bar(NamedTuple):
 BARS = ('stored', 'dead', 'requeued')   # from below
 
 
-def bars(windows: Sequence['Window'], most: int) -> Iterator[Bar]:
+def bars(windows: Sequence[Any], most: int) -> Iterator[Bar]:
     """Yields the bars of the chart, stacked for each window, the latest at the right; `most` is as high as it goes."""
     for place, window in enumerate(windows, 60 - len(windows)):
         y = 100.0
