@@ -4208,7 +4208,11 @@ class Window:
             self.reject_for(messages, Answer('rejected', 'rejected', result.detail))
         else:
             log.error('%s', text)
-            self.postpone(messages, Answer('unsettled', None, text))
+            if self.limits.lasting:
+                self.postpone(messages, Answer('unsettled', None, text))
+            else:   # the end is near, and the next run need not wait for a delay
+                self.release(messages)
+                self.postponed += len(messages)
 
     def on_store_stop(self, messages: list, result: Answer) -> None:
         """The store takes nothing until somebody changes something: the window ends, and they are requeued then."""

@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'test'))
+sys.path.insert(0, str(ROOT / 'test' / 'support'))
 
 from aerospike_server import AerospikeServer  # noqa: E402
 from servers import Nsqd, Xmsrv, free_ports, wait_until  # noqa: E402

@@ -5,8 +5,9 @@ import os
 # Before hypothesis is imported, so that its examples land there too.
 os.environ.setdefault('HYPOTHESIS_STORAGE_DIRECTORY', 'build/hypothesis')
 
-import clusters
 import pytest
+
+import clusters
 import servers
 
 

@@ -13,15 +13,16 @@ from pathlib import Path
 import guests
 import pytest
 from guests import GUESTS, Guest, one_at_a_time, run
-from servers import NSQ_TOOLS, ROOT
 from test_packages import DEB, RPM, VERSION, stage
+
+from servers import NSQ_TOOLS, ROOT
 
 pytestmark = pytest.mark.skipif(bool(guests.missing()), reason=guests.missing())
 PREVIOUS = '0.0.1'
 ENOUGH = 130        # tests that verify.sh makes at least, on any system
 VERIFY = {f'/srv/verify/{path.name}': path for path in (
-    ROOT / 'test/guest/verify.sh', ROOT / 'test/guest/ends.py', ROOT / 'test/aerospike_server.py',
-    ROOT / 'test/servers.py', NSQ_TOOLS / 'nsqd')}
+    ROOT / 'test/guest/verify.sh', ROOT / 'test/guest/ends.py', ROOT / 'test/support/aerospike_server.py',
+    ROOT / 'test/support/servers.py', NSQ_TOOLS / 'nsqd')}
 RPM_FILES = {
     '/etc/rpm/macros': '%_dbpath /var/lib/rpm\n',
     '/etc/dnf/vars/releasever': '9\n',

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from servers import ROOT
 
 sys.path.append(str(ROOT / 'packaging'))

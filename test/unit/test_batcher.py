@@ -3,8 +3,8 @@ import asyncio
 import types
 
 import pytest
-from support import clock
 
+import clock
 from xmsrv import STORED, Answer, Batcher, Breaker, BreakerState, Crew, Health
 
 AWAY = Answer('retry', -15, 'no answer')

@@ -36,7 +36,7 @@ def allocated(connections, budget, keep=True):
     ([connection(rdy=8), connection(rdy=8)], 10, [8, 2]),
     ([connection(rdy=3, held_back=3)], 10, [13]),
     ([connection(rdy=2500, held_back=2500)], 10, [0]),
-], ids=str)
+])
 def test_the_budget_is_dealt_out(connections, budget, expected):
     assert allocated(connections, budget) == expected
 

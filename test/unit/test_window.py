@@ -4,8 +4,8 @@ import json
 import types
 
 import pytest
-from support import clock
 
+import clock
 from xmsrv import (
     DEAD,
     STORED,
@@ -223,10 +223,12 @@ def test_letters_that_nobody_keeps_do_not_end_the_window_nor_use_it_up_twice():
 
 
 def test_one_message_refused_in_a_quiet_topic_waits_and_is_a_dead_letter_on_its_third_delivery():
-    for attempts, outcome in ((1, [(7, 1)]), (2, [(7, 2)]), (3, [])):
-        window, queue = window_of(sent(7, attempts=attempts), write=lambda numbers, now: REFUSED)
-        assert queue.requeues == outcome
-        assert (window.count['dead'], window.exit_status) == ((0, 75) if outcome else (1, 0))
+    for attempts, delay in ((1, 1), (2, 2), (3, None)):
+        for lasting in (True, False):
+            limits = 0, 10.0, 0.5, lasting
+            window, queue = window_of(sent(7, attempts=attempts), limits, write=lambda numbers, now: REFUSED)
+            assert queue.requeues == ([(7, delay * lasting)] if delay else [])
+            assert (window.count['dead'], window.exit_status) == ((0, 75) if delay else (1, 0))
 
 
 def test_several_messages_refused_and_none_accepted_are_a_wrong_policy():

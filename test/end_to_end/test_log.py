@@ -9,12 +9,12 @@ import struct
 import sys
 import threading
 
-import proxies
 import pytest
-import servers
-from flows import passed
 
+import proxies
+import servers
 import xmsrv as module
+from flows import passed
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'
 

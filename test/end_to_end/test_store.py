@@ -6,11 +6,11 @@ import resource
 import sqlite3
 
 import pytest
-import roundtrip
-import servers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import roundtrip
+import servers
 from xmsrv import DUPLICATE, MAX_BINS, STALE, STORED, Record, SqliteStore, StoreDown, load
 
 BY_ID = {'key': 'id'}

@@ -16,18 +16,19 @@ import threading
 from pathlib import Path
 
 import aerospike
-import aerospike_server
 import pytest
-import servers
 from aerospike import exception
 from aerospike_helpers import expressions as exp
 from aerospike_helpers.batch.records import BatchRecords, Write
 from aerospike_helpers.operations import operations
+
+import aerospike_server
+import servers
 from aerospike_server import AerospikeServer, Lost
 from servers import wait_until
 
 REAL = os.environ.get('XMSRV_TEST_AEROSPIKE')
-TRACE = Path(__file__).parent / 'data' / 'aerospike' / 'trace.jsonl'
+TRACE = Path(__file__).parent.parent / 'data' / 'aerospike' / 'trace.jsonl'
 MIB = 1 << 20
 REPLACE = {'exists': aerospike.POLICY_EXISTS_CREATE_OR_REPLACE}
 CREATE = {'exists': aerospike.POLICY_EXISTS_CREATE}

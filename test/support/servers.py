@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlencode
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 NSQ_TOOLS = ROOT / 'build' / 'bin'
 # The very venv that runs the tests, so that what they drive is what was installed there.
 PROGRAM = Path(sys.executable).parent / 'x-msrv'

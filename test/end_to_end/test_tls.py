@@ -5,11 +5,12 @@ import json
 import shutil
 import ssl
 
+import pytest
+import trustme
+
 import flows
 import proxies
-import pytest
 import servers
-import trustme
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'
 SECRET = 'the-secret-that-nobody-may-see'

@@ -8,13 +8,13 @@ import struct
 import threading
 import types
 
-import proxies
 import pytest
+from tornado.iostream import StreamClosedError
+
+import proxies
 import servers
 from flows import in_use
 from servers import wait_until
-from tornado.iostream import StreamClosedError
-
 from xmsrv import Connection, Crew, Link, NameResolver, Publisher, QueueError
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'

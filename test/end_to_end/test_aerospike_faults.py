@@ -8,6 +8,7 @@ import signal
 import subprocess
 
 import pytest
+
 import servers
 from aerospike_server import Lost
 from flows import CHANNEL, DEAD, SHORT, TOPIC, bodies, ended, fill, passed, publish_at_once, received

@@ -7,16 +7,16 @@ import ssl
 import time
 
 import aerospike
-import clusters
-import proxies
 import pytest
-import roundtrip
-import servers
 import trustme
 from aerospike_helpers import expressions as exp
+
+import clusters
+import proxies
+import roundtrip
+import servers
 from aerospike_server import Lost
 from clusters import NAMESPACE
-
 from xmsrv import (
     ANSWERS,
     DUPLICATE,

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-HERE = pathlib.Path(__file__).resolve().parent.parent / 'monitoring'
+HERE = pathlib.Path(__file__).resolve().parents[2] / 'monitoring'
 RULES, RULES_TEST = HERE / 'x-msrv.rules.yml', HERE / 'x-msrv.rules.test.yml'
 DASHBOARD = json.loads((HERE / 'x-msrv.dashboard.json').read_text())
 README = (HERE / 'README.md').read_text()

@@ -5,6 +5,7 @@ import itertools
 import os
 
 import aerospike
+
 from aerospike_server import AerospikeServer
 
 REAL = os.environ.get('XMSRV_TEST_AEROSPIKE')

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 
 import pytest
-import servers
 
+import servers
 from xmsrv import OPTIONS, build_parser, completion
 
 SHELLS = {

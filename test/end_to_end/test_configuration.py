@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import configobj
 import pytest
-import servers
 import trustme
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import servers
 from xmsrv import (
     OPTIONS,
     ConfigError,

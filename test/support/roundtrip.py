@@ -4,9 +4,10 @@ import itertools
 import json
 import random
 
-import servers
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+
+import servers
 
 texts = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), max_size=10)
 scalars = st.none() | st.booleans() | st.integers(-1 << 63, (1 << 63) - 1) | st.floats(

@@ -14,10 +14,10 @@ import threading
 import time
 
 import pytest
+
 import servers
 from flows import CHANNEL, DEAD, RELAXED, REPLAY, STRICT, TOPIC, bury, unfit
 from servers import wait_until
-
 from xmsrv import append_durably
 
 CUT = [b'{"cut', b'[7', b'{"id": 1}}']   # these fit nothing

@@ -11,10 +11,11 @@ import struct
 import subprocess
 import termios
 
-import proxies
 import pytest
-import servers
 import trustme
+
+import proxies
+import servers
 from flows import in_use, passed
 from servers import wait_until
 

@@ -6,9 +6,9 @@ import sys
 import types
 
 import pytest
-from servers import ROOT
 
 import xmsrv as program
+from servers import ROOT
 
 sys.path[:0] = [str(ROOT / 'man'), str(ROOT / 'packaging')]
 import options  # noqa: E402

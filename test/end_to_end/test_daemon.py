@@ -20,14 +20,14 @@ import types
 import urllib.error
 import urllib.request
 
+import pytest
+
 import clusters
 import proxies
-import pytest
 import servers
+import xmsrv as xmsrv_module
 from flows import CHANNEL, DEAD, REPLAY, TOPIC, bodies, ended, fill, numbers, passed
 from servers import wait_until
-
-import xmsrv as xmsrv_module
 from xmsrv import Figures, Schedule, page
 
 

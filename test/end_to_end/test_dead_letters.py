@@ -14,8 +14,9 @@ import stat
 import threading
 import time
 
-import proxies
 import pytest
+
+import proxies
 import servers
 from flows import CHANNEL, DEAD, RELAXED, REPLAY, STRICT, TOPIC, bury, ended, unfit
 from servers import wait_until
@@ -226,6 +227,7 @@ def test_a_connection_cut_in_mid_publish_loses_nothing(nsqd, xmsrv, reaches):
         count = servers.summary(xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr)
     assert (count['dead'], count['requeued'], nsqd.left(TOPIC, CHANNEL)) == (0, 1, 1)
     assert nsqd.left(DEAD, REPLAY) == reaches
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['depth'] == 1, 'the delay of its requeue is over')
     assert servers.summary(xmsrv.once(nsqd, message=STRICT).stderr)['dead'] == 1
     assert nsqd.left(DEAD, REPLAY) == 1 + reaches
     xmsrv.configure(nsqd, message=RELAXED)

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 
 import pytest
+
 import servers
 from flows import CHANNEL, DEAD, SHORT, TOPIC, bodies, ended, fill, numbers, passed, publish_at_once, received
 from servers import wait_until
