@@ -1666,6 +1666,43 @@ def spelled(address):
     return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
 
 
+def reread(arguments):
+    """The configuration of the command line as (raw sections, config, faults): see faultless(). Raises ConfigError."""
+    raw = read_file(arguments.config, arguments.set_before + arguments.set_after)
+    return raw, *faultless(arguments, raw)
+
+
+def faultless(arguments, raw):
+    """Raw sections as (config, faults), where all faults are FaultKind.UNAVAILABLE and of what the command uses.
+    Raises ConfigError with a line for each fault, of whatever kind, when the text has any."""
+    config, faults, warnings = typed(raw)
+    if any(fault.kind is FaultKind.TEXT for fault in faults):
+        raise ConfigError(lines_of(arguments, faults))
+    if arguments.command == 'check':
+        set_up_log_of(config, arguments)
+        for warning in warnings:
+            log.warning('%s: %s', arguments.config, warning)
+        faults += address_faults(config.metrics.listen)
+    return config, [fault for fault in faults if uses(arguments, fault)]
+
+
+def uses(arguments, fault):
+    """Whether a command uses what a fault is about."""
+    if arguments.command in ('config', 'completion') or getattr(arguments, 'message', None) is not None:
+        return False
+    return fault.option != 'textfile' or arguments.command in ('once', 'check')   # only `once` writes it
+
+
+def lines_of(arguments, faults):
+    """Faults for the operator, a line each."""
+    return '\n'.join(f'{arguments.config}: {fault}' for fault in faults)
+
+
+def set_up_log_of(config, arguments):
+    """From here on the log is as the configuration wants it."""
+    set_up_log(arguments, config.log_format, topic=config.nsq.topic, channel=config.nsq.channel)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # message and mapping: from bytes to a record, or the reason why not
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2529,6 +2566,47 @@ async def find_nsqds(config, topic, patience=math.inf):
     return found
 
 
+async def total_depth(config, topic, channel):
+    """The messages that wait for a channel on all nsqds, or None where one does not say."""
+    nsqds = await find_nsqds(config, topic)
+    stats = await asyncio.gather(*(topic_stats(address, http_port, topic) for address, http_port in nsqds.items()))
+    return None if None in stats else sum(sum(depths(topic, channel)) for topic in stats)
+
+
+async def topic_stats(address, http_port, topic):
+    """What an nsqd counts of a topic: {} where it has no such topic, None when its HTTP side can't be found.
+
+    nsqlookupd names the HTTP port; else it is taken to be the next one (4150, 4151), if that one is the same nsqd's.
+    """
+    host, tcp_port = address
+    base = f'http://{spelled((host, http_port or tcp_port + 1))}'
+    client = http_client()
+    try:
+        fetch = functools.partial(client.fetch, **HTTP_TIMEOUTS)
+        if json.loads((await fetch(f'{base}/info')).body)['tcp_port'] != tcp_port:
+            return None
+        name = topic.replace('#', '%23')
+        topics = json.loads((await fetch(f'{base}/stats?format=json&topic={name}')).body)['topics']
+        return next(iter(topics or ()), {})   # nsqd says null for none
+    except (OSError, HTTPError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    finally:
+        client.close()
+
+
+def channel_stats(topic, channel):
+    """What topic_stats() has of a channel: {} where there is no such channel."""
+    return next((stats for stats in topic.get('channels') or () if stats['channel_name'] == channel), {})
+
+
+def depths(topic, channel):
+    """The messages that wait for a channel: in the topic, from where they go to all its channels, and in the channel.
+
+    A channel gets what is in the topic when it is made: without any channel, all messages wait there.
+    """
+    return topic.get('depth', 0), channel_stats(topic, channel).get('depth', 0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # stores
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2811,7 +2889,7 @@ class AerospikeStore(Store):
         self.batch_size, self.writers = options.batch_size, options.writers
         self.patience = options.total_timeout + 0.5
         self.where = f'aerospike {", ".join(map(spelled, options.hosts))}: {self.namespace}.{self.set}'
-        self.client, self.proven, self.strange = None, False, False
+        self.client, self.proven = None, False
         self.advice = {}   # code -> what the nodes named as its cause
         impossible = ({5} if self.record.write != 'create' else set()) | ({27} if not self.time_bin else set())
         self.answers = {code: outcome for code, outcome in ANSWERS.items() if code not in impossible}
@@ -2973,8 +3051,7 @@ class AerospikeStore(Store):
             return Answer('rejected', 'rejected', f'answer {self.named(code)}')
         if outcome == 'refused':
             return Answer('refused', code, f'{text}, and no write of this run has succeeded yet')
-        if outcome == 'unknown' and not self.strange:
-            self.strange = True
+        if outcome == 'unknown':
             log.error('%s; its messages are tried again, and handed back', text)
         return Answer(outcome if outcome in ('stop', 'busy') else 'retry', code, text)
 
@@ -3747,7 +3824,6 @@ class Consumer:
         self.deliver: Callable[[list[Message]], None] | None = None
         self.requeued = self.late = 0
         self.idle_since: float | None = None
-        self.last_touch = 0.0
         self.poller = LookupPoller(config, topic, self) if config.nsq.lookupd_http_address else None
 
     async def open(self) -> None:
@@ -3973,14 +4049,14 @@ class Consumer:
 
     async def tick(self) -> None:
         """Looks after RDY and TOUCH."""
-        loop = asyncio.get_running_loop()
+        loop, last_touch = asyncio.get_running_loop(), 0.0
         while True:
             now = loop.time()
             self.mark_idle(now)
             self.on_credit_change()
             shortest = min((c.msg_timeout for c in self.connections), default=60)
-            if self.in_flight and now - self.last_touch >= shortest / 8:
-                self.last_touch = now
+            if self.in_flight and now - last_touch >= shortest / 8:
+                last_touch = now
                 self.touch(now)
             self.tasks.wake.set()
             await asyncio.sleep(TICK if self.credit else min(IDLE_TICK, shortest / 8))
@@ -4755,8 +4831,7 @@ class DeadLetterFileSource:
             busy = isinstance(error, BlockingIOError) and not (self.looking or self.new_file)
             raise Unavailable(f'{error.filename or self}: '
                               + ('another replay is at work on it' if busy else error.strerror)) from None
-        self.lines = self.messages()
-        self.tasks.start(self.feed())
+        self.tasks.start(self.feed(self.messages()))
 
     def copy_owner_and_mode(self, was):
         """Gives the new file the old one's owner and mode, before it has anything in it."""
@@ -4780,11 +4855,11 @@ class DeadLetterFileSource:
 
     # -- what a window reads from
 
-    async def feed(self):
+    async def feed(self, messages):
         """Delivers lines, for as long as there are any, as the window has room for them."""
         while True:
             room = self.room()
-            lines = list(itertools.islice(self.lines, room))
+            lines = list(itertools.islice(messages, room))
             self.read_all = self.read_all or len(lines) < room
             letters = [message for message in lines if message.body.strip()]   # a blank line is nobody's
             if letters:
@@ -4987,10 +5062,11 @@ def human(seconds):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# daemon and HTTP: windows without end, and who may ask how they are
+# window runner: windows without end, in this process
 # ---------------------------------------------------------------------------------------------------------------------
 
 ON_TIME = 0.05              # seconds by which a start may be late and still count as on time
+RECOVERY_TICK = 0.5         # seconds between looks whether an idle queue shows that the store is back
 
 
 class Schedule:
@@ -5076,7 +5152,7 @@ class WindowRunner:
     async def clear_error_when_idle(self, source: Consumer) -> None:
         """When nothing comes, no batch can show that the store is back: then its connection has to be enough."""
         while True:
-            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
+            await asyncio.sleep(RECOVERY_TICK)
             if source.idle_since is not None and self.window and not self.window.pending_count:
                 self.health.recover('store')
 
@@ -5134,6 +5210,321 @@ def facts(window):
     """What is told of a window that has ended."""
     return types.SimpleNamespace(count=window.count, seconds=window.times.seconds, ended=time.time())
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# supervisor: a daemon of several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+HEARTBEAT_OF_WORKERS = 0.5  # seconds between what a worker says of itself
+SILENCE_OF_WORKERS = 5.0    # seconds without a word after which one counts as stuck
+STUCK = 120.0               # seconds without a word after which it is killed, where no watchdog has ended all
+STAYS_UP = 10.0             # seconds that a worker has to live, for its end not to count as a failed start
+STARTS = 5                  # failed starts of every worker in a row that end the daemon
+
+
+class WorkerState(enum.StrEnum):
+    """STARTING: it opens its ends, and can take no grant. IDLE: it waits for a grant. BUSY: it has one. STOPPING: it
+    was told to end. BACKOFF: its process is gone, and the next one is due after a delay.
+
+    The first three a worker says of itself, the last two its parent knows better.
+    """
+
+    STARTING = 'starting'
+    IDLE = 'idle'
+    BUSY = 'busy'
+    STOPPING = 'stopping'
+    BACKOFF = 'backoff'
+
+
+class Member:
+    """One worker process, as its parent sees it. number: of its last grant, for what it says may have crossed one."""
+
+    def __init__(self, place):
+        self.place, self.process, self.state, self.number = place, None, WorkerState.STARTING, 0
+        self.trouble = None
+        self.heard, self.healthy, self.starts = 0.0, True, 0
+        self.ends = dict.fromkeys(ENDS, False)
+        self.snapshot = None     # its figures, as it told them last
+
+    def tell(self, **message):
+        """Sends it a line; one that is gone is found so by its reader."""
+        if self.process:
+            self.process.stdin.write(json.dumps(message).encode() + b'\n')
+
+
+class Team:
+    """The worker processes of a daemon. It holds no connection of its own: it starts them, starts every period and
+    grants each its share, hears how they are, and stops them."""
+
+    def __init__(self, daemon):
+        self.config, self.raw, self.arguments = daemon.config, daemon.raw, daemon.arguments
+        self.figures, self.report, self.schedule = daemon.figures, daemon.note, daemon.schedule
+        config = self.config
+        self.members, self.turn = [Member(place) for place in range(config.workers)], 0
+        self.endless = config.endless
+        self.crew, self.changed = Crew(), asyncio.Event()
+        self.past = Figures()    # of workers that are gone
+        self.exit_status = os.EX_OK
+        self.ending = None       # how a member is told to end, once that is wished
+        self.patience = 0.0      # seconds that it then has
+        self.over = asyncio.Event()
+        self.silent = []         # members that were not heard of when healthy() was asked last
+
+    async def run(self):
+        """Until stop() or leave(), or until no worker stays up. Returns the exit status."""
+        for member in self.members:
+            self.crew.start(self.keep(member))
+        grants = asyncio.ensure_future(self.periods())
+        while self.crew.tasks and not self.crew.error:
+            self.crew.wake.clear()
+            await self.crew.wake.wait()
+        grants.cancel()
+        await self.crew.cancel()
+        if self.crew.error:
+            raise self.crew.error
+        return self.exit_status
+
+    # -- its members
+
+    async def keep(self, member):
+        """Keeps one worker up, with backoff."""
+        loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
+        while not self.ending:
+            begun, member.state = loop.time(), WorkerState.STARTING
+            member.heard = begun
+            fate = await self.life(member)
+            self.gone(member)
+            if self.ending:
+                return
+            member.starts = 0 if loop.time() - begun > STAYS_UP else member.starts + 1
+            if not member.starts:
+                backoff.reset()
+            pid = member.process.pid if member.process else 'none'
+            log.error('worker %d (process %s) ended: %s', member.place + 1, pid, fate)
+            if all(each.starts >= STARTS for each in self.members):
+                log.critical('no worker stays up')
+                self.exit_status = os.EX_SOFTWARE
+                self.stop()
+                return
+            self.figures.add('xmsrv_worker_restarts_total')
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.over.wait(), backoff.next())
+
+    async def life(self, member):
+        """One process, from its start to its end. Returns how it ended."""
+        try:
+            await self.start(member)
+        except OSError as error:
+            member.process = None
+            return f'it could not be started: {error.strerror}'
+        if self.ending:
+            self.dismiss(member)
+        await self.listen(member)
+        return told(await member.process.wait())
+
+    async def start(self, member):
+        """Starts a worker, with the configuration that holds now, whatever the file says by now. It has a session of
+        its own, so that Ctrl-C on a terminal is for us to pass on."""
+        flags = ['-v'] * self.arguments.verbose + ['-q'] * self.arguments.quiet
+        outside = {name: value for name, value in os.environ.items() if name not in SYSTEMD}
+        member.process = await asyncio.create_subprocess_exec(
+            *own_command(), '-c', self.arguments.config, *flags, 'worker', stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, limit=1 << 24, env=outside, start_new_session=True)
+        member.tell(raw=self.raw)
+
+    async def listen(self, member):
+        """What a worker says, until it ends."""
+        async for line in member.process.stdout:
+            try:
+                self.hear(member, json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or something else wrote there
+                log.error('worker %d (process %d): not understood: %s', member.place + 1, member.process.pid, error)
+                with contextlib.suppress(ProcessLookupError):
+                    member.process.kill()
+                return
+            self.changed.set()
+
+    def hear(self, member, message):
+        """One line of a worker's."""
+        member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
+        member.ends, member.trouble, member.snapshot = message['ends'], message['trouble'], message['figures']
+        for window in message['windows']:
+            self.report(types.SimpleNamespace(**window))
+        if member.state is not WorkerState.STOPPING:
+            crossed = message['seen'] != member.number   # it said so before our last grant reached it
+            member.state = WorkerState.BUSY if crossed else WorkerState(message['state'])
+
+    def gone(self, member):
+        """Keeps the figures of a worker that has ended."""
+        if member.snapshot:
+            self.past.merge(member.snapshot, gauges=False)
+        member.state, member.snapshot, member.ends = WorkerState.BACKOFF, None, dict.fromkeys(ENDS, False)
+        member.number, member.trouble = 0, None
+        self.changed.set()
+
+    # -- its periods
+
+    async def periods(self):
+        """Starts every period: each worker that is idle gets its share. One that has just been started waits for the
+        next; nobody starts while another still has its grant of the last."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.schedule.wait(loop.time()))
+            while not self.in_state(WorkerState.IDLE) or not self.endless and self.in_state(WorkerState.BUSY):
+                self.changed.clear()
+                await self.changed.wait()
+            self.schedule.start(loop.time())
+            for member, share in zip(self.members, self.split(), strict=True):
+                if member.state is WorkerState.IDLE and (share or not self.config.nsq.max_messages):
+                    member.state, member.number = WorkerState.BUSY, member.number + 1
+                    member.tell(grant=share, number=member.number)
+
+    def in_state(self, state):
+        """The members that are in a state."""
+        return [member for member in self.members if member.state is state]
+
+    def split(self):
+        """The share of each worker in max-messages; what does not divide goes round from period to period."""
+        share, extra = divmod(self.config.nsq.max_messages, len(self.members))
+        self.turn += 1
+        return [share + ((place + self.turn) % len(self.members) < extra) for place in range(len(self.members))]
+
+    # -- its end
+
+    def stop(self):
+        """All hand back what they do not store, and end; one that does not in its time is killed."""
+        self.end(lambda member: member.process.terminate(), 0.0)
+
+    def leave(self):
+        """All finish their windows, and end."""
+        self.end(lambda member: member.tell(leave=True), self.config.timeout)
+
+    def end(self, how, more):
+        """Tells all to end, those too that are just being started."""
+        self.ending, self.patience = how, more + self.config.aerospike.total_timeout + 2
+        self.over.set()
+        for member in self.members:
+            self.dismiss(member)
+
+    def dismiss(self, member):
+        """Tells one to end, and sees to it that it does."""
+        if member.process and member.process.returncode is None:
+            member.state = WorkerState.STOPPING
+            with contextlib.suppress(ProcessLookupError):
+                self.ending(member)
+            asyncio.get_running_loop().call_later(self.patience, self.kill, member)
+
+    def kill(self, member):
+        """The last resort."""
+        if member.process.returncode is None:
+            log.error('worker %d (process %d) does not end: killed', member.place + 1, member.process.pid)
+            member.process.kill()
+
+    # -- how it is
+
+    @property
+    def trouble(self):
+        """What is wrong, by the first that says so."""
+        return next((member.trouble for member in self.members if member.trouble), None)
+
+    @property
+    def ends(self):
+        """What is up for all of them."""
+        return {end: all(member.ends[end] for member in self.members) for end in ENDS}
+
+    def healthy(self, now):
+        """Whether every worker has been heard of, and says that it is; one that has not is named."""
+        alive = [member for member in self.members if member.process and member.process.returncode is None]
+        silent = [member for member in alive if now - member.heard >= SILENCE_OF_WORKERS]
+        for member in silent:
+            log.log(logging.DEBUG if member in self.silent else logging.ERROR, 'worker %d (process %d) says nothing',
+                    member.place + 1, member.process.pid)
+            if now - member.heard >= STUCK:
+                self.kill(member)
+        self.silent = silent
+        return not silent and all(member.healthy for member in alive)
+
+    def gauges(self):
+        """The figures of all together."""
+        return [self.figures, self.past, *(member.snapshot for member in self.members if member.snapshot)]
+
+
+def own_command():
+    """The command that runs this module again, by the same Python and from the same place."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())'
+    flags = {'-I': sys.flags.isolated, '-S': sys.flags.no_site, '-B': sys.flags.dont_write_bytecode}
+    return [sys.executable, *(flag for flag, on in flags.items() if on), '-c', code]
+
+
+def told(status):
+    """An exit status of subprocess in words."""
+    return f'killed by {signal.Signals(-status).name}' if status < 0 else f'exit status {status}'
+
+
+class Worker:
+    """A process of the daemon's. It hears of the configuration and its grants on stdin, and says on stdout how it is;
+    an end of stdin is the end of its parent."""
+
+    def __init__(self, arguments):
+        self.arguments, self.figures = arguments, Figures()
+        self.grants, self.windows = asyncio.Queue(), []
+        self.state = WorkerState.STARTING
+        self.seen = 0            # number of the last grant
+
+    async def run(self, stopper):
+        """Until it is told to end. Returns the exit status."""
+        stdin = asyncio.StreamReader(limit=1 << 24)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+        config, _ = faultless(self.arguments, json.loads(await stdin.readline())['raw'])
+        set_up_log_of(config, self.arguments)
+        self.flow = stopper.window = WindowRunner(config, self.figures, self.grant, self.windows.append)
+        crew = Crew()
+        crew.start(self.listen(stdin))
+        crew.start(self.talk())
+        status = await self.flow.run()
+        await crew.cancel()
+        self.say()
+        return status
+
+    async def listen(self, stdin):
+        """What the parent says."""
+        async for line in stdin:
+            message = json.loads(line)
+            if 'grant' in message:
+                self.state, self.seen = WorkerState.BUSY, message['number']
+                self.grants.put_nowait(message['grant'])
+            if 'leave' in message:
+                self.flow.leave()
+        self.flow.stop()
+
+    async def grant(self):
+        """Waits for a grant; whoever waits is idle."""
+        self.state = WorkerState.IDLE
+        self.say()
+        return await self.grants.get()
+
+    async def talk(self):
+        """Says how it is, all the time: silence means that it is stuck."""
+        while True:
+            self.say()
+            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
+
+    def say(self):
+        """One line for the parent."""
+        windows, self.windows[:] = [vars(facts(window)) for window in self.windows], []
+        figures = self.flow.gauges()[0].snapshot()
+        healthy = self.flow.healthy(asyncio.get_running_loop().time())
+        line = json.dumps({
+            'state': self.state, 'seen': self.seen, 'healthy': healthy, 'windows': windows,
+            'ends': self.flow.ends, 'trouble': self.flow.trouble, 'figures': figures})
+        with contextlib.suppress(BrokenPipeError):
+            write_all(1, line.encode() + b'\n')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# daemon and HTTP: who keeps windows going, and who may ask how they are
+# ---------------------------------------------------------------------------------------------------------------------
 
 class Daemon:
     """The long-lived form: it holds the lock, keeps one WindowRunner or Team going, reads its file again when told
@@ -5390,12 +5781,6 @@ class Daemon:
         return together(self.engine.gauges() if self.engine else [self.figures])
 
 
-def reread(arguments):
-    """The configuration of the command line as (raw sections, config, faults): see faultless(). Raises ConfigError."""
-    raw = read_file(arguments.config, arguments.set_before + arguments.set_after)
-    return raw, *faultless(arguments, raw)
-
-
 HTTP_CONNECTIONS = 32       # at a time; whoever asks asks seldom, and is answered at once
 HTTP_SHARE = 4              # of the process's open files one in so many: the others are for nsqds and the store
 HTTP_HEADER = 8192          # bytes of a request's head
@@ -5466,6 +5851,7 @@ def listen(daemon, sockets):
         """GET /metrics, /healthz, /readyz, /."""
 
         def get(self):
+            """One answer, of the state as it is now."""
             self.set_header('Cache-Control', 'no-store')
             kind, good, text = answers[self.request.path](daemon)
             self.set_header('Content-Type', f'{kind}; charset=utf-8')
@@ -5568,343 +5954,8 @@ def bars(windows: Sequence[Any], most: int) -> Iterator[Bar]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# supervisor: a daemon of several processes
-# ---------------------------------------------------------------------------------------------------------------------
-
-HEARTBEAT_OF_WORKERS = 0.5  # seconds between what a worker says of itself
-SILENCE_OF_WORKERS = 5.0    # seconds without a word after which one counts as stuck
-STUCK = 120.0               # seconds without a word after which it is killed, where no watchdog has ended all
-STAYS_UP = 10.0             # seconds that a worker has to live, for its end not to count as a failed start
-STARTS = 5                  # failed starts of every worker in a row that end the daemon
-
-
-class Member:
-    """One worker process, as its parent sees it. state: `away` until it can take a grant, `idle`, `granted`. number: of
-    its last grant, for what it says may have crossed one."""
-
-    def __init__(self, place):
-        self.place, self.process, self.state, self.number = place, None, 'away', 0
-        self.trouble = None
-        self.heard, self.healthy, self.starts = 0.0, True, 0
-        self.ends = dict.fromkeys(ENDS, False)
-        self.snapshot = None     # its figures, as it told them last
-
-    def tell(self, **message):
-        """Sends it a line; one that is gone is found so by its reader."""
-        if self.process:
-            self.process.stdin.write(json.dumps(message).encode() + b'\n')
-
-
-class Team:
-    """The worker processes of a daemon. It holds no connection of its own: it starts them, starts every period and
-    grants each its share, hears how they are, and stops them."""
-
-    def __init__(self, daemon):
-        self.config, self.raw, self.arguments = daemon.config, daemon.raw, daemon.arguments
-        self.figures, self.report, self.schedule = daemon.figures, daemon.note, daemon.schedule
-        config = self.config
-        self.members, self.turn = [Member(place) for place in range(config.workers)], 0
-        self.endless = config.endless
-        self.crew, self.changed = Crew(), asyncio.Event()
-        self.past = Figures()    # of workers that are gone
-        self.failed = False
-        self.ending = None       # how a member is told to end, once that is wished
-        self.patience = 0.0      # seconds that it then has
-        self.over = asyncio.Event()
-        self.silent = []         # members that were not heard of when healthy() was asked last
-
-    async def run(self):
-        """Until stop() or leave(), or until no worker stays up. Returns the exit status."""
-        for member in self.members:
-            self.crew.start(self.keep(member))
-        grants = asyncio.ensure_future(self.periods())
-        while self.crew.tasks and not self.crew.error:
-            self.crew.wake.clear()
-            await self.crew.wake.wait()
-        grants.cancel()
-        await self.crew.cancel()
-        if self.crew.error:
-            raise self.crew.error
-        return os.EX_SOFTWARE if self.failed else os.EX_OK
-
-    # -- its members
-
-    async def keep(self, member):
-        """Keeps one worker up, with backoff."""
-        loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
-        while not self.ending:
-            begun = member.heard = loop.time()
-            fate = await self.life(member)
-            self.gone(member)
-            if self.ending:
-                return
-            member.starts = 0 if loop.time() - begun > STAYS_UP else member.starts + 1
-            if not member.starts:
-                backoff.reset()
-            pid = member.process.pid if member.process else 'none'
-            log.error('worker %d (process %s) ended: %s', member.place + 1, pid, fate)
-            if all(each.starts >= STARTS for each in self.members):
-                log.critical('no worker stays up')
-                self.failed = True
-                self.stop()
-                return
-            self.figures.add('xmsrv_worker_restarts_total')
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.over.wait(), backoff.next())
-
-    async def life(self, member):
-        """One process, from its start to its end. Returns how it ended."""
-        try:
-            await self.start(member)
-        except OSError as error:
-            member.process = None
-            return f'it could not be started: {error.strerror}'
-        if self.ending:
-            self.dismiss(member)
-        await self.listen(member)
-        return told(await member.process.wait())
-
-    async def start(self, member):
-        """Starts a worker, with the configuration that holds now, whatever the file says by now. It has a session of
-        its own, so that Ctrl-C on a terminal is for us to pass on."""
-        flags = ['-v'] * self.arguments.verbose + ['-q'] * self.arguments.quiet
-        outside = {name: value for name, value in os.environ.items() if name not in SYSTEMD}
-        member.process = await asyncio.create_subprocess_exec(
-            *own_command(), '-c', self.arguments.config, *flags, 'worker', stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, limit=1 << 24, env=outside, start_new_session=True)
-        member.tell(raw=self.raw)
-
-    async def listen(self, member):
-        """What a worker says, until it ends."""
-        async for line in member.process.stdout:
-            try:
-                self.hear(member, json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or something else wrote there
-                log.error('worker %d (process %d): not understood: %s', member.place + 1, member.process.pid, error)
-                with contextlib.suppress(ProcessLookupError):
-                    member.process.kill()
-                return
-            self.changed.set()
-
-    def hear(self, member, message):
-        """One line of a worker's."""
-        member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
-        member.ends, member.trouble, member.snapshot = message['ends'], message['trouble'], message['figures']
-        for window in message['windows']:
-            self.report(types.SimpleNamespace(**window))
-        if message['busy'] or message['seen'] != member.number:
-            member.state = 'granted'
-        else:
-            member.state = 'idle' if message['idle'] else 'away'
-
-    def gone(self, member):
-        """Keeps the figures of a worker that has ended."""
-        if member.snapshot:
-            self.past.merge(member.snapshot, gauges=False)
-        member.state, member.snapshot, member.ends = 'away', None, dict.fromkeys(ENDS, False)
-        member.number, member.trouble = 0, None
-        self.changed.set()
-
-    # -- its periods
-
-    async def periods(self):
-        """Starts every period: each worker that is idle gets its share. One that has just been started waits for the
-        next; nobody starts while another still has its grant of the last."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(self.schedule.wait(loop.time()))
-            while not any(member.state == 'idle' for member in self.members) or (
-                    not self.endless and any(member.state == 'granted' for member in self.members)):
-                self.changed.clear()
-                await self.changed.wait()
-            self.schedule.start(loop.time())
-            for member, share in zip(self.members, self.split(), strict=True):
-                if member.state == 'idle' and (share or not self.config.nsq.max_messages):
-                    member.state, member.number = 'granted', member.number + 1
-                    member.tell(grant=share, number=member.number)
-
-    def split(self):
-        """The share of each worker in max-messages; what does not divide goes round from period to period."""
-        share, extra = divmod(self.config.nsq.max_messages, len(self.members))
-        self.turn += 1
-        return [share + ((place + self.turn) % len(self.members) < extra) for place in range(len(self.members))]
-
-    # -- its end
-
-    def stop(self):
-        """All hand back what they do not store, and end; one that does not in its time is killed."""
-        self.end(lambda member: member.process.terminate(), 0.0)
-
-    def leave(self):
-        """All finish their windows, and end."""
-        self.end(lambda member: member.tell(leave=True), self.config.timeout)
-
-    def end(self, how, more):
-        """Tells all to end, those too that are just being started."""
-        self.ending, self.patience = how, more + self.config.aerospike.total_timeout + 2
-        self.over.set()
-        for member in self.members:
-            self.dismiss(member)
-
-    def dismiss(self, member):
-        """Tells one to end, and sees to it that it does."""
-        if member.process and member.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.ending(member)
-            asyncio.get_running_loop().call_later(self.patience, self.kill, member)
-
-    def kill(self, member):
-        """The last resort."""
-        if member.process.returncode is None:
-            log.error('worker %d (process %d) does not end: killed', member.place + 1, member.process.pid)
-            member.process.kill()
-
-    # -- how it is
-
-    @property
-    def trouble(self):
-        """What is wrong, by the first that says so."""
-        return next((member.trouble for member in self.members if member.trouble), None)
-
-    @property
-    def ends(self):
-        """What is up for all of them."""
-        return {end: all(member.ends[end] for member in self.members) for end in ENDS}
-
-    def healthy(self, now):
-        """Whether every worker has been heard of, and says that it is; one that has not is named."""
-        alive = [member for member in self.members if member.process and member.process.returncode is None]
-        silent = [member for member in alive if now - member.heard >= SILENCE_OF_WORKERS]
-        for member in silent:
-            log.log(logging.DEBUG if member in self.silent else logging.ERROR, 'worker %d (process %d) says nothing',
-                    member.place + 1, member.process.pid)
-            if now - member.heard >= STUCK:
-                self.kill(member)
-        self.silent = silent
-        return not silent and all(member.healthy for member in alive)
-
-    def gauges(self):
-        """The figures of all together."""
-        return [self.figures, self.past, *(member.snapshot for member in self.members if member.snapshot)]
-
-
-def own_command():
-    """The command that runs this module again, by the same Python and from the same place."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())'
-    flags = {'-I': sys.flags.isolated, '-S': sys.flags.no_site, '-B': sys.flags.dont_write_bytecode}
-    return [sys.executable, *(flag for flag, on in flags.items() if on), '-c', code]
-
-
-def told(status):
-    """An exit status of subprocess in words."""
-    return f'killed by {signal.Signals(-status).name}' if status < 0 else f'exit status {status}'
-
-
-class Worker:
-    """A process of the daemon's. It hears of the configuration and its grants on stdin, and says on stdout how it is;
-    an end of stdin is the end of its parent."""
-
-    def __init__(self, arguments):
-        self.arguments, self.figures = arguments, Figures()
-        self.grants, self.windows = asyncio.Queue(), []
-        self.waiting = self.busy = False   # for a grant; with one
-        self.seen = 0            # number of the last grant
-
-    async def run(self, stopper):
-        """Until it is told to end. Returns the exit status."""
-        stdin = asyncio.StreamReader(limit=1 << 24)
-        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
-        config, _ = faultless(self.arguments, json.loads(await stdin.readline())['raw'])
-        set_up_log_of(config, self.arguments)
-        self.flow = stopper.window = WindowRunner(config, self.figures, self.grant, self.windows.append)
-        crew = Crew()
-        crew.start(self.listen(stdin))
-        crew.start(self.talk())
-        status = await self.flow.run()
-        await crew.cancel()
-        self.say()
-        return status
-
-    async def listen(self, stdin):
-        """What the parent says."""
-        async for line in stdin:
-            message = json.loads(line)
-            if 'grant' in message:
-                self.waiting, self.busy, self.seen = False, True, message['number']
-                self.grants.put_nowait(message['grant'])
-            if 'leave' in message:
-                self.flow.leave()
-        self.flow.stop()
-
-    async def grant(self):
-        """Waits for a grant; whoever waits is idle."""
-        self.waiting, self.busy = True, False
-        self.say()
-        return await self.grants.get()
-
-    async def talk(self):
-        """Says how it is, all the time: silence means that it is stuck."""
-        while True:
-            self.say()
-            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
-
-    def say(self):
-        """One line for the parent."""
-        windows, self.windows[:] = [vars(facts(window)) for window in self.windows], []
-        figures = self.flow.gauges()[0].snapshot()
-        healthy = self.flow.healthy(asyncio.get_running_loop().time())
-        line = json.dumps({
-            'idle': self.waiting, 'busy': self.busy, 'seen': self.seen, 'healthy': healthy, 'windows': windows,
-            'ends': self.flow.ends, 'trouble': self.flow.trouble, 'figures': figures})
-        with contextlib.suppress(BrokenPipeError):
-            write_all(1, line.encode() + b'\n')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # check: the other ends
 # ---------------------------------------------------------------------------------------------------------------------
-
-async def total_depth(config, topic, channel):
-    """The messages that wait for a channel on all nsqds, or None where one does not say."""
-    nsqds = await find_nsqds(config, topic)
-    stats = await asyncio.gather(*(topic_stats(address, http_port, topic) for address, http_port in nsqds.items()))
-    return None if None in stats else sum(sum(depths(topic, channel)) for topic in stats)
-
-
-async def topic_stats(address, http_port, topic):
-    """What an nsqd counts of a topic: {} where it has no such topic, None when its HTTP side can't be found.
-
-    nsqlookupd names the HTTP port; else it is taken to be the next one (4150, 4151), if that one is the same nsqd's.
-    """
-    host, tcp_port = address
-    base = f'http://{spelled((host, http_port or tcp_port + 1))}'
-    client = http_client()
-    try:
-        fetch = functools.partial(client.fetch, **HTTP_TIMEOUTS)
-        if json.loads((await fetch(f'{base}/info')).body)['tcp_port'] != tcp_port:
-            return None
-        name = topic.replace('#', '%23')
-        topics = json.loads((await fetch(f'{base}/stats?format=json&topic={name}')).body)['topics']
-        return next(iter(topics or ()), {})   # nsqd says null for none
-    except (OSError, HTTPError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    finally:
-        client.close()
-
-
-def channel_stats(topic, channel):
-    """What topic_stats() has of a channel: {} where there is no such channel."""
-    return next((stats for stats in topic.get('channels') or () if stats['channel_name'] == channel), {})
-
-
-def depths(topic, channel):
-    """The messages that wait for a channel: in the topic, from where they go to all its channels, and in the channel.
-
-    A channel gets what is in the topic when it is made: without any channel, all messages wait there.
-    """
-    return topic.get('depth', 0), channel_stats(topic, channel).get('depth', 0)
-
 
 async def check_connections(config):
     """Reaches the queue and the store and says what is there. Returns the exit status."""
@@ -6168,42 +6219,11 @@ def configured(arguments):
     return config
 
 
-def faultless(arguments, raw):
-    """Raw sections as (config, faults), where all faults are FaultKind.UNAVAILABLE and of what the command uses.
-    Raises ConfigError with a line for each fault, of whatever kind, when the text has any."""
-    config, faults, warnings = typed(raw)
-    if any(fault.kind is FaultKind.TEXT for fault in faults):
-        raise ConfigError(lines_of(arguments, faults))
-    if arguments.command == 'check':
-        set_up_log_of(config, arguments)
-        for warning in warnings:
-            log.warning('%s: %s', arguments.config, warning)
-        faults += address_faults(config.metrics.listen)
-    return config, [fault for fault in faults if uses(arguments, fault)]
-
-
-def uses(arguments, fault):
-    """Whether a command uses what a fault is about."""
-    if arguments.command in ('config', 'completion') or getattr(arguments, 'message', None) is not None:
-        return False
-    return fault.option != 'textfile' or arguments.command in ('once', 'check')   # only `once` writes it
-
-
 def require_available(arguments, unavailable):
     """Raises Unavailable with a line for each fault, where there are any."""
     if unavailable:
         of_store = all(fault.section.startswith('aerospike') for fault in unavailable)
         raise (StoreAway if of_store else Unavailable)(lines_of(arguments, unavailable))
-
-
-def lines_of(arguments, faults):
-    """Faults for the operator, a line each."""
-    return '\n'.join(f'{arguments.config}: {fault}' for fault in faults)
-
-
-def set_up_log_of(config, arguments):
-    """From here on the log is as the configuration wants it."""
-    set_up_log(arguments, config.log_format, topic=config.nsq.topic, channel=config.nsq.channel)
 
 
 def command_once(arguments):
