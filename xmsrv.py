@@ -476,6 +476,24 @@ class Repeats(logging.Filter):
 repeats = Repeats()
 
 
+class ChangeLog:
+    """A subject that is looked at again and again: what is said of it is a line when it differs from the last time, and
+    the same again is one with -v alone. With clear() the subject is well again: the same trouble is news then."""
+
+    def __init__(self) -> None:
+        self.last = ''
+
+    def log(self, level: int, template: str, *arguments: object) -> None:
+        """Logs a line about the subject, as logging.log() takes it."""
+        text = template % arguments
+        log.log(level if text != self.last else logging.DEBUG, template, *arguments)
+        self.last = text
+
+    def clear(self) -> None:
+        """Nothing is wrong with the subject."""
+        self.last = ''
+
+
 def under_journal() -> bool:
     """Whether stderr goes to the journal: systemd.exec(5), JOURNAL_STREAM."""
     try:
@@ -2550,19 +2568,22 @@ def no_such_topic(error):
         return False
 
 
-async def find_nsqds(config, topic, patience=math.inf):
+async def find_nsqds(config, topic, patience=math.inf, news=None):
     """The nsqds to ask for a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers;
-    one that is down costs nothing but a warning."""
+    one that is down costs nothing but a warning, which a ChangeLog of somebody who asks often (`news`) says once."""
     if config.nsq.nsqd_tcp_address:
         return dict.fromkeys(config.nsq.nsqd_tcp_address)
     found, errors = await look_up(config.nsq.lookupd_http_address, topic, patience)
     lines = [f'nsqlookupd {spelled(address)}: {error}' for address, error in errors.items()]
     if len(errors) == len(set(config.nsq.lookupd_http_address)):
         raise Unavailable('no nsqlookupd can be reached: ' + '; '.join(lines))
-    for line in lines:
-        log.warning('%s', line)
     if not found:
-        log.warning('no nsqd has the topic %s yet', topic)
+        lines.append(f'no nsqd has the topic {topic} yet')
+    news = news or ChangeLog()
+    if lines:
+        news.log(logging.WARNING, '%s', '; '.join(lines))
+    else:
+        news.clear()
     return found
 
 
@@ -3286,7 +3307,7 @@ def lock(fd, seconds):
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > end:
+            if time.monotonic() >= end:
                 raise BlockingIOError(errno.EWOULDBLOCK, 'another process has it locked') from None
             time.sleep(0.01)
 
@@ -3776,6 +3797,7 @@ class LookupPoller:
     def __init__(self, config, topic: str, consumer) -> None:
         self.config, self.topic, self.consumer = config, topic, consumer
         self.due = asyncio.Event()
+        self.news = ChangeLog()
         self.waiting: list[asyncio.Future] = []   # for the next answer
 
     async def run(self) -> None:
@@ -3790,9 +3812,9 @@ class LookupPoller:
         """One question. When no nsqlookupd answers, the nsqds that are known stay."""
         waiting, self.waiting = self.waiting, []
         try:
-            self.consumer.update_nsqds(await find_nsqds(self.config, self.topic))
+            self.consumer.update_nsqds(await find_nsqds(self.config, self.topic, news=self.news))
         except Unavailable as error:
-            log.warning('%s; going on with the nsqds that are known', error)
+            self.news.log(logging.WARNING, '%s; going on with the nsqds that are known', error)
         for future in waiting:
             if not future.done():
                 future.set_result(None)
@@ -3828,7 +3850,8 @@ class Consumer:
 
     async def open(self) -> None:
         """Finds the nsqds and connects; returns when the first is up. Raises Unavailable when none is."""
-        self.update_nsqds(await find_nsqds(self.config, self.topic, LOOKUP_PATIENCE))
+        news = self.poller.news if self.poller else None
+        self.update_nsqds(await find_nsqds(self.config, self.topic, LOOKUP_PATIENCE, news))
         addresses = self.addresses
         while addresses and not self.connections and not self.all_tried() and not self.tasks.error:
             self.tasks.wake.clear()
@@ -3861,20 +3884,19 @@ class Consumer:
 
         nsqlookupd is asked before each new attempt: a topic that was deleted would be made again by our SUB.
         """
-        backoff, last_error = Backoff(0.1, 5), None
+        backoff, news = Backoff(0.1, 5), ChangeLog()
         while address in self.addresses:
             connection = Subscription(address, self)
             try:
                 await connection.open()
                 self.on_connect(connection, backoff)
+                news.clear()
                 await connection.read()
             except UNREACHABLE as error:
                 if address not in self.addresses:   # it was closed
                     return
-                changed = explained(error) != last_error or not backoff.tries
-                last_error = explained(error)
-                log.log(logging.WARNING if changed else logging.DEBUG, 'nsqd %s: %s', connection, last_error)
-                self.on_disconnect(connection, last_error)
+                news.log(logging.WARNING, 'nsqd %s: %s', connection, explained(error))
+                self.on_disconnect(connection, explained(error))
             delay = backoff.next()
             log.debug('nsqd %s: connecting again in %.1f s', connection, delay)
             await asyncio.sleep(delay)
@@ -4609,28 +4631,30 @@ class RunLock:
         self.filename = real_path(filename)
         name = os.path.basename(self.filename).removesuffix('.conf')[:LOCK_NAME]
         digest = hashlib.sha256(os.fsencode(self.filename)).hexdigest()[:LOCK_HASH]
-        self.path, self.fd = os.path.join(config.state_dir, f'{name}-{digest}.lock'), None
+        self.path = os.path.join(config.state_dir, f'{name}-{digest}.lock')
+        self.fd: int | None = None
 
     def take(self):
         """Returns None when it is ours, else the holder's pid as text. Raises Unavailable when there can be none."""
         try:
             os.makedirs(os.path.dirname(self.path) or '.', mode=0o750, exist_ok=True)
-            fd = open_regular(self.path, os.O_RDWR | os.O_CREAT)
-        except OSError as error:
+            self.fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)
+        except BlockingIOError:
+            return self.holder()
+        except OSError as error:   # also of a file system that has no locks
             raise Unavailable(f'{self.path}: {error.strerror}') from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(fd, 32, 0).decode('ascii', 'replace').partition('\n')[0]
-            os.close(fd)
-            if not isinstance(error, BlockingIOError):   # a file system that has no locks
-                raise Unavailable(f'{self.path}: {error.strerror}') from None
-            return holder or 'unknown'
         with contextlib.suppress(OSError):   # without its text on a full disk it is a lock all the same
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f'{os.getpid()}\n'.encode() + os.fsencode(self.filename) + b'\n', 0)
-        self.fd = fd
+            os.ftruncate(self.fd, 0)
+            os.pwrite(self.fd, f'{os.getpid()}\n'.encode() + os.fsencode(self.filename) + b'\n', 0)
         return None
+
+    def holder(self):
+        """The pid of whoever has it, as text."""
+        try:
+            with open(open_regular(self.path, os.O_RDONLY), 'rb') as file:
+                return file.readline(32).decode('ascii', 'replace').strip() or 'unknown'
+        except OSError:   # it has ended meanwhile
+            return 'unknown'
 
     @property
     def holds(self):
@@ -5241,7 +5265,7 @@ class Member:
 
     def __init__(self, place):
         self.place, self.process, self.state, self.number = place, None, WorkerState.STARTING, 0
-        self.trouble = None
+        self.trouble, self.news = None, ChangeLog()
         self.heard, self.healthy, self.starts = 0.0, True, 0
         self.ends = dict.fromkeys(ENDS, False)
         self.snapshot = None     # its figures, as it told them last
@@ -5268,7 +5292,6 @@ class Team:
         self.ending = None       # how a member is told to end, once that is wished
         self.patience = 0.0      # seconds that it then has
         self.over = asyncio.Event()
-        self.silent = []         # members that were not heard of when healthy() was asked last
 
     async def run(self):
         """Until stop() or leave(), or until no worker stays up. Returns the exit status."""
@@ -5347,6 +5370,7 @@ class Team:
     def hear(self, member, message):
         """One line of a worker's."""
         member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
+        member.news.clear()
         member.ends, member.trouble, member.snapshot = message['ends'], message['trouble'], message['figures']
         for window in message['windows']:
             self.report(types.SimpleNamespace(**window))
@@ -5437,11 +5461,9 @@ class Team:
         alive = [member for member in self.members if member.process and member.process.returncode is None]
         silent = [member for member in alive if now - member.heard >= SILENCE_OF_WORKERS]
         for member in silent:
-            log.log(logging.DEBUG if member in self.silent else logging.ERROR, 'worker %d (process %d) says nothing',
-                    member.place + 1, member.process.pid)
+            member.news.log(logging.ERROR, 'worker %d (process %d) says nothing', member.place + 1, member.process.pid)
             if now - member.heard >= STUCK:
                 self.kill(member)
-        self.silent = silent
         return not silent and all(member.healthy for member in alive)
 
     def gauges(self):
@@ -5571,7 +5593,7 @@ class Daemon:
 
     async def hold_lock(self):
         """Waits until no other run has this configuration, and says so; another state-dir has another lock."""
-        lock, said = RunLock(self.config, self.arguments.config), None
+        lock, news = RunLock(self.config, self.arguments.config), ChangeLog()
         while not self.stopping and not (self.lock and self.lock.path == lock.path and self.lock.holds):
             reason = self.blocked(lock)
             if not reason:
@@ -5579,9 +5601,8 @@ class Daemon:
                     self.lock.release()
                 self.lock = lock
                 return
-            if reason != said:
-                said = self.status = reason
-                log.warning('%s', reason)
+            self.status = reason
+            news.log(logging.WARNING, '%s', reason)
             await asyncio.sleep(TICK * 4)
 
     @staticmethod
