@@ -4632,7 +4632,7 @@ class RunLock:
         name = os.path.basename(self.filename).removesuffix('.conf')[:LOCK_NAME]
         digest = hashlib.sha256(os.fsencode(self.filename)).hexdigest()[:LOCK_HASH]
         self.path = os.path.join(config.state_dir, f'{name}-{digest}.lock')
-        self.fd: int | None = None
+        self.fd = None
 
     def take(self):
         """Returns None when it is ours, else the holder's pid as text. Raises Unavailable when there can be none."""

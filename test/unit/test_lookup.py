@@ -56,7 +56,7 @@ def test_no_nsqlookupd_that_answers_is_said_once_as_well(monkeypatch, lines):
     config = types.SimpleNamespace(nsq=types.SimpleNamespace(nsqd_tcp_address=[], lookupd_http_address=[FIRST]))
 
     async def ask():
-        poller = xmsrv.LookupPoller(config, 'orders', None)
+        poller = xmsrv.LookupPoller(config, 'orders', types.SimpleNamespace(update_nsqds=None))
         await poller.look_up()
         await poller.look_up()
     asyncio.run(ask())
