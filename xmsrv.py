@@ -70,7 +70,7 @@ import time
 import types
 import typing
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 import configobj
@@ -4567,13 +4567,32 @@ async def open_pipeline(config, store, new_source, metrics, health, sink=None):
     except StoreDown as error:
         raise StoreAway(str(error)) from None
     finally:
-        if sink:
-            sink.close()
-        if source.in_flight:
-            source.requeue(list(source.in_flight.values()))
-        await source.close()
-        await tasks.cancel()
-        await close_store(store, executor)
+        await uninterrupted(close_pipeline(source, store, executor, sink, tasks))
+
+
+async def close_pipeline(source: Any, store: Store, executor: StoreExecutor, sink: DeadLetters | None,
+                         tasks: Crew) -> None:
+    """Requeues what is in flight, and closes both ends; within a few seconds, whatever hangs."""
+    if sink:
+        sink.close()
+    if source.in_flight:
+        source.requeue(list(source.in_flight.values()))
+    await source.close()
+    await tasks.cancel()
+    await close_store(store, executor)
+
+
+async def uninterrupted(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Waits until the coroutine has ended, also where this task is cancelled meanwhile: that is raised afterwards."""
+    task, cancelled = asyncio.ensure_future(coroutine), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled:
+        raise cancelled
 
 
 def topic_pipeline(config, store, metrics, health):
