@@ -5218,7 +5218,9 @@ class WindowRunner:
     @property
     def trouble(self) -> str | None:
         """What fails, in words."""
-        return self.health.trouble
+        nobody = self.pipeline and not self.pipeline.source.addresses
+        return self.health.trouble or (
+            f'queue unavailable: no nsqd has the topic {self.config.nsq.topic} yet' if nobody else None)
 
     @property
     def ends(self) -> dict[str, bool]:
@@ -5245,7 +5247,7 @@ class WindowRunner:
             figures.nothing_up()
         else:
             figures.set('xmsrv_in_flight', 0)
-        figures.set('xmsrv_store_up', int(self.health.up('store')))
+        figures.set('xmsrv_store_up', int(self.ends['store']))
         return [figures]
 
 
@@ -5690,7 +5692,13 @@ class Daemon:
     @property
     def state(self):
         """What is waited for, and how the windows are, in a line."""
-        return '; '.join([*self.waiting, (self.engine and self.engine.trouble) or self.status])
+        return '; '.join([*self.waiting, self.trouble or self.status])
+
+    @property
+    def trouble(self):
+        """What fails, or is not up yet: whenever /readyz is not 200 while windows may run, STATUS says why."""
+        missing = [end for end, up in self.ends.items() if not up and self.engine]
+        return self.engine and (self.engine.trouble or (missing and f'not up yet: {", ".join(missing)}'))
 
     def hang_up(self):
         """SIGHUP: reads the file again. A good one holds from the next window on, one with faults of the text is

@@ -659,6 +659,36 @@ def test_a_queue_that_is_not_there_at_the_start(nsqd, xmsrv, systemd):
     stopped(running)
 
 
+@pytest.mark.parametrize('period', ['0', '200ms'])
+def test_a_topic_that_nobody_has_yet_is_in_the_status(nsqd, nsqlookupd, xmsrv, systemd, period):
+    port = servers.free_ports()
+    xmsrv.configure(nsqlookupd, period=period, metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    said = f'queue unavailable: no nsqd has the topic {TOPIC} yet'
+    wait_until(lambda: said in systemd.fields('STATUS'), 'systemd hears of it')
+    assert get(port, '/readyz')[0] == 503
+    assert (figure(port, 'xmsrv_store_up'), count(xmsrv, 'no nsqd has the topic')) == (1, 1)
+    stopped(running)
+
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_what_is_not_up_yet_is_in_the_status(nsqd, xmsrv, systemd, workers):
+    """A window without end flows once it can, not before."""
+    port = servers.free_ports()
+    fill(nsqd, 10)
+    nsqd.suspend()
+    xmsrv.configure(nsqd, period='0', workers=workers, metrics={'listen': f'127.0.0.1:{port}'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: any('not up yet: queue, store' in text for text in systemd.fields('STATUS')), 'it waits')
+    assert get(port, '/readyz')[0] == 503
+    assert not any(text.startswith('flowing') for text in systemd.fields('STATUS'))
+    nsqd.resume()
+    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 20)
+    wait_until(lambda: systemd.fields('STATUS')[-1].startswith('flowing') and get(port, '/readyz')[0] == 200,
+               'all agree', 20)
+    stopped(running)
+
+
 def test_a_window_without_end_says_when_all_is_well_again(nsqd, xmsrv, workdir, systemd):
     """Also where nothing comes that could show it."""
     fill(nsqd, 0)
