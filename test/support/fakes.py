@@ -1,0 +1,69 @@
+"""Stand-ins for unit tests: the configuration without a file, an nsqd's stream, messages, what was fsynced."""
+import asyncio
+import os
+
+import nsq
+
+import xmsrv
+
+
+def options(**sections):
+    """A whole configuration: `options(nsq={'max-in-flight': '10'}, period='1s')`, the rest at its defaults."""
+    given = {'nsq': {'nsqd-tcp-address': '127.0.0.1:4150', 'topic': 'orders'},
+             'aerospike': {'hosts': '127.0.0.1:3000', 'namespace': 'test'}}
+    for name, value in sections.items():
+        option = name.replace('_', '-')
+        given[option] = {**given.get(option, {}), **value} if isinstance(value, dict) else value
+    config, faults, _ = xmsrv.typed(given)
+    assert not faults, faults
+    return config
+
+
+class Stream:
+    """What tornado's IOStream is to a connection. `sent`: commands, without their line ends. A read gives what `feed`
+    has put there, and waits without end where that is nothing."""
+
+    def __init__(self):
+        self.sent, self.chunks, self.closed = [], asyncio.Queue(), False
+
+    def write(self, data):
+        self.sent += data.decode('latin-1').splitlines()
+
+    def feed(self, data):
+        self.chunks.put_nowait(data)
+
+    async def read_bytes(self, number, partial=False):
+        return await self.chunks.get()
+
+    def close(self):
+        self.closed = True
+
+
+def frame(kind, data):
+    """A frame as nsqd sends it."""
+    return (len(data) + 4).to_bytes(4, 'big') + kind.to_bytes(4, 'big') + data
+
+
+def message_frame(id, body=b'{}', attempts=1, timestamp=1):
+    """The frame of a message."""
+    return frame(nsq.FRAME_TYPE_MESSAGE, timestamp.to_bytes(8, 'big') + attempts.to_bytes(2, 'big') + id + body)
+
+
+def message(n=0, body=b'{"n": 1}', conn=None, attempts=1, now=0.0):
+    """The message number `n`."""
+    return xmsrv.Message(conn, b'%016d' % n, 1000 + n, attempts, body, now)
+
+
+def record_system_calls(monkeypatch, *names):
+    """A list to which each call of os.NAME adds (name, path): the path is that of the first argument."""
+    calls = []
+
+    def recorded(name, call):
+        def wrapper(first, *more, **options):
+            where = os.readlink(f'/proc/self/fd/{first}') if isinstance(first, int) else str(first)
+            calls.append((name, where))
+            return call(first, *more, **options)
+        return wrapper
+    for name in names:
+        monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
+    return calls

@@ -1,0 +1,339 @@
+"""The consumer: credit and time in, commands for nsqd out. Its connections are real, their streams are the test's."""
+import asyncio
+
+import nsq
+import pytest
+
+import clock
+import fakes
+from xmsrv import Consumer, Crew, Health, Link, QueueError, Subscription
+
+
+def connect(consumer, port=4150):
+    """A connection that is up, with a stream that only notes what is sent."""
+    connection = Subscription(('127.0.0.1', port), consumer)
+    connection.stream = fakes.Stream()
+    connection.max_rdy, connection.msg_timeout, connection.max_msg_timeout, connection.silence = 2500, 60.0, 900.0, 0.05
+    connection.heard = asyncio.get_running_loop().time()
+    consumer.addresses.append(connection.address)
+    consumer.connect_errors[connection.address] = None
+    consumer.connections.append(connection)
+    return connection
+
+
+class Window:
+    """What a window is to a consumer: a credit, and the messages that it accepted."""
+
+    def __init__(self, credit):
+        self.left, self.accepted = credit, []
+
+    def credit(self):
+        return self.left
+
+    def accept(self, messages):
+        self.accepted += messages
+        self.left -= len(messages)
+
+
+def with_consumer(steps, connections=1, credit=100, **nsq_options):
+    """Runs `steps(consumer, window, *connections)`, with a window of so much credit."""
+    async def main():
+        config = fakes.options(nsq=nsq_options)
+        tasks, window = Crew(), Window(credit)
+        consumer = Consumer(config, tasks, Link(config), 'orders', 'x-msrv', Health())
+        up = [connect(consumer, 4150 + place) for place in range(connections)]
+        consumer.start(window.credit, window.accept)
+        consumer.on_credit_change()
+        await steps(consumer, window, *up)
+        await tasks.cancel()
+    clock.run(main())
+
+
+def come(connection, *numbers, **more):
+    """Messages come on a connection."""
+    connection.heard = asyncio.get_running_loop().time()
+    messages = [fakes.message(n, conn=connection, now=connection.heard, **more) for n in numbers]
+    connection.deliver(messages)
+    return messages
+
+
+def taken(connection):
+    """The commands that were sent since this was asked last."""
+    sent, connection.stream.sent = connection.stream.sent, []
+    return sent
+
+
+def test_what_comes_near_the_end_is_taken_off_rdy_before_any_fin():
+    async def steps(consumer, window, connection):
+        assert taken(connection) == ['RDY 5']
+        first, *_ = come(connection, 1, 2, 3)
+        assert taken(connection) == ['RDY 2']
+        consumer.finish([first])
+        assert taken(connection) == ['FIN 0000000000000001']
+        come(connection, 4, 5)
+        assert taken(connection) == ['RDY 0']
+    with_consumer(steps, credit=5)
+
+
+def test_rdy_is_shared_and_never_over_max_in_flight():
+    async def steps(consumer, window, one, two):
+        assert (taken(one), taken(two)) == (['RDY 5'], ['RDY 5'])
+    with_consumer(steps, connections=2, credit=100, **{'max-in-flight': '10'})
+
+
+def test_rdy_counts_bytes_and_is_0_at_max_held():
+    async def steps(consumer, window, connection):
+        come(connection, 1, body=b'x' * 600)
+        assert taken(connection)[-1] == 'RDY 2'    # the one in flight, and room for one more
+        second, = come(connection, 2, body=b'x' * 600)
+        assert taken(connection) == ['RDY 0']
+        consumer.finish([second])
+        consumer.on_credit_change()
+        assert taken(connection) == ['FIN 0000000000000002', 'RDY 2']
+    with_consumer(steps, **{'max-held': '1000'})
+
+
+def test_after_the_end_of_a_window_rdy_is_0_and_nothing_goes_to_it():
+    async def steps(consumer, window, connection):
+        consumer.stop()
+        assert taken(connection) == ['RDY 100', 'RDY 0']
+        come(connection, 1)
+        assert (window.accepted, list(consumer.in_flight.values())[0].id) == ([], b'0000000000000001')
+    with_consumer(steps)
+
+
+def test_the_next_window_begins_with_its_own_credit_and_counts():
+    async def steps(consumer, window, connection):
+        consumer.requeue(come(connection, 1, 2))
+        consumer.late, consumer.idle_since, connection.idle, connection.tried = 3, 1.0, True, True
+        consumer.stop()
+        after = Window(7)
+        consumer.start(after.credit, after.accept)
+        consumer.on_credit_change()
+        assert taken(connection)[-2:] == ['RDY 0', 'RDY 7']
+        assert (consumer.requeued, consumer.late, consumer.idle_since) == (0, 0, None)
+        assert (connection.idle, connection.tried) == (False, False)
+        come(connection, 3)
+        assert (len(window.accepted), len(after.accepted)) == (2, 1)
+    with_consumer(steps)
+
+
+def test_each_message_is_answered_once_and_a_delay_is_in_milliseconds():
+    async def steps(consumer, window, connection):
+        messages = come(connection, 1, 2)
+        taken(connection)
+        consumer.requeue(messages[:1], 2)
+        consumer.finish(messages)
+        consumer.finish(messages)
+        assert taken(connection) == ['REQ 0000000000000001 2000', 'FIN 0000000000000002']
+        assert (consumer.requeued, consumer.late, consumer.held_bytes, connection.in_flight) == (1, 0, 0, 0)
+    with_consumer(steps)
+
+
+def test_an_answer_for_a_connection_that_is_gone_is_late():
+    async def steps(consumer, window, one, two):
+        messages = [*come(one, 1, 2), *come(two, 3)]
+        taken(two)
+        one.drop()
+        consumer.requeue(messages)
+        assert (consumer.late, consumer.requeued, taken(two)) == (2, 1, ['REQ 0000000000000003 0'])
+    with_consumer(steps, connections=2)
+
+
+@pytest.mark.parametrize(('answer', 'late', 'requeued'), [
+    (b'E_FIN_FAILED FIN x failed', 1, 1), (b'E_REQ_FAILED REQ x failed', 1, 0), (b'E_TOUCH_FAILED TOUCH x failed', 0, 1)])
+def test_a_refused_answer_is_late_and_no_error(answer, late, requeued):
+    async def steps(consumer, window, connection):
+        consumer.requeue(come(connection, 1))
+        connection.respond(nsq.FRAME_TYPE_ERROR, answer)
+        assert (consumer.late, consumer.requeued) == (late, requeued)
+        with pytest.raises(QueueError, match='E_INVALID'):
+            connection.respond(nsq.FRAME_TYPE_ERROR, b'E_INVALID what')
+    with_consumer(steps)
+
+
+def test_a_second_copy_joins_the_first_and_the_answer_goes_to_where_it_came_from_last():
+    async def steps(consumer, window, one, two):
+        first, = come(one, 1)
+        await asyncio.sleep(3)
+        come(two, 1)
+        assert window.accepted == [first]
+        assert (one.in_flight, two.in_flight, first.touched, first.received) == (0, 1, 1003.0, 1003.0)
+        taken(one), taken(two)
+        consumer.finish([first])
+        assert (taken(one), taken(two)) == ([], ['FIN 0000000000000001'])
+    with_consumer(steps, connections=2)
+
+
+def test_what_is_held_back_stays_in_flight_and_rdy_is_raised_by_it():
+    async def steps(consumer, window, connection):
+        messages = come(connection, 1, 2)
+        consumer.hold(messages)
+        consumer.hold(messages)   # it counts once
+        consumer.on_credit_change()
+        assert (connection.held_back, taken(connection)[-1], len(consumer.in_flight)) == (2, 'RDY 10', 2)
+        consumer.requeue(messages)
+        assert connection.held_back == 0
+    with_consumer(steps, **{'max-in-flight': '10'})
+
+
+def test_touch_goes_at_half_of_msg_timeout_until_max_msg_timeout():
+    async def steps(consumer, window, connection):
+        connection.msg_timeout, connection.max_msg_timeout = 10.0, 31.0
+        begun = asyncio.get_running_loop().time()
+        come(connection, 1)
+        taken(connection)
+        task = consumer.tasks.start(consumer.tick())
+        times = []
+        while asyncio.get_running_loop().time() < begun + 60:
+            await asyncio.sleep(0.25)
+            times += [asyncio.get_running_loop().time() - begun for command in taken(connection) if 'TOUCH' in command]
+        assert len(times) == 6
+        assert all(5 * n - 0.1 <= at <= 5 * n + 1.6 * n for n, at in enumerate(times, 1)), times
+        task.cancel()
+    with_consumer(steps)
+
+
+def test_touch_goes_on_between_windows_too():
+    async def steps(consumer, window, connection):
+        connection.msg_timeout = 4.0
+        come(connection, 1)
+        consumer.stop()
+        taken(connection)
+        consumer.tasks.start(consumer.tick())
+        await asyncio.sleep(3)
+        assert taken(connection) == ['TOUCH 0000000000000001']
+    with_consumer(steps)
+
+
+def test_the_queue_is_idle_once_each_nsqd_could_deliver_for_a_while_and_did_not():
+    async def steps(consumer, window, one, two):
+        loop = asyncio.get_running_loop()
+        one.round_trip = 0.3
+        consumer.mark_idle(loop.time() + 0.1)
+        assert (one.tried, two.tried, consumer.idle_since) == (False, True, None)   # one answer is still on its way
+        consumer.mark_idle(loop.time() + 0.4)
+        assert (one.tried, two.tried, consumer.idle_since) == (True, True, loop.time() + 0.4)
+        consumer.mark_idle(loop.time() + 0.5)
+        assert consumer.idle_since == loop.time() + 0.4
+        one.last_data = loop.time() + 0.5    # a part of a message
+        consumer.mark_idle(loop.time() + 0.51)
+        assert (one.idle, consumer.idle_since) == (False, None)
+        window.left = 0
+        consumer.mark_idle(loop.time() + 5)
+        assert consumer.idle_since is None   # nothing may come, so nothing is said of the queue
+    with_consumer(steps, connections=2)
+
+
+def test_a_heartbeat_is_answered_between_messages_and_while_no_window_takes_any():
+    async def steps(consumer, window, connection):
+        consumer.stop()
+        taken(connection)
+        reading = asyncio.ensure_future(connection.read())
+        heartbeat = fakes.frame(nsq.FRAME_TYPE_RESPONSE, b'_heartbeat_')
+        connection.stream.feed(heartbeat + fakes.message_frame(b'%016d' % 1) + heartbeat)
+        await asyncio.sleep(1)
+        assert taken(connection) == ['NOP', 'NOP']
+        assert [message.id for message in consumer.in_flight.values()] == [b'%016d' % 1]
+        reading.cancel()
+    with_consumer(steps)
+
+
+def test_a_silent_nsqd_is_given_up_after_two_heartbeats_and_a_second():
+    async def steps(consumer, window, connection):
+        begun = asyncio.get_running_loop().time()
+        reading = asyncio.ensure_future(connection.read())
+        await asyncio.sleep(15)
+        connection.stream.feed(fakes.frame(nsq.FRAME_TYPE_RESPONSE, b'_heartbeat_'))
+        with pytest.raises(QueueError, match='no heartbeat for 21 s'):
+            await asyncio.wait_for(reading, 100)
+        assert asyncio.get_running_loop().time() - begun == pytest.approx(36)
+    with_consumer(steps)
+
+
+def test_a_frame_in_pieces_is_read_whole_and_its_parts_are_activity():
+    async def steps(consumer, window, connection):
+        reading = asyncio.ensure_future(connection.read())
+        data = fakes.message_frame(b'%016d' % 1, b'{"n": "%s"}' % (b'x' * 1000)) + fakes.message_frame(b'%016d' % 2)
+        for start in range(0, len(data), 100):
+            connection.stream.feed(data[start:start + 100])
+            await asyncio.sleep(0.01)
+            assert start + 100 >= len(data) or connection.last_data == connection.heard
+        assert [len(message.body) for message in window.accepted] == [1009, 2]
+        reading.cancel()
+    with_consumer(steps)
+
+
+@pytest.mark.parametrize('size', [3, 0, -1, 29])
+def test_a_frame_of_an_impossible_size_ends_the_connection(size):
+    async def steps(consumer, window, connection):
+        kind = nsq.FRAME_TYPE_MESSAGE if size == 29 else nsq.FRAME_TYPE_RESPONSE
+        connection.stream.feed(size.to_bytes(4, 'big', signed=True) + kind.to_bytes(4, 'big') + b'x' * 40)
+        with pytest.raises(QueueError, match='size'):
+            await asyncio.wait_for(connection.read(), 100)
+    with_consumer(steps)
+
+
+def test_a_connection_closes_behind_all_answers_and_after_close_wait():
+    async def steps(consumer, window, connection):
+        come(connection, 1)
+        reading = asyncio.ensure_future(connection.read())
+        taken(connection)
+        closing = asyncio.ensure_future(consumer.close())
+        await asyncio.sleep(0.2)
+        connection.stream.feed(fakes.message_frame(b'%016d' % 2))   # it was on its way
+        await asyncio.sleep(0.2)
+        assert (taken(connection), connection.stream.closed) == (['RDY 0', 'CLS'], False)
+        connection.stream.feed(fakes.frame(nsq.FRAME_TYPE_RESPONSE, b'CLOSE_WAIT'))
+        await closing
+        assert taken(connection) == ['REQ 0000000000000001 0', 'REQ 0000000000000002 0']
+        assert (connection.stream.closed, consumer.in_flight) == (True, {})
+        reading.cancel()
+    with_consumer(steps)
+
+
+def test_an_nsqd_that_does_not_answer_cls_holds_up_nobody():
+    async def steps(consumer, window, connection):
+        await consumer.close()
+        assert asyncio.get_running_loop().time() == pytest.approx(1001)
+    with_consumer(steps)
+
+
+def test_a_lost_connection_is_a_failure_of_the_queue_only_when_it_was_the_last():
+    async def steps(consumer, window, one, two):
+        consumer.on_disconnect(one, 'gone')
+        assert (consumer.health.up('queue'), consumer.connections) == (True, [two])
+        consumer.on_disconnect(two, 'gone')
+        assert not consumer.health.up('queue')
+        assert one.stream.closed and two.stream.closed
+    with_consumer(steps, connections=2)
+
+
+def test_nsqds_that_are_named_no_more_are_not_connected_again(monkeypatch):
+    tried = []
+
+    async def refused(connection):
+        tried.append((connection.address[1], asyncio.get_running_loop().time() - 1000))
+        raise ConnectionRefusedError(111, 'refused')
+
+    async def steps(consumer, window):
+        monkeypatch.setattr(Subscription, 'open', refused)
+        consumer.update_nsqds({('127.0.0.1', 1): None, ('127.0.0.1', 2): None})
+        await asyncio.sleep(60)
+        consumer.update_nsqds({('127.0.0.1', 2): None})
+        await asyncio.sleep(60)
+        assert max(at for port, at in tried if port == 1) <= 66
+        at = [at for port, at in tried if port == 2]
+        delays = [b - a for a, b in zip(at, at[1:], strict=False)]
+        assert delays[0] <= 0.1 and 2.5 <= max(delays) <= 5 and len(at) < 70
+    with_consumer(steps, connections=0)
+
+
+def test_a_source_is_exhausted_when_nobody_has_the_topic_or_all_of_rdy_is_in_flight():
+    async def steps(consumer, window, connection):
+        assert not consumer.exhausted
+        come(connection, *range(10))
+        assert consumer.exhausted
+        consumer.addresses.clear()
+        assert consumer.exhausted
+    with_consumer(steps, **{'max-in-flight': '10'})

@@ -1,0 +1,284 @@
+"""What a store's answers mean. The client of Aerospike is the test's; the numbers are written out here, not taken from
+the table under test. SQLite is real, in a file of the test."""
+import contextlib
+import errno
+import json
+import sqlite3
+import time
+import types
+
+import aerospike
+import pytest
+
+import fakes
+from xmsrv import MAX_BINS, STORES, Record, StoreDown
+
+ERRORS = aerospike.exception
+
+
+class Client:
+    """Answers each record as `answers` says (key -> code, 0 where it is not named), and keeps what it was asked."""
+
+    def __init__(self, answers=None, refuses=(), stored=None):
+        self.answers, self.refuses, self.stored = answers or {}, refuses, stored or {}
+        self.calls, self.policies, self.info, self.seconds = [], [], {}, 0
+
+    def batch_write(self, batch, policy):
+        keys = [write.key[2] for write in batch.batch_records]
+        self.calls.append(keys)
+        self.policies.append(policy)
+        time.sleep(self.seconds)
+        for key in keys:
+            if key in self.refuses:
+                raise self.refuses[key]
+        for write in batch.batch_records:
+            write.result, write.in_doubt = self.answers.get(write.key[2], 0), False
+        return types.SimpleNamespace(result=0)
+
+    def batch_read(self, keys, bins, policy):
+        self.read = keys, bins, policy
+        return types.SimpleNamespace(batch_records=[
+            types.SimpleNamespace(result=0 if key[2] in self.stored else 2,
+                                  record=(key, {}, {'gts': self.stored.get(key[2])})) for key in keys])
+
+    def info_all(self, question, policy=None):
+        answer = next((text for name, text in self.info.items() if question.startswith(name)), '')
+        return {'node': (None, answer)}
+
+    def close(self):
+        pass
+
+
+@contextlib.contextmanager
+def opened(monkeypatch, client, **sections):
+    """An AerospikeStore on `client`; `client.config` is what the store would connect with."""
+    def connect(config):
+        client.config = config
+        return client
+    monkeypatch.setattr(aerospike, 'client', connect)
+    store = STORES['aerospike'](fakes.options(**sections))
+    store.open()
+    yield store
+    store.close()
+
+
+def records(*keys, time=None, bins=None):
+    return [Record(key, dict(bins or {'n': 1}), time) for key in keys]
+
+
+def outcomes(store, *keys, **more):
+    return [result.outcome for result in store.write(records(*keys, **more))]
+
+
+@pytest.mark.parametrize(('code', 'outcome', 'reason'), [
+    (0, 'stored', None), (13, 'rejected', 'too-big'),
+    # a message's own fault, for a write of this run was good
+    (4, 'rejected', 'rejected'), (-2, 'rejected', 'rejected'), (12, 'rejected', 'rejected'), (21, 'rejected', 'rejected'),
+    # this record alone: hot key, lost conflict, transaction
+    (14, 'busy', 14), (28, 'busy', 28), (120, 'busy', 120),
+    # time, load, connection, cluster
+    (-15, 'retry', -15), (-14, 'retry', -14), (-10, 'retry', -10), (-8, 'retry', -8), (9, 'retry', 9), (18, 'retry', 18),
+    (7, 'retry', 7), (11, 'retry', 11),
+    # nothing helps but a person
+    (8, 'stop', 8), (20, 'stop', 20), (22, 'stop', 22), (80, 'stop', 80), (81, 'stop', 81), (82, 'stop', 82),
+    # 5 and 27 have no meaning without write = create, and without a time; 3 and 999 nowhere
+    (5, 'retry', 5), (27, 'retry', 27), (3, 'retry', 3), (999, 'retry', 999),
+])
+def test_each_answer_beside_a_good_write(monkeypatch, code, outcome, reason):
+    with opened(monkeypatch, Client({'bad': code})) as store:
+        good, bad = store.write(records('good', 'bad'))
+    assert (good.outcome, bad.outcome, bad.reason) == ('stored', outcome, reason)
+
+
+@pytest.mark.parametrize('code', [4, -2, 12, 21])
+def test_a_refusal_before_any_good_write_has_no_verdict_and_after_one_it_has(monkeypatch, code):
+    with opened(monkeypatch, Client({'bad': code})) as store:
+        assert outcomes(store, 'bad') == ['refused']
+        assert outcomes(store, 'good') == ['stored']
+        assert outcomes(store, 'bad') == ['rejected']
+
+
+@pytest.mark.parametrize('code', [13, 14, -15, 22, 999])
+def test_an_answer_that_says_nothing_of_the_form_is_no_proof(monkeypatch, code):
+    with opened(monkeypatch, Client({'bad': 4, 'other': code})) as store:
+        assert outcomes(store, 'other', 'bad')[1] == 'refused'
+
+
+def test_the_first_of_a_key_wins_with_create(monkeypatch):
+    with opened(monkeypatch, Client({'there': 5, 'bad': 4}), record={'write': 'create'}) as store:
+        assert outcomes(store, 'there', 'bad') == ['duplicate', 'rejected']
+
+
+@pytest.mark.parametrize(('stored', 'outcome'), [
+    ({'k': 11}, 'stale'), ({'k': 10}, 'retry'), ({'k': 9}, 'retry'), ({}, 'retry'), ({'k': 'text'}, 'rejected'),
+    ({'k': True}, 'rejected'), ({'k': 10.5}, 'rejected'),
+])
+def test_what_the_filter_leaves_out_is_judged_by_the_stored_time(monkeypatch, stored, outcome):
+    client = Client({'k': 27}, stored=stored)
+    with opened(monkeypatch, client, record={'key': 'id'}) as store:
+        assert outcomes(store, 'k', 'good', time=10) == [outcome, 'stored']
+    assert client.read[:2] == ([('test', 'orders', 'k')], ['gts'])
+
+
+def test_a_batch_is_durable_on_all_copies_and_the_client_tries_nothing_again(monkeypatch):
+    client = Client()
+    with opened(monkeypatch, client, aerospike={'total-timeout': '3s'}, record={'ttl': '1h'}) as store:
+        store.write(records('a', 'b'))
+    policy = client.config['policies']['batch_write']
+    assert policy == {'key': aerospike.POLICY_KEY_SEND, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
+                      'exists': aerospike.POLICY_EXISTS_CREATE_OR_REPLACE, 'ttl': 3600}
+    (limits,), = [client.policies]
+    assert limits['max_retries'] == 0
+    assert 2500 < limits['total_timeout'] <= 3000 and 2500 < limits['socket_timeout'] <= 3000
+    assert client.config['validate_keys'] is True
+
+
+@pytest.mark.parametrize(('write', 'policy'), [('replace', 'POLICY_EXISTS_CREATE_OR_REPLACE'),
+                                               ('create', 'POLICY_EXISTS_CREATE'), ('update', 'POLICY_EXISTS_IGNORE')])
+def test_each_mode_has_its_policy(monkeypatch, write, policy):
+    client = Client()
+    with opened(monkeypatch, client, record={'write': write}):
+        assert client.config['policies']['batch_write']['exists'] == getattr(aerospike, policy)
+
+
+def test_with_newest_wins_each_write_carries_its_own_time_and_the_whole_policy(monkeypatch):
+    from aerospike_helpers import expressions as exp
+    client = Client()
+    with opened(monkeypatch, client, record={'key': 'id'}) as store:
+        writes = [store.as_write(record) for record in [*records('a', time=5), *records('b', time=6)]]
+    for write, moment in zip(writes, (5, 6), strict=True):
+        wanted = exp.Or(exp.Not(exp.BinExists('gts')), exp.LE(exp.IntBin('gts'), moment)).compile()
+        assert write.policy['expressions'] == wanted
+        assert write.policy['commit_level'] == aerospike.POLICY_COMMIT_LEVEL_ALL
+        assert write.policy['key'] == aerospike.POLICY_KEY_SEND
+
+
+def test_what_the_client_refuses_as_a_whole_is_halved_until_the_culprit_is_alone(monkeypatch):
+    client = Client(refuses={'k5': ERRORS.ParamError()})
+    with opened(monkeypatch, client) as store:
+        assert outcomes(store, *(f'k{n}' for n in range(8))) == ['stored'] * 5 + ['rejected'] + ['stored'] * 2
+    assert client.calls[-3:] == [['k4'], ['k5'], ['k6', 'k7']]
+
+
+@pytest.mark.parametrize('error', [ERRORS.TimeoutError, ERRORS.ClusterError, ERRORS.DeviceOverload])
+def test_an_outage_is_not_halved(monkeypatch, error):
+    client = Client(refuses={'k0': error()})
+    with opened(monkeypatch, client) as store:
+        assert outcomes(store, 'k0', 'k1', 'k2') == ['retry'] * 3
+    assert len(client.calls) == 1
+
+
+def test_halving_ends_at_the_deadline(monkeypatch):
+    client = Client(refuses={f'k{n}': ERRORS.ParamError() for n in range(64)})
+    client.seconds = 0.03
+    with opened(monkeypatch, client, aerospike={'total-timeout': '100ms'}) as store:
+        results = store.write(records(*client.refuses))
+    assert len(client.calls) < 10
+    assert {result.reason for result in results[-32:]} == {-15}
+
+
+def test_wide_records_go_alone_behind_the_others(monkeypatch):
+    client = Client()
+    with opened(monkeypatch, client) as store:
+        store.write([*records('wide', bins={f'b{n}': 1 for n in range(4001)}), *records('a', 'b')])
+    assert client.calls == [['a', 'b'], ['wide']]
+
+
+@pytest.mark.parametrize(('fact', 'advice'), [
+    ('stop_writes=true', 'stop_writes'), ('clock_skew_stop_writes=true', 'clock_skew_stop_writes'),
+    ('default-ttl=60;nsup-period=0;allow-ttl-without-nsup=false', 'nsup-period is 0')])
+def test_forbidden_after_a_good_write_stops_and_names_the_cause(monkeypatch, fact, advice):
+    client = Client({'bad': 22})
+    client.info = {'namespace/': fact, 'sets/': '', 'build': '8.1.0.0'}
+    with opened(monkeypatch, client) as store:
+        assert outcomes(store, 'good') == ['stored']
+        result, = store.write(records('bad'))
+    assert result.outcome == 'stop' and '22' in result.detail and advice in result.detail
+
+
+@pytest.mark.parametrize(('version', 'taken'), [('5.7.0.8', False), ('6.0.0.0', True), ('10.1', True), ('odd', True)])
+def test_a_server_that_takes_no_batches_of_writes_is_refused(monkeypatch, version, taken):
+    client = Client()
+    client.info = {'build': version}
+    with contextlib.nullcontext() if taken else pytest.raises(StoreDown, match='too old'):
+        with opened(monkeypatch, client):
+            pass
+
+
+# -- SQLite
+
+@contextlib.contextmanager
+def sqlite_store(tmp_path, **sections):
+    store = STORES['sqlite'](fakes.options(store='sqlite', state_dir=str(tmp_path), **sections))
+    store.open()
+    yield store
+    store.close()
+
+
+def stored(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / 'records.sqlite')) as database:
+        return {key: json.loads(bins) for key, bins in database.execute('SELECT "key", bins FROM records')}
+
+
+def test_sqlite_commits_each_batch_durably(tmp_path):
+    with sqlite_store(tmp_path) as store:
+        assert store.db.execute('PRAGMA synchronous').fetchone() == (2,)       # FULL
+        assert store.db.execute('PRAGMA journal_mode').fetchone() == ('wal',)
+        assert outcomes(store, 'a', 1, '1') == ['stored'] * 3
+        assert not store.db.in_transaction
+        assert stored(tmp_path) == {'a': {'n': 1}, 1: {'n': 1}, '1': {'n': 1}}
+
+
+def test_sqlite_keeps_the_newest_also_within_a_batch(tmp_path):
+    with sqlite_store(tmp_path, record={'key': 'id'}) as store:
+        def write(*times):
+            return [result.outcome for result in store.write([Record('k', {'gts': t}, t) for t in times])]
+        assert write(5, 4, 5, 6) == ['stored', 'stale', 'stored', 'stored']
+        assert (write(5), write(6), write(7)) == (['stale'], ['stored'], ['stored'])
+        assert stored(tmp_path) == {'k': {'gts': 7}}
+
+
+def test_sqlite_creates_once_and_merges_in_update(tmp_path):
+    with sqlite_store(tmp_path, record={'write': 'create'}) as store:
+        assert outcomes(store, 'a', 'a') == ['stored', 'duplicate']
+    with sqlite_store(tmp_path, record={'write': 'update'}) as store:
+        assert outcomes(store, 'a', bins={'m': 2}) == ['stored']
+        assert stored(tmp_path) == {'a': {'n': 1, 'm': 2}}
+        wide = {f'b{n}': 1 for n in range(MAX_BINS - 1)}
+        assert outcomes(store, 'a', bins=wide) == ['rejected']
+        assert stored(tmp_path) == {'a': {'n': 1, 'm': 2}}
+
+
+def test_sqlite_rolls_back_and_only_a_lock_may_pass(tmp_path):
+    with sqlite_store(tmp_path) as store:
+        store.patience = 0
+        store.db.execute('PRAGMA busy_timeout = 0')
+        other = sqlite3.connect(tmp_path / 'records.sqlite', isolation_level=None)
+        other.execute('BEGIN IMMEDIATE')
+        with pytest.raises(StoreDown) as caught:
+            store.write(records('a'))
+        assert caught.value.again
+        other.execute('ROLLBACK')
+        other.execute('DROP TABLE records')
+        other.close()
+        with pytest.raises(StoreDown) as caught:
+            store.write(records('a'))
+        assert not caught.value.again and not store.db.in_transaction
+
+
+def test_sqlite_notices_that_its_file_was_replaced(tmp_path):
+    with sqlite_store(tmp_path) as store:
+        (tmp_path / 'records.sqlite').rename(tmp_path / 'old')
+        (tmp_path / 'records.sqlite').touch()
+        with pytest.raises(StoreDown, match='replaced'):
+            store.write(records('a'))
+
+
+def test_sqlite_takes_no_device(tmp_path):
+    (tmp_path / 'records.sqlite').symlink_to('/dev/null')
+    store = STORES['sqlite'](types.SimpleNamespace(
+        sqlite=types.SimpleNamespace(path=str(tmp_path / 'records.sqlite'), set='s'),
+        record=types.SimpleNamespace(write='replace', time_bin=None)))
+    with pytest.raises(StoreDown) as caught:
+        store.open()
+    assert caught.value.__cause__.errno == errno.EINVAL
