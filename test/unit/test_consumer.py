@@ -141,7 +141,8 @@ def test_an_answer_for_a_connection_that_is_gone_is_late():
 
 
 @pytest.mark.parametrize(('answer', 'late', 'requeued'), [
-    (b'E_FIN_FAILED FIN x failed', 1, 1), (b'E_REQ_FAILED REQ x failed', 1, 0), (b'E_TOUCH_FAILED TOUCH x failed', 0, 1)])
+    (b'E_FIN_FAILED FIN x failed', 1, 1), (b'E_REQ_FAILED REQ x failed', 1, 0),
+    (b'E_TOUCH_FAILED TOUCH x failed', 0, 1)])
 def test_a_refused_answer_is_late_and_no_error(answer, late, requeued):
     async def steps(consumer, window, connection):
         consumer.requeue(come(connection, 1))
