@@ -1,5 +1,6 @@
 """Stand-ins for unit tests: the configuration without a file, an nsqd's stream, messages, what was fsynced."""
 import asyncio
+import json
 import os
 
 import nsq
@@ -52,6 +53,51 @@ def message_frame(id, body=b'{}', attempts=1, timestamp=1):
 def message(n=0, body=b'{"n": 1}', conn=None, attempts=1, now=0.0):
     """The message number `n`."""
     return xmsrv.Message(conn, b'%016d' % n, 1000 + n, attempts, body, now)
+
+
+class Queue:
+    """A Source whose messages the test delivers."""
+
+    topic, channel, max_in_flight = 'orders', 'x-msrv', 2500
+
+    def __init__(self):
+        self.in_flight, self.finished, self.requeues = {}, [], []
+        self.requeued = self.late = 0
+        self.idle_since, self.exhausted, self.credit = None, False, None
+
+    def start(self, credit, deliver):
+        self.credit, self.deliver = credit, deliver
+
+    def stop(self):
+        self.credit = None
+
+    def on_credit_change(self):
+        pass
+
+    def finish(self, messages):
+        self.finished += [self.in_flight.pop(message.key).n for message in messages]
+
+    def requeue(self, messages, delay=0):
+        self.requeues += [(self.in_flight.pop(message.key).n, delay) for message in messages]
+        self.requeued += len(messages)
+
+    def hold(self, messages):
+        pass
+
+    def send(self, *numbers, attempts=1, body=None):
+        made = [numbered(n, attempts, body) for n in numbers]
+        self.in_flight.update((message.key, message) for message in made)
+        self.deliver(made)
+
+
+class Numbered(xmsrv.Message):
+    __slots__ = ('n',)
+
+
+def numbered(n, attempts=1, body=None):
+    message = Numbered(None, b'%016d' % n, n, attempts, body or json.dumps({'n': n}).encode())
+    message.n = n
+    return message
 
 
 def record_system_calls(monkeypatch, *names):

@@ -161,7 +161,7 @@ class Publisher:
 
 @pytest.fixture
 def keep(tmp_path, monkeypatch):
-    """A function: what becomes of messages of bodies, from nsqds of ports, as (results, published, lines in the file)."""
+    """A function: what becomes of (port of its nsqd, body), as (results, what was published, what is in the file)."""
     def kept(*sent, file=True, down=(), fault=None, **dead_letter):
         async def main():
             messages = []
@@ -273,7 +273,7 @@ def test_the_new_file_is_durable_before_it_takes_the_old_ones_name_and_the_name_
 
 
 def test_the_last_lock_keeps_a_letter_that_is_appended_while_the_file_is_exchanged(tmp_path, monkeypatch):
-    """A writer that comes between the copy of what is new and the rename has to wait, and then writes to the new file."""
+    """A writer that comes between the copy of what is new and the rename waits; then it writes to the new file."""
     path = tmp_path / 'dead'
     path.write_bytes(letter(1) + letter(2))
     rename, outcome = os.rename, []

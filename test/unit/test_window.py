@@ -1,11 +1,11 @@
 """A window between a source and a store that are objects of the test, by a clock of its own."""
 import asyncio
-import json
 import types
 
 import pytest
 
 import clock
+from fakes import Queue, numbered
 from xmsrv import (
     DEAD,
     STORED,
@@ -15,7 +15,6 @@ from xmsrv import (
     Figures,
     Health,
     Mapper,
-    Message,
     RecordQueue,
     Window,
     WindowLimits,
@@ -26,51 +25,6 @@ from xmsrv import (
 AWAY, STOP = Answer('retry', -15, 'no answer'), Answer('stop', 20, 'no such namespace')
 REFUSED = Answer('refused', 4, 'answer 4 ParamError')
 UNKEPT = Answer('unkept', 'refused', 'nsqd: E_BAD_MESSAGE')
-
-
-class Queue:
-    """A Source whose messages the test delivers."""
-
-    topic, channel, max_in_flight = 'orders', 'x-msrv', 2500
-
-    def __init__(self):
-        self.in_flight, self.finished, self.requeues = {}, [], []
-        self.requeued = self.late = 0
-        self.idle_since, self.exhausted, self.credit = None, False, None
-
-    def start(self, credit, deliver):
-        self.credit, self.deliver = credit, deliver
-
-    def stop(self):
-        self.credit = None
-
-    def on_credit_change(self):
-        pass
-
-    def finish(self, messages):
-        self.finished += [self.in_flight.pop(message.key).n for message in messages]
-
-    def requeue(self, messages, delay=0):
-        self.requeues += [(self.in_flight.pop(message.key).n, delay) for message in messages]
-        self.requeued += len(messages)
-
-    def hold(self, messages):
-        pass
-
-    def send(self, *numbers, attempts=1, body=None):
-        made = [numbered(n, attempts, body) for n in numbers]
-        self.in_flight.update((message.key, message) for message in made)
-        self.deliver(made)
-
-
-class Numbered(Message):
-    __slots__ = ('n',)
-
-
-def numbered(n, attempts=1, body=None):
-    message = Numbered(None, b'%016d' % n, n, attempts, body or json.dumps({'n': n}).encode())
-    message.n = n
-    return message
 
 
 def config(**more):

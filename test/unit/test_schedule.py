@@ -1,0 +1,104 @@
+"""When windows start, how long is waited between attempts, and who has the lock."""
+import os
+import types
+
+import pytest
+
+import fakes
+from xmsrv import Backoff, Busy, RunLock, Schedule, Unavailable, locked
+
+
+def starts(period, *late):
+    """The times at which windows start, where each is so late."""
+    schedule, now, times = Schedule(period), 100.0, []
+    for seconds in late:
+        now += schedule.wait(now) + seconds
+        schedule.start(now)
+        times.append(now)
+    return times
+
+
+def test_windows_start_a_period_apart_without_drift():
+    assert starts(10, 0, 0, 0.04, 0.04, 0.04, 0) == pytest.approx([100, 110, 120.04, 130.04, 140.04, 150])
+
+
+def test_what_was_missed_is_not_made_up_for():
+    assert starts(10, 0, 25, 0, 0) == pytest.approx([100, 135, 145, 155])
+
+
+def test_no_period_is_one_window_after_the_other():
+    assert starts(0, 0, 1, 0) == [100, 101, 101]
+
+
+def test_delays_double_up_to_the_most_and_begin_anew_after_a_success(monkeypatch):
+    monkeypatch.setattr('random.uniform', lambda low, high: high)
+    backoff = Backoff(0.1, 5)
+    assert [backoff.next() for _ in range(8)] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
+    backoff.tries = 10 ** 6
+    assert backoff.next() == 5
+    backoff.reset()
+    assert backoff.next() == 0.1
+
+
+def test_delays_have_jitter_and_never_more_than_the_most():
+    delays = set()
+    for _ in range(100):
+        backoff = Backoff(8, 5)
+        delays.add(backoff.next())
+    assert len(delays) > 50 and min(delays) >= 2.5 and max(delays) <= 5
+
+
+# -- the lock
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / 'orders.conf').touch()
+    return fakes.options(state_dir=str(tmp_path / 'state'))
+
+
+def test_two_runs_of_one_file_exclude_each_other_by_whatever_name(config, tmp_path):
+    (tmp_path / 'link.conf').symlink_to('orders.conf')
+    lock, other = RunLock(config, tmp_path / 'orders.conf'), RunLock(config, tmp_path / 'link.conf')
+    assert lock.take() is None and lock.holds
+    assert other.take() == str(os.getpid()) and not other.holds
+    with pytest.raises(Busy, match=str(os.getpid())), locked(config, tmp_path / 'link.conf'):
+        pass
+    lock.release()
+    assert not lock.holds
+    assert other.take() is None
+    other.release()
+
+
+def test_two_files_of_one_name_do_not(config, tmp_path):
+    (tmp_path / 'more').mkdir()
+    (tmp_path / 'more' / 'orders.conf').touch()
+    lock, other = RunLock(config, tmp_path / 'orders.conf'), RunLock(config, tmp_path / 'more' / 'orders.conf')
+    assert (lock.take(), other.take()) == (None, None)
+    lock.release()
+    other.release()
+
+
+def test_a_lock_whose_file_was_removed_or_replaced_is_no_lock(config, tmp_path):
+    lock = RunLock(config, tmp_path / 'orders.conf')
+    assert lock.take() is None
+    os.unlink(lock.path)
+    assert not lock.holds
+    another = RunLock(config, tmp_path / 'orders.conf')
+    assert another.take() is None
+    assert another.holds and not lock.holds
+    lock.release()
+    assert another.holds
+    another.release()
+
+
+def test_a_state_directory_that_cannot_be_is_unavailable(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(Unavailable):
+        RunLock(types.SimpleNamespace(state_dir=str(tmp_path / 'file' / 'state')), 'x.conf').take()
+
+
+def test_a_lock_is_given_back_at_the_end_whatever_happens(config, tmp_path):
+    with pytest.raises(ZeroDivisionError), locked(config, tmp_path / 'orders.conf'):
+        raise ZeroDivisionError
+    with locked(config, tmp_path / 'orders.conf'):
+        pass
