@@ -42,6 +42,9 @@ lint: venv  ## ruff and mypy
 	@$(V)/ruff check --quiet
 	@$(V)/mypy --no-error-summary
 
+mutants: venv nsq  ## do the tests notice? Each wrong line of test/mutants.py has to fail some (ARGS=fsync for some of them)
+	@mkdir -p build && $(V)/python test/mutants.py $(ARGS)
+
 bench: venv nsq  ## what it costs, against the obvious version (AEROSPIKE=host:port for its part, on a real server)
 	@$(V)/python bench/bench.py $(if $(AEROSPIKE),--aerospike $(AEROSPIKE)) $(ARGS)
 
@@ -180,4 +183,4 @@ build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/librar
 
 comma = ,
 .DELETE_ON_ERROR:
-.PHONY: help venv nsq demo test tools lint bench soak pins clean vendor deb rpm test-packages man install guests
+.PHONY: help venv nsq demo test tools lint mutants bench soak pins clean vendor deb rpm test-packages man install guests

@@ -1,0 +1,345 @@
+"""Do the tests notice? Each mutant is one wrong line of the module; the tests have to fail on it.
+
+    make mutants                     all of them
+    make mutants ARGS=fsync          those with that word in their name
+
+A mutant is changed in a copy of the module, which the unit floor runs on. One that survives it, and names tests of the
+end-to-end floor, runs those. The text to replace has to stand in the module exactly once: where the module has changed,
+the mutant is reported as stale, and is to be brought up to date. The exit status is 0 where at least RATE of all mutants
+are killed and none is stale.
+"""
+# ruff: noqa: E501 - what is replaced, and by what, is easier to compare in one line each
+import collections
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+RATE = 0.9
+MODULE = Path('xmsrv.py')
+OPTIONS = ['-n', '0', '-x', '-q', '-p', 'no:cacheprovider', '--timeout', '20']   # a test that hangs has noticed, too
+
+
+class Mutant(typing.NamedTuple):
+    """`old` becomes `new`. tests: arguments for pytest, of the end-to-end floor, where the unit floor can't see it.
+    equivalent: why nobody can tell the mutant from the module; then it is not run."""
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = ()
+    equivalent: str = ''
+
+
+UNCHANGED = Mutant('the module as it is', '__version__ = ', '__version__ = ')
+
+
+def end_to_end(file, names):
+    """The arguments for some tests of a file of the end-to-end floor."""
+    return f'test/end_to_end/{file}.py', '-k', names
+
+
+MUTANTS = (
+    # -- message and mapping
+    Mutant('id without its checksum', "-{timestamp:x}-{zlib.crc32(body):x}'", "-{timestamp:x}'"),
+    Mutant('id without its time', "-{timestamp:x}-{zlib.crc32(body):x}'", "-{zlib.crc32(body):x}'"),
+    Mutant('a name that comes twice', 'if len(members) != len(pairs):', 'if False:'),
+    Mutant('infinite numbers', "    if math.isinf(value):\n", '    if False:\n'),
+    Mutant('NaN', 'parse_float=finite, parse_constant=refuse)', 'parse_float=finite)'),
+    Mutant('long numbers pass', 'if (92 not in body and LONG_NUMBER not in body.translate(DIGITS)', 'if (92 not in body'),
+    Mutant('escapes pass', 'if (92 not in body and LONG_NUMBER', 'if (LONG_NUMBER'),
+    Mutant('depth is not looked at', "body.count(b'[') + body.count(b'{') <= MAX_DEPTH", 'True'),
+    Mutant('text after the value', 'if end == len(text) and value.__class__ is dict', 'if value.__class__ is dict'),
+    Mutant('one level too many', '        if depth > MAX_DEPTH:\n', '        if depth > MAX_DEPTH + 1:\n'),
+    Mutant('a lone surrogate', "re.search('[\\ud800-\\udfff]', value)", 'False'),
+    Mutant('a boolean as key', "isinstance(key, str) or TYPES['integer'](key)", 'isinstance(key, (str, int))'),
+    Mutant('an empty key', "if key == '' or not", 'if not'),
+    Mutant('a bin that is taken', 'if name in self.taken:', 'if False:'),
+    Mutant('a long bin name', "            if len(name.encode()) > MAX_BIN_NAME:\n                raise Unfit",
+           '            if len(name) > MAX_BIN_NAME:\n                raise Unfit'),
+    Mutant('too many bins', 'if len(bins) > MAX_BINS:', 'if len(fields) > MAX_BINS + 2:'),
+    Mutant('nulls are kept', 'if None in fields.values():', 'if False:'),
+    Mutant('a time that is no integer', "if not TYPES['integer'](moment):\n            raise Unfit",
+           'if moment is None:\n            raise Unfit'),
+
+    # -- nsqd protocol
+    Mutant('heartbeats unanswered', "        if kind == RESPONSE and data == b'_heartbeat_':\n            self.send(nsq.nop())",
+           "        if kind == RESPONSE and data == b'_heartbeat_':\n            pass"),
+    Mutant('a silent nsqd never given up', 'silence = 2 * self.heartbeat + 1', 'silence = 1e9'),
+    Mutant('a late answer is an error', 'if kind == ERROR and data.startswith(REFUSED_ANSWERS):', 'if False:'),
+    Mutant('an error of nsqd passes', "        elif kind == ERROR:\n            raise QueueError", "        elif kind == 99:\n            raise QueueError"),
+    Mutant('TLS that is not offered', "if not self.info.get('tls_v1'):", 'if False:', end_to_end('test_tls', 'offer or clear or secret')),
+    Mutant('auth that is not done', "if secret and not self.info.get('auth_required'):", 'if False:', end_to_end('test_tls', 'auth')),
+    Mutant('closed before CLOSE_WAIT', 'await asyncio.wait_for(self.closed.wait(), CLOSE_TIMEOUT)', 'await asyncio.sleep(0)'),
+    Mutant('no bound for CLOSE_WAIT', 'await asyncio.wait_for(self.closed.wait(), CLOSE_TIMEOUT)', 'await self.closed.wait()'),
+    Mutant('messages behind CLS are not requeued',
+           'self.consumer.requeue([message for message in self.consumer.in_flight.values() if message.conn is self])', 'pass'),
+    Mutant('a part of a frame is no activity', "            if missing > 0:\n                self.last_data = self.heard",
+           '            if missing > 0:\n                pass'),
+    Mutant('the rest of a read is lost', '        self.rest = data[at:]', "        self.rest = b''"),
+    Mutant('each chunk is a whole frame', '            if missing > 0:\n', '            if False:\n',
+           equivalent='unpack() keeps the rest of an unfinished frame for the next read: only slower with large frames'),
+
+    # -- stores
+    Mutant('22 is tried again', '(8, 20, 22, 80, 81, 82)', '(8, 20, 80, 81, 82)'),
+    Mutant('a stop is a refusal', '(-2, 4, 12, 21)', '(-2, 4, 12, 21, 22)'),
+    Mutant('permanent errors are tried again', "'refused'),   # the message's own", "'retry'),   # the message's own"),
+    Mutant('too big is tried again', "13: 'too-big'", "13: 'retry'"),
+    Mutant('a busy record is an outage', "(14, 28, 120), 'busy'", "(14, 28, 120), 'retry'"),
+    Mutant('no answer stops', '(-15, -14, -10, -8, 7, 9, 11, 18)', '(-14, -10, -8, 7, 9, 11, 18)'),
+    Mutant('commit level', 'aerospike.POLICY_COMMIT_LEVEL_ALL', 'aerospike.POLICY_COMMIT_LEVEL_MASTER'),
+    Mutant('the key is not sent', "'key': aerospike.POLICY_KEY_SEND", "'key': aerospike.POLICY_KEY_DIGEST"),
+    Mutant('no ttl', "'ttl': self.record.ttl}", "'ttl': 0}"),
+    Mutant("the client's retries", "'max_retries': 0}", "'max_retries': 2}"),
+    Mutant('a call without limit', "{'total_timeout': left,", "{'total_timeout': 0,"),
+    Mutant('newest wins: always written', 'exp.LE(exp.IntBin(time_bin), 0)', 'exp.GE(exp.IntBin(time_bin), 0)'),
+    Mutant('newest wins: the same time loses', 'exp.LE(exp.IntBin(time_bin), 0)', 'exp.LT(exp.IntBin(time_bin), 0)'),
+    Mutant("newest wins: the record's policy only", "policy = {**self.policy, 'expressions'", "policy = {'expressions'"),
+    Mutant('the first refused is rejected', "if outcome == 'refused' and self.proven:", "if outcome == 'refused':"),
+    Mutant('a refusal is proof', "JUDGED = ('stored', 'duplicate', 'filtered')", "JUDGED = ('stored', 'duplicate', 'filtered', 'stop')"),
+    Mutant('the refused are never rejected', 'self.proven = self.proven or any', 'self.proven = False and any'),
+    Mutant('what was filtered is stale', "if TYPES['integer'](stored) and stored > record.time:", 'if True:'),
+    Mutant('what was filtered is never stale', "if TYPES['integer'](stored) and stored > record.time:", 'if False:'),
+    Mutant('an outage is halved', "if not half or self.answers.get(code) == 'retry':", 'if not half:'),
+    Mutant('halving has no deadline', '            elif time.monotonic() > deadline:\n', '            elif False:\n'),
+    Mutant('wide records go with the others', 'default=0) > WIDE_RECORD:', 'default=0) > 1 << 30:'),
+    Mutant('old servers', '    if numbers and tuple(map(int, numbers.groups())) < MIN_SERVER:', '    if False:'),
+    Mutant('no advice for 22', "        if 'stop' in outcomes:\n", '        if False:\n'),
+    Mutant('SQLite without fsync', "synchronous = FULL')", "synchronous = NORMAL')"),
+    Mutant('SQLite: older wins', 'return STALE if moment > record.time else STORED', 'return STORED'),
+    Mutant('SQLite: the same time loses', 'return STALE if moment > record.time', 'return STALE if moment >= record.time'),
+    Mutant('SQLite: within a batch', '                there[record.key] = record.bins\n', '                pass\n'),
+    Mutant('SQLite: every error passes', "again='locked' in str(error))", 'again=True)'),
+    Mutant('SQLite: no error passes', "again='locked' in str(error))", 'again=False)'),
+    Mutant('SQLite: no rollback', "if self.db and self.db.in_transaction:", 'if False:'),
+    Mutant('SQLite: a replaced file', 'if not os.path.samestat(os.stat(self.path), self.file):', 'if False:'),
+    Mutant('SQLite: merged the wrong way', '{**there.get(record.key, {}), **record.bins}', '{**record.bins, **there.get(record.key, {})}'),
+
+    # -- dead letters
+    Mutant('no fsync of the file', "            os.fsync(fd)\n        except OSError:", '            pass\n        except OSError:'),
+    Mutant('no fsync of the directory', "        if not end:\n            sync_directory(os.path.dirname(filename))", '        if not end:\n            pass'),
+    Mutant('no fsync in sync_directory', "    try:\n        os.fsync(fd)\n    finally:", '    try:\n        pass\n    finally:'),
+    Mutant('no fsync of the rewritten file', '        os.fsync(self.new_file.fileno())\n', '        pass\n'),
+    Mutant('no last fsync of the rewritten file', 'self.new_file)   # what came meanwhile\n        self.sync()',
+           'self.new_file)   # what came meanwhile\n        self.new_file.flush()'),
+    Mutant('no fsync after the rename', '        sync_directory(os.path.dirname(self.topic))\n', ''),
+    Mutant('no truncation of a torn write', '                os.ftruncate(fd, end)\n            raise', '                pass\n            raise'),
+    Mutant('a torn line is joined', "(b'\\n' if torn else b'') + b''.join(lines)", "b''.join(lines)"),
+    Mutant('an orphan is written to', '            if in_place(fd, filename):\n', '            if True:\n'),
+    Mutant('appended without a lock', '            lock(fd, seconds)\n', '            pass\n'),
+    Mutant('replay without its last lock', '        lock(self.file.fileno(), LOCK_TIMEOUT)\n', ''),
+    Mutant('what came meanwhile is lost', 'shutil.copyfileobj(self.file, self.new_file)   # what', 'pass   # what'),
+    Mutant('a file that was replaced meanwhile', 'if not in_place(self.file.fileno(), self.topic) or os', 'if os'),
+    Mutant('a file that was cut meanwhile', ' or os.fstat(self.file.fileno()).st_size < self.size:', ':'),
+    Mutant('mode of the new file', '        os.fchmod(fd, was.st_mode & 0o7777)\n', ''),
+    Mutant('a replay that was killed left something', '        self.new_file.truncate()    #', '        pass    #'),
+    Mutant('the letter that failed leaves the file', '        if message.key in self.stored:\n', '        if message.key in self.stored or message.key in self.failed:\n'),
+    Mutant('no history', "'history': [*(history if isinstance(history, list) else ()), former][-HISTORY:]}", "'history': [former]}"),
+    Mutant('a history without end', 'former][-HISTORY:]', 'former]'),
+    Mutant('what the topic refused is kept by nobody', 'if unkept and self.file:', 'if False:'),
+    Mutant('everything goes to the file, too', 'unkept = await self.write(list(unkept))', 'unkept = await self.write(list(messages))'),
+    Mutant('a refused batch is not halved', '            if half and not self.closed and', '            if False and'),
+    Mutant('a publish without answer is halved', ' and not isinstance(error, asyncio.TimeoutError):', ':'),
+    Mutant('no answer is a refusal', 'refused = isinstance(error, QueueError)', 'refused = True'),
+    Mutant('a letter has the time of its failure', "'timestamp': str(message.timestamp), 'time'", "'timestamp': str(time.time_ns()), 'time'"),
+
+    # -- batcher and breaker
+    Mutant('no byte limit of a batch', 'not messages or weight + len(self.pending[0].body) <= self.max_bytes', 'True'),
+    Mutant('no record limit of a batch', 'while self.pending and len(messages) < self.size and', 'while self.pending and'),
+    Mutant('no one-batch probe', 'len(self.calls) >= (1 if self.failing else self.writers)', 'len(self.calls) >= self.writers'),
+    Mutant('no one-batch probe after an outage', 'BreakerState.CLOSED if health.up(end) else BreakerState.HALF_OPEN', 'BreakerState.CLOSED'),
+    Mutant('no maximum of the backoff', 'return min(self.most, self.first * 2 ** min(self.tries - 1, 20))', 'return self.first * 2 ** min(self.tries - 1, 20)'),
+    Mutant('a backoff that does not grow', '2 ** min(self.tries - 1, 20)) * random', '1) * random'),
+    Mutant('a backoff that is not reset', '        self.state = BreakerState.CLOSED\n        self.backoff.reset()', '        self.state = BreakerState.CLOSED'),
+    Mutant('the breaker stays closed', '        self.state = BreakerState.OPEN\n', '        pass\n'),
+    Mutant('the breaker never closes', '        self.state = BreakerState.CLOSED\n        self', '        self'),
+    Mutant('no batch is halved', 'if not middle or self.failures < HALVED_AT:', 'if True:'),
+    Mutant('an outage is blamed on the messages', 'suspect = batch.failures and self.accepted > batch.accepted_before', 'suspect = batch.failures > 3'),
+    Mutant('the batch is never to blame', 'suspect = batch.failures and self.accepted > batch.accepted_before', 'suspect = False'),
+    Mutant('only old batches probe', 'if self.retries and not probes_new:', 'if self.retries:'),
+    Mutant('a busy record has no delay', '0.1 * 2 ** min(batch.tries, 6))', '0)'),
+    Mutant('a stopped batcher goes on', "        if (self.stopped or self.breaker", '        if (self.breaker'),
+    Mutant('health is not told of the outage', "            self.health.fail(self.end, self.last_error, kind='batch')\n", ''),
+    Mutant('health is not told of the recovery', "        self.health.recover(self.end)\n        if retry:", '        if retry:'),
+    Mutant('a refused letter is an outage', "(result.outcome == 'unkept' and result.reason != 'refused')", "result.outcome == 'unkept'"),
+
+    # -- RDY and consumer
+    Mutant('RDY is raised before it is lowered', 'key=lambda pair: pair[1] - pair[0].rdy)', 'key=lambda pair: pair[0].rdy - pair[1])'),
+    Mutant('RDY over max_rdy_count', 'more = min(budget, most - rdys[i],', 'more = min(budget,'),
+    Mutant('idle nsqds take no turns', 'key=lambda i: states[i][2])', 'key=lambda i: 0)'),
+    Mutant('RDY is not lowered by what came', '            self.deliver(fresh)\n            self.reduce_rdy(connection)', '            self.deliver(fresh)'),
+    Mutant('RDY after the end', '        self.credit = self.deliver = None\n        self.on_credit_change()', '        self.deliver = None'),
+    Mutant('credit of a window leaks into the next', '        self.credit, self.deliver = credit, deliver\n        self.requeued = self.late = 0\n        self.idle_since',
+           '        self.credit, self.deliver = self.credit or credit, deliver\n        self.requeued = self.late = 0\n        self.idle_since',
+           equivalent='stop() takes the old one away first; see the mutant of that, RDY after the end'),
+    Mutant('counts of a window leak into the next', '        self.requeued = self.late = 0\n        self.idle_since = None', '        self.idle_since = None'),
+    Mutant('idleness of a window leaks into the next', '            connection.idle = connection.tried = False\n\n', '            pass\n\n'),
+    Mutant('max-held is not looked at', 'if credit <= 0 or self.held_bytes >= self.config.nsq.max_held:', 'if credit <= 0:'),
+    Mutant('no room for one message', 'room = max(1, (self.config.nsq.max_held', 'room = max(0, (self.config.nsq.max_held'),
+    Mutant('held bytes only grow', '        self.held_bytes -= sum([len(message.body) for message in messages])\n        self.late', '        self.late'),
+    Mutant('a second copy is a second message', 'if self.in_flight.setdefault(message.key, message) is message]', 'if self.in_flight.setdefault(message.key, message)]'),
+    Mutant('the answer goes to the first connection', 'first.conn, first.touched, first.received = second.conn,', '_, first.touched, first.received = second.conn,'),
+    Mutant('a redelivery is touched too late', 'first.conn, first.touched, first.received = second.conn, second.touched, second.received', 'first.conn = second.conn'),
+    Mutant('what is lost counts as answered', '            if connection.lost:\n                late', '            if False:\n                late'),
+    Mutant('a refused REQ counts', "self.requeued -= data.startswith(b'E_REQ')", 'pass'),
+    Mutant('TOUCH without end', '               and now - message.received < message.conn.max_msg_timeout]', '               ]'),
+    Mutant('TOUCH at the end of msg-timeout', 'message.conn.msg_timeout / 2 - 2 * TICK', 'message.conn.msg_timeout'),
+    Mutant('TOUCH at every look', '        for message in due:\n            message.touched = now', '        for message in ():\n            message.touched = now'),
+    Mutant('no TOUCH between windows', 'if self.in_flight and now - self.last_touch', 'if self.credit and now - self.last_touch'),
+    Mutant('idle before the answer could be there', 'now - connection.rdy_since - connection.round_trip >=', 'now - connection.rdy_since >='),
+    Mutant('idle though messages come', 'if now - connection.last_data < connection.silence:', 'if False:'),
+    Mutant('idle though one nsqd is not', 'all(c.tried for c in self.connections)', 'any(c.tried for c in self.connections)'),
+    Mutant('an nsqd that nobody names is connected again', '        while address in self.addresses:\n', '        while True:\n'),
+    Mutant('the queue is up without an nsqd', "                self.health.fail('queue', f'nsqd {connection}: {error}', logged=True)", '                pass'),
+    Mutant('one nsqd of two is the queue', '            if not self.connections:\n                self.health', '            if True:\n                self.health'),
+    Mutant('delays of REQ in seconds', "(b'REQ %%s %d\\n' % (delay * 1000), messages)", "(b'REQ %%s %d\\n' % delay, messages)"),
+    Mutant('what is held back uses up RDY', '        rdys = [(c, share and share + c.held_back)', '        rdys = [(c, share)'),
+
+    # -- window
+    Mutant('more than N', 'excess, messages = messages[left:], messages[:left]', 'excess, messages = [], messages'),
+    Mutant('messages beyond N are not taken up by the next window', '            self.accept(carried_over)\n', ''),
+    Mutant('messages beyond N are requeued by a daemon', 'kept = self.excess if self.limits.lasting and self.end_reason.drains else []', 'kept = []'),
+    Mutant('messages beyond N are kept by once', 'kept = self.excess if self.limits.lasting and', 'kept = self.excess if'),
+    Mutant('messages beyond N are counted twice', 'self.count_received(len(messages) if self.limits.lasting else', 'self.count_received('
+           'len(messages) + len(excess) if self.limits.lasting else'),
+    Mutant('credit after the end', 'if self.state is not WindowState.OPEN or batcher.breaker', 'if batcher.breaker'),
+    Mutant('credit in an outage', 'or batcher.breaker.state is BreakerState.OPEN:\n            return 0', 'or False:\n            return 0'),
+    Mutant('credit of more than a probe', 'return 0 if self.pending_count else min(self.left, batcher.size)', 'return self.left'),
+    Mutant('a reason that drains replaces one that does not', 'self.end_reason is None or (self.end_reason.drains and not reason.drains)', 'True'),
+    Mutant('a signal writes what is pending', "        if not reason.drains:\n            self.store_batcher.stop()", '        if False:\n            self.store_batcher.stop()'),
+    Mutant('a reload requeues', "RELOAD = 'told to end', True", "RELOAD = 'told to end', False"),
+    Mutant('a signal is a failure', "SIGNAL = 'stopped', False, os.EX_OK", "SIGNAL = 'stopped', False, os.EX_TEMPFAIL"),
+    Mutant('a failed store exits 0', "STORE_FAILED = 'the store failed', False, os.EX_TEMPFAIL", "STORE_FAILED = 'the store failed', False, os.EX_OK"),
+    Mutant('no timeout', '        elif now - self.timeout_since >= self.limits.timeout:\n', '        elif False:\n'),
+    Mutant('idle though messages are pending', 'if self.pending_count or idle_since is None:', 'if idle_since is None:'),
+    Mutant('full while messages are pending', '        if not self.left and not self.pending_count:\n', '        if not self.left:\n',
+           equivalent='the window drains what is pending: only the credit of messages that are requeued ends earlier'),
+    Mutant('a call that hangs is waited for', "if bounded and loop.time() - max(begun, self.times.progress) > seconds:", 'if False:'),
+    Mutant('a delay that does not grow', 'min(most, first * 2 ** min(attempts - 1, 20))', 'first'),
+    Mutant('a delay without maximum', 'min(most, first * 2 ** min(attempts - 1, 20))', 'first * 2 ** min(attempts - 1, 20)'),
+    Mutant('a letter that is not kept is finished', "'unkept': 'on_unkept'", "'unkept': 'release'"),
+    Mutant('several refused are dead letters', 'if len(self.refused) > 1:', 'if len(self.refused) > 9:'),
+    Mutant('one refused is never a dead letter', 'elif message.attempts >= REFUSED_AT:', 'elif False:'),
+    Mutant('one refused is a dead letter at once', 'elif message.attempts >= REFUSED_AT:', 'elif True:'),
+    Mutant('what is left is not requeued', 'self.source.requeue([message for key, message in self.source.in_flight.items() if key not in keys])', 'pass'),
+    Mutant('writes that still fail are no failure', 'if self.pending_count and (batcher.pending or', 'if False and (batcher.pending or'),
+    Mutant('letters that are not kept are no failure', '        elif self.postponed:\n', '        elif False:\n'),
+    Mutant('records that are busy to the end are no failure', 'if self.pending_count and self.end_reason.drains:   #', 'if False:   #'),
+    Mutant('memory of decoded messages has no bound', '(self.decoded < self.max_held or not self.decoded)', 'True'),
+    Mutant('memory of decoded messages is not given back', '        self.records.release(messages)\n', ''),
+    Mutant('a message that is larger than the bound waits for ever', '(self.decoded < self.max_held or not self.decoded)', 'self.decoded + decoded_size(self.waiting[0].body) <= self.max_held'),
+
+    # -- pipeline and once
+    Mutant('a removed lock file is trusted', 'return self.fd is not None and in_place(self.fd, self.path)', 'return self.fd is not None'),
+    Mutant('no lock', 'fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n        except OSError as error:\n            holder', 'pass\n        except OSError as error:\n            holder'),
+    Mutant('a lock by the name of the file', 'hexdigest()[:LOCK_HASH]', 'hexdigest()[:0]'),
+    Mutant('a lock by the name that is given', 'self.filename = real_path(filename)', 'self.filename = os.path.abspath(filename)'),
+    Mutant('the lock is not given back', '        yield\n    finally:\n        lock.release()', '        yield\n    finally:\n        pass'),
+    Mutant('what is in flight at an error is not requeued', '            source.requeue(list(source.in_flight.values()))\n', '            pass\n'),
+    Mutant('a store that stops is tried again', "'retry' if error.again else 'stop'", "'retry'"),
+
+    # -- daemon
+    Mutant('a window that is late is made up for', 'self.begun = due if now - due <= ON_TIME else now', 'self.begun = max(due, 0)'),
+    Mutant('windows drift', 'self.begun = due if now - due <= ON_TIME else now', 'self.begun = now'),
+    Mutant('the old lock is kept after a reload', 'not (self.lock and self.lock.path == lock.path and self.lock.holds)', 'not (self.lock and self.lock.holds)'),
+    Mutant('the daemon trusts a removed lock file', 'self.lock.path == lock.path and self.lock.holds)', 'self.lock.path == lock.path)'),
+    Mutant('the old lock is not released', '                if self.lock:\n                    self.lock.release()\n                self.lock = lock', '                self.lock = lock'),
+    Mutant('a faulty file takes effect', "        except ConfigError as error:\n            log.error('%s\\nthe configuration as it was", "        except ConfigError as error:\n            self.engine.leave()\n            log.error('%s\\nthe configuration as it was"),
+    Mutant('a reload changes nothing', '        if self.engine:\n            self.engine.leave()\n', ''),
+    Mutant('a failed store is not opened again', 'if window.end_reason is End.STORE_FAILED and not self.health.up', 'if False and not self.health.up'),
+    Mutant('no backoff while an end is away', "                await asyncio.sleep(self.backoff.next())\n\n    async def run_windows", '                await asyncio.sleep(0.01)\n\n    async def run_windows'),
+    Mutant('a signal between windows is not heard', '        elif self.task:\n            self.task.cancel()\n\n    def stop', '\n    def stop'),
+    Mutant('ready without an nsqd', 'queue = bool(self.pipeline and self.pipeline.source.connections)', 'queue = True'),
+    Mutant('the store stays down in a quiet topic', "                self.health.recover('store')\n", '                pass\n'),
+    Mutant('the store recovers while messages wait', 'if source.idle_since is not None and self.window and not self.window.pending_count:', 'if self.window:'),
+    Mutant('the end of a failure is not told', "    def recover(self, end: str) -> None:\n        \"\"\"`end` works, or works again.\"\"\"\n        if end in self.errors:", "    def recover(self, end: str) -> None:\n        \"\"\"`end` works, or works again.\"\"\"\n        if False:"),
+    Mutant('a stuck call is healthy', 'return not self.window or self.window.is_healthy(now)', 'return True'),
+
+    # -- supervisor
+    Mutant('workers keep the old configuration', '        member.tell(raw=self.raw)\n', '        self.first_raw = globals().setdefault("_raw", self.raw)\n        member.tell(raw=self.first_raw)\n'),
+    Mutant('workers are not told of a reload', 'self.end(lambda member: member.tell(leave=True), self.config.timeout)', 'self.end(lambda member: None, 1e6)'),
+    Mutant('a reload leaves workers no time', 'self.end(lambda member: member.tell(leave=True), self.config.timeout)', 'self.end(lambda member: member.tell(leave=True), 0.0)'),
+    Mutant('a worker that does not end is not killed', 'asyncio.get_running_loop().call_later(self.patience, self.kill, member)', 'pass'),
+    Mutant('each worker gets N', "return [share + ((place", "return [share * len(self.members) + ((place"),
+    Mutant('what does not divide is lost', '((place + self.turn) % len(self.members) < extra)', '0'),
+    Mutant('what does not divide does not go round', '        self.turn += 1\n', ''),
+    Mutant('a second window in one period', "not self.endless and any(member.state == 'granted' for member in self.members)", 'False'),
+    Mutant('a grant is forgotten', "if message['busy'] or message['seen'] != member.number:", "if message['busy']:"),
+    Mutant('a silent worker is healthy', 'if now - member.heard >= SILENCE_OF_WORKERS]', 'if False]'),
+    Mutant('a stuck worker is not killed', 'if now - member.heard >= STUCK:', 'if False:'),
+    Mutant('a sick worker is healthy', 'return not silent and all(member.healthy for member in alive)', 'return not silent'),
+    Mutant('one end that is up is enough', 'all(member.ends[end] for member in self.members) for end in ENDS', 'any(member.ends[end] for member in self.members) for end in ENDS'),
+    Mutant('figures of a worker that is gone are lost', '            self.past.merge(member.snapshot, gauges=False)\n', '            pass\n'),
+    Mutant('workers that never stay up', 'if all(each.starts >= STARTS for each in self.members):', 'if False:'),
+    Mutant('a worker that ended is not started again', '        while not self.ending:\n            begun = member.heard', '        if not self.ending:\n            begun = member.heard'),
+    Mutant('a worker outlives its parent', "                self.flow.leave()\n        self.flow.stop()", '                self.flow.leave()'),
+    Mutant('a worker does not hear of a reload', "            if 'leave' in message:\n", '            if False:\n'),
+)
+
+
+def passes(directory: Path, arguments: list[str]) -> bool:
+    """Whether the unit tests pass on the module in `directory`. In this process, which is one forked for that: to start
+    Python and to import all that the module imports would take longer than the tests."""
+    for fd in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    sys.modules.pop(MODULE.stem, None)
+    sys.path.insert(0, str(directory))
+    return pytest.main([*OPTIONS, *arguments]) == pytest.ExitCode.OK
+
+
+def passes_end_to_end(directory: Path, arguments: Sequence[str]) -> bool:
+    """Whether tests of the end-to-end floor pass, for which the program is a process of its own."""
+    command = [Path(sys.executable).parent / 'pytest', *OPTIONS, *arguments]
+    return subprocess.run(command, env={**os.environ, 'PYTHONPATH': str(directory)}, check=False,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def judge(task: tuple[Mutant, str, str]) -> str:
+    """What becomes of a mutant: a word, and how. task: it, the text of the module, a directory for the copies."""
+    mutant, text, top = task
+    if text.count(mutant.old) != 1:
+        return f'stale ({text.count(mutant.old)} places)'
+    if mutant.equivalent:
+        return 'equivalent'
+    directory = Path(tempfile.mkdtemp(dir=top))
+    (directory / MODULE.name).write_text(text.replace(mutant.old, mutant.new))
+    if not passes(directory, ['test/unit']):
+        return 'killed'
+    return 'killed (end to end)' if mutant.tests and not passes_end_to_end(directory, mutant.tests) else 'survived'
+
+
+def import_beforehand() -> None:
+    """Imports once what each of the forked processes needs."""
+    for name in (MODULE.stem, 'aerospike', 'aerospike_helpers.expressions', 'hypothesis', 'prometheus_client'):
+        importlib.import_module(name)
+
+
+def main(words: list[str]) -> int:
+    """Judges the mutants whose names have the words. Returns the exit status."""
+    chosen = [mutant for mutant in MUTANTS if all(word in mutant.name for word in words)]
+    counts: collections.Counter[str] = collections.Counter()
+    import_beforehand()
+    with (tempfile.TemporaryDirectory(dir='build') as top,
+          multiprocessing.get_context('fork').Pool(maxtasksperchild=1) as pool):
+        tasks = [(mutant, MODULE.read_text(), str(Path(top).absolute())) for mutant in (UNCHANGED, *chosen)]
+        for mutant, verdict in zip((UNCHANGED, *chosen), pool.imap(judge, tasks), strict=True):
+            if mutant is UNCHANGED and verdict != 'survived':
+                print('the unit tests fail on the module as it is')
+                return 1
+            counts[verdict.partition(' ')[0]] += mutant is not UNCHANGED
+            print(f'{verdict:20} {mutant.name}' + (f': {mutant.equivalent}' if mutant.equivalent else ''), flush=True)
+    judged = counts['killed'] + counts['survived']
+    print(f'{counts["killed"]} of {judged} mutants killed ({counts["killed"] / max(1, judged):.0%}), '
+          f'{counts["equivalent"]} are equivalent, {counts["stale"]} stale')
+    return 0 if counts['killed'] >= RATE * judged and not counts['stale'] else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
