@@ -1,0 +1,543 @@
+"""Windows without end, the daemon around them, and its workers: processes, pipelines and the store are the test's."""
+import asyncio
+import contextlib
+import json
+import os
+import types
+
+import pytest
+
+import clock
+import fakes
+import xmsrv
+from xmsrv import (
+    STORED,
+    Answer,
+    BreakerState,
+    Daemon,
+    End,
+    Figures,
+    Health,
+    Pipeline,
+    RunLock,
+    StoreAway,
+    StoreDown,
+    Team,
+    Unavailable,
+    WindowRunner,
+    Worker,
+)
+
+AWAY = Answer('retry', -15, 'no answer')
+
+
+def now():
+    return asyncio.get_running_loop().time() - 1000
+
+
+# -- windows, one after the other
+
+class Runner:
+    """A WindowRunner on a queue of the test. opened: when its pipeline was opened; reports: its windows."""
+
+    def __init__(self, monkeypatch, write=lambda messages: STORED, fault=lambda: None, **sections):
+        self.opened, self.reports, self.grants = [], [], 0
+        self.queue, self.write, self.fault = fakes.Queue(), write, fault
+        self.queue.connections, self.queue.addresses = [1], [1]
+        config = fakes.options(**{'timeout': '2s', 'idle-timeout': '500ms', **sections})
+        monkeypatch.setattr(xmsrv, 'topic_pipeline', self.pipeline)
+        self.runner = WindowRunner(config, Figures(), self.grant, self.reports.append)
+
+    @contextlib.asynccontextmanager
+    async def pipeline(self, config, store, figures, health):
+        self.opened.append(now())
+        fault = self.fault()
+        if fault:
+            raise fault
+        tasks = xmsrv.Crew()
+
+        async def tick():
+            while True:
+                tasks.wake.set()
+                await asyncio.sleep(0.025)
+
+        async def call(messages):
+            await asyncio.sleep(0.01)
+            return [self.write(messages)] * len(messages)
+        tasks.start(tick())
+        self.tasks = tasks
+        yield types.SimpleNamespace(
+            config=config, source=self.queue, tasks=tasks, metrics=figures, health=health, write=call, keep=None,
+            store=types.SimpleNamespace(batch_size=4, writers=2, patience=2.0))
+        await tasks.cancel()
+
+    async def grant(self):
+        self.grants += 1
+        await asyncio.sleep(1)
+        return self.runner.config.nsq.max_messages
+
+    async def window(self):
+        """The next window that is open."""
+        before = self.runner.window
+        while self.runner.window in (None, before):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        return self.runner.window
+
+    def run(self, steps):
+        async def main():
+            running = asyncio.ensure_future(self.runner.run())
+            await steps(self)
+            self.runner.stop()
+            await asyncio.wait_for(running, 10)
+        clock.run(main())
+        return self
+
+
+def test_what_came_beyond_n_is_taken_up_by_the_next_window_and_counts_there(monkeypatch):
+    async def steps(it):
+        first = await it.window()
+        it.queue.send(*range(7))
+        assert first.credit() == 0
+        second = await it.window()
+        assert (it.reports[0].count['received'], it.reports[0].count['stored']) == (5, 5)
+        assert (second.accepted, second.credit(), first.credit()) == (2, 3, 0)
+        await asyncio.sleep(1)
+        assert sorted(it.queue.finished) == list(range(7)) and it.queue.requeues == []
+    it = Runner(monkeypatch, nsq={'max-messages': '5'}).run(steps)
+    assert it.reports[1].count['received'] == 2
+
+
+def test_what_is_left_of_one_window_is_not_credit_of_the_next(monkeypatch):
+    async def steps(it):
+        first = await it.window()
+        it.queue.send(1, 2)
+        second = await it.window()
+        assert (first.accepted, first.credit(), second.credit()) == (2, 0, 5)
+    Runner(monkeypatch, nsq={'max-messages': '5'}).run(steps)
+
+
+def test_a_store_that_failed_is_opened_again_and_probed_by_one_batch_at_a_time(monkeypatch):
+    answers, under_way = {'fails': True}, []
+
+    def write(messages):
+        return AWAY if answers['fails'] else STORED
+
+    async def steps(it):
+        await it.window()
+        it.queue.send(1)
+        await asyncio.sleep(4)
+        assert len(it.opened) == 2 and not it.runner.health.up('store')
+        assert it.queue.requeues == [(1, 0)]
+        second = await it.window()
+        assert second.store_batcher.breaker.state is BreakerState.HALF_OPEN
+        assert second.credit() == 4          # a batch
+        answers['fails'] = False
+        it.queue.send(*range(10, 30))
+        under_way.append(len(second.store_batcher.calls))
+        await asyncio.sleep(0.5)
+        assert it.runner.health.up('store') and len(it.queue.finished) == 20
+    Runner(monkeypatch, write=write).run(steps)
+    assert under_way == [1]
+
+
+@pytest.mark.parametrize(('fault', 'end'), [(StoreAway('gone'), 'store'), (Unavailable('gone'), 'queue')])
+def test_an_end_that_is_away_is_tried_again_with_backoff(monkeypatch, fault, end):
+    async def steps(it):
+        await asyncio.sleep(300)
+        assert it.runner.ends[end] is False and it.runner.trouble == f'{end} unavailable: gone'
+        assert it.runner.ends['queue'] is False
+        if end == 'queue':
+            assert it.runner.ends['store'] is True
+    it = Runner(monkeypatch, fault=lambda: fault).run(steps)
+    delays = [b - a for a, b in zip(it.opened, it.opened[1:], strict=False)]
+    assert 0.5 <= delays[0] <= 1 and 15 <= max(delays) <= 30 and len(delays) < 25
+
+
+@pytest.mark.parametrize('reason', ['stop', 'leave'])
+def test_between_windows_an_end_is_heard_at_once(monkeypatch, reason):
+    async def steps(it):
+        await asyncio.sleep(0.5)
+        getattr(it.runner, reason)()
+        await asyncio.sleep(0.1)
+        assert it.runner.task.done()
+    Runner(monkeypatch).run(steps)
+
+
+def test_a_reload_writes_what_is_pending_and_starts_no_other_window(monkeypatch):
+    async def steps(it):
+        window = await it.window()
+        it.queue.send(*range(20))
+        it.runner.leave()
+        await asyncio.sleep(3)
+        assert (window.end_reason, len(it.queue.finished), it.grants) == (End.RELOAD, 20, 1)
+        assert it.runner.task.done()
+    Runner(monkeypatch).run(steps)
+
+
+def test_ends_are_those_of_health_and_of_the_connections(monkeypatch):
+    async def steps(it):
+        await it.window()
+        assert it.runner.ends == {'queue': True, 'store': True, 'dead letters': True}
+        it.queue.connections = []
+        assert it.runner.ends['queue'] is False
+        it.runner.health.fail('dead letters', 'away')
+        assert it.runner.ends['dead letters'] is False
+    Runner(monkeypatch).run(steps)
+
+
+def test_the_store_recovers_in_a_quiet_topic_but_not_while_messages_wait(monkeypatch):
+    async def steps(it):
+        await it.window()
+        it.runner.health.fail('store', 'gone')
+        await asyncio.sleep(2)
+        assert not it.runner.health.up('store')    # something may come
+        it.queue.idle_since = now()
+        it.runner.window.pending_count += 1
+        await asyncio.sleep(2)
+        assert not it.runner.health.up('store')
+        it.runner.window.pending_count -= 1
+        await asyncio.sleep(1)
+        assert it.runner.health.up('store')
+    Runner(monkeypatch, period='0').run(steps)
+
+
+def test_a_call_that_hangs_is_not_healthy(monkeypatch):
+    async def steps(it):
+        window = await it.window()
+        time = asyncio.get_running_loop().time()
+        assert it.runner.healthy(time)
+        window.store_batcher.calls.append(time)
+        assert it.runner.healthy(time + 3.9) and not it.runner.healthy(time + 4.1)
+        window.store_batcher.calls.clear()
+    Runner(monkeypatch).run(steps)
+
+
+# -- a pipeline
+
+def test_a_store_that_raises_is_an_outage_or_a_stop_for_each_message():
+    class Store(xmsrv.Store):
+        def write(self, records):
+            raise StoreDown('gone', again=records[0] == 'again')
+
+    async def main():
+        executor = xmsrv.StoreExecutor(1)
+        pipeline = Pipeline(None, None, Store(), executor, None, None, Figures(), Health())
+        results = [await pipeline.write([types.SimpleNamespace(record=word)] * 2) for word in ('again', 'never')]
+        executor.shutdown()
+        return results
+    again, never = asyncio.run(main())
+    assert again == [Answer('retry', 'down', 'gone')] * 2 and never == [Answer('stop', 'down', 'gone')] * 2
+
+
+def test_an_error_in_a_window_requeues_what_is_in_flight_before_the_connections_close():
+    queue, order = fakes.Queue(), []
+    queue.deliver = lambda messages: None
+
+    async def open_or_close():
+        order.append(len(queue.requeues))
+    queue.open = queue.close = open_or_close
+
+    async def main():
+        async with xmsrv.open_pipeline(None, Stores(), lambda tasks: queue, Figures(), Health()):
+            queue.send(1, 2)
+            raise ZeroDivisionError
+
+    class Stores(xmsrv.Store):
+        pass
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(main())
+    assert order == [0, 2]
+
+
+# -- the daemon
+
+class Engine:
+    """What a daemon keeps going."""
+
+    endless, trouble, left, stopped = False, None, 0, 0
+
+    def leave(self):
+        self.left += 1
+
+    def stop(self):
+        self.stopped += 1
+
+
+@pytest.fixture
+def daemon(tmp_path, monkeypatch):
+    """A Daemon whose file is tmp_path/orders.conf; write(text) changes it."""
+    def write(more=''):
+        (tmp_path / 'orders.conf').write_text(
+            f'state-dir = {tmp_path}/state\nstore = sqlite\nworkers = 2\n{more}\n'
+            '[nsq]\nnsqd-tcp-address = 127.0.0.1:1\ntopic = orders\nmax-messages = 5\n')
+    monkeypatch.setattr(xmsrv, 'set_up_log_of', lambda config, arguments: None)
+    write()
+    made = Daemon(types.SimpleNamespace(config=str(tmp_path / 'orders.conf'), set_before=[], set_after=[],
+                                        command='daemon', verbose=0, quiet=0))
+    made.write = write
+    return made
+
+
+def test_a_reload_puts_the_new_file_in_force_and_ends_the_engine(daemon):
+    daemon.engine = engine = Engine()
+    daemon.write('timeout = 3s')
+    daemon.hang_up()
+    assert (daemon.config.timeout, engine.left) == (3.0, 1)
+    team = daemon.new_engine()
+    assert (team.raw['timeout'], team.config.timeout) == ('3s', 3.0)
+
+
+@pytest.mark.parametrize('fault', ['timeout = never', 'no-option = 1', '[nsq'])
+def test_a_faulty_file_changes_nothing(daemon, fault):
+    daemon.engine = engine = Engine()
+    before = daemon.config
+    daemon.write(fault)
+    daemon.hang_up()
+    assert (daemon.config, engine.left) == (before, 0)
+
+
+def test_the_lock_follows_the_state_directory_and_the_old_one_is_given_back(daemon, tmp_path):
+    async def main():
+        await daemon.hold_lock()
+        old = daemon.lock
+        await daemon.hold_lock()
+        assert daemon.lock is old
+        daemon.config.state_dir = str(tmp_path / 'other')
+        await daemon.hold_lock()
+        assert daemon.lock.path.startswith(str(tmp_path / 'other')) and daemon.lock.holds
+        assert not old.holds
+        daemon.lock.release()
+    clock.run(main())
+
+
+def test_a_lock_whose_file_was_removed_is_taken_anew(daemon):
+    async def main():
+        await daemon.hold_lock()
+        os.unlink(daemon.lock.path)
+        await daemon.hold_lock()
+        assert daemon.lock.holds
+        daemon.lock.release()
+    clock.run(main())
+
+
+def test_a_lock_that_another_has_is_waited_for_and_the_status_says_so(daemon):
+    async def main():
+        other = RunLock(daemon.config, daemon.arguments.config)
+        assert other.take() is None
+        waiting = asyncio.ensure_future(daemon.hold_lock())
+        await asyncio.sleep(5)
+        assert not waiting.done() and f'waiting for process {os.getpid()}' in daemon.state
+        other.release()
+        await asyncio.wait_for(waiting, 1)
+        assert daemon.lock.holds
+        daemon.lock.release()
+    clock.run(main())
+
+
+def test_a_signal_ends_the_wait_for_a_lock(daemon):
+    async def main():
+        other = RunLock(daemon.config, daemon.arguments.config)
+        other.take()
+        waiting = asyncio.ensure_future(daemon.hold_lock())
+        await asyncio.sleep(1)
+        daemon.stop()
+        await asyncio.wait_for(waiting, 1)
+        assert daemon.lock is None
+        other.release()
+    clock.run(main())
+
+
+# -- its workers
+
+class Process:
+    """A worker process. lines: what it was told, as JSON; say() has it say something."""
+
+    def __init__(self, place):
+        self.pid, self.returncode, self.lines, self.signals = 100 + place, None, [], []
+        self.stdin = types.SimpleNamespace(write=lambda line: self.lines.append(json.loads(line)))
+        self.stdout = asyncio.StreamReader()
+        self.exited = asyncio.Event()
+
+    def say(self, **fields):
+        state = {'idle': True, 'busy': False, 'seen': 0, 'healthy': True, 'windows': [], 'trouble': None,
+                 'ends': dict.fromkeys(xmsrv.ENDS, True), 'figures': Figures().snapshot(), **fields}
+        self.stdout.feed_data(json.dumps(state).encode() + b'\n')
+
+    def exit(self, status=0):
+        self.returncode = status
+        self.stdout.feed_eof()
+        self.exited.set()
+
+    async def wait(self):
+        await self.exited.wait()
+        return self.returncode
+
+    def terminate(self):
+        self.signals.append('terminate')
+
+    def kill(self):
+        self.signals.append('kill')
+        self.exit(-9)
+
+    def grants(self):
+        return [(line['grant'], line['number']) for line in self.lines if 'grant' in line]
+
+
+def with_team(monkeypatch, steps, workers=2, n=5, end=True, **sections):
+    """Runs `steps(team, processes)`: a team of so many workers that share n messages."""
+    async def main():
+        processes = []
+
+        async def start(*command, **options):
+            processes.append(Process(len(processes)))
+            return processes[-1]
+        monkeypatch.setattr(asyncio, 'create_subprocess_exec', start)
+        config = fakes.options(workers=str(workers), period='10s', nsq={'max-messages': str(n)}, **sections)
+        team = Team(types.SimpleNamespace(
+            config=config, raw={'the': 'raw'}, arguments=types.SimpleNamespace(config='x', verbose=0, quiet=0),
+            figures=Figures(), note=lambda window: None, schedule=xmsrv.Schedule(10)))
+        running = asyncio.ensure_future(team.run())
+        await asyncio.sleep(0.01)
+        await steps(team, processes)
+        if end:
+            team.stop()
+            for process in processes:
+                process.exit()
+        return await asyncio.wait_for(running, 100)
+    return clock.run(main())
+
+
+def test_workers_get_the_configuration_that_holds_and_shares_of_n(monkeypatch):
+    async def steps(team, processes):
+        assert [process.lines for process in processes] == [[{'raw': {'the': 'raw'}}]] * 2
+        for turn in range(1, 4):
+            for process in processes:
+                process.say(seen=turn - 1)
+            await asyncio.sleep(10)
+        assert [process.grants() for process in processes] == [[(2, 1), (3, 2), (2, 3)], [(3, 1), (2, 2), (3, 3)]]
+    with_team(monkeypatch, steps)
+
+
+def test_a_second_team_has_its_own_configuration(monkeypatch):
+    for raw in ('one', 'two'):
+        async def steps(team, processes, raw=raw):
+            team.raw = {'file': raw}
+            processes[0].exit()
+            await asyncio.sleep(1)
+            assert processes[2].lines == [{'raw': {'file': raw}}]
+        with_team(monkeypatch, steps)
+
+
+def test_nobody_starts_while_another_has_its_grant_of_the_last_period(monkeypatch):
+    async def steps(team, processes):
+        one, two = processes
+        one.say()
+        two.say()
+        await asyncio.sleep(0.1)
+        assert (len(one.grants()), len(two.grants())) == (1, 1)
+        one.say(seen=1)
+        two.say(seen=0)         # it said that before it heard of its grant
+        await asyncio.sleep(30)
+        assert (len(one.grants()), len(two.grants())) == (1, 1)
+        two.say(seen=1, busy=True, idle=False)
+        await asyncio.sleep(30)
+        assert (len(one.grants()), len(two.grants())) == (1, 1)
+        two.say(seen=1)
+        await asyncio.sleep(0.1)
+        assert (len(one.grants()), len(two.grants())) == (2, 2)
+    with_team(monkeypatch, steps)
+
+
+def test_the_end_of_a_worker_frees_its_grant_keeps_its_figures_and_another_is_started(monkeypatch):
+    async def steps(team, processes):
+        figures = Figures()
+        figures.add('xmsrv_received_total', 7)
+        for process in processes:
+            process.say(figures=figures.snapshot())
+        await asyncio.sleep(0.1)
+        processes[0].exit(-9)
+        await asyncio.sleep(1.5)
+        assert len(processes) == 3
+        total = xmsrv.together(team.gauges()).numbers
+        assert (total[('xmsrv_received_total',)], total[('xmsrv_worker_restarts_total',)]) == (14, 1)
+        assert not any(team.ends.values())
+        processes[2].say()
+        await asyncio.sleep(0.1)
+        assert all(team.ends.values())
+    with_team(monkeypatch, steps)
+
+
+def test_workers_that_never_stay_up_end_the_daemon(monkeypatch):
+    async def steps(team, processes):
+        for _ in range(400):
+            for process in processes:
+                if process.returncode is None:
+                    process.exit(1)
+            await asyncio.sleep(1)
+        assert len(processes) == 10
+    assert with_team(monkeypatch, steps, end=False) == 70
+
+
+def test_a_reload_has_workers_finish_their_windows_and_kills_one_that_does_not(monkeypatch):
+    async def steps(team, processes):
+        team.leave()
+        assert [process.lines[-1] for process in processes] == [{'leave': True}] * 2
+        processes[0].exit()
+        await asyncio.sleep(9)
+        assert processes[1].signals == []
+        await asyncio.sleep(6)
+        assert processes[1].signals == ['kill']
+    with_team(monkeypatch, steps, end=False)
+
+
+def test_a_signal_goes_to_all_and_one_that_does_not_end_is_killed(monkeypatch):
+    async def steps(team, processes):
+        team.stop()
+        processes[0].exit()
+        await asyncio.sleep(1)
+        assert [process.signals for process in processes] == [['terminate'], ['terminate']]
+        await asyncio.sleep(4)
+        assert processes[1].signals == ['terminate', 'kill']
+    with_team(monkeypatch, steps, end=False)
+
+
+def test_a_worker_that_is_silent_or_sick_is_not_healthy_and_one_that_is_stuck_is_killed(monkeypatch):
+    async def steps(team, processes):
+        loop = asyncio.get_running_loop()
+        for process in processes:
+            process.say()
+        await asyncio.sleep(0)
+        assert team.healthy(loop.time())
+        processes[0].say(healthy=False)
+        await asyncio.sleep(0.1)
+        assert not team.healthy(loop.time())
+        processes[0].say()
+        await asyncio.sleep(4)
+        assert team.healthy(loop.time())
+        processes[1].say()
+        await asyncio.sleep(2)
+        assert not team.healthy(loop.time())
+        assert [process.signals for process in processes] == [[], []]
+        await asyncio.sleep(117)
+        team.healthy(loop.time())
+        assert [process.signals for process in processes] == [['kill'], []]
+    with_team(monkeypatch, steps)
+
+
+def test_a_worker_hears_of_grants_a_reload_and_the_end_of_its_parent():
+    async def main():
+        worker, flow = Worker(None), Engine()
+        worker.flow, worker.waiting = flow, True
+        stdin = asyncio.StreamReader()
+        task = asyncio.ensure_future(worker.listen(stdin))
+        stdin.feed_data(b'{"grant": 3, "number": 1}\n')
+        assert await worker.grants.get() == 3
+        assert (worker.waiting, worker.busy, worker.seen) == (False, True, 1)
+        stdin.feed_data(b'{"leave": true}\n')
+        await asyncio.sleep(0.1)
+        assert (flow.left, flow.stopped) == (1, 0)
+        stdin.feed_eof()
+        await task
+        assert flow.stopped == 1
+    clock.run(main())

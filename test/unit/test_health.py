@@ -1,0 +1,91 @@
+"""What is up and what fails: one object that all others read. And what repeats in the log, and the figures."""
+import asyncio
+import logging
+
+import pytest
+
+import clock
+from xmsrv import FEW, MORE, Figures, Health, Repeats, log
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """(level, text) of each line of the log."""
+    found = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            found.append((record.levelname, record.getMessage()))
+    monkeypatch.setattr(log, 'handlers', [Handler()])
+    monkeypatch.setattr(log, 'filters', [])
+    monkeypatch.setattr(log, 'level', logging.DEBUG)
+    log.manager._clear_cache()
+    yield found
+    log.manager._clear_cache()
+
+
+def test_a_failure_is_said_once_and_its_end_with_how_long_it_took(lines):
+    async def main():
+        health = Health()
+        assert (health.up('store'), health.trouble) == (True, None)
+        health.fail('store', 'no answer', kind='batch')
+        await asyncio.sleep(2)
+        health.fail('store', 'no answer of another node', kind='batch')
+        assert (health.up('store'), health.up('queue')) == (False, True)
+        assert health.trouble == 'store unavailable: no answer of another node'
+        await asyncio.sleep(3)
+        health.recover('store')
+        health.recover('store')
+        assert (health.up('store'), health.trouble) == (True, None)
+    clock.run(main())
+    assert lines == [('WARNING', 'store unavailable (no answer): retrying, consumption paused'),
+                     ('DEBUG', 'store unavailable (no answer of another node): retrying, consumption paused'),
+                     ('WARNING', 'store recovered after 5.0 s')]
+
+
+def test_a_failure_of_another_kind_is_a_warning_again_and_one_that_was_logged_is_none(lines):
+    async def main():
+        health = Health()
+        health.fail('queue', 'refused', logged=True)
+        health.fail('queue', 'no name')
+        health.fail('dead letters', 'full')
+        assert health.trouble == 'queue unavailable: no name'
+    clock.run(main())
+    assert [level for level, _ in lines] == ['DEBUG', 'WARNING', 'WARNING']
+    assert lines[-1][1] == 'dead letters unavailable (full): retrying'    # for the queue flows meanwhile
+
+
+def test_what_repeats_is_counted_and_said_when_the_minute_is_over(lines, monkeypatch):
+    monkeypatch.setattr(log, 'level', logging.INFO)
+    log.manager._clear_cache()
+    time = [100.0]
+    repeats = Repeats(lambda: time[0])
+    monkeypatch.setattr(repeats, 'set_timer', lambda: None)
+
+    def passes(text, *arguments, level=logging.WARNING):
+        return repeats.filter(logging.LogRecord('x-msrv', level, '', 0, text, arguments, None))
+    assert [passes('late: %s', n) for n in range(FEW + 3)] == [True] * FEW + [False] * 3
+    assert passes('another: %s', 1) and passes('late: %s', 9, level=logging.INFO)
+    time[0] += 59
+    assert not passes('late: %s', 10)
+    time[0] += 2
+    assert passes('late: %s', 11)
+    assert lines == [('WARNING', MORE % (4, 'late: 10'))]
+
+
+def test_figures_of_the_parts_are_those_of_the_whole():
+    parts = [Figures(), Figures()]
+    for number, part in enumerate(parts, 1):
+        part.add('xmsrv_received_total', number)
+        part.set('xmsrv_store_up', number - 1)
+        part.set('xmsrv_in_flight', number)
+        part.observe('xmsrv_lag_seconds', -5)
+        part.observe('xmsrv_lag_seconds', number)
+    total = Figures()
+    for part in parts:
+        total.merge(part.snapshot())
+    assert total.numbers[('xmsrv_received_total',)] == 3
+    assert (total.numbers[('xmsrv_store_up',)], total.numbers[('xmsrv_in_flight',)]) == (0, 3)
+    assert total.histograms['xmsrv_lag_seconds'][-1] == 3.0    # what comes from the future counts as 0
+    counted = total.counted()
+    assert counted.numbers[('xmsrv_received_total',)] == 3 and ('xmsrv_in_flight',) not in counted.numbers
