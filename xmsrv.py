@@ -525,30 +525,43 @@ def set_up_log(arguments: argparse.Namespace, log_format: str = 'text', **common
 ENDS = ('queue', 'store', 'dead letters')
 
 
+class EndFailure(NamedTuple):
+    """Why an end fails, since which loop time, what kind of failure it is, and whether other lines than Health's said
+    so."""
+
+    text: str
+    since: float
+    kind: str
+    logged: bool
+
+
 class Health:
     """What is up, what fails and since when: of the queue, the store and the keeper of dead letters (ENDS).
 
     Whoever meets a failure says so here, and nowhere else; the log, STATUS, /readyz, the page and the metrics read it,
-    so that they agree. errors: end -> (text, loop time since when it fails, its kind).
+    so that they agree.
     """
 
     def __init__(self) -> None:
-        self.errors: dict[str, tuple[str, float, str]] = {}
+        self.errors: dict[str, EndFailure] = {}
 
     def fail(self, end: str, text: str, kind: str | None = None, logged: bool = False) -> None:
         """`end` fails, because of `text`. A failure of another kind than the last one is a warning again; logged: a
         line has said it already."""
-        kind = text if kind is None else kind
-        _, since, last_kind = self.errors.get(end, (None, asyncio.get_running_loop().time(), None))
-        log.log(logging.DEBUG if kind == last_kind or logged else logging.WARNING, '%s unavailable (%s): retrying%s',
-                end, text, '' if end == 'dead letters' else ', consumption paused')
-        self.errors[end] = text, since, kind
+        last = self.errors.get(end)
+        failure = EndFailure(text, last.since if last else asyncio.get_running_loop().time(), kind or text,
+                             logged and (last is None or last.logged))
+        known = logged or (last is not None and last.kind == failure.kind)
+        log.log(logging.DEBUG if known else logging.WARNING, '%s unavailable (%s): retrying%s', end, text,
+                '' if end == 'dead letters' else ', consumption paused')
+        self.errors[end] = failure
 
     def recover(self, end: str) -> None:
         """`end` works, or works again."""
-        if end in self.errors:
-            _, since, _ = self.errors.pop(end)
-            log.warning('%s recovered after %.1f s', end, asyncio.get_running_loop().time() - since)
+        failure = self.errors.pop(end, None)
+        if failure:
+            log.log(logging.INFO if failure.logged else logging.WARNING, '%s recovered after %.1f s', end,
+                    asyncio.get_running_loop().time() - failure.since)
 
     def up(self, end: str) -> bool:
         """Whether no failure of `end` is known."""
@@ -557,7 +570,7 @@ class Health:
     @property
     def trouble(self) -> str | None:
         """The first failure in words, with the end that fails; None when there is none."""
-        return next((f'{end} unavailable: {self.errors[end][0]}' for end in ENDS if end in self.errors), None)
+        return next((f'{end} unavailable: {self.errors[end].text}' for end in ENDS if end in self.errors), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3363,7 +3376,7 @@ class DeadLetters:
             publisher = await self.publisher(address)
         except UNREACHABLE as error:
             text = f'nsqd {spelled(address)}: {explained(error)}'
-            log.warning('dead letters: %s', text)
+            log.warning('dead letters: nsqd %s: %s', spelled(address), explained(error))
             return [(message, Answer('unkept', 'away', text)) for message in messages]
         try:
             await publisher.publish([enveloped(self.header(m), m.body) for m in messages])
@@ -3608,12 +3621,13 @@ class Batcher:
         self.breaker.on_success()
         self.health.recover(self.end)
         if retry:
-            self.retry_later([Batch(retry, tries=batch.tries + 1)], 0.1 * 2 ** min(batch.tries, 6))
+            again = Batch(retry, accepted_before=self.accepted, tries=batch.tries + 1)
+            self.retry_later([again], 0.1 * 2 ** min(batch.tries, 6))
 
     def on_batch_failure(self, batch: Batch, result: Answer, retry: list) -> None:
         """All of a batch failed: the other end is away, or one message of the batch makes it fail."""
         self.last_error = result.detail or result.outcome
-        suspect = batch.failures and self.accepted > batch.accepted_before
+        suspect = (batch.failures or batch.tries) and self.accepted > batch.accepted_before
         batch.failures, batch.accepted_before, batch.messages = batch.failures + 1, self.accepted, retry
         if not suspect:
             self.health.fail(self.end, self.last_error, kind='batch')
@@ -4445,7 +4459,7 @@ class Window:
         elif self.postponed:
             self.end(End.DEAD_LETTERS_FAILED, f'{self.postponed} dead letters could not be kept')
         if self.limits.lasting and not self.pipeline.health.up('queue'):
-            self.end(End.QUEUE_FAILED, self.pipeline.health.errors['queue'][0])
+            self.end(End.QUEUE_FAILED, self.pipeline.health.errors['queue'].text)
         if self.pending_count and self.end_reason.drains:   # what is delayed, because it was busy
             self.end(End.STORE_FAILED, f'{self.pending_count} records were busy')
 

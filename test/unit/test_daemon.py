@@ -360,7 +360,7 @@ class Process:
         self.exited = asyncio.Event()
 
     def say(self, **fields):
-        state = {'idle': True, 'busy': False, 'seen': 0, 'healthy': True, 'windows': [], 'trouble': None,
+        state = {'state': 'idle', 'seen': 0, 'healthy': True, 'windows': [], 'trouble': None,
                  'ends': dict.fromkeys(xmsrv.ENDS, True), 'figures': Figures().snapshot(), **fields}
         self.stdout.feed_data(json.dumps(state).encode() + b'\n')
 
@@ -440,7 +440,7 @@ def test_nobody_starts_while_another_has_its_grant_of_the_last_period(monkeypatc
         two.say(seen=0)         # it said that before it heard of its grant
         await asyncio.sleep(30)
         assert (len(one.grants()), len(two.grants())) == (1, 1)
-        two.say(seen=1, busy=True, idle=False)
+        two.say(seen=1, state='busy')
         await asyncio.sleep(30)
         assert (len(one.grants()), len(two.grants())) == (1, 1)
         two.say(seen=1)
@@ -528,12 +528,12 @@ def test_a_worker_that_is_silent_or_sick_is_not_healthy_and_one_that_is_stuck_is
 def test_a_worker_hears_of_grants_a_reload_and_the_end_of_its_parent():
     async def main():
         worker, flow = Worker(None), Engine()
-        worker.flow, worker.waiting = flow, True
+        worker.flow, worker.state = flow, xmsrv.WorkerState.IDLE
         stdin = asyncio.StreamReader()
         task = asyncio.ensure_future(worker.listen(stdin))
         stdin.feed_data(b'{"grant": 3, "number": 1}\n')
         assert await worker.grants.get() == 3
-        assert (worker.waiting, worker.busy, worker.seen) == (False, True, 1)
+        assert (worker.state, worker.seen) == (xmsrv.WorkerState.BUSY, 1)
         stdin.feed_data(b'{"leave": true}\n')
         await asyncio.sleep(0.1)
         assert (flow.left, flow.stopped) == (1, 0)
