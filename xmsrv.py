@@ -526,13 +526,11 @@ ENDS = ('queue', 'store', 'dead letters')
 
 
 class EndFailure(NamedTuple):
-    """Why an end fails, since which loop time, what kind of failure it is, and whether other lines than Health's said
-    so."""
+    """Why an end fails, since which loop time, and what kind of failure it is."""
 
     text: str
     since: float
     kind: str
-    logged: bool
 
 
 class Health:
@@ -545,13 +543,11 @@ class Health:
     def __init__(self) -> None:
         self.errors: dict[str, EndFailure] = {}
 
-    def fail(self, end: str, text: str, kind: str | None = None, logged: bool = False) -> None:
-        """`end` fails, because of `text`. A failure of another kind than the last one is a warning again; logged: a
-        line has said it already."""
+    def fail(self, end: str, text: str, kind: str | None = None) -> None:
+        """`end` fails, because of `text`. A failure of another kind than the last one is a warning again."""
         last = self.errors.get(end)
-        failure = EndFailure(text, last.since if last else asyncio.get_running_loop().time(), kind or text,
-                             logged and (last is None or last.logged))
-        known = logged or (last is not None and last.kind == failure.kind)
+        failure = EndFailure(text, last.since if last else asyncio.get_running_loop().time(), kind or text)
+        known = last is not None and last.kind == failure.kind
         log.log(logging.DEBUG if known else logging.WARNING, '%s unavailable (%s): retrying%s', end, text,
                 '' if end == 'dead letters' else ', consumption paused')
         self.errors[end] = failure
@@ -560,8 +556,8 @@ class Health:
         """`end` works, or works again."""
         failure = self.errors.pop(end, None)
         if failure:
-            log.log(logging.INFO if failure.logged else logging.WARNING, '%s recovered after %.1f s', end,
-                    asyncio.get_running_loop().time() - failure.since)
+            level = logging.INFO if end == 'queue' else logging.WARNING   # as for each nsqd that is back
+            log.log(level, '%s recovered after %.1f s', end, asyncio.get_running_loop().time() - failure.since)
 
     def up(self, end: str) -> bool:
         """Whether no failure of `end` is known."""
@@ -569,8 +565,8 @@ class Health:
 
     @property
     def trouble(self) -> str | None:
-        """The first failure in words, with the end that fails; None when there is none."""
-        return next((f'{end} unavailable: {self.errors[end].text}' for end in ENDS if end in self.errors), None)
+        """All failures in words, each with the end that fails; None when there is none."""
+        return '; '.join(f'{end} unavailable: {self.errors[end].text}' for end in ENDS if end in self.errors) or None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,6 +588,7 @@ METRICS = (
     Metric('xmsrv_in_flight', 'gauge', (), 'Messages held, without an answer to nsqd yet.'),
     Metric('xmsrv_connections', 'gauge', ('state',), 'nsqds that are connected (up), and that are not (down).'),
     Metric('xmsrv_store_up', 'gauge', (), '1 while the store takes records, 0 while it does not.', min),
+    Metric('xmsrv_dead_letters_up', 'gauge', (), '1 while dead letters are kept, 0 while their keeper is away.', min),
     Metric('xmsrv_windows_total', 'counter', ('result',), 'Windows that ended well (done), or not (failed).'),
     Metric('xmsrv_last_success_timestamp_seconds', 'gauge', (),
            'When a window last ended well, or all was well in one without end.', max),
@@ -601,6 +598,7 @@ METRICS = (
     Metric('xmsrv_build_info', 'gauge', ('version',), 'Always 1.', max),
 )
 SUCCESS = 'xmsrv_last_success_timestamp_seconds'
+UP = {'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}   # of ENDS; of the queue: connections
 KINDS = {metric.name: metric for metric in METRICS}
 BOUNDS = {   # upper bounds of the buckets
     'xmsrv_store_batch_seconds': (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
@@ -3909,7 +3907,8 @@ class Consumer:
             except UNREACHABLE as error:
                 if address not in self.addresses:   # it was closed
                     return
-                news.log(logging.WARNING, 'nsqd %s: %s', connection, explained(error))
+                told = self.connections == [connection]   # by Health, for nobody else is connected
+                news.log(logging.DEBUG if told else logging.WARNING, 'nsqd %s: %s', connection, explained(error))
                 self.on_disconnect(connection, explained(error))
             delay = backoff.next()
             log.debug('nsqd %s: connecting again in %.1f s', connection, delay)
@@ -3934,7 +3933,7 @@ class Consumer:
         if connection in self.connections:
             self.connections.remove(connection)
             if not self.connections:
-                self.health.fail('queue', f'nsqd {connection}: {error}', logged=True)
+                self.health.fail('queue', f'nsqd {connection}: {error}')
         self.tasks.wake.set()
 
     # -- what comes
@@ -4627,7 +4626,8 @@ async def run_once(config, stopper, figures):
         limits = WindowLimits(config.nsq.max_messages, config.timeout, config.idle_timeout)
         window = stopper.window = Window(pipeline, limits, Mapper(config))
         await window.run()
-        figures.set('xmsrv_store_up', int(health.up('store')))
+        for end, name in UP.items():
+            figures.set(name, int(health.up(end)))
         figures.holds(pipeline.source)
     return window.report()
 
@@ -5230,11 +5230,16 @@ class WindowRunner:
         self.end(End.RELOAD)
 
     @property
-    def trouble(self) -> str | None:
-        """What fails, in words."""
-        nobody = self.pipeline and not self.pipeline.source.addresses
-        return self.health.trouble or (
-            f'queue unavailable: no nsqd has the topic {self.config.nsq.topic} yet' if nobody else None)
+    def trouble(self) -> str:
+        """What fails, in words. The queue can be down without a failure: nsqlookupd names no nsqd, or what else fails
+        has closed the connections."""
+        opened = self.pipeline or self.health.errors   # else it is just starting
+        source = self.pipeline.source if self.pipeline else None
+        why = ('no nsqd is connected' if not source or source.addresses else
+               f'no nsqd has the topic {self.config.nsq.topic} yet')
+        unconnected = opened and self.health.up('queue') and not self.ends['queue']
+        return '; '.join(filter(None, [self.health.trouble,
+                                       f'queue unavailable: {why}' if unconnected else '']))
 
     @property
     def ends(self) -> dict[str, bool]:
@@ -5257,11 +5262,10 @@ class WindowRunner:
                 figures.set(SUCCESS, time.time())
         if self.pipeline:
             figures.holds(self.pipeline.source)
-        elif not self.health.up('queue'):
-            figures.nothing_up()
         else:
-            figures.set('xmsrv_in_flight', 0)
-        figures.set('xmsrv_store_up', int(self.ends['store']))
+            figures.nothing_up()
+        for end, name in UP.items():
+            figures.set(name, int(self.ends[end]))
         return [figures]
 
 
@@ -5483,8 +5487,10 @@ class Team:
 
     @property
     def trouble(self):
-        """What is wrong, by the first that says so."""
-        return next((member.trouble for member in self.members if member.trouble), None)
+        """What is wrong, each thing once, also where several members say so."""
+        gone = [] if self.ending else [f'worker {member.place + 1} has ended'
+                                       for member in self.in_state(WorkerState.BACKOFF)]
+        return '; '.join(dict.fromkeys([*gone, *(member.trouble for member in self.members if member.trouble)]))
 
     @property
     def ends(self):
@@ -5948,7 +5954,8 @@ PAGE = """\
 <!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2">
 <title>x-msrv {{ name }}</title><style>{% raw style %}</style></head><body><h1>x-msrv {{ name }}</h1>
 <p>{% for end, up in ends.items() %}{% set state = 'up' if up else 'down' %}
-<span id="{{ end }}" class="{{ state }}">{{ end }}: {{ state }}</span>{% end %}</p><p id="status">{{ status }}</p>
+<span id="{{ end.replace(' ', '-') }}" class="{{ state }}">{{ end }}: {{ state }}</span>{% end %}</p>
+<p id="status">{{ status }}</p>
 <table>{% for figure, value in figures %}<tr><th>{{ figure }}</th><td>{{ value }}</td></tr>{% end %}</table>
 <h2>The last windows</h2><svg viewBox="0 0 600 100" role="img" aria-label="the last windows">{% for bar in bars %}
 <rect class="{{ bar.kind }}" x="{{ bar.x }}" y="{{ f'{bar.y:.1f}' }}" width="8" height="{{ f'{bar.height:.1f}' }}">

@@ -705,6 +705,66 @@ def test_a_window_without_end_says_when_all_is_well_again(nsqd, xmsrv, workdir, 
     stopped(running)
 
 
+ENDS = ('queue', 'store', 'dead letters')
+
+
+def down_in_the_log(xmsrv):
+    """The ends that the log says fail: the last word on each."""
+    words = dict(re.findall(r'(queue|store|dead letters) (unavailable \(|recovered after)', xmsrv.log.read_text()))
+    return {end for end, word in words.items() if word.startswith('unavailable')}
+
+
+def down_elsewhere(port, systemd):
+    """The ends that STATUS, /readyz, the page (its marks and its text) and the metrics say are down: a set of each."""
+    readyz, page, status = get(port, '/readyz'), get(port, '/')[1], systemd.fields('STATUS')[-1]
+    text = re.search('<p id="status">(.*?)</p>', page)[1]
+    figures = {'queue': 'xmsrv_connections{state="up"}', 'store': 'xmsrv_store_up',
+               'dead letters': 'xmsrv_dead_letters_up'}
+    down = [{end for end in ENDS if f'{end} unavailable' in status},
+            {end for end in ENDS if f'{end} unavailable' in text},
+            {end for end in ENDS if f'{end}: down\n' in readyz[1]},
+            {end for end in ENDS if f'class="down">{end}:' in page},
+            {end for end, name in figures.items() if not figure(port, name)}]
+    assert (readyz[0] == 503) == bool(down[2])
+    return down
+
+
+@contextlib.contextmanager
+def away(end, nsqd, standin, directory):
+    """An end is away, and meanwhile there are messages that need it."""
+    hidden = directory.with_suffix('.hidden')
+    {'queue': nsqd.stop, 'store': standin.server.refuse, 'dead letters': lambda: directory.rename(hidden)}[end]()
+    if end != 'queue':
+        nsqd.publish(TOPIC, ['no JSON'] if end == 'dead letters' else bodies(5, 10))
+    yield
+    {'queue': nsqd.restart, 'store': standin.server.listen, 'dead letters': lambda: hidden.rename(directory)}[end]()
+
+
+@pytest.mark.parametrize('period', ['0', '300ms'])
+@pytest.mark.parametrize('end', ENDS)
+def test_all_that_tells_of_an_outage_tells_the_same(nsqds, xmsrv, standin, systemd, workdir, end, period):
+    """The log, STATUS, /readyz, /healthz, the page and the metrics: in an outage, and when it is over."""
+    nsqd, = nsqds(1, '--mem-queue-size=0', '--sync-every=1')
+    fill(nsqd, 10)
+    (workdir / 'dead').mkdir()
+    port = servers.free_ports()
+    xmsrv.configure(nsqd, period=period, timeout='2s', metrics={'listen': f'127.0.0.1:{port}'},
+                    **{'dead-letter': {'topic': '', 'file': workdir / 'dead' / 'letters'}},
+                    **standin.settings(**{'total-timeout': '300ms'}))
+    running = xmsrv.start('daemon')
+    wait_until(lambda: standin.stored() == 10, 'it is under way')
+    with away(end, nsqd, standin, workdir / 'dead'):
+        wait_until(lambda: down_in_the_log(xmsrv) == {end}, 'the log tells of it', 20)
+        # A window that fails for the store closes its connections: then the queue is down as well.
+        wait_until(lambda: any(down_elsewhere(port, systemd) == [down] * 5 for down in ({end}, {end, 'queue'})),
+                   'all others tell the same', 20)
+        assert get(port, '/healthz') == (200, 'ok\n')   # it goes on: nobody has to restart it
+    wait_until(lambda: down_in_the_log(xmsrv) == set(), 'the log tells that it is over', 40)
+    wait_until(lambda: down_elsewhere(port, systemd) == [set()] * 5, 'so do all others', 20)
+    assert get(port, '/healthz') == (200, 'ok\n')
+    stopped(running)
+
+
 def test_a_secret_that_is_missing_for_a_while_ends_nothing(nsqd, xmsrv, workdir):
     fill(nsqd, 10)
     (workdir / 'password').write_text('s3cret')

@@ -349,7 +349,8 @@ def test_an_nsqd_that_comes_and_goes_does_not_fill_the_log(nsqd, xmsrv):
     nsqd.publish(TOPIC, good(3))
     with proxies.Proxy(nsqd, judge=cut) as proxy:
         done = xmsrv.once(timeout='30s', nsq={'nsqd-tcp-address': proxy.addresses})
-    lost = f'warning: nsqd {proxy.addresses[0]}: the connection was closed'
+    lost = (f'warning: queue unavailable (nsqd {proxy.addresses[0]}: the connection was closed): retrying, '
+            'consumption paused')
     assert servers.summary(done.stderr)['stored'] == 3
     assert done.stderr.splitlines().count(lost) == module.FEW == 5
     assert done.stderr.splitlines()[-1] == lost.replace(': ', ': 3 more like this in the last minute: ', 1)

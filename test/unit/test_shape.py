@@ -18,7 +18,6 @@ MAX_ATTRIBUTES, MAX_LINES = 20, 40
 # place that sets it. A new one needs its reason here; where two or more describe one thing, make them an Enum.
 FLAGS = {
     'Message.held_back': 'whether RDY is raised for it: one bit for each of thousands of messages',
-    'EndFailure.logged': 'a fact that recover() asks for the level of its line',
     'Connection.lost': 'whether the socket has ended: set once',
     'Subscription.idle': 'a measured fact, which RdyAllocator deals by',
     'Subscription.tried': 'a measured fact: RDY was above 0 for long enough',
