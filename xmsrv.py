@@ -4488,8 +4488,11 @@ class Window:
         self.pipeline.metrics.ended(self)
         self.log_summary()
         if self.failed:
-            log.error('requeued %d messages: %s', self.count['requeued'], self.detail or self.end_reason.text,
-                      extra={'fields': self.outcome})
+            reason, fields = self.detail or self.end_reason.text, {'fields': self.outcome}
+            if self.count['requeued']:
+                log.error('requeued %d messages: %s', self.count['requeued'], reason, extra=fields)
+            else:
+                log.error('the window failed: %s', reason, extra=fields)
         return self.exit_status
 
     @property
@@ -5634,8 +5637,11 @@ class Daemon:
 
     async def hold_lock(self):
         """Waits until no other run has this configuration, and says so; another state-dir has another lock."""
-        lock, news = RunLock(self.config, self.arguments.config), ChangeLog()
-        while not self.stopping and not (self.lock and self.lock.path == lock.path and self.lock.holds):
+        news = ChangeLog()
+        while not self.stopping:
+            lock = RunLock(self.config, self.arguments.config)   # anew each time: a reload may bring another
+            if self.lock and self.lock.path == lock.path and self.lock.holds:
+                return
             reason = self.blocked(lock)
             if not reason:
                 if self.lock:

@@ -435,6 +435,20 @@ def test_a_reload_with_another_state_directory_takes_its_lock(nsqd, xmsrv, workd
     stopped(running)
 
 
+def test_a_reload_while_the_lock_is_waited_for_takes_the_lock_of_the_new_state_directory(nsqd, xmsrv, workdir):
+    fill(nsqd, 0)
+    xmsrv.configure(nsqd, timeout='60s', idle_timeout='60s')
+    once = xmsrv.start('once')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 1, 'another run has the lock')
+    daemon = xmsrv.start('daemon')
+    wait_until(lambda: count(xmsrv, f'waiting for process {once.pid}'), 'the daemon waits for it')
+    xmsrv.configure(nsqd, state_dir=workdir / 'other')
+    daemon.send_signal(signal.SIGHUP)
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'it waits no more')
+    stopped(daemon)
+    stopped(once)
+
+
 def test_a_hang_up_at_any_moment_ends_nothing(nsqd, xmsrv):
     """Also before it has read its file."""
     fill(nsqd, 10)
@@ -796,6 +810,9 @@ def test_a_lost_queue_is_no_success(nsqd, xmsrv):
     wait_until(still, 'several periods have passed')
     assert figure(port, 'xmsrv_last_success_timestamp_seconds') == success
     assert (figure(port, 'xmsrv_store_up'), figure(port, 'xmsrv_connections{state="up"}')) == (1, 0)
+    # nothing was in flight, so nothing is said to have been requeued
+    assert count(xmsrv, f'the window failed: nsqd {nsqd.tcp}') > 0
+    assert not count(xmsrv, 'requeued 0 messages')
     stopped(running)
 
 
