@@ -195,6 +195,11 @@ DEAD = Answer('dead')               # durably kept as dead letter, or discarded 
 # and Answer('unsettled', None, detail): nobody knows what is wrong with the message; it comes again later
 
 
+def distinct(results: Sequence[Answer]) -> Sequence[Answer]:
+    """The different results of a batch; mostly it is one for all, which list.count() sees at C speed."""
+    return results[:1] if results.count(results[0]) == len(results) else list(dict.fromkeys(results))
+
+
 def rfc3339(seconds: float) -> str:
     """Seconds since 1970 as `2026-11-24T03:44:00.123456Z`."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime('%Y-%m-%dT%H:%M:%S.%fZ')
@@ -644,24 +649,30 @@ class Figures:
         histogram[bisect.bisect_left(BOUNDS[name], value)] += 1
         histogram[-1] += value
 
+    def observe_all(self, name: str, values: list[float]) -> None:
+        """Many values of a histogram, as observe() takes each: sorted, for then it is one search a bound."""
+        values.sort()
+        histogram, below = self.histograms[name], 0
+        for bucket, bound in enumerate([*BOUNDS[name], math.inf]):
+            upto = bisect.bisect_right(values, bound)
+            histogram[bucket] += upto - below
+            below = upto
+        histogram[-1] += sum(values[bisect.bisect_left(values, 0.0):])
+
     # -- what is counted
 
     def batch(self, records, seconds, answers):
         """A call of the store."""
         self.observe('xmsrv_store_batch_seconds', seconds)
         self.observe('xmsrv_store_batch_records', records)
-        for answer in answers:
+        for answer in distinct(answers):
             if answer.outcome in ('retry', 'stop'):
-                self.add('xmsrv_store_errors_total', 1, str(answer.reason))
+                self.add('xmsrv_store_errors_total', answers.count(answer), str(answer.reason))
 
     def settled(self, answer, messages, now):
         """Messages that are finished, by the same answer."""
         if answer is STORED:
-            lags, bounds = self.histograms['xmsrv_lag_seconds'], BOUNDS['xmsrv_lag_seconds']
-            for message in messages:   # as observe(), without its look-ups: this is done for each message
-                lag = max(0.0, now - message.timestamp / 1e9)   # the clock of the nsqd may be ahead of ours
-                lags[bisect.bisect_left(bounds, lag)] += 1
-                lags[-1] += lag
+            self.observe_all('xmsrv_lag_seconds', [now - message.timestamp / 1e9 for message in messages])
         elif answer is DEAD:
             for message in messages:
                 self.add('xmsrv_dead_letters_total', 1, message.unfit.reason)
@@ -1764,7 +1775,7 @@ class Message:
         self.timestamp = timestamp
         self.attempts = attempts
         self.body = body
-        self.key = f'{id.decode("ascii", "replace")}-{timestamp:x}-{zlib.crc32(body):x}'
+        self.key = (b'%b-%x-%x' % (id, timestamp, zlib.crc32(body))).decode('ascii', 'replace')
         self.record: Record | None = None
         self.unfit: Unfit | None = None
         self.touched = self.received = now
@@ -1853,7 +1864,7 @@ def decode(body: bytes) -> dict[str, Any]:
     again with markers and walked, which also finds the field to blame.
     """
     if (92 not in body and LONG_NUMBER not in body.translate(DIGITS)   # 92: a backslash, of \u0000 or \ud800
-            and body.count(b'[') + body.count(b'{') <= MAX_DEPTH):
+            and (len(body) <= 2 * MAX_DEPTH or body.count(b'[') + body.count(b'{') <= MAX_DEPTH)):
         try:
             text = body.strip(b' \t\r\n').decode()
             value, end = scan(text, 0)
@@ -3013,6 +3024,13 @@ class AerospikeStore(Store):
             self.call_apart(writes, deadline)
         else:
             self.call(writes, deadline)
+        if not any(write.result for write in writes):   # as it mostly is
+            self.proven = True
+            return [STORED] * len(writes)
+        return self.judge(records, writes, deadline)
+
+    def judge(self, records: list[Record], writes: list[Any], deadline: float) -> list[Answer]:
+        """An Answer for each record of a batch of which not all were simply stored."""
         outcomes = [self.answers.get(write.result, 'unknown') for write in writes]
         self.proven = self.proven or any(outcome in JUDGED for outcome in outcomes)
         if 'stop' in outcomes:
@@ -3593,6 +3611,9 @@ class Batcher:
 
     def cut_batch(self) -> Batch:
         """Takes one batch off what is pending."""
+        if len(self.pending) <= self.size and self.pending_bytes <= self.max_bytes:   # all, as it mostly is
+            messages, self.pending, self.pending_bytes = list(self.pending), collections.deque(), 0
+            return Batch(messages)
         messages, weight = [], 0
         while self.pending and len(messages) < self.size and (
                 not messages or weight + len(self.pending[0].body) <= self.max_bytes):
@@ -3607,9 +3628,10 @@ class Batcher:
         self.calls.remove(started)
         self.log_results(batch, results, asyncio.get_running_loop().time() - started)
         retry = self.settle(batch.messages, results)
-        if all(map(is_outage, results)):
+        different = distinct(results)
+        if all(map(is_outage, different)):
             self.on_batch_failure(batch, results[0], retry)
-        elif NO_VERDICT.isdisjoint([result.outcome for result in results]):
+        elif NO_VERDICT.isdisjoint([result.outcome for result in different]):
             self.on_batch_accepted(batch, retry)
         self.flush()
 
@@ -4134,12 +4156,13 @@ class RecordQueue:
     def take(self, most: int) -> tuple[list, list]:
         """At most `most` of the messages, as (those that have a record now, those that can never have one)."""
         fit, invalid = [], []
-        while self.waiting and len(fit) < most and (self.decoded < self.max_held or not self.decoded):
-            message = self.waiting.popleft()
-            message.size = decoded_size(message.body)
-            self.decoded += message.size
+        waiting, as_record = self.waiting, self.mapper.record
+        while waiting and len(fit) < most and (self.decoded < self.max_held or not self.decoded):
+            message = waiting.popleft()
+            message.size = size = decoded_size(message.body)
+            self.decoded += size
             try:
-                message.record = self.mapper.record(message)
+                message.record = as_record(message)
                 fit.append(message)
             except Unfit as unfit:
                 message.unfit = unfit
