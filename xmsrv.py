@@ -3730,7 +3730,6 @@ def group_by_result(messages: list, results: list):
 
 LOOKUP_INTERVAL = 5.0       # seconds between questions to nsqlookupd
 LOOKUP_PATIENCE = 0.5       # seconds that the first question waits for the other nsqlookupds once one has named nsqds
-IDLE_TICK = 0.5             # seconds between looks at the connections while no window takes messages
 FIRST_MESSAGE_SIZE = 64 << 10   # bytes that a message is taken to have before any has come
 REQUEUE_DELAYS = 1, 600     # seconds: of the first delivery that can't be settled, and at most
 
@@ -3880,6 +3879,7 @@ class Consumer:
         self.deliver: Callable[[list[Message]], None] | None = None
         self.requeued = self.late = 0
         self.idle_since: float | None = None
+        self.tick_due = asyncio.Event()   # there is something to look after again
         self.poller = LookupPoller(config, topic, self) if config.nsq.lookupd_http_address else None
 
     async def open(self) -> None:
@@ -3963,6 +3963,7 @@ class Consumer:
     def start(self, credit: Callable[[], int], deliver: Callable[[list], None]) -> None:
         """From now on messages go to the window; each nsqd has to show anew that it has nothing."""
         self.credit, self.deliver = credit, deliver
+        self.tick_due.set()
         self.requeued = self.late = 0
         self.idle_since = None
         for connection in self.connections:
@@ -3988,6 +3989,8 @@ class Consumer:
         if self.deliver:
             self.deliver(fresh)
             self.reduce_rdy(connection)
+        else:   # they wait for the next window, and have to be kept alive meanwhile
+            self.tick_due.set()
 
     def on_redelivery(self, first: Message, second: Message) -> None:
         """nsqd has delivered a message in flight again: the answer goes to where it came from last."""
@@ -4116,7 +4119,17 @@ class Consumer:
                 last_touch = now
                 self.touch(now)
             self.tasks.wake.set()
-            await asyncio.sleep(TICK if self.credit else min(IDLE_TICK, shortest / 8))
+            await self.next_tick(shortest / 8)
+
+    async def next_tick(self, touch_interval: float) -> None:
+        """Waits until there is something to look after. Between windows that is TOUCH alone, and nothing at all where
+        no message is in flight: an idle daemon sleeps."""
+        self.tick_due.clear()
+        if self.credit:
+            await asyncio.sleep(TICK)
+            return
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.tick_due.wait(), touch_interval if self.in_flight else None)
 
     async def close(self) -> None:
         """Ends every connection. What is still in flight then is nsqd's, after msg-timeout."""
@@ -5209,7 +5222,6 @@ class WindowRunner:
         async with topic_pipeline(self.config, store, self.figures, self.health) as pipeline:
             self.pipeline = pipeline
             self.health.recover('queue')
-            pipeline.tasks.start(self.clear_error_when_idle(pipeline.source))
             try:
                 while not self.ending:
                     await self.run_window(await self.grant(), pipeline)
@@ -5224,7 +5236,9 @@ class WindowRunner:
         self.window = window = Window(pipeline, limits, Mapper(config))
         if self.ending:
             window.end(self.ending)
+        clearing = pipeline.tasks.start(self.clear_error_when_idle(pipeline.source))
         await window.run()
+        clearing.cancel()
         self.window = None
         window.report()
         self.report(window)
@@ -5232,7 +5246,7 @@ class WindowRunner:
             raise StoreAway(window.detail)
         self.backoff.reset()
 
-    async def clear_error_when_idle(self, source: Consumer) -> None:
+    async def clear_error_when_idle(self, source: Source) -> None:
         """When nothing comes, no batch can show that the store is back: then its connection has to be enough."""
         while True:
             await asyncio.sleep(RECOVERY_TICK)
