@@ -20,6 +20,7 @@ from servers import PROGRAM, Nsqd, Xmsrv, spawn, summary, wait_until  # noqa: E4
 
 TOPIC = 'bench'
 LARGE = 1_000_000
+IDLE_SECONDS = 10
 
 
 class Cost:
@@ -101,11 +102,12 @@ class Cluster:
         return f'aerospike:{self.address}:{self.namespace}:{self.set}'
 
     def bare(self, directory, count):
-        """The messages a second of the bare client."""
+        """The messages a second of the bare client, and the CPU microseconds that it takes for one."""
         self.empty()
         command = [sys.executable, ROOT / 'bench' / 'bare.py', self.address, self.namespace, self.set, count]
         said = subprocess.run([str(part) for part in command], cwd=directory, check=True, stdout=subprocess.PIPE).stdout
-        return count / float(said)
+        seconds, cpu = map(float, said.split())
+        return count / seconds, cpu / count * 1e6
 
 
 def show(name, count, costs):
@@ -130,9 +132,40 @@ def throughput(nsqd, directory, count, rounds, cluster=None):
     a = show(f'(a) x-msrv once, {"aerospike" if cluster else "sqlite"}', count, ours)
     b = show(f'(b) pynsq Reader, {"one put" if cluster else "insert, commit per 100"}', count, theirs)
     if cluster:
-        print(f'{"(c) bare client, batch_write of 500":44} {statistics.median(bare):9,.0f}')
-    print(f'(a) / (b)  {a / b:.1f}' + (f'   (a) / (c)  {a / statistics.median(bare):.2f}' if cluster else ''))
+        show_bare(a, statistics.median(cost.cpu for cost in ours) / count * 1e6, bare)
+    print(f'(a) / (b)  {a / b:.1f}')
     return max(cost.memory for cost in ours)
+
+
+def show_bare(rate, cpu, bare):
+    """Prints the bare client's medians, and x-msrv's messages a second and CPU microseconds a message beside them."""
+    bare_rate, bare_cpu = map(statistics.median, zip(*bare, strict=True))
+    print(f'{"(c) bare client, batch_write of 500":44} {bare_rate:9,.0f} {bare_cpu / 10:10.2f}')
+    print(f'(a) / (c)  {rate / bare_rate:.2f}; CPU a message {cpu:.1f} us, of the bare client {bare_cpu:.1f} us, '
+          f'ratio {cpu / bare_cpu:.2f}')
+
+
+def wakes(pid):
+    """(voluntary context switches of the main thread, CPU seconds) of a process so far."""
+    status = dict(line.split(':', 1) for line in Path(f'/proc/{pid}/status').read_text().splitlines())
+    ticks = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[11:13]
+    return int(status['voluntary_ctxt_switches']), sum(map(int, ticks)) / os.sysconf('SC_CLK_TCK')
+
+
+def idle_daemon(nsqd, directory):
+    """Wake-ups and CPU of a daemon between two windows, with nothing in the queue."""
+    fill(nsqd, 0)
+    program = Xmsrv(tempfile.mkdtemp(dir=directory))
+    program.configure(nsqd, topic=TOPIC, period='10m', timeout='5s')
+    running = program.start('daemon', '-v')
+    try:
+        wait_until(lambda: 'window: ends' in program.log.read_text(), 'the first window is over', 30)
+        begun, before = time.monotonic(), wakes(running.pid)
+        wait_until(lambda: time.monotonic() - begun >= IDLE_SECONDS, 'the time to count is over', 2 * IDLE_SECONDS)
+        switches, cpu = (now - then for now, then in zip(wakes(running.pid), before, strict=True))
+        print(f'\nidle daemon: {switches / IDLE_SECONDS:.1f} wake-ups a second, CPU {cpu / IDLE_SECONDS:.2%}')
+    finally:
+        program.close()
 
 
 def start_to_exit(nsqd, directory, rounds, cluster=None):
@@ -178,6 +211,7 @@ def main():
             memory = throughput(nsqd, directory, options.count, options.rounds, stores[name])
             start_to_exit(nsqd, directory, options.rounds, stores[name])
             large(nsqd, directory, memory, stores[name])
+        idle_daemon(nsqd, directory)
     if stores['aerospike']:
         stores['aerospike'].empty()
 
