@@ -1,7 +1,7 @@
 """The bare Aerospike client, for comparison: batch_write of 500 records that are ready made, nothing else.
 
-Usage: bare.py HOST:PORT NAMESPACE SET COUNT. Prints the seconds and the CPU seconds of the writing alone: no queue, no JSON, no key to
-make, so nothing that stores messages by this client in one thread can be faster.
+Usage: bare.py HOST:PORT NAMESPACE SET COUNT. Prints the seconds and the CPU seconds of the writing alone: no queue, no
+JSON, no key to make, so nothing that stores messages by this client in one thread can be faster.
 """
 import sys
 import time
