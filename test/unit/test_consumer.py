@@ -275,6 +275,21 @@ def test_a_frame_of_an_impossible_size_ends_the_connection(size):
     with_consumer(steps)
 
 
+def test_what_was_asked_for_and_is_not_offered_ends_the_handshake_before_a_secret_is_sent():
+    async def steps(consumer, window, connection):
+        taken(connection)
+        connection.info = {}
+        with pytest.raises(QueueError, match='does not offer it'):
+            await connection.start_tls(None)
+        with pytest.raises(QueueError, match='does not do it'):
+            await asyncio.wait_for(connection.authenticate(b'secret'), 1)
+        connection.info = {'auth_required': True}
+        with pytest.raises(QueueError, match='AUTH required'):
+            await connection.authenticate(None)
+        assert taken(connection) == []
+    with_consumer(steps)
+
+
 def test_a_connection_closes_behind_all_answers_and_after_close_wait():
     async def steps(consumer, window, connection):
         come(connection, 1)

@@ -130,6 +130,13 @@ def test_the_history_grows_to_a_limit_and_keeps_the_latest():
     assert [entry['detail'] for entry in header['history']] == [f'try {n}' for n in range(4, 24)]
 
 
+def test_the_envelope_has_where_it_came_from_and_the_first_time_as_text():
+    header = xmsrv.envelope(fakes.message(3, conn='nsqd:1', attempts=2), 'k', Unfit('key', 'none'), 'orders', 'x-msrv')
+    assert header.pop('time')
+    assert header == {'reason': 'key', 'detail': 'none', 'key': 'k', 'topic': 'orders', 'channel': 'x-msrv',
+                      'nsqd': 'nsqd:1', 'id': f'{3:016d}', 'attempts': 2, 'timestamp': '1003'}
+
+
 # -- the keeper
 
 class Publisher:
@@ -317,6 +324,14 @@ def test_nothing_changes_where_nothing_was_stored_nor_failed(tmp_path):
     before = path.stat().st_ino
     replayed(path, lambda source, messages: (source.requeue(messages), source.commit()))
     assert (path.stat().st_ino, path.read_bytes()) == (before, letter(1))
+
+
+def test_what_a_replay_that_was_killed_has_left_is_not_in_the_new_file(tmp_path):
+    path = tmp_path / 'dead'
+    path.write_bytes(letter(1) + letter(2))
+    (tmp_path / 'dead.replay').write_bytes(letter(9) * 5)
+    replayed(path, lambda source, messages: (source.finish(messages[:1]), source.commit()))
+    assert path.read_bytes() == letter(2)
 
 
 def test_a_second_replay_is_kept_out(tmp_path):

@@ -44,6 +44,8 @@ def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, k
         async def call(messages):
             await asyncio.sleep(0.01)
             answer = write([message.n for message in messages], loop.time() - 1000)
+            if asyncio.iscoroutine(answer):
+                answer = await answer
             return answer if isinstance(answer, list) else [answer] * len(messages)
 
         async def keep_all(messages):
@@ -121,7 +123,7 @@ def test_the_first_reason_stays_but_for_one_that_does_not_drain():
     async def steps(window, queue):
         window.end(End.IDLE)
         window.end(End.TIMEOUT)
-        assert window.end_reason is End.IDLE
+        assert (window.end_reason, window.credit(), window.left > 0) == (End.IDLE, 0, True)
         window.end(End.SIGNAL)
         window.end(End.STORE_FAILED, 'gone')
     window, _ = window_of(steps)
@@ -139,6 +141,22 @@ def test_an_outage_to_the_end_requeues_all_and_names_the_last_answer():
     assert (window.end_reason, window.exit_status) == (End.STORE_FAILED, 75)
     assert 'out of time' in window.detail and 'last answer: no answer' in window.detail
     assert (queue.finished, len(queue.requeues)) == ([], 6)
+
+
+def test_a_full_window_waits_for_a_store_that_is_away_for_a_while():
+    window, queue = window_of(sent(*range(4)), (4, 10.0, 0.5), write=lambda numbers, now: AWAY if now < 3 else STORED)
+    assert (window.end_reason, sorted(queue.finished), queue.requeues) == (End.FULL, [0, 1, 2, 3], [])
+
+
+def test_a_call_that_never_comes_back_does_not_hold_the_window():
+    window, queue = window_of(sent(1), write=lambda numbers, now: asyncio.sleep(1e6))
+    assert (window.end_reason, window.exit_status, queue.requeues) == (End.STORE_FAILED, 75, [(1, 0)])
+    assert 'has not come back in 2.5 s' in window.detail and window.times.seconds < 13
+
+
+def test_records_that_are_busy_to_the_end_are_a_failure():
+    window, queue = window_of(sent(1), write=lambda numbers, now: Answer('busy', 14, 'hot'))
+    assert (window.end_reason, window.exit_status, queue.requeues) == (End.STORE_FAILED, 75, [(1, 0)])
 
 
 def test_credit_is_0_in_an_outage_one_batch_for_the_probe_and_then_what_is_left():
@@ -163,6 +181,7 @@ def test_a_dead_letter_that_nobody_keeps_is_requeued_with_a_delay_that_grows(att
     assert queue.requeues == [(1, delay)]
     assert (window.end_reason, window.exit_status) == (End.DEAD_LETTERS_FAILED, 75)
     assert window.detail == '1 dead letters could not be kept'
+    assert window.pipeline.health.up('dead letters')    # the keeper works: it refuses this one
 
 
 def test_letters_that_nobody_keeps_do_not_end_the_window_nor_use_it_up_twice():
