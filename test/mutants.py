@@ -102,7 +102,7 @@ MUTANTS = (
     Mutant('permanent errors are tried again', "'refused'),   # the message's own", "'retry'),   # the message's own"),
     Mutant('too big is tried again', "13: 'too-big'", "13: 'retry'"),
     Mutant('a busy record is an outage', "(14, 28, 120), 'busy'", "(14, 28, 120), 'retry'"),
-    Mutant('no answer stops', '(-15, -14, -10, -8, 7, 9, 11, 18)', '(-14, -10, -8, 7, 9, 11, 18)'),
+    Mutant('no answer is an unknown answer', '(-15, -14, -10, -8, 7, 9, 11, 18)', '(-14, -10, -8, 7, 9, 11, 18)'),
     Mutant('commit level', 'aerospike.POLICY_COMMIT_LEVEL_ALL', 'aerospike.POLICY_COMMIT_LEVEL_MASTER'),
     Mutant('the key is not sent', "'key': aerospike.POLICY_KEY_SEND", "'key': aerospike.POLICY_KEY_DIGEST"),
     Mutant('no ttl', "'ttl': self.record.ttl}", "'ttl': 0}"),
