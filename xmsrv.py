@@ -3102,7 +3102,7 @@ class AerospikeStore(Store):
         if outcome == 'refused':
             return Answer('refused', code, f'{text}, and no write of this run has succeeded yet')
         if outcome == 'unknown':
-            log.error('%s; its messages are tried again, and handed back', text)
+            log.error('%s; its messages are tried again, and requeued at the end', text)
         return Answer(outcome if outcome in ('stop', 'busy') else 'retry', code, text)
 
     def compare(self, records, deadline):
@@ -3824,6 +3824,31 @@ def shares(states, budget):
     return rdys
 
 
+class HeldBytes:
+    """The bytes of the messages in flight, and how many more messages they leave room for.
+
+    size: bytes that the next messages may have. A large one raises it at once, each small one lowers it a little.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.total, self.size = most, 0, FIRST_MESSAGE_SIZE
+
+    def add(self, sizes: list[int]) -> None:
+        """Messages of these sizes have come."""
+        self.total += sum(sizes)
+        self.size = max(int(self.size * 0.95 ** len(sizes)), 1, *sizes)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more may come."""
+        return self.total >= self.most
+
+    @property
+    def room(self) -> int:
+        """How many more messages may come; one always may, for a message can be larger than all that is allowed."""
+        return max(1, (self.most - self.total) // self.size)
+
+
 class LookupPoller:
     """Asks nsqlookupd for the nsqds of a topic, in the background, and tells the Consumer what it names."""
 
@@ -3873,8 +3898,7 @@ class Consumer:
         self.connections = []       # Subscriptions that are up
         self.connect_errors = {}    # address -> None, or the error of its last attempt
         self.in_flight = {}         # key -> Message without an answer yet
-        self.held_bytes = 0         # of their bodies
-        self.message_size = FIRST_MESSAGE_SIZE   # bytes that the next messages may have
+        self.held = HeldBytes(config.nsq.max_held)
         self.credit: Callable[[], int] | None = None   # of the window that takes messages
         self.deliver: Callable[[list[Message]], None] | None = None
         self.requeued = self.late = 0
@@ -3983,8 +4007,7 @@ class Consumer:
         connection.idle = connection.tried = False
         self.idle_since = None
         sizes = [len(message.body) for message in fresh]
-        self.held_bytes += sum(sizes)
-        self.message_size = max(int(self.message_size * 0.95 ** len(sizes)), 1, *sizes)
+        self.held.add(sizes)
         log.debug('nsqd %s: %d messages', connection, len(messages))
         if self.deliver:
             self.deliver(fresh)
@@ -4019,18 +4042,17 @@ class Consumer:
         RDY may add up to 108.
         """
         credit = self.credit() if self.credit else 0
-        if credit <= 0 or self.held_bytes >= self.config.nsq.max_held:
+        if credit <= 0 or self.held.full:
             return 0
         held_back = sum([c.held_back for c in self.connections])
-        room = max(1, (self.config.nsq.max_held - self.held_bytes) // self.message_size)
-        return max(0, min(credit, self.max_in_flight - held_back, len(self.in_flight) - held_back + room))
+        return max(0, min(credit, self.max_in_flight - held_back, len(self.in_flight) - held_back + self.held.room))
 
     def reduce_rdy(self, connection) -> None:
         """Takes what has come off its connection's RDY, where the window is near its end or many bytes are in flight:
         before any FIN can free a slot, and without touching the RDY of another connection."""
         budget = self.budget
         connection.set_rdy(RdyAllocator.reduced(connection, self.connections, budget))
-        if budget == 0 or self.message_size * self.max_in_flight > self.config.nsq.max_held:
+        if budget == 0 or self.held.room < self.max_in_flight:   # else a tick is soon enough
             self.on_credit_change()
 
     def on_credit_change(self) -> None:
@@ -4082,7 +4104,7 @@ class Consumer:
                 late += len(group)
             else:
                 connection.send(b''.join([command % message.id for message in group]))
-        self.held_bytes -= sum([len(message.body) for message in messages])
+        self.held.total -= sum([len(message.body) for message in messages])
         self.late += late
         return late
 

@@ -126,7 +126,7 @@ def test_each_message_is_answered_once_and_a_delay_is_in_milliseconds():
         consumer.finish(messages)
         consumer.finish(messages)
         assert taken(connection) == ['REQ 0000000000000001 2000', 'FIN 0000000000000002']
-        assert (consumer.requeued, consumer.late, consumer.held_bytes, connection.in_flight) == (1, 0, 0, 0)
+        assert (consumer.requeued, consumer.late, consumer.held.total, connection.in_flight) == (1, 0, 0, 0)
     with_consumer(steps)
 
 

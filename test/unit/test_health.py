@@ -43,15 +43,16 @@ def test_a_failure_is_said_once_and_its_end_with_how_long_it_took(lines):
                      ('WARNING', 'store recovered after 5.0 s')]
 
 
-def test_a_failure_of_another_kind_is_a_warning_again_and_one_that_was_logged_is_none(lines):
+def test_a_failure_of_another_kind_is_a_warning_again_and_the_same_is_none(lines):
     async def main():
         health = Health()
-        health.fail('queue', 'refused', logged=True)
+        health.fail('queue', 'refused')
+        health.fail('queue', 'refused')
         health.fail('queue', 'no name')
         health.fail('dead letters', 'full')
-        assert health.trouble == 'queue unavailable: no name'
+        assert health.trouble == 'queue unavailable: no name; dead letters unavailable: full'
     clock.run(main())
-    assert [level for level, _ in lines] == ['DEBUG', 'WARNING', 'WARNING']
+    assert [level for level, _ in lines] == ['WARNING', 'DEBUG', 'WARNING', 'WARNING']
     assert lines[-1][1] == 'dead letters unavailable (full): retrying'    # for the queue flows meanwhile
 
 
