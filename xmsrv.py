@@ -24,6 +24,8 @@ def catch_early_signals():
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, exit_at_once)
+    if 'daemon' in sys.argv or 'worker' in sys.argv:   # it has not read its file yet, so there is nothing to read again
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 # The program, not a test that imports it. Its own directory is called so, too, in the packages.

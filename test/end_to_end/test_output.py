@@ -216,14 +216,28 @@ def test_130_is_an_interrupted_check_without_a_word(xmsrv):
     (signal.SIGINT, ['once'], 0), (signal.SIGINT, ['replay'], 0), (signal.SIGINT, ['config', '--sample'], 130)])
 def test_a_signal_that_comes_before_all_else_is_heard(nsqd, xmsrv, workdir, monkeypatch, number, command, status):
     """While it is still importing: here for long. Not a word is said."""
+    running = importing(nsqd, xmsrv, workdir, monkeypatch, command)
+    running.send_signal(number)
+    assert (running.wait(timeout=10), xmsrv.log.read_text()) == (status, '')
+
+
+def test_a_hangup_that_comes_before_all_else_does_not_end_a_daemon(nsqd, xmsrv, workdir, monkeypatch):
+    """It is about to read its file anyway."""
+    running = importing(nsqd, xmsrv, workdir, monkeypatch, ['daemon'])
+    running.send_signal(signal.SIGHUP)
+    running.send_signal(signal.SIGTERM)
+    assert (running.wait(timeout=10), xmsrv.log.read_text()) == (0, '')
+
+
+def importing(nsqd, xmsrv, workdir, monkeypatch, command):
+    """A process of the program that is importing, for as long as it lives."""
     (workdir / 'voluptuous.py').write_text('import threading\nopen("importing", "w")\nwhile True:\n'
                                            '    threading.Event().wait(0.1)\n')
     monkeypatch.setenv('PYTHONPATH', str(workdir))
     xmsrv.configure(nsqd)
     running = xmsrv.start(*command)
     wait_until((workdir / 'importing').exists, 'it is importing')
-    running.send_signal(number)
-    assert (running.wait(timeout=10), xmsrv.log.read_text()) == (status, '')
+    return running
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

@@ -726,7 +726,8 @@ def test_nsqd_that_restarts_in_mid_window_loses_nothing(xmsrv, nsqds, how):
     assert numbers(xmsrv) == list(range(300))
     assert left([nsqd]) == 0
     told = servers.summary(xmsrv.log.read_text())
-    assert (told['stored'], told['late']) == (told['received'], 100)
+    # What nsqd has delivered again before the store was free is answered there, and is not late.
+    assert told['stored'] == told['received'] and 0 < told['late'] <= 100
 
 
 def test_connection_that_breaks_in_mid_flow_loses_nothing(xmsrv, nsqds):
