@@ -136,7 +136,7 @@ def test_a_window_without_end_flows(nsqd, xmsrv, workers):
     assert count(xmsrv, 'received') == 0
     stopped(running)
     assert numbers(xmsrv) == list(range(1001))
-    assert count(xmsrv, 'received') == workers
+    assert 1 <= count(xmsrv, 'received') <= workers   # one to which nothing came has nothing to say
 
 
 def test_what_comes_beyond_n_is_kept_for_the_next_window(nsqds, xmsrv):

@@ -93,6 +93,8 @@ def check_sizes(nsqd, xmsrv, rows, own_bins=1, **settings_):
     @example([('fields', 32766), ('fields', 32767), ('fields', 65536), ('string', 1), ('fields', 70_000)])
     def round_trip(batch):
         values = [{**SHAPES[shape](size), 'n': n} for n, (shape, size) in enumerate(batch)]
+        # What nsqd does not take (--max-msg-size), with the header of a dead letter, nobody can publish.
+        values = [value for value in values if len(json.dumps(value)) < (1 << 20) - 4096]
         bodies = [json.dumps(value).encode() for value in values]
         topic = next(topics)
         dead = window(nsqd, xmsrv, topic, bodies, settings_)
