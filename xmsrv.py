@@ -13,13 +13,13 @@ import sys
 CALMLY_STOPPED = {'once', 'daemon', 'worker', 'replay'}   # commands that a signal ends with 0, as nothing was taken
 
 
-def exit_at_once(number, _):
+def exit_at_once(number: int, _: object) -> None:
     """SIGTERM and SIGINT until a command has its own handler: there is nothing to finish yet. Without a handler the
     process 1 of a container would not hear SIGTERM at all, and SIGINT would show where it was."""
     os._exit(0 if CALMLY_STOPPED.intersection(sys.argv) else 128 + number)
 
 
-def catch_early_signals():
+def catch_early_signals() -> None:
     """Has exit_at_once() handle what the parent process does not have ignored."""
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -72,7 +72,7 @@ import time
 import types
 import typing
 import zlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 import configobj
@@ -218,14 +218,14 @@ def grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> Iterable[tuple
     return groups.items()
 
 
-def require_regular(filename):
+def require_regular(filename: str) -> None:
     """Raises OSError where something stands there that is no regular file: a device, a pipe, a FIFO, a directory."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(filename).st_mode):
             raise OSError(errno.EINVAL, 'not a regular file', filename)
 
 
-def open_regular(filename, flags, mode=0o640):
+def open_regular(filename: str, flags: int, mode: int = 0o640) -> int:
     """Opens a regular file. Returns its descriptor. Raises OSError; it never waits for the other end of a FIFO."""
     require_regular(filename)   # for to open a device may already do something
     fd = os.open(filename, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode)
@@ -268,16 +268,16 @@ def write_all(fd: int, data: bytes) -> None:
 class Output(io.TextIOWrapper):
     """Standard output. A write that fails is told apart from all other errors of input and output, and says so once."""
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         """As print() does it. Raises OutputError, ReaderGone."""
         return self.attempt(super().write, text)
 
-    def flush(self):
+    def flush(self) -> None:
         """Raises OutputError, ReaderGone."""
         self.attempt(super().flush)
 
     @staticmethod
-    def attempt(call, *arguments):
+    def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
         """Calls. After a failure all that is still to be written goes nowhere, else Python would try it again when it
         exits, and end with a status of its own."""
         try:
@@ -291,17 +291,17 @@ class Output(io.TextIOWrapper):
             raise OutputError(f'standard output: {error.strerror}') from None
 
 
-def set_up_output():
+def set_up_output() -> None:
     """Has print() go by Output. What a terminal's encoding lacks is escaped; a file or a pipe gets UTF-8, as the
     configuration is read, whatever the locale."""
     before = sys.stdout
     if type(before) is io.TextIOWrapper and before.fileno() == OUTPUT:   # else it is closed, or somebody captures it
-        options = {'line_buffering': before.line_buffering, 'write_through': before.write_through}
+        buffering, through = before.line_buffering, before.write_through
         encoding = before.encoding if before.isatty() else 'utf-8'
-        sys.stdout = Output(before.detach(), encoding, 'backslashreplace', **options)
+        sys.stdout = Output(before.detach(), encoding, 'backslashreplace', None, buffering, through)
 
 
-def watchdog_interval():
+def watchdog_interval() -> float | None:
     """Seconds from one WATCHDOG=1 to the next, half of what sd_watchdog_enabled(3) says; None: nobody waits for it."""
     microseconds = os.environ.get('WATCHDOG_USEC', '')
     if os.environ.get('WATCHDOG_PID', str(os.getpid())) != str(os.getpid()):
@@ -2077,7 +2077,7 @@ HANDSHAKE_STEPS = 7         # at most: credentials, name, TCP, IDENTIFY, TLS, AU
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
 HEARTBEAT = 10.0            # seconds; nsqd closes after two of its own unanswered, so do we
 DEFAULT_HEARTBEAT = 60.0    # seconds; of an nsqd that refused ours: half its --client-timeout, 30 as it comes
-HTTP_TIMEOUTS = {'connect_timeout': LOOKUP_TIMEOUT, 'request_timeout': LOOKUP_TIMEOUT}
+HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_timeout': LOOKUP_TIMEOUT}
 FLUSH = 25                  # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 BUFFER = 64 * 1024          # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK = 0.025                # seconds between looks at RDY, idleness and TOUCH
@@ -2088,9 +2088,11 @@ FRAME = struct.Struct('>ii')            # size of what follows, frame type
 HEAD = struct.Struct('>iiqH16s')        # of a message: size, type, timestamp, attempts, id
 REFUSED_ANSWERS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')   # not fatal: nsqd has delivered it again
 UNREACHABLE = (OSError, QueueError, asyncio.TimeoutError, UnicodeError)   # the last: a name that is none
+Address = tuple[str, int]               # host, port
+Nsqds = dict[Address, int | None]       # address -> HTTP port, where nsqlookupd has named it
 
 
-def explained(error):
+def explained(error: BaseException | None) -> str:
     """An exception of a connection as a few words."""
     cause = getattr(error, 'real_error', None) or error
     if isinstance(cause, asyncio.TimeoutError):
@@ -2109,9 +2111,10 @@ class NameResolver(Resolver):
     does not answer use them up. c-ares (tornado's CaresResolver) is deprecated, and does not read nsswitch.conf.
     """
 
-    lookups = {}   # name -> the Future of its thread: one a name, however often it is asked for meanwhile
+    # name -> the Future of its thread: one a name, however often it is asked for meanwhile
+    lookups: dict[tuple[str, int], concurrent.futures.Future[list[Any]]] = {}
 
-    async def resolve(self, host, port, family=socket.AF_UNSPEC):
+    async def resolve(self, host: str, port: int, family: int = socket.AF_UNSPEC) -> list[tuple[int, Any]]:
         """[(family, address)] for connect(). Raises OSError."""
         try:
             found = look_up_name(host, family, socket.AI_NUMERICHOST)   # an IP address, which needs no name server
@@ -2119,7 +2122,7 @@ class NameResolver(Resolver):
             found = await asyncio.wrap_future(self.lookup(host, family))
         return [(family, (sockaddr[0], port, *sockaddr[2:])) for family, _, _, _, sockaddr in found]
 
-    def lookup(self, host, family):
+    def lookup(self, host: str, family: int) -> concurrent.futures.Future[list[Any]]:
         """The Future of the thread that asks for `host`; of what it finds nothing is kept when it ends."""
         key = host, family
         future = self.lookups.get(key)
@@ -2129,7 +2132,7 @@ class NameResolver(Resolver):
             threading.Thread(target=self.run, args=(future, key), daemon=True).start()   # daemon: no exit waits for it
         return future   # by now the thread may have ended
 
-    def run(self, future, key):
+    def run(self, future: concurrent.futures.Future[list[Any]], key: tuple[str, int]) -> None:
         """In the thread: asks."""
         try:
             found = look_up_name(*key)
@@ -2144,16 +2147,16 @@ class NameResolver(Resolver):
 class ResolvedName(Resolver):
     """Addresses that are known already, as NameResolver gives them."""
 
-    def initialize(self, addresses):
+    def initialize(self, addresses: list[tuple[int, Any]]) -> None:
         """Takes the addresses."""
         self.addresses = addresses
 
-    async def resolve(self, host, port, family=socket.AF_UNSPEC):
+    async def resolve(self, host: str, port: int, family: int = socket.AF_UNSPEC) -> list[tuple[int, Any]]:
         """The same addresses for each name."""
         return self.addresses
 
 
-def look_up_name(host, family, flags=0):
+def look_up_name(host: str, family: int, flags: int = 0) -> list[Any]:
     """What getaddrinfo says of a name, for any port. Raises OSError, or UnicodeError for what can be no name."""
     return socket.getaddrinfo(host, 0, family, socket.SOCK_STREAM, flags=flags)
 
@@ -2161,11 +2164,11 @@ def look_up_name(host, family, flags=0):
 class Link:
     """How every nsqd is reached, by the options of [nsq]."""
 
-    def __init__(self, config):
+    def __init__(self, config: types.SimpleNamespace) -> None:
         self.tls_options, self.secret_file = config.nsq.tls, config.nsq.auth_secret_file
         self.msg_timeout, self.connect_timeout = config.nsq.msg_timeout, config.nsq.connect_timeout
 
-    async def credentials(self):
+    async def credentials(self) -> tuple[ssl.SSLContext | None, bytes | None]:
         """(ssl context, secret), as their files are now; None for what is not configured. Raises QueueError.
 
         Certificates and secrets are replaced while a daemon runs (cert-manager, vault), so each attempt reads them
@@ -2175,7 +2178,7 @@ class Link:
             return None, None
         return await asyncio.to_thread(self.read_credentials)
 
-    def read_credentials(self):
+    def read_credentials(self) -> tuple[ssl.SSLContext | None, bytes | None]:
         """The same, in its thread."""
         try:
             return (tls_context(self.tls_options) if self.tls_options else None,
@@ -2183,13 +2186,13 @@ class Link:
         except (OSError, ValueError) as error:
             raise QueueError(f'[nsq] a certificate or the secret: {error}') from None
 
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         """What IDENTIFY says of every connection."""
         host = socket.gethostname()
         return {'client_id': host.partition('.')[0], 'hostname': host, 'user_agent': f'x-msrv/{__version__}',
                 'feature_negotiation': True, 'tls_v1': bool(self.tls_options)}
 
-    def wishes(self):
+    def wishes(self) -> dict[str, int]:
         """What IDENTIFY asks for; nsqd refuses all of it when one value is over its limits."""
         wishes = {'heartbeat_interval': int(HEARTBEAT * 1000), 'output_buffer_timeout': FLUSH,
                   'output_buffer_size': BUFFER}
@@ -2205,19 +2208,21 @@ class Connection:
     was asked for and not obtained; here only its commands and names are used. `info` is nsqd's answer to IDENTIFY.
     """
 
-    def __init__(self, address, link, topic=None, channel=None):
+    def __init__(self, address: Address, link: Link, topic: str | None = None, channel: str | None = None) -> None:
         self.address, self.link, self.topic, self.channel = address, link, topic, channel
-        self.stream, self.info, self.lost = None, {}, False
+        self.stream: Any = None   # an IOStream, once it is connected
+        self.info: dict[str, Any] = {}
+        self.lost = False
         self.rest = b''          # of the last read: an unfinished frame
         self.heard = 0.0         # loop time of the last read
         self.last_data = 0.0     # loop time of the last read that had a message, or a part of one
         self.round_trip = 0.0    # seconds from a command to its answer, as the handshake had it
         self.heartbeat = HEARTBEAT
 
-    def __str__(self):
+    def __str__(self) -> str:
         return spelled(self.address)
 
-    async def open(self):
+    async def open(self) -> None:
         """Connects, up to the subscription where a topic is given. Raises one of UNREACHABLE."""
         try:
             await self.connect(self.link.wishes())
@@ -2228,7 +2233,7 @@ class Connection:
             self.heartbeat = DEFAULT_HEARTBEAT
             await self.connect({})
 
-    async def connect(self, wishes):
+    async def connect(self, wishes: dict[str, int]) -> None:
         """Shakes hands; what fails leaves no socket behind."""
         try:
             await self.shake_hands(wishes)
@@ -2236,7 +2241,7 @@ class Connection:
             self.drop()
             raise
 
-    async def shake_hands(self, wishes):
+    async def shake_hands(self, wishes: dict[str, int]) -> None:
         """IDENTIFY, then TLS, then AUTH, then SUB: no secret crosses before what was asked for is there."""
         self.rest, self.lost = b'', False
         tls, secret = await self.within('the reading of certificates and secret', self.link.credentials())
@@ -2253,7 +2258,7 @@ class Connection:
             await self.within('SUB', self.answer(b'OK'))
         self.heard = asyncio.get_running_loop().time()
 
-    async def within(self, step, awaitable):
+    async def within(self, step: str, awaitable: Awaitable[Item]) -> Item:
         """What a step of the handshake gives. Raises QueueError where that takes longer than connect-timeout."""
         try:
             async with asyncio.timeout(self.link.connect_timeout) as bound:
@@ -2263,7 +2268,7 @@ class Connection:
                 raise
             raise QueueError(f'{step}: no answer in {self.link.connect_timeout:g} s') from None
 
-    async def connect_tcp(self):
+    async def connect_tcp(self) -> None:
         """A TCP connection to the first address of the name that takes one, of either family."""
         found = await self.within('name server', NameResolver().resolve(*self.address))
         try:   # tornado's own bound: it closes the sockets of all attempts
@@ -2274,7 +2279,7 @@ class Connection:
         self.stream.set_nodelay(True)
 
     @staticmethod
-    def parsed(data):
+    def parsed(data: bytes) -> dict[str, Any]:
         """nsqd's answer to IDENTIFY as a dict."""
         try:
             info = json.loads(data)
@@ -2285,7 +2290,7 @@ class Connection:
             raise QueueError(f'not an answer of nsqd: {shortened(ascii(data), 60)}')
         return info
 
-    async def start_tls(self, context):
+    async def start_tls(self, context: ssl.SSLContext) -> None:
         """TLS with the host's name verified."""
         if not self.info.get('tls_v1'):
             raise QueueError('TLS is asked for, and this nsqd does not offer it')
@@ -2300,7 +2305,7 @@ class Connection:
                 raise
         await self.answer(b'OK')
 
-    async def authenticate(self, secret):
+    async def authenticate(self, secret: bytes | None) -> None:
         """AUTH with the secret, where there is one. Raises QueueError where only one side wants it."""
         if secret and not self.info.get('auth_required'):
             raise QueueError('auth is asked for, and this nsqd does not do it')
@@ -2310,7 +2315,7 @@ class Connection:
             self.send(nsq.protocol.auth(secret))
             await self.answer()
 
-    async def answer(self, expected=None):
+    async def answer(self, expected: bytes | None = None) -> bytes:
         """The next response's bytes, in the handshake. Raises QueueError for an error of nsqd."""
         while True:
             size, kind = FRAME.unpack(await self.stream.read_bytes(8))
@@ -2324,7 +2329,7 @@ class Connection:
             else:
                 return data
 
-    def send(self, data):
+    def send(self, data: bytes) -> None:
         """Writes; a connection that is lost is found so by its reader."""
         if not self.lost:
             try:
@@ -2332,7 +2337,7 @@ class Connection:
             except StreamClosedError:
                 self.lost = True
 
-    async def read(self):
+    async def read(self) -> None:
         """Hands over what comes, until the connection ends; then raises why."""
         while True:
             messages = self.unpack(await self.read_frames())
@@ -2341,7 +2346,7 @@ class Connection:
             if messages:
                 self.deliver(messages)
 
-    async def read_frames(self):
+    async def read_frames(self) -> bytes:
         """What comes next, with all of the frame that has begun. Its chunks are joined once: to join each with those
         before it costs the square of a large frame's size, and nsqd gives up a write after a heartbeat."""
         chunks = [self.rest]
@@ -2354,7 +2359,7 @@ class Connection:
             else:
                 return b''.join(chunks) if self.rest else chunks[1]
 
-    async def read_chunk(self):
+    async def read_chunk(self) -> bytes:
         """The next bytes. Raises QueueError where none come, for two heartbeats and a second."""
         silence = 2 * self.heartbeat + 1
         try:
@@ -2367,7 +2372,7 @@ class Connection:
         self.heard = asyncio.get_running_loop().time()
         return chunk
 
-    def unpack(self, data):
+    def unpack(self, data: bytes) -> list[Message]:
         """The messages of all whole frames in `data`; other frames are answered on the way."""
         messages, at, end, now = [], 0, len(data), self.heard
         while end - at >= 8:
@@ -2386,17 +2391,17 @@ class Connection:
         self.rest = data[at:]
         return messages
 
-    def respond(self, kind, data):
+    def respond(self, kind: int, data: bytes) -> None:
         """Takes a response or error of nsqd."""
         if kind == RESPONSE and data == b'_heartbeat_':
             self.send(nsq.nop())
         elif kind == ERROR:
             raise QueueError(data.decode('utf-8', 'replace'))
 
-    def deliver(self, messages):
+    def deliver(self, messages: list[Message]) -> None:
         """Takes messages; only a Subscription asks for any."""
 
-    async def leave(self):
+    async def leave(self) -> None:
         """Ends a connection without a subscription. Raises QueueError where nsqd wants TLS: it says so only when it
         answers a command, and CLS is one that changes nothing."""
         self.send(b'CLS\n')
@@ -2408,7 +2413,7 @@ class Connection:
         finally:
             self.drop()
 
-    def drop(self):
+    def drop(self) -> None:
         """Closes the socket at once."""
         self.lost = True
         if self.stream:
@@ -2418,14 +2423,14 @@ class Connection:
 class Publisher(Connection):
     """A connection that publishes to its topic."""
 
-    async def open(self):
+    async def open(self) -> None:
         """Connects and starts to read the answers."""
         await super().open()
-        self.waiting = None      # a future, while an MPUB is without its answer
+        self.waiting: asyncio.Future[None] | None = None   # while an MPUB is without its answer
         self.reader = asyncio.ensure_future(self.read_answers())
         log.debug('nsqd %s: connected, for dead letters in %s', self, self.topic)
 
-    async def publish(self, bodies):
+    async def publish(self, bodies: list[bytes]) -> None:
         """Publishes all or none, in one MPUB: nsqd looks at each before it takes the first. Raises one of UNREACHABLE;
         every error takes the connection with it, and its text may get lost on the way, so one PUB behind another
         would leave open which of them were taken."""
@@ -2438,7 +2443,7 @@ class Publisher(Connection):
         finally:
             timer.cancel()
 
-    async def read_answers(self):
+    async def read_answers(self) -> None:
         """Reads until the connection ends, and fails what still waits with the reason."""
         try:
             await self.read()
@@ -2447,7 +2452,7 @@ class Publisher(Connection):
             self.drop()
             self.answered(error)
 
-    def answered(self, error=None):
+    def answered(self, error: BaseException | None = None) -> None:
         """Ends the wait for the answer."""
         if self.waiting and not self.waiting.done():
             if error:
@@ -2455,14 +2460,14 @@ class Publisher(Connection):
             else:
                 self.waiting.set_result(None)
 
-    def respond(self, kind, data):
+    def respond(self, kind: int, data: bytes) -> None:
         """OK is the answer to the MPUB."""
         if kind == RESPONSE and data == b'OK':
             self.answered()
         else:
             super().respond(kind, data)
 
-    def close(self):
+    def close(self) -> None:
         """Closes; nothing published is without its answer."""
         self.reader.cancel()
         self.drop()
@@ -2476,14 +2481,14 @@ class Subscription(Connection):
     idle: it could for a while, and had nothing; a new RDY gives it a new chance. tried: the same, until a message.
     """
 
-    def __init__(self, address, consumer):
+    def __init__(self, address: Address, consumer: Any) -> None:
         super().__init__(address, consumer.link, consumer.topic, consumer.channel)
         self.consumer = consumer
         self.rdy = self.in_flight = self.held_back = 0
         self.idle, self.tried, self.rdy_since = False, False, 0.0
-        self.closed = None
+        self.closed: asyncio.Event | None = None   # set by CLOSE_WAIT
 
-    async def open(self):
+    async def open(self) -> None:
         """Connects and reads nsqd's limits."""
         await super().open()
         self.max_rdy = self.info.get('max_rdy_count', 2500)
@@ -2493,12 +2498,12 @@ class Subscription(Connection):
         log.debug('nsqd %s: connected, version %s, RDY at most %d, msg-timeout %g s', self, self.info.get('version'),
                   self.max_rdy, self.msg_timeout)
 
-    def deliver(self, messages):
+    def deliver(self, messages: list[Message]) -> None:
         """Hands messages on. Reading never stops: nsqd closes a connection to which it can't write."""
         self.rdy_since = self.heard
         self.consumer.receive(self, messages)
 
-    def respond(self, kind, data):
+    def respond(self, kind: int, data: bytes) -> None:
         """A refused FIN, REQ or TOUCH is late, no error: what was stored stays stored, the redelivery rewrites it."""
         if kind == ERROR and data.startswith(REFUSED_ANSWERS):
             self.consumer.on_refused(self, data)
@@ -2507,7 +2512,7 @@ class Subscription(Connection):
         else:
             super().respond(kind, data)
 
-    def set_rdy(self, rdy):
+    def set_rdy(self, rdy: int) -> None:
         """Sends RDY when it changes."""
         if rdy != self.rdy:
             if rdy > self.rdy:
@@ -2518,7 +2523,7 @@ class Subscription(Connection):
             self.rdy = rdy
             self.send(nsq.ready(rdy))
 
-    async def close(self):
+    async def close(self) -> None:
         """CLS, behind all answers; then reads until CLOSE_WAIT: closing at once loses the FINs on their way. Requeues
         what was on its way to us, else it would come again only after msg-timeout; nsqd takes a REQ behind CLS."""
         self.closed = asyncio.Event()
@@ -2530,12 +2535,13 @@ class Subscription(Connection):
         log.debug('nsqd %s: disconnected', self)
 
 
-def http_client(requests=1):
+def http_client(requests: int = 1) -> AsyncHTTPClient:
     """A client for so many requests at a time, whose names delay nobody else; to be closed."""
     return AsyncHTTPClient(force_instance=True, resolver=NameResolver(), max_clients=requests)
 
 
-async def look_up(addresses, topic, patience=math.inf):
+async def look_up(addresses: Sequence[Address], topic: str,
+                  patience: float = math.inf) -> tuple[Nsqds, dict[Address, str]]:
     """Asks all nsqlookupds for the nsqds of a topic, and waits for the others for at most `patience` seconds once one
     has named some. Returns ({(host, port): http port}, {address: error})."""
     client = http_client(len(addresses))
@@ -2556,7 +2562,7 @@ async def look_up(addresses, topic, patience=math.inf):
     return sort_answers(questions)
 
 
-def sort_answers(questions):
+def sort_answers(questions: Mapping[asyncio.Task[Nsqds], Address]) -> tuple[Nsqds, dict[Address, str]]:
     """What nsqlookupds answered: {question: address} as ({(host, port): http port}, {address: error})."""
     found, errors = {}, {}
     for question, address in questions.items():
@@ -2569,7 +2575,7 @@ def sort_answers(questions):
     return found, errors
 
 
-async def ask_lookupd(client, address, topic):
+async def ask_lookupd(client: AsyncHTTPClient, address: Address, topic: str) -> Nsqds:
     """The nsqds that one nsqlookupd names for a topic; none when it does not know the topic."""
     try:
         response = await client.fetch(f'http://{spelled(address)}/lookup?topic={topic.replace("#", "%23")}',
@@ -2584,15 +2590,17 @@ async def ask_lookupd(client, address, topic):
         raise QueueError(f'not an answer of nsqlookupd: {error}') from None
 
 
-def no_such_topic(error):
+def no_such_topic(error: HTTPError) -> bool:
     """Whether an HTTPError is nsqlookupd's own answer for a topic that it does not know: every web server has a 404."""
     try:
-        return error.code == 404 and json.loads(error.response.body)['message'] == 'TOPIC_NOT_FOUND'
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        body = error.response.body if error.response else b''
+        return error.code == 404 and json.loads(body)['message'] == 'TOPIC_NOT_FOUND'
+    except (KeyError, TypeError, ValueError, RecursionError):
         return False
 
 
-async def find_nsqds(config, topic, patience=math.inf, news=None):
+async def find_nsqds(config: types.SimpleNamespace, topic: str, patience: float = math.inf,
+                     news: ChangeLog | None = None) -> Nsqds:
     """The nsqds to ask for a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers;
     one that is down costs nothing but a warning, which a ChangeLog of somebody who asks often (`news`) says once."""
     if config.nsq.nsqd_tcp_address:
@@ -2611,14 +2619,14 @@ async def find_nsqds(config, topic, patience=math.inf, news=None):
     return found
 
 
-async def total_depth(config, topic, channel):
+async def total_depth(config: types.SimpleNamespace, topic: str, channel: str) -> int | None:
     """The messages that wait for a channel on all nsqds, or None where one does not say."""
     nsqds = await find_nsqds(config, topic)
     stats = await asyncio.gather(*(topic_stats(address, http_port, topic) for address, http_port in nsqds.items()))
-    return None if None in stats else sum(sum(depths(topic, channel)) for topic in stats)
+    return None if None in stats else sum(sum(depths(each, channel)) for each in stats if each is not None)
 
 
-async def topic_stats(address, http_port, topic):
+async def topic_stats(address: Address, http_port: int | None, topic: str) -> dict[str, Any] | None:
     """What an nsqd counts of a topic: {} where it has no such topic, None when its HTTP side can't be found.
 
     nsqlookupd names the HTTP port; else it is taken to be the next one (4150, 4151), if that one is the same nsqd's.
@@ -2627,24 +2635,25 @@ async def topic_stats(address, http_port, topic):
     base = f'http://{spelled((host, http_port or tcp_port + 1))}'
     client = http_client()
     try:
-        fetch = functools.partial(client.fetch, **HTTP_TIMEOUTS)
-        if json.loads((await fetch(f'{base}/info')).body)['tcp_port'] != tcp_port:
+        info = await client.fetch(f'{base}/info', **HTTP_TIMEOUTS)
+        if json.loads(info.body)['tcp_port'] != tcp_port:
             return None
         name = topic.replace('#', '%23')
-        topics = json.loads((await fetch(f'{base}/stats?format=json&topic={name}')).body)['topics']
-        return next(iter(topics or ()), {})   # nsqd says null for none
+        stats = await client.fetch(f'{base}/stats?format=json&topic={name}', **HTTP_TIMEOUTS)
+        found: dict[str, Any] = next(iter(json.loads(stats.body)['topics'] or ()), {})   # nsqd says null for none
+        return found
     except (OSError, HTTPError, ValueError, KeyError, TypeError, RecursionError):
         return None
     finally:
         client.close()
 
 
-def channel_stats(topic, channel):
+def channel_stats(topic: dict[str, Any], channel: str) -> dict[str, Any]:
     """What topic_stats() has of a channel: {} where there is no such channel."""
     return next((stats for stats in topic.get('channels') or () if stats['channel_name'] == channel), {})
 
 
-def depths(topic, channel):
+def depths(topic: dict[str, Any], channel: str) -> tuple[int, int]:
     """The messages that wait for a channel: in the topic, from where they go to all its channels, and in the channel.
 
     A channel gets what is in the topic when it is made: without any channel, all messages wait there.
@@ -3220,21 +3229,22 @@ LETTERS = 100               # dead letters a call
 LETTERS_PATIENCE = 20.0     # seconds that a call for them may take: connecting, a publish or two, the file's lock
 LETTER_BYTES = 4 << 20      # of their bodies: nsqd takes 5 MiB a request (--max-body-size)
 HISTORY = 20                # former failures that a letter in a file keeps: a nightly replay must not swell it for ever
+Letter = tuple[dict[str, Any], Message]   # its header, and the message that it was
 
 
-def envelope(message, key, unfit, topic, channel):
+def envelope(message: Message, key: str | int | None, unfit: Unfit, topic: str, channel: str) -> dict[str, Any]:
     """The header of a dead letter, as a dict for JSON. The timestamp (ns) is a string: many tools round numbers."""
     return {'reason': unfit.reason, 'detail': unfit.detail, 'key': key, 'topic': topic, 'channel': channel,
             'nsqd': str(message.conn), 'id': message.id.decode('ascii', 'replace'), 'attempts': message.attempts,
             'timestamp': str(message.timestamp), 'time': rfc3339(time.time())}
 
 
-def enveloped(header, body):
+def enveloped(header: dict[str, Any], body: bytes) -> bytes:
     """A dead letter for a topic: a line of JSON, then the body's own bytes, so that it is hardly larger than them."""
     return json.dumps(header).encode() + b'\n' + body
 
 
-def opened(letter):
+def opened(letter: bytes) -> Letter:
     """A dead letter from a topic as (header, the Message it was); raises Unfit for anything else."""
     line, newline, body = letter.partition(b'\n')
     with foreign_refused():
@@ -3244,7 +3254,7 @@ def opened(letter):
         return header, first_message(header, body)
 
 
-def unfiled(line):
+def unfiled(line: bytes) -> Letter:
     """A dead letter from a file, as opened() gives one from a topic."""
     with foreign_refused():
         header = json.loads(line)
@@ -3254,7 +3264,7 @@ def unfiled(line):
 
 
 @contextlib.contextmanager
-def foreign_refused():
+def foreign_refused() -> Iterator[None]:
     """Turns what can go wrong with something that anybody may have written into Unfit."""
     try:
         yield
@@ -3262,7 +3272,7 @@ def foreign_refused():
         raise Unfit('invalid-json', f'not a dead letter of x-msrv: {type(error).__name__}: {error}') from None
 
 
-def first_message(header, body):
+def first_message(header: dict[str, Any], body: bytes) -> Message:
     """The Message that became a dead letter with this header."""
     message = Message(None, header['id'].encode('ascii'), int(header['timestamp']), int(header['attempts']), body)
     if header['reason'] not in REASONS or message.timestamp not in INT64:
@@ -3270,7 +3280,7 @@ def first_message(header, body):
     return message
 
 
-def failed_again(header, unfit):
+def failed_again(header: dict[str, Any], unfit: Unfit) -> dict[str, Any]:
     """The header of a letter that failed again: today's reason, and the former ones in `history`, the oldest first."""
     history = header.get('history')
     former = {name: header.get(name) for name in ('time', 'reason', 'detail')}
@@ -3278,7 +3288,7 @@ def failed_again(header, unfit):
             'history': [*(history if isinstance(history, list) else ()), former][-HISTORY:]}
 
 
-def filed(header, body):
+def filed(header: dict[str, Any], body: bytes) -> bytes:
     """A dead letter for a file: a line of JSON with the body as text or base64."""
     try:
         kept = {'body': body.decode()}
@@ -3287,7 +3297,7 @@ def filed(header, body):
     return json.dumps({**header, **kept}).encode() + b'\n'
 
 
-def append_durably(filename, lines):
+def append_durably(filename: str, lines: Sequence[bytes]) -> None:
     """Appends lines to a file, all or none, fsynced; one writer at a time by a lock on it. Raises OSError."""
     fd = open_locked(filename, os.O_RDWR | os.O_CREAT | os.O_APPEND, LOCK_TIMEOUT)
     try:
@@ -3306,7 +3316,7 @@ def append_durably(filename, lines):
         os.close(fd)
 
 
-def open_locked(filename, flags, seconds):
+def open_locked(filename: str, flags: int, seconds: float) -> int:
     """Opens a file and locks it against other writers, within so many seconds. Returns its descriptor. Raises OSError.
 
     Replay renames a new file over the old one: what was opened before that is an orphan once the lock is had.
@@ -3323,7 +3333,7 @@ def open_locked(filename, flags, seconds):
         os.close(fd)
 
 
-def in_place(fd, filename):
+def in_place(fd: int, filename: str) -> bool:
     """Whether an open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(filename))
@@ -3331,7 +3341,7 @@ def in_place(fd, filename):
         return False
 
 
-def lock(fd, seconds):
+def lock(fd: int, seconds: float) -> None:
     """Locks a file against other writers. Raises OSError when it stays locked for so long."""
     end = time.monotonic() + seconds
     while True:
@@ -3343,7 +3353,7 @@ def lock(fd, seconds):
             time.sleep(0.01)
 
 
-def sync_directory(directory):
+def sync_directory(directory: str) -> None:
     """Makes a new file's name durable."""
     fd = os.open(directory or '.', os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -3356,29 +3366,30 @@ class DeadLetters:
     """Keeps dead letters: in the topic, by a second connection to the nsqd that delivered the message, for every
     error of PUB closes its connection; what the topic refuses goes to the file, when there is one."""
 
-    def __init__(self, config, link):
+    def __init__(self, config: types.SimpleNamespace, link: Link) -> None:
         options = config.dead_letter
         self.topic, self.file, self.discard = options.topic, options.file, options.discard
         self.source = config.nsq.topic, config.nsq.channel
         self.by_id = config.record.key == '$id'
         self.link = link
-        self.connections = {}   # (host, port) -> Publisher
+        self.connections: dict[Address, Publisher] = {}
         self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f'{THREADS}-letters')
         self.closed = False
 
-    def header(self, message):
+    def header(self, message: Message) -> dict[str, Any]:
         """The header of a message's dead letter, with the record's key where it is known."""
+        assert message.unfit, 'only a message that can never become a record is a dead letter'
         key = message.record.key if message.record else message.key if self.by_id else None
         return envelope(message, key, message.unfit, *self.source)
 
-    async def keep(self, messages):
+    async def keep(self, messages: list[Message]) -> list[Answer]:
         """Keeps the messages, each with its `unfit`. Returns DEAD, or Answer('unkept', ...), for each."""
         for message in messages if log.isEnabledFor(logging.DEBUG) else ():
-            fields = {'outcome': 'dead', 'reason': message.unfit.reason}
+            fields = {'outcome': 'dead', 'reason': message.unfit and message.unfit.reason}
             log.debug('dead letter %s: %s', message.key, message.unfit, extra={'fields': fields})
         if self.discard:
             return [DEAD] * len(messages)
-        unkept = dict.fromkeys(messages)
+        unkept = dict.fromkeys(messages, Answer('unkept', 'refused', 'neither a topic nor a file is configured'))
         if self.topic:
             groups = grouped(messages, lambda message: message.conn.address)
             unkept = {message: result for refused in await asyncio.gather(*(
@@ -3387,7 +3398,7 @@ class DeadLetters:
             unkept = await self.write(list(unkept))
         return [unkept.get(message, DEAD) for message in messages]
 
-    async def publish(self, address, messages):
+    async def publish(self, address: Address, messages: list[Message]) -> list[tuple[Message, Answer]]:
         """Publishes dead letters to one nsqd. Returns (message, result) for each that it did not take: where it refuses
         a batch, each half goes by itself, until the culprit is alone."""
         try:
@@ -3406,7 +3417,8 @@ class DeadLetters:
             return self.unpublished(messages, publisher, error)
         return []
 
-    def unpublished(self, messages, publisher, error):
+    def unpublished(self, messages: list[Message], publisher: Publisher,
+                    error: BaseException) -> list[tuple[Message, Answer]]:
         """What follows where nsqd did not take dead letters: (message, result) for each."""
         refused = isinstance(error, QueueError)   # else nobody knows whether nsqd has taken them
         hint = '; a file in [dead-letter] would keep it' if refused and not self.file else ''
@@ -3414,7 +3426,7 @@ class DeadLetters:
         log.warning('dead letter %s: %s%s', messages[0].key, text, hint)
         return [(message, Answer('unkept', 'refused' if refused else 'unknown', text)) for message in messages]
 
-    async def publisher(self, address):
+    async def publisher(self, address: Address) -> Publisher:
         """The connection that publishes to the nsqd at `address`. It subscribes at RDY 0, so that the channel for
         replay exists: else the first nsq_tail would take everything."""
         if address not in self.connections or self.connections[address].lost:
@@ -3423,7 +3435,7 @@ class DeadLetters:
             self.connections[address] = publisher
         return self.connections[address]
 
-    async def write(self, messages):
+    async def write(self, messages: list[Message]) -> dict[Message, Answer]:
         """Appends dead letters to the file. Returns a result for each that could not be: {message: result}."""
         lines = [filed(self.header(m), m.body) for m in messages]
         try:
@@ -3433,7 +3445,7 @@ class DeadLetters:
             return dict.fromkeys(messages, Answer('unkept', 'away', f'{self.file}: {error.strerror}'))
         return {}
 
-    def close(self):
+    def close(self) -> None:
         """Closes the connections; what has no answer by now will have none."""
         self.closed = True
         for publisher in self.connections.values():
@@ -3448,6 +3460,8 @@ class DeadLetters:
 BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
 HALVED_AT = 3               # failures of a whole batch before it is halved
 NO_VERDICT = {'stop', 'refused'}   # outcomes that do not show whether the store takes records
+WriteBatch = Callable[[list[Message]], Awaitable[list[Answer]]]        # messages -> a result each
+SettleBatch = Callable[[list[Message], list[Answer]], list[Message]]   # messages, results -> the messages to retry
 
 
 class Backoff:
@@ -3469,24 +3483,26 @@ class Backoff:
 class Crew:
     """Background tasks. The first that fails leaves its exception in `error`; `wake` is set whenever one ends."""
 
-    def __init__(self):
-        self.tasks, self.error, self.wake = set(), None, asyncio.Event()
+    def __init__(self) -> None:
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.error: BaseException | None = None
+        self.wake = asyncio.Event()
 
-    def start(self, coroutine):
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Starts a task."""
         task = asyncio.ensure_future(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.ended)
         return task
 
-    def ended(self, task):
+    def ended(self, task: asyncio.Task[Any]) -> None:
         """Keeps what a task failed with."""
         self.tasks.discard(task)
         if not task.cancelled() and task.exception():
             self.error = self.error or task.exception()
         self.wake.set()
 
-    async def cancel(self):
+    async def cancel(self) -> None:
         """Ends all tasks, however often that takes: before Python 3.12 wait_for loses a cancellation that comes
         together with what it waits for (github.com/python/cpython/issues/86296)."""
         while self.tasks:
@@ -3535,10 +3551,10 @@ class Batch:
 
     __slots__ = ('messages', 'failures', 'accepted_before', 'tries')
 
-    def __init__(self, messages: list, failures: int = 0, accepted_before: int = 0, tries: int = 0) -> None:
+    def __init__(self, messages: list[Message], failures: int = 0, accepted_before: int = 0, tries: int = 0) -> None:
         self.messages, self.failures, self.accepted_before, self.tries = messages, failures, accepted_before, tries
 
-    def halved(self) -> list:
+    def halved(self) -> list['Batch']:
         """Both halves as batches of the same history; itself when it can't be halved, or need not be yet."""
         middle = len(self.messages) // 2
         if not middle or self.failures < HALVED_AT:
@@ -3560,13 +3576,14 @@ class Batcher:
     call_timeout: seconds after which a call has returned, unless it hangs.
     """
 
-    def __init__(self, end: str, tasks: Crew, health: Health, write, settle, limits: tuple[int, int], writers: int,
-                 call_timeout: float) -> None:
+    def __init__(self, end: str, tasks: Crew, health: Health, write: WriteBatch, settle: SettleBatch,
+                 limits: tuple[int, int], writers: int, call_timeout: float) -> None:
         self.end, self.tasks, self.health, self.write, self.settle = end, tasks, health, write, settle
         (self.size, self.max_bytes), self.writers, self.call_timeout = limits, writers, call_timeout
-        self.pending, self.pending_bytes = collections.deque(), 0
-        self.retries = collections.deque()   # batches that may go again
-        self.calls = []                      # loop times at which those under way began
+        self.pending: collections.deque[Message] = collections.deque()
+        self.pending_bytes = 0
+        self.retries: collections.deque[Batch] = collections.deque()   # batches that may go again
+        self.calls: list[float] = []         # loop times at which those under way began
         self.accepted = 0                    # batches that the other end took, at least in part
         self.last_error = ''
         self.breaker = Breaker(BreakerState.CLOSED if health.up(end) else BreakerState.HALF_OPEN)
@@ -3587,7 +3604,7 @@ class Batcher:
         """Whether nothing is under way, nor goes by itself: what is left waits for the end of a delay."""
         return not self.calls and (self.stopped or self.failing or not (self.pending or self.retries))
 
-    def add(self, messages: list) -> None:
+    def add(self, messages: list[Message]) -> None:
         """Takes messages; batches that are due go at once, where they may."""
         self.pending.extend(messages)
         self.pending_bytes += sum([len(message.body) for message in messages])
@@ -3637,7 +3654,7 @@ class Batcher:
             self.on_batch_accepted(batch, retry)
         self.flush()
 
-    def on_batch_accepted(self, batch: Batch, retry: list) -> None:
+    def on_batch_accepted(self, batch: Batch, retry: list[Message]) -> None:
         """The other end works. Records that were busy are tried again after a delay of their own."""
         self.accepted += 1
         self.breaker.on_success()
@@ -3646,7 +3663,7 @@ class Batcher:
             again = Batch(retry, accepted_before=self.accepted, tries=batch.tries + 1)
             self.retry_later([again], 0.1 * 2 ** min(batch.tries, 6))
 
-    def on_batch_failure(self, batch: Batch, result: Answer, retry: list) -> None:
+    def on_batch_failure(self, batch: Batch, result: Answer, retry: list[Message]) -> None:
         """All of a batch failed: the other end is away, or one message of the batch makes it fail."""
         self.last_error = result.detail or result.outcome
         suspect = (batch.failures or batch.tries) and self.accepted > batch.accepted_before
@@ -3671,14 +3688,14 @@ class Batcher:
             self.flush()
         asyncio.get_running_loop().call_later(delay, delay_over)
 
-    def retry_later(self, batches, delay: float) -> None:
+    def retry_later(self, batches: Sequence[Batch], delay: float) -> None:
         """Tries batches again after `delay` seconds; the others go on meanwhile."""
         def delay_over():
             self.retries.extend(batches)
             self.flush()
         asyncio.get_running_loop().call_later(delay, delay_over)
 
-    def log_results(self, batch: Batch, results: list, seconds: float) -> None:
+    def log_results(self, batch: Batch, results: list[Answer], seconds: float) -> None:
         """What came of a batch, for -v."""
         if log.isEnabledFor(logging.DEBUG):
             outcomes = collections.Counter(result.outcome for result in results)
@@ -3694,11 +3711,11 @@ class Batcher:
 class StoreExecutor(concurrent.futures.ThreadPoolExecutor):
     """The threads in which a store's calls block; it knows which calls are under way."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.calls = set()
+        self.calls: set[concurrent.futures.Future[Any]] = set()
 
-    def submit(self, *args, **options):
+    def submit(self, *args: Any, **options: Any) -> concurrent.futures.Future[Any]:
         """As the base class's."""
         call = super().submit(*args, **options)
         self.calls.add(call)
@@ -3706,7 +3723,7 @@ class StoreExecutor(concurrent.futures.ThreadPoolExecutor):
         return call
 
 
-async def close_store(store, executor: StoreExecutor) -> None:
+async def close_store(store: Store, executor: StoreExecutor) -> None:
     """Closes the store in its executor, within a bound; one with a call under way is left as it is."""
     if not executor.calls:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -3719,7 +3736,7 @@ def is_outage(result: Answer) -> bool:
     return result.outcome == 'retry' or (result.outcome == 'unkept' and result.reason != 'refused')
 
 
-def group_by_result(messages: list, results: list):
+def group_by_result(messages: list[Message], results: list[Answer]) -> Iterable[tuple[Answer, Sequence[Message]]]:
     """The messages of a batch by their result, as (result, messages); mostly it is one for all."""
     if results.count(results[0]) == len(messages):
         return [(results[0], messages)]
