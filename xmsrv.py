@@ -72,7 +72,8 @@ import time
 import types
 import typing
 import zlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 import configobj
@@ -1984,7 +1985,7 @@ def schema_detail(error: vol.MultipleInvalid) -> str:
     return '; '.join(sorted(faults)[:3])
 
 
-def too_many_bins(number):
+def too_many_bins(number: int) -> str:
     """The detail for a record of so many bins."""
     return f'{number} bins, with id-bin and time-bin; a record has at most {MAX_BINS}'
 
@@ -3230,6 +3231,7 @@ LETTERS_PATIENCE = 20.0     # seconds that a call for them may take: connecting,
 LETTER_BYTES = 4 << 20      # of their bodies: nsqd takes 5 MiB a request (--max-body-size)
 HISTORY = 20                # former failures that a letter in a file keeps: a nightly replay must not swell it for ever
 Letter = tuple[dict[str, Any], Message]   # its header, and the message that it was
+ReadLetter = Callable[[bytes], Letter]    # opened() or unfiled()
 
 
 def envelope(message: Message, key: str | int | None, unfit: Unfit, topic: str, channel: str) -> dict[str, Any]:
@@ -3683,14 +3685,14 @@ class Batcher:
         delay = self.breaker.on_failure()
         log.debug('%s: next try in %.1f s, %d messages pending', self.end, delay, len(self.pending))
 
-        def delay_over():
+        def delay_over() -> None:
             self.breaker.on_delay_over()
             self.flush()
         asyncio.get_running_loop().call_later(delay, delay_over)
 
     def retry_later(self, batches: Sequence[Batch], delay: float) -> None:
         """Tries batches again after `delay` seconds; the others go on meanwhile."""
-        def delay_over():
+        def delay_over() -> None:
             self.retries.extend(batches)
             self.flush()
         asyncio.get_running_loop().call_later(delay, delay_over)
@@ -3763,11 +3765,11 @@ class Source(typing.Protocol):
     topic: str
     channel: str
     max_in_flight: int
-    in_flight: dict
+    in_flight: dict[str, Message]
     requeued: int
     late: int
 
-    def start(self, credit: Callable[[], int], deliver: Callable[[list], None]) -> None:
+    def start(self, credit: Callable[[], int], deliver: Callable[[list[Message]], None]) -> None:
         """From now on messages go to `deliver`, as many as `credit()` allows."""
 
     def stop(self) -> None:
@@ -3776,13 +3778,13 @@ class Source(typing.Protocol):
     def on_credit_change(self) -> None:
         """`credit()` says something else than before."""
 
-    def finish(self, messages: list) -> None:
+    def finish(self, messages: list[Message]) -> None:
         """They are durable: they never come again."""
 
-    def requeue(self, messages: list, delay: float = 0) -> None:
+    def requeue(self, messages: list[Message], delay: float = 0) -> None:
         """They come again, after `delay` seconds at the earliest."""
 
-    def hold(self, messages: list) -> None:
+    def hold(self, messages: list[Message]) -> None:
         """They stay in flight, and in nobody's way, until they are requeued."""
 
     @property
@@ -3803,7 +3805,7 @@ class RdyAllocator:
     """
 
     @staticmethod
-    def allocate(connections: Sequence, budget: int, keep: bool) -> list[tuple[Any, int]]:
+    def allocate(connections: Sequence[Any], budget: int, keep: bool) -> list[tuple[Any, int]]:
         """The new RDY of each connection, what is lowered first: the sum never exceeds the budget on the way. keep:
         leave each what it has, for a message may be under way on it."""
         more = shares([(max(0, c.rdy - c.held_back) if keep else 0, c.idle, c.rdy_since,
@@ -3812,13 +3814,13 @@ class RdyAllocator:
         return sorted(rdys, key=lambda pair: pair[1] - pair[0].rdy)
 
     @staticmethod
-    def reduced(connection, connections: Sequence, budget: int) -> int:
+    def reduced(connection: Any, connections: Sequence[Any], budget: int) -> int:
         """The RDY of the one connection on which messages have come, so that the sum keeps within the budget."""
         excess = sum([c.rdy - c.held_back for c in connections]) - budget
         return connection.rdy if excess <= 0 else max(0, connection.rdy - excess)
 
 
-def shares(states, budget):
+def shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> list[int]:
     """How `budget` messages are dealt out as RDY; each state is a (rdy, idle, rdy_since, max_rdy).
 
     The idle keep 1, to be heard again, when there is 1 for everybody; the rest goes evenly to the others, of whom
@@ -3871,11 +3873,11 @@ class HeldBytes:
 class LookupPoller:
     """Asks nsqlookupd for the nsqds of a topic, in the background, and tells the Consumer what it names."""
 
-    def __init__(self, config, topic: str, consumer) -> None:
+    def __init__(self, config: types.SimpleNamespace, topic: str, consumer: 'Consumer') -> None:
         self.config, self.topic, self.consumer = config, topic, consumer
         self.due = asyncio.Event()
         self.news = ChangeLog()
-        self.waiting: list[asyncio.Future] = []   # for the next answer
+        self.waiting: list[asyncio.Future[None]] = []   # for the next answer
 
     async def run(self) -> None:
         """Asks at once when a connection has ended, else once in a while."""
@@ -3908,15 +3910,16 @@ class Consumer:
     """The connections to all nsqds of a topic: the Source whose messages come from nsqd. It alone owns RDY and what is
     in flight, and alone answers nsqd."""
 
-    def __init__(self, config, tasks: Crew, link, topic: str, channel: str, health: Health) -> None:
+    def __init__(self, config: types.SimpleNamespace, tasks: Crew, link: Link, topic: str, channel: str,
+                 health: Health) -> None:
         self.config, self.tasks, self.link, self.topic, self.channel = config, tasks, link, topic, channel
         self.health = health
         self.max_in_flight = config.nsq.max_in_flight
-        self.addresses = []         # of the nsqds that are to be asked
-        self.connect_tasks = {}     # address -> the task that keeps its connection up
-        self.connections = []       # Subscriptions that are up
-        self.connect_errors = {}    # address -> None, or the error of its last attempt
-        self.in_flight = {}         # key -> Message without an answer yet
+        self.addresses: list[Address] = []                          # of the nsqds that are to be asked
+        self.connect_tasks: dict[Address, asyncio.Task[Any]] = {}   # address -> the task that keeps its connection up
+        self.connections: list[Subscription] = []                   # Subscriptions that are up
+        self.connect_errors: dict[Address, str | None] = {}         # address -> None, or the error of its last attempt
+        self.in_flight: dict[str, Message] = {}                     # key -> Message without an answer yet
         self.held = HeldBytes(config.nsq.max_held)
         self.credit: Callable[[], int] | None = None   # of the window that takes messages
         self.deliver: Callable[[list[Message]], None] | None = None
@@ -3946,7 +3949,7 @@ class Consumer:
         """Whether a connection to each nsqd was made, or has failed."""
         return all(address in self.connect_errors for address in self.addresses)
 
-    def update_nsqds(self, found: dict) -> None:
+    def update_nsqds(self, found: Nsqds) -> None:
         """Connects to the nsqds that are new; one that is named no more stays for as long as its connection does."""
         up = [connection.address for connection in self.connections]
         self.addresses = list(dict.fromkeys([*found, *up]))
@@ -3956,7 +3959,7 @@ class Consumer:
                 self.connect_tasks[address] = self.tasks.start(self.maintain_connection(address))
         self.tasks.wake.set()
 
-    async def maintain_connection(self, address) -> None:
+    async def maintain_connection(self, address: Address) -> None:
         """Keeps a connection to one nsqd up, with backoff, until nobody names it any more.
 
         nsqlookupd is asked before each new attempt: a topic that was deleted would be made again by our SUB.
@@ -3981,7 +3984,7 @@ class Consumer:
             if self.poller:
                 await self.poller.fresh_answer()
 
-    def on_connect(self, connection, backoff: Backoff) -> None:
+    def on_connect(self, connection: Subscription, backoff: Backoff) -> None:
         """A connection is up."""
         self.connect_errors[connection.address] = None
         self.connections.append(connection)
@@ -3991,7 +3994,7 @@ class Consumer:
         backoff.reset()
         self.tasks.wake.set()
 
-    def on_disconnect(self, connection, error: str) -> None:
+    def on_disconnect(self, connection: Subscription, error: str) -> None:
         """A connection could not be made, or has ended."""
         connection.drop()
         self.connect_errors[connection.address] = error
@@ -4003,7 +4006,7 @@ class Consumer:
 
     # -- what comes
 
-    def start(self, credit: Callable[[], int], deliver: Callable[[list], None]) -> None:
+    def start(self, credit: Callable[[], int], deliver: Callable[[list[Message]], None]) -> None:
         """From now on messages go to the window; each nsqd has to show anew that it has nothing."""
         self.credit, self.deliver = credit, deliver
         self.tick_due.set()
@@ -4017,7 +4020,7 @@ class Consumer:
         self.credit = self.deliver = None
         self.on_credit_change()
 
-    def receive(self, connection, messages: list) -> None:
+    def receive(self, connection: Subscription, messages: list[Message]) -> None:
         """Messages of one read. A second copy of one in flight joins the first."""
         fresh = [message for message in messages if self.in_flight.setdefault(message.key, message) is message]
         for message in messages if len(fresh) < len(messages) else ():
@@ -4044,7 +4047,7 @@ class Consumer:
                 second.conn.held_back += first.held_back
             first.conn, first.touched, first.received = second.conn, second.touched, second.received
 
-    def hold(self, messages: list) -> None:
+    def hold(self, messages: list[Message]) -> None:
         """They stay in flight until they are requeued; RDY is raised by them, so that others can come."""
         for message in messages:
             if message.key in self.in_flight and not message.held_back:
@@ -4066,7 +4069,7 @@ class Consumer:
         held_back = sum([c.held_back for c in self.connections])
         return max(0, min(credit, self.max_in_flight - held_back, len(self.in_flight) - held_back + self.held.room))
 
-    def reduce_rdy(self, connection) -> None:
+    def reduce_rdy(self, connection: Subscription) -> None:
         """Takes what has come off its connection's RDY, where the window is near its end or many bytes are in flight:
         before any FIN can free a slot, and without touching the RDY of another connection."""
         budget = self.budget
@@ -4102,16 +4105,16 @@ class Consumer:
 
     # -- answers
 
-    def finish(self, messages: list) -> None:
+    def finish(self, messages: list[Message]) -> None:
         """FIN: called only with messages whose record or dead letter is durable."""
         self.answer(b'FIN %s\n', messages)
 
-    def requeue(self, messages: list, delay: float = 0) -> None:
+    def requeue(self, messages: list[Message], delay: float = 0) -> None:
         """REQ. Without a delay only at RDY 0: in an open window the same messages would come round and round."""
         late = self.answer(b'REQ %%s %d\n' % (delay * 1000), messages)
         self.requeued += len(messages) - late
 
-    def answer(self, command: bytes, messages: list) -> int:
+    def answer(self, command: bytes, messages: list[Message]) -> int:
         """Sends one command for each message, one write a connection. Returns how many were too late: their
         connection is gone, and nsqd delivers them again."""
         messages = [message for message in messages if self.in_flight.pop(message.key, None)]   # each is answered once
@@ -4127,7 +4130,7 @@ class Consumer:
         self.late += late
         return late
 
-    def on_refused(self, connection, data: bytes) -> None:
+    def on_refused(self, connection: Subscription, data: bytes) -> None:
         """nsqd refused a FIN, REQ or TOUCH: it has delivered the message again."""
         if not data.startswith(b'E_TOUCH'):
             self.late += 1
@@ -4205,11 +4208,13 @@ class RecordQueue:
 
     def __init__(self, mapper: 'Mapper', max_held: int) -> None:
         self.mapper, self.max_held = mapper, max_held
-        self.waiting, self.decoded = collections.deque(), 0
+        self.waiting: collections.deque[Message] = collections.deque()
+        self.decoded = 0
 
-    def take(self, most: int) -> tuple[list, list]:
+    def take(self, most: int) -> tuple[list[Message], list[Message]]:
         """At most `most` of the messages, as (those that have a record now, those that can never have one)."""
-        fit, invalid = [], []
+        fit: list[Message] = []
+        invalid: list[Message] = []
         waiting, as_record = self.waiting, self.mapper.record
         while waiting and len(fit) < most and (self.decoded < self.max_held or not self.decoded):
             message = waiting.popleft()
@@ -4223,7 +4228,7 @@ class RecordQueue:
                 invalid.append(message)
         return fit, invalid
 
-    def release(self, messages: list) -> None:
+    def release(self, messages: list[Message]) -> None:
         """These are settled."""
         self.decoded -= sum([message.size for message in messages])
 
@@ -4286,7 +4291,7 @@ class Window:
     that the store refused before it took any. postponed: messages that were requeued with a delay.
     """
 
-    def __init__(self, pipeline, limits: WindowLimits, mapper) -> None:
+    def __init__(self, pipeline: Any, limits: WindowLimits, mapper: Mapper) -> None:
         self.pipeline, self.limits, self.source = pipeline, limits, pipeline.source
         config, store = pipeline.config, pipeline.store
         self.records = RecordQueue(mapper, config.nsq.max_held)
@@ -4301,7 +4306,8 @@ class Window:
         self.followed = dict(self.settled)   # what of `count` is in the metrics
         self.accepted = self.pending_count = 0
         self.postponed = 0
-        self.excess, self.refused = [], set()
+        self.excess: list[Message] = []
+        self.refused: set[str] = set()
 
     # -- a message's way
 
@@ -4321,7 +4327,7 @@ class Window:
             return 0 if self.pending_count else min(self.left, batcher.size)
         return self.left
 
-    def accept(self, messages: list) -> None:
+    def accept(self, messages: list[Message]) -> None:
         """Takes messages; those beyond the limit stay in flight for the end."""
         left = self.left
         excess, messages = messages[left:], messages[:left]
@@ -4348,49 +4354,50 @@ class Window:
         self.settled['received'] += number
         self.pipeline.metrics.add('xmsrv_received_total', number)
 
-    def reject(self, messages: list) -> None:
+    def reject(self, messages: list[Message]) -> None:
         """They can never become records: each has its `unfit`."""
         self.dead_letter_batcher.add(messages)
 
-    def settle(self, messages: list, results: list) -> list:
+    def settle(self, messages: list[Message], results: list[Answer]) -> list[Message]:
         """Does what follows from the results of a batch. Returns the messages to retry."""
         self.times.progress = asyncio.get_running_loop().time()
-        retry = []
+        retry: list[Message] = []
         for result, group in group_by_result(messages, results):
             retry += getattr(self, ACTIONS[result.outcome])(group, result) or ()
         self.map_records()
         return retry
 
-    def finish(self, messages: list, result: Answer) -> None:
+    def finish(self, messages: list[Message], result: Answer) -> None:
         """They are durable."""
         self.settled[result.outcome] += len(messages)
         self.pipeline.metrics.settled(result, messages, time.time())
         self.release(messages)
         self.source.finish(messages)
 
-    def release(self, messages: list) -> None:
+    def release(self, messages: list[Message]) -> None:
         """They are settled."""
         self.pending_count -= len(messages)
         self.records.release(messages)
 
-    def retry(self, messages: list, result: Answer) -> list:
+    def retry(self, messages: list[Message], result: Answer) -> list[Message]:
         """The batcher tries them again."""
         return messages
 
-    def reject_for(self, messages: list, result: Answer) -> None:
+    def reject_for(self, messages: list[Message], result: Answer) -> None:
         """The store can never take them."""
         for message in messages:
             message.unfit = Unfit(result.reason, result.detail)
         self.reject(messages)
 
-    def on_refused(self, messages: list, result: Answer) -> None:
+    def on_refused(self, messages: list[Message], result: Answer) -> None:
         """The store refused them before it took any message: is it their fault, or that of a policy, for all?
 
         Several messages refused and none accepted: the policy's. One alone: its own, if it is refused each time.
         """
         self.refused.update(message.key for message in messages)
         message = messages[0]
-        text = f'message {message.id.decode("ascii", "replace")}, key {message.record.key!r}: {result.detail}'
+        key = message.record and message.record.key
+        text = f'message {message.id.decode("ascii", "replace")}, key {key!r}: {result.detail}'
         if len(self.refused) > 1:
             self.on_store_stop(messages, Answer('stop', result.reason, text))
         elif message.attempts >= REFUSED_AT:
@@ -4403,7 +4410,7 @@ class Window:
                 self.release(messages)
                 self.postponed += len(messages)
 
-    def on_store_stop(self, messages: list, result: Answer) -> None:
+    def on_store_stop(self, messages: list[Message], result: Answer) -> None:
         """The store takes nothing until somebody changes something: the window ends, and they are requeued then."""
         if self.end_reason is not End.STORE_FAILED:
             log.error('%s; the window ends, its messages are requeued', result.detail)
@@ -4411,7 +4418,7 @@ class Window:
         self.release(messages)
         self.end(End.STORE_FAILED, result.detail)
 
-    def on_unkept(self, messages: list, result: Answer) -> list:
+    def on_unkept(self, messages: list[Message], result: Answer) -> list[Message]:
         """The keeper of dead letters did not take them. One that is away for a moment gets time to come back, at their
         first delivery; after that they make room for others."""
         young = asyncio.get_running_loop().time() - KEEPER_PATIENCE
@@ -4420,7 +4427,7 @@ class Window:
         self.postpone([message for message in messages if message not in retry], result)
         return retry
 
-    def postpone(self, messages: list, result: Answer) -> None:
+    def postpone(self, messages: list[Message], result: Answer) -> None:
         """They can't be settled now: they come again, after a delay that grows from delivery to delivery."""
         self.release(messages)
         for attempts, group in grouped(messages, lambda message: message.attempts):
@@ -4594,7 +4601,7 @@ class Window:
 
 
 @contextlib.contextmanager
-def progress(window: Window):
+def progress(window: Window) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, for a window of more than a second; gives a function that redraws it."""
     if window.limits.lasting or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
         yield lambda: None
@@ -4627,7 +4634,7 @@ class Pipeline:
     metrics: Figures
     health: Health
 
-    async def write(self, messages: list) -> list:
+    async def write(self, messages: list[Message]) -> list[Answer]:
         """Writes the records of messages in a thread of the store. Returns a result for each."""
         loop = asyncio.get_running_loop()
         begun, records = loop.time(), [message.record for message in messages]
@@ -4638,14 +4645,15 @@ class Pipeline:
         self.metrics.batch(len(messages), loop.time() - begun, results)
         return results
 
-    async def keep(self, messages: list) -> list:
+    async def keep(self, messages: list[Message]) -> list[Answer]:
         """Keeps dead letters. Returns a result for each."""
         assert self.sink is not None, 'in a replay they stay in the source'
         return await self.sink.keep(messages)
 
 
 @contextlib.asynccontextmanager
-async def open_pipeline(config, store, new_source, metrics, health, sink=None):
+async def open_pipeline(config: types.SimpleNamespace, store: Store, new_source: Callable[[Crew], Any],
+                        metrics: Figures, health: Health, sink: DeadLetters | None = None) -> AsyncIterator[Pipeline]:
     """Opens the store, then the source that `new_source(tasks)` makes: gives a Pipeline; all is closed at the end.
 
     Raises Unavailable when one of them can't be reached; no message was taken then.
@@ -4688,7 +4696,8 @@ async def uninterrupted(coroutine: Coroutine[Any, Any, None]) -> None:
         raise cancelled
 
 
-def topic_pipeline(config, store, metrics, health):
+def topic_pipeline(config: types.SimpleNamespace, store: Store, metrics: Figures,
+                   health: Health) -> AbstractAsyncContextManager[Pipeline]:
     """The pipeline from the nsqds of the configuration to its store."""
     link = Link(config)
     return open_pipeline(
@@ -4697,7 +4706,7 @@ def topic_pipeline(config, store, metrics, health):
         metrics, health, DeadLetters(config, link))
 
 
-async def run_once(config, stopper, figures):
+async def run_once(config: types.SimpleNamespace, stopper: 'Stopper', figures: Figures) -> int:
     """One window. Returns the exit status."""
     health, store = Health(), STORES[config.store](config)
     connecting = HANDSHAKE_STEPS * config.nsq.connect_timeout
@@ -4715,18 +4724,19 @@ async def run_once(config, stopper, figures):
 class Stopper:
     """SIGTERM and SIGINT: they stop the window that runs, or before it all that is being opened."""
 
-    def __init__(self):
-        self.window, self.task = None, asyncio.current_task()
+    def __init__(self) -> None:
+        self.window: Any = None   # a Window, or something else that has a stop()
+        self.task = asyncio.current_task()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
 
-    def stop(self):
+    def stop(self) -> None:
         """One signal; a second one changes nothing."""
         if isinstance(self.window, Window):
             self.window.end(End.SIGNAL)
         elif self.window:
             self.window.stop()
-        else:
+        elif self.task:
             self.task.cancel()
 
 
@@ -4740,28 +4750,28 @@ class RunLock:
     one name have two. The holder's pid and that path stand in it. Not in the runtime directory: systemd removes that
     with the first unit that ends."""
 
-    def __init__(self, config, filename):
+    def __init__(self, config: types.SimpleNamespace, filename: str) -> None:
         self.filename = real_path(filename)
         name = os.path.basename(self.filename).removesuffix('.conf')[:LOCK_NAME]
         digest = hashlib.sha256(os.fsencode(self.filename)).hexdigest()[:LOCK_HASH]
         self.path = os.path.join(config.state_dir, f'{name}-{digest}.lock')
-        self.fd = None
+        self.fd: int | None = None
 
-    def take(self):
+    def take(self) -> str | None:
         """Returns None when it is ours, else the holder's pid as text. Raises Unavailable when there can be none."""
         try:
             os.makedirs(os.path.dirname(self.path) or '.', mode=0o750, exist_ok=True)
-            self.fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)
+            self.fd = fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)
         except BlockingIOError:
             return self.holder()
         except OSError as error:   # also of a file system that has no locks
             raise Unavailable(f'{self.path}: {error.strerror}') from None
         with contextlib.suppress(OSError):   # without its text on a full disk it is a lock all the same
-            os.ftruncate(self.fd, 0)
-            os.pwrite(self.fd, f'{os.getpid()}\n'.encode() + os.fsencode(self.filename) + b'\n', 0)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f'{os.getpid()}\n'.encode() + os.fsencode(self.filename) + b'\n', 0)
         return None
 
-    def holder(self):
+    def holder(self) -> str:
         """The pid of whoever has it, as text."""
         try:
             with open(open_regular(self.path, os.O_RDONLY), 'rb') as file:
@@ -4770,11 +4780,11 @@ class RunLock:
             return 'unknown'
 
     @property
-    def holds(self):
+    def holds(self) -> bool:
         """Whether it is ours, and others would still find it."""
         return self.fd is not None and in_place(self.fd, self.path)
 
-    def release(self):
+    def release(self) -> None:
         """Gives it back; the file stays, for to remove it could take it from the next holder."""
         if self.fd is not None:
             with contextlib.suppress(OSError):
@@ -4783,14 +4793,14 @@ class RunLock:
             self.fd = None
 
 
-def real_path(filename):
+def real_path(filename: str) -> str:
     """The absolute path of a file without symbolic links. A pipe has none (/dev/fd/63 would become pipe:[N], another
     one for each process): there the name as it is given has to do."""
     return os.path.realpath(filename) if os.path.isfile(filename) else os.path.abspath(filename)
 
 
 @contextlib.contextmanager
-def locked(config, filename):
+def locked(config: types.SimpleNamespace, filename: str) -> Iterator[None]:
     """The lock of a configuration, for `once`. Raises Busy with the holder's pid."""
     lock = RunLock(config, filename)
     holder = lock.take()
@@ -4811,11 +4821,11 @@ class Choice(collections.namedtuple('Choice', 'reasons since limit rate', defaul
     since 1970), at most `limit` of them (0: all), `rate` a second (0: as fast as may be)."""
 
     @property
-    def narrow(self):
+    def narrow(self) -> bool:
         """Whether it leaves any letter out."""
         return bool(self.reasons or self.since)
 
-    def takes(self, header, message):
+    def takes(self, header: dict[str, Any], message: Message) -> bool:
         """Whether it is for this letter."""
         return (not self.reasons or header['reason'] in self.reasons) and message.timestamp >= self.since
 
@@ -4823,11 +4833,11 @@ class Choice(collections.namedtuple('Choice', 'reasons since limit rate', defaul
 class ReplayMapper(Mapper):
     """Makes the record of the message inside a dead letter: same key, same time as its first delivery's."""
 
-    def __init__(self, config, letter):
+    def __init__(self, config: types.SimpleNamespace, letter: ReadLetter) -> None:
         super().__init__(config)
         self.letter = letter     # opened or unfiled
 
-    def record(self, message):
+    def record(self, message: Message) -> Record:
         """The Record; raises Unfit, also for what is no dead letter."""
         return super().record(self.letter(message.body)[1])
 
@@ -4838,7 +4848,7 @@ class Replay(Window):
 
     requeues_on_purpose, empty_level = True, logging.INFO   # somebody has asked
 
-    def __init__(self, pipeline, letter, choice):
+    def __init__(self, pipeline: Pipeline, letter: ReadLetter, choice: Choice) -> None:
         config = pipeline.config
         limits = WindowLimits(choice.limit, config.timeout, config.idle_timeout)
         super().__init__(pipeline, limits, ReplayMapper(config, letter))
@@ -4851,20 +4861,21 @@ class Replay(Window):
             batcher.write = self.write_at_rate
 
     @property
-    def timeout_since(self):
+    def timeout_since(self) -> float:
         """The loop time at which a letter came, or a batch came back, last."""
         return max(self.times.started, self.times.progress)
 
-    def accept(self, messages):
+    def accept(self, messages: list[Message]) -> None:
         """Leaves out those that nobody asked for."""
         super().accept(self.chosen(messages))
 
-    def chosen(self, messages):
+    def chosen(self, messages: list[Message]) -> list[Message]:
         """Those of the messages that were asked for; the others are held."""
         self.times.progress = asyncio.get_running_loop().time()
         if not self.choice.narrow:
             return messages
-        chosen, others = [], []
+        chosen: list[Message] = []
+        others: list[Message] = []
         for message in messages:
             (chosen if self.chooses(message) else others).append(message)
         self.source.hold(others)
@@ -4872,14 +4883,14 @@ class Replay(Window):
         self.count_received(len(others))
         return chosen
 
-    def chooses(self, message):
+    def chooses(self, message: Message) -> bool:
         """Whether a letter was asked for; what is no letter has no reason and no time, so it was not."""
         try:
             return self.choice.takes(*self.letter(message.body))
         except Unfit:
             return False
 
-    async def write_at_rate(self, messages):
+    async def write_at_rate(self, messages: list[Message]) -> list[Answer]:
         """Writes a batch when its time has come."""
         now = asyncio.get_running_loop().time()
         begin = max(now, self.due)
@@ -4887,7 +4898,7 @@ class Replay(Window):
         await asyncio.sleep(begin - now)
         return await self.pipeline.write(messages)
 
-    def reject(self, messages):
+    def reject(self, messages: list[Message]) -> None:
         """They stay where they are, and are reported."""
         for message in messages:   # each was asked for
             log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), plain(str(message.unfit)))
@@ -4895,7 +4906,7 @@ class Replay(Window):
         self.source.hold(messages)
         self.times.progress = asyncio.get_running_loop().time()
 
-    def log_summary(self):
+    def log_summary(self) -> None:
         """Logs the line of this pass, and how many letters nobody asked for."""
         super().log_summary()
         if self.left_out:
@@ -4907,12 +4918,12 @@ class Replay(Window):
 class Listing(Replay):
     """A pass that only looks: `letters` has what was asked for, and all is requeued at the end."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.letters = []
+    def __init__(self, pipeline: Pipeline, letter: ReadLetter, choice: Choice) -> None:
+        super().__init__(pipeline, letter, choice)
+        self.letters: list[Message] = []
         self.source.max_in_flight = max(self.source.max_in_flight, self.choice.limit)
 
-    def accept(self, messages):
+    def accept(self, messages: list[Message]) -> None:
         """Keeps them for the list."""
         chosen = self.chosen(messages)
         self.source.hold(chosen)
@@ -4932,26 +4943,30 @@ class DeadLetterFileSource:
 
     idle_since = None           # it never gets idle: it ends
 
-    def __init__(self, config, tasks, path, looking):
+    def __init__(self, config: types.SimpleNamespace, tasks: Crew, path: str, looking: bool) -> None:
         self.tasks, self.topic, self.channel, self.looking = tasks, path, REPLAY_CHANNEL, looking
         self.max_in_flight, self.max_held = config.nsq.max_in_flight, config.nsq.max_held
-        self.credit = self.deliver = self.new_file = None
-        self.in_flight, self.held_bytes = {}, 0
+        self.credit: Callable[[], int] | None = None
+        self.deliver: Callable[[list[Message]], None] | None = None
+        self.new_file: Any = None
+        self.in_flight: dict[str, Message] = {}
+        self.held_bytes = 0
         self.requeued = self.late = 0
-        self.stored, self.failed = set(), {}
+        self.stored: set[str] = set()
+        self.failed: dict[str, Unfit] = {}
         self.read_all = False
         self.opened = time.time_ns()
         self.files = contextlib.ExitStack()
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.topic
 
     @property
-    def tmp_path(self):
+    def tmp_path(self) -> str:
         """The name of the new file until it takes the old one's place."""
         return f'{self.topic}.replay'
 
-    async def open(self):
+    async def open(self) -> None:
         """Opens the file up to where it ends now, which under the lock is no writer's half line. Raises Unavailable."""
         try:
             if not self.looking:
@@ -4967,10 +4982,10 @@ class DeadLetterFileSource:
         except OSError as error:
             busy = isinstance(error, BlockingIOError) and not (self.looking or self.new_file)
             raise Unavailable(f'{error.filename or self}: '
-                              + ('another replay is at work on it' if busy else error.strerror)) from None
+                              + ('another replay is at work on it' if busy else str(error.strerror))) from None
         self.tasks.start(self.feed(self.messages()))
 
-    def copy_owner_and_mode(self, was):
+    def copy_owner_and_mode(self, was: os.stat_result) -> None:
         """Gives the new file the old one's owner and mode, before it has anything in it."""
         fd = self.new_file.fileno()
         self.new_file.truncate()    # a replay that was killed may have left something
@@ -4979,7 +4994,7 @@ class DeadLetterFileSource:
             os.fchown(fd, was.st_uid, was.st_gid)
         os.fchmod(fd, was.st_mode & 0o7777)
 
-    def messages(self):
+    def messages(self) -> Iterator[Message]:
         """Yields each line as a Message."""
         self.file.seek(0)
         left = self.size
@@ -4992,7 +5007,7 @@ class DeadLetterFileSource:
 
     # -- what a window reads from
 
-    async def feed(self, messages):
+    async def feed(self, messages: Iterator[Message]) -> None:
         """Delivers lines, for as long as there are any, as the window has room for them."""
         while True:
             room = self.room()
@@ -5000,39 +5015,40 @@ class DeadLetterFileSource:
             self.read_all = self.read_all or len(lines) < room
             letters = [message for message in lines if message.body.strip()]   # a blank line is nobody's
             if letters:
+                assert self.deliver, 'without a window there is no room'
                 self.in_flight.update((message.key, message) for message in letters)
                 self.held_bytes += sum(len(message.body) for message in letters)
                 self.deliver(letters)
             self.tasks.wake.set()
             await asyncio.sleep(0 if lines else TICK)
 
-    def room(self):
+    def room(self) -> int:
         """How many lines may come now."""
         if not self.credit or self.held_bytes >= self.max_held:
             return 0
         return max(0, min(self.credit(), self.max_in_flight - len(self.in_flight), 500))
 
     @property
-    def exhausted(self):
+    def exhausted(self) -> bool:
         """Whether all lines are read and answered."""
         return self.read_all and not self.in_flight
 
-    def start(self, credit, deliver):
+    def start(self, credit: Callable[[], int], deliver: Callable[[list[Message]], None]) -> None:
         """From now on lines go to the window."""
         self.credit, self.deliver = credit, deliver
 
-    def stop(self):
+    def stop(self) -> None:
         """Delivers no more."""
         self.credit = self.deliver = None
 
-    def on_credit_change(self):
+    def on_credit_change(self) -> None:
         """feed() looks for itself."""
 
-    def finish(self, messages):
+    def finish(self, messages: list[Message]) -> None:
         """These leave the file."""
         self.stored.update(message.key for message in self.release(messages))
 
-    def requeue(self, messages, delay=0):
+    def requeue(self, messages: list[Message], delay: float = 0) -> None:
         """These stay in it; those that failed again with their history."""
         messages = self.release(messages)
         self.failed.update((message.key, message.unfit) for message in messages if message.unfit)
@@ -5040,7 +5056,7 @@ class DeadLetterFileSource:
 
     hold = requeue
 
-    def release(self, messages):
+    def release(self, messages: list[Message]) -> list[Message]:
         """They are no longer in flight. Returns those that were."""
         messages = [message for message in messages if self.in_flight.pop(message.key, None)]
         self.held_bytes -= sum(len(message.body) for message in messages)
@@ -5048,7 +5064,7 @@ class DeadLetterFileSource:
 
     # -- the new file
 
-    def commit(self):
+    def commit(self) -> None:
         """Writes the file anew, without what was stored. Raises OSError; then all letters stay, and the next replay
         stores them again, under the same keys. What is long goes before the lock, for which writers wait."""
         if not self.new_file or not (self.stored or self.failed):
@@ -5064,12 +5080,12 @@ class DeadLetterFileSource:
         os.rename(self.tmp_path, self.topic)
         sync_directory(os.path.dirname(self.topic))
 
-    def sync(self):
+    def sync(self) -> None:
         """Makes durable what was written."""
         self.new_file.flush()
         os.fsync(self.new_file.fileno())
 
-    def kept_line(self, message):
+    def kept_line(self, message: Message) -> bytes:
         """The line of the new file for one of the old file."""
         if message.key in self.stored:
             return b''
@@ -5079,7 +5095,7 @@ class DeadLetterFileSource:
                 return filed(failed_again(header, self.failed[message.key]), first.body)
         return message.body
 
-    async def close(self):
+    async def close(self) -> None:
         """Closes the files, which unlocks them; what is not in place by now is removed."""
         with contextlib.suppress(OSError):   # a full disk has been reported
             if self.new_file and in_place(self.new_file.fileno(), self.tmp_path):
@@ -5087,7 +5103,8 @@ class DeadLetterFileSource:
             self.files.close()
 
 
-def letter_pipeline(config, path, store, looking=False):
+def letter_pipeline(config: types.SimpleNamespace, path: str | None, store: Store,
+                    looking: bool = False) -> AbstractAsyncContextManager[Pipeline]:
     """The pipeline from the dead letters, those in the file at `path` or (None) in the topic, to a store."""
     health = Health()
     if path:
@@ -5099,17 +5116,17 @@ def letter_pipeline(config, path, store, looking=False):
         Figures(), health)
 
 
-async def replay(config, stopper, path, choice):
+async def replay(config: types.SimpleNamespace, stopper: Stopper, path: str | None, choice: Choice) -> int:
     """Runs dead letters through again. Returns the exit status."""
     async with letter_pipeline(config, path, STORES[config.store](config)) as pipeline:
         window = stopper.window = Replay(pipeline, unfiled if path else opened, choice)
         await window.run()
-        if path:
+        if isinstance(pipeline.source, DeadLetterFileSource):
             commit(pipeline.source, window)
     return window.report()
 
 
-def commit(source, window):
+def commit(source: DeadLetterFileSource, window: Window) -> None:
     """Takes out of the file what was stored."""
     try:
         source.commit()
@@ -5117,14 +5134,15 @@ def commit(source, window):
         window.end(End.STORE_FAILED, f'{source}: not written anew, all its letters stay in it: {error.strerror}')
 
 
-async def look(config, stopper, path, choice, arguments):
+async def look(config: types.SimpleNamespace, stopper: Stopper, path: str | None, choice: Choice,
+               arguments: argparse.Namespace) -> int:
     """Prints the letters, by --dry-run also what would become of them. Returns the exit status."""
     topic, letter = path or config.dead_letter.topic, unfiled if path else opened
     depth = letters_in(path) if path else await total_depth(config, topic, REPLAY_CHANNEL)
     async with letter_pipeline(config, path, Store(), looking=True) as pipeline:
         listing = stopper.window = Listing(pipeline, letter, choice)
         await listing.run()
-    fates = collections.Counter()
+    fates: collections.Counter[bool] = collections.Counter()
     for message in listing.letters:
         told = described(message, letter)
         if arguments.dry_run:
@@ -5142,7 +5160,7 @@ async def look(config, stopper, path, choice, arguments):
     return os.EX_OK
 
 
-def described(message, letter):
+def described(message: Message, letter: ReadLetter) -> dict[str, Any]:
     """What is told of a letter, for JSON; `age` in seconds since it was published, `body`: its first characters."""
     try:
         header, first = letter(message.body)
@@ -5154,7 +5172,7 @@ def described(message, letter):
             'timestamp': str(first.timestamp), 'body': start(first.body)}
 
 
-def foreseen(message, mapper):
+def foreseen(message: Message, mapper: Mapper) -> dict[str, Any]:
     """Whether the mapper takes a letter now, and if not, why."""
     try:
         mapper.record(message)
@@ -5163,12 +5181,12 @@ def foreseen(message, mapper):
     return {'passes': True}
 
 
-def start(body):
+def start(body: bytes) -> str:
     """The first bytes of a body as text."""
     return shortened(body[:80].decode('utf-8', 'backslashreplace'), 60)
 
 
-def listed_line(told):
+def listed_line(told: dict[str, Any]) -> str:
     """A line of the list: id, age, reason, detail and the first bytes of the body; or what would become of it."""
     words = {name: plain(str(value)) for name, value in told.items()}
     if 'passes' in told:
@@ -5178,7 +5196,7 @@ def listed_line(told):
     return f'{words["id"]:16}  {human(told["age"]):>4}  {words["reason"]}: {words["detail"]}  {words["body"]}'
 
 
-def letters_in(path):
+def letters_in(path: str) -> int:
     """The lines of a file that are not blank. Raises Unavailable."""
     try:
         with open(open_regular(path, os.O_RDONLY), 'rb') as file:
@@ -5187,12 +5205,12 @@ def letters_in(path):
         raise Unavailable(f'{path}: {error.strerror}') from None
 
 
-def plain(text):
+def plain(text: str) -> str:
     """Text as it may be shown on a terminal: anybody can publish to a topic, escape sequences too."""
     return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
 
 
-def human(seconds):
+def human(seconds: float) -> str:
     """A duration as a person says it."""
     unit, length = next(((u, s) for u, s in (('d', 86400), ('h', 3600), ('m', 60)) if seconds >= s), ('s', 1))
     return f'{seconds / length:.0f}{unit}'
@@ -5210,14 +5228,14 @@ class Schedule:
     """When windows start: every `period` seconds, from start to start, without drift. A start that is late is where the
     next period begins: what was missed is not made up for, so there are never two in one period."""
 
-    def __init__(self, period):
+    def __init__(self, period: float) -> None:
         self.period, self.begun = period, -math.inf
 
-    def wait(self, now):
+    def wait(self, now: float) -> float:
         """Seconds to the next start."""
         return max(0.0, self.begun + self.period - now)
 
-    def start(self, now):
+    def start(self, now: float) -> None:
         """A window starts now."""
         due = self.begun + self.period
         self.begun = due if now - due <= ON_TIME else now
@@ -5229,7 +5247,8 @@ class WindowRunner:
     grant: async, waits until a window may begin and returns its limit. report: called with each window that has ended.
     """
 
-    def __init__(self, config, figures, grant, report) -> None:
+    def __init__(self, config: types.SimpleNamespace, figures: Figures, grant: Callable[[], Awaitable[int]],
+                 report: Callable[[Window], None]) -> None:
         self.config, self.figures, self.grant, self.report = config, figures, grant, report
         self.endless = config.endless
         self.health = Health()
@@ -5350,7 +5369,7 @@ class WindowRunner:
         return [figures]
 
 
-def facts(window):
+def facts(window: Window) -> types.SimpleNamespace:
     """What is told of a window that has ended."""
     return types.SimpleNamespace(count=window.count, seconds=window.times.seconds, ended=time.time())
 
@@ -5383,14 +5402,16 @@ class WorkerState(enum.StrEnum):
 class Member:
     """One worker process, as its parent sees it. number: of its last grant, for what it says may have crossed one."""
 
-    def __init__(self, place):
-        self.place, self.process, self.state, self.number = place, None, WorkerState.STARTING, 0
-        self.trouble, self.news = None, ChangeLog()
+    def __init__(self, place: int) -> None:
+        self.place, self.state, self.number = place, WorkerState.STARTING, 0
+        self.process: Any = None                  # its Process, from its first start on
+        self.trouble: str | None = None
+        self.news = ChangeLog()
         self.heard, self.healthy, self.starts = 0.0, True, 0
         self.ends = dict.fromkeys(ENDS, False)
-        self.snapshot = None     # its figures, as it told them last
+        self.snapshot: Any = None                 # its figures, as it told them last
 
-    def tell(self, **message):
+    def tell(self, **message: Any) -> None:
         """Sends it a line; one that is gone is found so by its reader."""
         if self.process:
             self.process.stdin.write(json.dumps(message).encode() + b'\n')
@@ -5400,7 +5421,7 @@ class Team:
     """The worker processes of a daemon. It holds no connection of its own: it starts them, starts every period and
     grants each its share, hears how they are, and stops them."""
 
-    def __init__(self, daemon):
+    def __init__(self, daemon: Any) -> None:
         self.config, self.raw, self.arguments = daemon.config, daemon.raw, daemon.arguments
         self.figures, self.report, self.schedule = daemon.figures, daemon.note, daemon.schedule
         config = self.config
@@ -5409,11 +5430,11 @@ class Team:
         self.crew, self.changed = Crew(), asyncio.Event()
         self.past = Figures()    # of workers that are gone
         self.exit_status = os.EX_OK
-        self.ending = None       # how a member is told to end, once that is wished
+        self.ending: Callable[[Member], None] | None = None   # how a member is told to end, once that is wished
         self.patience = 0.0      # seconds that it then has
         self.over = asyncio.Event()
 
-    async def run(self):
+    async def run(self) -> int:
         """Until stop() or leave(), or until no worker stays up. Returns the exit status."""
         for member in self.members:
             self.crew.start(self.keep(member))
@@ -5429,7 +5450,7 @@ class Team:
 
     # -- its members
 
-    async def keep(self, member):
+    async def keep(self, member: Member) -> None:
         """Keeps one worker up, with backoff."""
         loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
         while not self.ending:
@@ -5453,7 +5474,7 @@ class Team:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.over.wait(), backoff.next())
 
-    async def life(self, member):
+    async def life(self, member: Member) -> str:
         """One process, from its start to its end. Returns how it ended."""
         try:
             await self.start(member)
@@ -5465,7 +5486,7 @@ class Team:
         await self.listen(member)
         return told(await member.process.wait())
 
-    async def start(self, member):
+    async def start(self, member: Member) -> None:
         """Starts a worker, with the configuration that holds now, whatever the file says by now. It has a session of
         its own, so that Ctrl-C on a terminal is for us to pass on."""
         flags = ['-v'] * self.arguments.verbose + ['-q'] * self.arguments.quiet
@@ -5475,7 +5496,7 @@ class Team:
             stdout=asyncio.subprocess.PIPE, limit=1 << 24, env=outside, start_new_session=True)
         member.tell(raw=self.raw)
 
-    async def listen(self, member):
+    async def listen(self, member: Member) -> None:
         """What a worker says, until it ends."""
         async for line in member.process.stdout:
             try:
@@ -5487,7 +5508,7 @@ class Team:
                 return
             self.changed.set()
 
-    def hear(self, member, message):
+    def hear(self, member: Member, message: dict[str, Any]) -> None:
         """One line of a worker's."""
         member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
         member.news.clear()
@@ -5498,7 +5519,7 @@ class Team:
             crossed = message['seen'] != member.number   # it said so before our last grant reached it
             member.state = WorkerState.BUSY if crossed else WorkerState(message['state'])
 
-    def gone(self, member):
+    def gone(self, member: Member) -> None:
         """Keeps the figures of a worker that has ended."""
         if member.snapshot:
             self.past.merge(member.snapshot, gauges=False)
@@ -5508,7 +5529,7 @@ class Team:
 
     # -- its periods
 
-    async def periods(self):
+    async def periods(self) -> None:
         """Starts every period: each worker that is idle gets its share. One that has just been started waits for the
         next; nobody starts while another still has its grant of the last."""
         loop = asyncio.get_running_loop()
@@ -5523,11 +5544,11 @@ class Team:
                     member.state, member.number = WorkerState.BUSY, member.number + 1
                     member.tell(grant=share, number=member.number)
 
-    def in_state(self, state):
+    def in_state(self, state: WorkerState) -> list[Member]:
         """The members that are in a state."""
         return [member for member in self.members if member.state is state]
 
-    def split(self):
+    def split(self) -> list[int]:
         """The share of each worker in max-messages; what does not divide goes round from period to period."""
         share, extra = divmod(self.config.nsq.max_messages, len(self.members))
         self.turn += 1
@@ -5535,30 +5556,30 @@ class Team:
 
     # -- its end
 
-    def stop(self):
+    def stop(self) -> None:
         """All hand back what they do not store, and end; one that does not in its time is killed."""
         self.end(lambda member: member.process.terminate(), 0.0)
 
-    def leave(self):
+    def leave(self) -> None:
         """All finish their windows, and end."""
         self.end(lambda member: member.tell(leave=True), self.config.timeout)
 
-    def end(self, how, more):
+    def end(self, how: Callable[[Member], None], more: float) -> None:
         """Tells all to end, those too that are just being started."""
         self.ending, self.patience = how, more + self.config.aerospike.total_timeout + 2
         self.over.set()
         for member in self.members:
             self.dismiss(member)
 
-    def dismiss(self, member):
+    def dismiss(self, member: Member) -> None:
         """Tells one to end, and sees to it that it does."""
-        if member.process and member.process.returncode is None:
+        if self.ending and member.process and member.process.returncode is None:
             member.state = WorkerState.STOPPING
             with contextlib.suppress(ProcessLookupError):
                 self.ending(member)
             asyncio.get_running_loop().call_later(self.patience, self.kill, member)
 
-    def kill(self, member):
+    def kill(self, member: Member) -> None:
         """The last resort."""
         if member.process.returncode is None:
             log.error('worker %d (process %d) does not end: killed', member.place + 1, member.process.pid)
@@ -5567,18 +5588,19 @@ class Team:
     # -- how it is
 
     @property
-    def trouble(self):
+    def trouble(self) -> str:
         """What is wrong, each thing once, also where several members say so."""
         gone = [] if self.ending else [f'worker {member.place + 1} has ended'
                                        for member in self.in_state(WorkerState.BACKOFF)]
-        return '; '.join(dict.fromkeys([*gone, *(member.trouble for member in self.members if member.trouble)]))
+        told = [member.trouble for member in self.members if member.trouble]
+        return '; '.join(dict.fromkeys([*gone, *told]))
 
     @property
-    def ends(self):
+    def ends(self) -> dict[str, bool]:
         """What is up for all of them."""
         return {end: all(member.ends[end] for member in self.members) for end in ENDS}
 
-    def healthy(self, now):
+    def healthy(self, now: float) -> bool:
         """Whether every worker has been heard of, and says that it is; one that has not is named."""
         alive = [member for member in self.members if member.process and member.process.returncode is None]
         silent = [member for member in alive if now - member.heard >= SILENCE_OF_WORKERS]
@@ -5588,12 +5610,12 @@ class Team:
                 self.kill(member)
         return not silent and all(member.healthy for member in alive)
 
-    def gauges(self):
+    def gauges(self) -> list[Any]:
         """The figures of all together."""
         return [self.figures, self.past, *(member.snapshot for member in self.members if member.snapshot)]
 
 
-def own_command():
+def own_command() -> list[str]:
     """The command that runs this module again, by the same Python and from the same place."""
     here = os.path.dirname(os.path.abspath(__file__))
     code = f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())'
@@ -5601,7 +5623,7 @@ def own_command():
     return [sys.executable, *(flag for flag, on in flags.items() if on), '-c', code]
 
 
-def told(status):
+def told(status: int) -> str:
     """An exit status of subprocess in words."""
     return f'killed by {signal.Signals(-status).name}' if status < 0 else f'exit status {status}'
 
@@ -5610,13 +5632,14 @@ class Worker:
     """A process of the daemon's. It hears of the configuration and its grants on stdin, and says on stdout how it is;
     an end of stdin is the end of its parent."""
 
-    def __init__(self, arguments):
+    def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.figures = arguments, Figures()
-        self.grants, self.windows = asyncio.Queue(), []
+        self.grants: asyncio.Queue[int] = asyncio.Queue()
+        self.windows: list[Window] = []
         self.state = WorkerState.STARTING
         self.seen = 0            # number of the last grant
 
-    async def run(self, stopper):
+    async def run(self, stopper: Stopper) -> int:
         """Until it is told to end. Returns the exit status."""
         stdin = asyncio.StreamReader(limit=1 << 24)
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
@@ -5631,7 +5654,7 @@ class Worker:
         self.say()
         return status
 
-    async def listen(self, stdin):
+    async def listen(self, stdin: asyncio.StreamReader) -> None:
         """What the parent says."""
         async for line in stdin:
             message = json.loads(line)
@@ -5642,19 +5665,19 @@ class Worker:
                 self.flow.leave()
         self.flow.stop()
 
-    async def grant(self):
+    async def grant(self) -> int:
         """Waits for a grant; whoever waits is idle."""
         self.state = WorkerState.IDLE
         self.say()
         return await self.grants.get()
 
-    async def talk(self):
+    async def talk(self) -> None:
         """Says how it is, all the time: silence means that it is stuck."""
         while True:
             self.say()
             await asyncio.sleep(HEARTBEAT_OF_WORKERS)
 
-    def say(self):
+    def say(self) -> None:
         """One line for the parent."""
         windows, self.windows[:] = [vars(facts(window)) for window in self.windows], []
         figures = self.flow.gauges()[0].snapshot()
@@ -5674,22 +5697,27 @@ class Daemon:
     """The long-lived form: it holds the lock, keeps one WindowRunner or Team going, reads its file again when told
     to, and tells systemd and whoever asks by HTTP how things are."""
 
-    def __init__(self, arguments):
+    def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.figures, self.notifier = arguments, Figures(), Notifier()
         self.raw, self.config, self.unavailable = reread(arguments)   # the last: faults at the start
         set_up_log_of(self.config, arguments)
         self.schedule = Schedule(self.config.period)
-        self.windows = collections.deque(maxlen=60)   # facts() of the latest
-        self.engine, self.stopping, self.site, self.listening = None, False, None, None
-        self.status, self.lock = 'starting', None
+        self.windows: collections.deque[types.SimpleNamespace] = collections.deque(maxlen=60)   # facts() of the latest
+        self.engine: WindowRunner | Team | None = None
+        self.stopping = False
+        self.site: HttpListener | None = None
+        self.listening: Address | None = None
+        self.status = 'starting'
+        self.lock: RunLock | None = None
         self.crew = Crew()
         self.in_force = asyncio.Event()      # a configuration is: all that it names was there; or the end has come
-        self.candidate = None                # the task that waits for the files of another one
+        self.candidate: asyncio.Task[Any] | None = None   # waits for the files of another one
         self.address_due = asyncio.Event()   # `listen` may have changed
-        self.waits = {}                      # what is waited for: `configuration` or `listen` -> (text, since when)
+        # what is waited for: `configuration` or `listen` -> (text, since when)
+        self.waits: dict[str, tuple[str, float]] = {}
         self.files = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix=f'{THREADS}-files')
 
-    async def run(self, stopper):
+    async def run(self, stopper: Stopper) -> int:
         """Until a signal. Returns the exit status."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, self.hang_up)
@@ -5713,7 +5741,7 @@ class Daemon:
             if self.lock:
                 self.lock.release()
 
-    async def hold_lock(self):
+    async def hold_lock(self) -> None:
         """Waits until no other run has this configuration, and says so; another state-dir has another lock."""
         news = ChangeLog()
         while not self.stopping:
@@ -5731,7 +5759,7 @@ class Daemon:
             await asyncio.sleep(TICK * 4)
 
     @staticmethod
-    def blocked(lock):
+    def blocked(lock: RunLock) -> str | None:
         """Takes a lock; why that can't be, or None."""
         try:
             holder = lock.take()
@@ -5739,7 +5767,7 @@ class Daemon:
             return f'waiting: {error}'
         return f'waiting for process {holder}, which has {lock.path}' if holder else None
 
-    async def keep_going(self):
+    async def keep_going(self) -> int:
         """One engine after the other: a new one for each configuration that is read."""
         status = os.EX_OK
         while not self.stopping and not status:
@@ -5757,27 +5785,27 @@ class Daemon:
                 self.figures.merge(engine.past.snapshot(), gauges=False)
         return status
 
-    def new_engine(self):
+    def new_engine(self) -> WindowRunner | Team:
         """A WindowRunner here, or a Team of workers."""
         self.schedule.period = self.config.period   # the last start counts, also by another file
         if self.config.workers > 1:
             return Team(self)
         return WindowRunner(self.config, self.figures, self.grant, lambda window: self.note(facts(window)))
 
-    async def grant(self):
+    async def grant(self) -> int:
         """Waits for the next period. Returns max-messages."""
         loop = asyncio.get_running_loop()
         await asyncio.sleep(self.schedule.wait(loop.time()))
         self.schedule.start(loop.time())
         return self.config.nsq.max_messages
 
-    def note(self, window):
+    def note(self, window: types.SimpleNamespace) -> None:
         """A window has ended."""
         self.windows.append(window)
         counts = ', '.join(f'{name} {number}' for name, number in window.count.items() if number)
         self.status = f'last window: {counts or "nothing came"} in {window.seconds:.2f} s'
 
-    async def watch(self):
+    async def watch(self) -> None:
         """Tells systemd that all goes on, as long as it does, and what is waited for."""
         loop, told = asyncio.get_running_loop(), None
         pause = min(self.notifier.interval or 1.0, 1.0)
@@ -5794,17 +5822,19 @@ class Daemon:
             await asyncio.sleep(pause)
 
     @property
-    def state(self):
+    def state(self) -> str:
         """What is waited for, and how the windows are, in a line."""
         return '; '.join([*self.waiting, self.trouble or self.status])
 
     @property
-    def trouble(self):
+    def trouble(self) -> str:
         """What fails, or is not up yet: whenever /readyz is not 200 while windows may run, STATUS says why."""
-        missing = [end for end, up in self.ends.items() if not up and self.engine]
-        return self.engine and (self.engine.trouble or (missing and f'not up yet: {", ".join(missing)}'))
+        if not self.engine:
+            return ''
+        missing = [end for end, up in self.ends.items() if not up]
+        return self.engine.trouble or (f'not up yet: {", ".join(missing)}' if missing else '')
 
-    def hang_up(self):
+    def hang_up(self) -> None:
         """SIGHUP: reads the file again. A good one holds from the next window on, one with faults of the text is
         reported in full and changes nothing; where what it names is not there yet, the old one holds meanwhile."""
         self.notifier.say(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
@@ -5819,7 +5849,7 @@ class Daemon:
             self.apply(*read)
         self.notifier.say(READY=1)
 
-    def stop(self):
+    def stop(self) -> None:
         """SIGTERM, SIGINT."""
         self.stopping = True
         self.in_force.set()
@@ -5828,7 +5858,7 @@ class Daemon:
 
     # -- what is waited for, without a person: files that the configuration names, the address of `listen`
 
-    def apply(self, raw, config, unavailable):
+    def apply(self, raw: dict[str, Any], config: types.SimpleNamespace, unavailable: Sequence[Fault]) -> None:
         """Puts a configuration in force, at once or when all is there that it names; it takes the place of one that
         waits for that."""
         if self.candidate:
@@ -5839,7 +5869,7 @@ class Daemon:
         else:
             self.put_in_force(raw, config)
 
-    async def apply_when_available(self, raw, config):
+    async def apply_when_available(self, raw: dict[str, Any], config: types.SimpleNamespace) -> None:
         """Looks again and again, with backoff."""
         backoff, loop = Backoff(1, 30), asyncio.get_running_loop()
         while 'configuration' in self.waits:
@@ -5848,7 +5878,7 @@ class Daemon:
             self.note_wait('configuration', [fault for fault in faults if uses(self.arguments, fault)])
         self.put_in_force(raw, config)
 
-    def put_in_force(self, raw, config):
+    def put_in_force(self, raw: dict[str, Any], config: types.SimpleNamespace) -> None:
         """From now on a configuration holds: the window that is open is finished by the old one."""
         self.candidate, self.raw, self.config = None, raw, config
         self.note_wait('configuration', ())
@@ -5858,7 +5888,7 @@ class Daemon:
         if self.engine:
             self.engine.leave()
 
-    def note_wait(self, subject, faults):
+    def note_wait(self, subject: str, faults: Sequence[Fault]) -> None:
         """Notes the faults that keep a subject waiting, none when it waits no more. The log has each change."""
         now, text = time.monotonic(), '; '.join(map(str, faults))
         was, since = self.waits.pop(subject, ('', now))
@@ -5871,13 +5901,13 @@ class Daemon:
             log.warning('%s: recovered after %.1f s', subject, now - since)
 
     @property
-    def waiting(self):
+    def waiting(self) -> list[str]:
         """A line for each subject that waits."""
         return [f'waiting for {subject}: {text}' for subject, (text, _) in self.waits.items()]
 
     # -- what others may ask
 
-    async def maintain_site(self):
+    async def maintain_site(self) -> None:
         """Listens for HTTP where the configuration says, tried again with backoff. Messages flow meanwhile."""
         backoff = Backoff(1, 30)
         while True:
@@ -5888,7 +5918,7 @@ class Daemon:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.address_due.wait(), backoff.next() if 'listen' in self.waits else None)
 
-    async def open_site(self, address):
+    async def open_site(self, address: Address | None) -> None:
         """Listens at `address`, where one is wished; goes on where it is the same. The old one is closed when the new
         one is had, or before it where both have one port: 0.0.0.0 can't be had beside 127.0.0.1."""
         if not address or self.listening and address != self.listening and address[1] == self.listening[1]:
@@ -5903,32 +5933,32 @@ class Daemon:
         else:
             self.note_wait('listen', ())
 
-    async def bind(self, host, port):
+    async def bind(self, host: str, port: int) -> list[socket.socket]:
         """Sockets that listen. A name is looked up in a thread. Raises OSError."""
         if is_ip_literal(host):
             return bind_sockets(port, host)
         return await asyncio.get_running_loop().run_in_executor(self.files, bind_sockets, port, host)
 
-    def close_site(self):
+    def close_site(self) -> None:
         """Listens no more."""
         if self.site:
             self.site.stop()
         self.site = self.listening = None
 
     @property
-    def ends(self):
+    def ends(self) -> dict[str, bool]:
         """What is up."""
         return self.engine.ends if self.engine else dict.fromkeys(ENDS, False)
 
-    def healthy(self):
+    def healthy(self) -> bool:
         """Alive and making progress."""
         return not self.engine or self.engine.healthy(asyncio.get_running_loop().time())
 
-    def exposition(self):
+    def exposition(self) -> bytes:
         """All figures in Prometheus' text format."""
         return exposition(self.total(), process=True)
 
-    def total(self):
+    def total(self) -> Figures:
         """All figures together."""
         return together(self.engine.gauges() if self.engine else [self.figures])
 
@@ -5947,18 +5977,19 @@ class HttpListener:
     neither a scrape nor a health check. Tornado's own way has no bound, and it comes back at once and forever to a
     connection for which there is no open file."""
 
-    def __init__(self, server, sockets):
-        self.server, self.sockets, self.streams = server, sockets, collections.deque()
+    def __init__(self, server: Any, sockets: list[socket.socket]) -> None:
+        self.server, self.sockets = server, sockets
+        self.streams: collections.deque[IOStream] = collections.deque()
         self.loop = asyncio.get_running_loop()
         for listener in sockets:
             self.resume(listener)
 
-    def resume(self, listener):
+    def resume(self, listener: socket.socket) -> None:
         """Accepts from now on."""
         if listener in self.sockets:
             self.loop.add_reader(listener, self.accept, listener)
 
-    def accept(self, listener):
+    def accept(self, listener: socket.socket) -> None:
         """Takes one connection."""
         try:
             connection, address = listener.accept()
@@ -5975,18 +6006,18 @@ class HttpListener:
         self.server.handle_stream(self.streams[-1], address)
 
     @property
-    def limit(self):
+    def limit(self) -> int:
         """How many connections there may be."""
         return max(1, min(HTTP_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HTTP_SHARE))
 
-    def close_oldest(self, most):
+    def close_oldest(self, most: int) -> None:
         """Closes the oldest connections, until there are at most so many."""
         self.streams = collections.deque(stream for stream in self.streams if not stream.closed())
         while len(self.streams) > most:
             log.warning('[metrics] listen: %d connections are open; the oldest is closed', len(self.streams))
             self.streams.popleft().close()
 
-    def stop(self):
+    def stop(self) -> None:
         """Accepts no more; what is open is answered, and closes when it is idle."""
         for listener in self.sockets:
             self.loop.remove_reader(listener)
@@ -5994,7 +6025,7 @@ class HttpListener:
         self.sockets = []
 
 
-def listen(daemon, sockets):
+def listen(daemon: Daemon, sockets: list[socket.socket]) -> HttpListener:
     """An HTTP server for a Daemon, at sockets that listen; it stops by stop()."""
     from tornado import httpserver, web
     preload()
@@ -6002,7 +6033,7 @@ def listen(daemon, sockets):
     class Handler(web.RequestHandler):
         """GET /metrics, /healthz, /readyz, /."""
 
-        def get(self):
+        def get(self) -> None:
             """One answer, of the state as it is now."""
             self.set_header('Cache-Control', 'no-store')
             kind, good, text = answers[self.request.path](daemon)
@@ -6020,7 +6051,7 @@ def listen(daemon, sockets):
     return HttpListener(server, sockets)
 
 
-def readiness(daemon):
+def readiness(daemon: Daemon) -> str:
     """Which end is up and what is waited for, a line each."""
     ends = [f'{end}: {"up" if up else "down"}' for end, up in daemon.ends.items()]
     return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting])
@@ -6110,7 +6141,7 @@ def bars(windows: Sequence[Any], most: int) -> Iterator[Bar]:
 # check: the other ends
 # ---------------------------------------------------------------------------------------------------------------------
 
-async def check_connections(config):
+async def check_connections(config: types.SimpleNamespace) -> int:
     """Reaches the queue and the store and says what is there. Returns the exit status."""
     problems = []
     store = STORES[config.store](config)
@@ -6140,7 +6171,7 @@ async def check_connections(config):
     return os.EX_UNAVAILABLE if problems else os.EX_OK
 
 
-async def describe_nsqd(config, address, http_port):
+async def describe_nsqd(config: types.SimpleNamespace, address: Address, http_port: int | None) -> str:
     """One line about an nsqd. It does not subscribe, so it makes no topic and no channel. Raises one of UNREACHABLE."""
     connection = Connection(address, Link(config))
     await connection.open()
@@ -6152,7 +6183,7 @@ async def describe_nsqd(config, address, http_port):
     return ', '.join([*parts, *describe_topic(topic, config.nsq.topic, config.nsq.channel)])
 
 
-def describe_topic(stats, topic, channel):
+def describe_topic(stats: dict[str, Any] | None, topic: str, channel: str) -> list[str]:
     """What an operator has to know of a topic and its channel, part by part; `stats` is of topic_stats()."""
     if stats is None:
         return [f'depth of {topic}/{channel} unknown']
@@ -6171,7 +6202,7 @@ def describe_topic(stats, topic, channel):
 BIN_TYPES = {bool: 'boolean', int: 'integer', float: 'float', str: 'string', list: 'list', dict: 'map'}   # Aerospike's
 
 
-def check_message(config, body):
+def check_message(config: types.SimpleNamespace, body: bytes) -> None:
     """Prints the record that a message would become. Raises DataError where it can't; the store is not asked."""
     message = Message(None, b'', 0, 1, body)
     try:
@@ -6192,7 +6223,7 @@ def check_message(config, body):
         print(f'bin   {names[name]:{width}}  {BIN_TYPES[type(value)]:7}  {made.get(name) or json.dumps(value)}')
 
 
-def tls_facts(tls_socket):
+def tls_facts(tls_socket: Any) -> list[str]:
     """The protocol, and the days to the expiry of the peer's certificate."""
     expiry = ssl.cert_time_to_seconds(tls_socket.getpeercert()['notAfter'])
     days = max(0, int((expiry - time.time()) // 86400))   # whole ones: on the last day there is none left
@@ -6280,7 +6311,7 @@ COLLECT_EVERY = 100_000   # objects: a window makes thousands at a time, none in
 class Parser(argparse.ArgumentParser):
     """An argument parser that ends with the status of sysexits(3)."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Says what is wrong in a line."""
         self.exit(os.EX_USAGE, f'{self.prog}: {message}; see {self.prog} --help\n')
 
@@ -6302,7 +6333,7 @@ dead letters failed, 78 the text of the configuration is wrong
 """
 
 
-def add_common(parser, after):
+def add_common(parser: argparse.ArgumentParser, after: bool) -> None:
     """The options that stand before or after the command; `after` keeps the second from undoing the first."""
     absent = argparse.SUPPRESS
     set_completion(parser.add_argument('-c', '--config', metavar='FILE', default=absent if after else DEFAULT_FILE,
@@ -6317,7 +6348,7 @@ def add_common(parser, after):
     loud.add_argument('-q', '--quiet', action='store_true', default=absent if after else False, help='say less')
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = Parser(prog='x-msrv', formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
                     description='Takes JSON messages from an NSQ topic and stores each as one record.')
@@ -6343,7 +6374,7 @@ def build_parser():
     return parser
 
 
-def add_replay(parser):
+def add_replay(parser: argparse.ArgumentParser) -> None:
     """The options of replay."""
     parser.epilog = ('Letters that --reason and --since leave out stay where they are. Of a topic only max-in-flight '
                      'letters can be held at a time, so they look at the first of them; of a file, at all. A '
@@ -6363,7 +6394,7 @@ def add_replay(parser):
     parser.add_argument('--rate', type=positive, metavar='N', help='at most N a second')
 
 
-def configured(arguments):
+def configured(arguments: argparse.Namespace) -> types.SimpleNamespace:
     """The configuration, checked, with what it names at hand. Raises ConfigError or Unavailable, a line for each
     fault."""
     _, config, unavailable = reread(arguments)
@@ -6372,14 +6403,14 @@ def configured(arguments):
     return config
 
 
-def require_available(arguments, unavailable):
+def require_available(arguments: argparse.Namespace, unavailable: Sequence[Fault]) -> None:
     """Raises Unavailable with a line for each fault, where there are any."""
     if unavailable:
         of_store = all(fault.section.startswith('aerospike') for fault in unavailable)
         raise (StoreAway if of_store else Unavailable)(lines_of(arguments, unavailable))
 
 
-def command_once(arguments):
+def command_once(arguments: argparse.Namespace) -> int:
     """x-msrv once"""
     _, config, unavailable = reread(arguments)
     set_up_log_of(config, arguments)
@@ -6400,17 +6431,17 @@ def command_once(arguments):
                 write_textfile(config.metrics.textfile, figures)
 
 
-def command_daemon(arguments):
+def command_daemon(arguments: argparse.Namespace) -> int:
     """x-msrv daemon"""
     return run(lambda stopper: Daemon(arguments).run(stopper))
 
 
-def command_worker(arguments):
+def command_worker(arguments: argparse.Namespace) -> int:
     """x-msrv worker: a process of the daemon's, which alone starts it."""
     return run(lambda stopper: Worker(arguments).run(stopper))
 
 
-def command_check(arguments):
+def command_check(arguments: argparse.Namespace) -> int:
     """x-msrv check"""
     config = configured(arguments)
     if arguments.message is not None:
@@ -6420,7 +6451,7 @@ def command_check(arguments):
     return asyncio.run(check_connections(config)) if arguments.connect else os.EX_OK
 
 
-def read_message(filename):
+def read_message(filename: str) -> bytes:
     """The bytes of a file, or (-) of standard input."""
     try:
         with open(0 if filename == '-' else filename, 'rb', closefd=filename != '-') as file:
@@ -6429,7 +6460,7 @@ def read_message(filename):
         raise UsageError(f'--message {filename}: {error.strerror}') from None
 
 
-def command_replay(arguments):
+def command_replay(arguments: argparse.Namespace) -> int:
     """x-msrv replay"""
     looking = arguments.list or arguments.dry_run
     if arguments.json and not looking:
@@ -6448,7 +6479,7 @@ def command_replay(arguments):
     return run(lambda stopper: replay(config, stopper, path, choice))
 
 
-def letter_path(arguments, config):
+def letter_path(arguments: argparse.Namespace, config: types.SimpleNamespace) -> str | None:
     """The file to replay; None: the topic."""
     dead = config.dead_letter
     if dead.topic and arguments.file is None:
@@ -6460,7 +6491,7 @@ def letter_path(arguments, config):
     return os.path.realpath(path)
 
 
-def no_letters(path, asked_for):
+def no_letters(path: str, asked_for: str | None) -> int:
     """What follows where the file is not there: that of the configuration comes with the first dead letter."""
     if asked_for or os.path.exists(path):
         raise UsageError(f'replay: {path}: {"not a regular file" if os.path.exists(path) else "no such file"}')
@@ -6468,7 +6499,7 @@ def no_letters(path, asked_for):
     return os.EX_OK
 
 
-def command_config(arguments):
+def command_config(arguments: argparse.Namespace) -> int:
     """x-msrv config"""
     if arguments.sample:
         print(sample(), end='')
@@ -6479,7 +6510,7 @@ def command_config(arguments):
     return os.EX_OK
 
 
-def command_completion(arguments):
+def command_completion(arguments: argparse.Namespace) -> int:
     """x-msrv completion"""
     print(completion(arguments.shell, build_parser()), end='')
     return os.EX_OK
@@ -6489,9 +6520,9 @@ COMMANDS = {'once': command_once, 'daemon': command_daemon, 'worker': command_wo
             'replay': command_replay, 'config': command_config, 'completion': command_completion}
 
 
-def run(command):
+def run(command: Callable[[Stopper], Coroutine[Any, Any, int]]) -> int:
     """Runs an async command with a Stopper; a signal before its window ends it with 0: nothing was taken."""
-    async def main_task():
+    async def main_task() -> int:
         return await command(Stopper())
     gc.freeze()
     gc.set_threshold(COLLECT_EVERY)
@@ -6501,7 +6532,7 @@ def run(command):
         return os.EX_OK
 
 
-def run_loop(main_task):
+def run_loop(main_task: Coroutine[Any, Any, int]) -> int:
     """As asyncio.run(), which would wait for the reading of a certificate for as long as its mount likes."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -6517,7 +6548,7 @@ def run_loop(main_task):
         close_loop(loop)
 
 
-def close_loop(loop):
+def close_loop(loop: asyncio.AbstractEventLoop) -> None:
     """Closes the loop, which undoes its handlers. Signals are ignored from here on: what they ask for is being done."""
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)   # so that none finds the moment in between
@@ -6527,7 +6558,7 @@ def close_loop(loop):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
-def left_over(loop, context):
+def left_over(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """What asyncio says of an error that nobody waits for: of a connection that was given up it is no news."""
     error = context.get('exception')
     given_up = isinstance(error, (*UNREACHABLE, asyncio.CancelledError))
@@ -6535,7 +6566,7 @@ def left_over(loop, context):
             context['message'], error)
 
 
-def leave_stuck_calls(status):
+def leave_stuck_calls(status: int) -> None:
     """Exits at once where a call has not come back in its time: the interpreter would wait for it."""
     threads = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
     for thread in threads:
@@ -6546,7 +6577,7 @@ def leave_stuck_calls(status):
         os._exit(status)
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     set_up_output()
     status = obey(arguments)
@@ -6555,7 +6586,7 @@ def main(arguments=None):
     return status
 
 
-def become_user():
+def become_user() -> None:
     """As root, becomes the user that the packages make, where it exists: what root makes in state-dir, the service
     could not open. Before anything is opened."""
     if os.geteuid():
@@ -6570,7 +6601,7 @@ def become_user():
     os.environ['HOME'] = user.pw_dir
 
 
-def obey(arguments):
+def obey(arguments: list[str] | None) -> int:
     """Runs the command, and says in a line why where it fails. Returns the exit status."""
     set_up_log(argparse.Namespace(verbose=False, quiet=False))
     try:
@@ -6591,7 +6622,7 @@ def obey(arguments):
         return os.EX_SOFTWARE
 
 
-def run_command(parsed):
+def run_command(parsed: argparse.Namespace) -> int:
     """Runs the command of a parsed command line. Returns the exit status."""
     set_up_log(parsed)
     if parsed.command in ('daemon', 'worker'):   # until it has its handler

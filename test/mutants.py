@@ -246,7 +246,7 @@ MUTANTS = (
 
     # -- pipeline and once
     Mutant('a removed lock file is trusted', 'return self.fd is not None and in_place(self.fd, self.path)', 'return self.fd is not None'),
-    Mutant('no lock', 'self.fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)', 'self.fd = open_regular(self.path, os.O_RDWR | os.O_CREAT)'),
+    Mutant('no lock', 'self.fd = fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)', 'self.fd = fd = open_regular(self.path, os.O_RDWR | os.O_CREAT)'),
     Mutant('a lock by the name of the file', 'hexdigest()[:LOCK_HASH]', 'hexdigest()[:0]'),
     Mutant('a lock by the name that is given', 'self.filename = real_path(filename)', 'self.filename = os.path.abspath(filename)'),
     Mutant('the lock is not given back', '        yield\n    finally:\n        lock.release()', '        yield\n    finally:\n        pass'),
