@@ -3573,6 +3573,13 @@ class Batcher:
     third failure on is halved, so that one message which fails all the others with it ends up alone. When other batches
     were accepted since its last failure, the batch itself is to blame, and the breaker stays as it is.
 
+    Example: 10 messages arrive, for batches of 4 and 2 writers. Two batches of 4 start at once. The last 2 messages
+    wait: their batch is not full, and calls are under way. When both calls have returned, the batch of 2 starts.
+
+    Example: message 5 of a batch of 8 makes every write fail. The batch fails three times and is halved. The half
+    without message 5 is stored. The other half is halved again, until message 5 is alone: it is requeued with a delay,
+    and the other 7 are stored. In an outage every half fails, so no message is ever blamed for it.
+
     write: async, messages -> a result each. settle: (messages, results) -> the messages to retry.
     end: the one of ENDS that it writes to. limits: (messages, bytes) of a batch. writers: calls at a time.
     call_timeout: seconds after which a call has returned, unless it hangs.
@@ -3815,7 +3822,11 @@ class RdyAllocator:
 
     @staticmethod
     def reduced(connection: Any, connections: Sequence[Any], budget: int) -> int:
-        """The RDY of the one connection on which messages have come, so that the sum keeps within the budget."""
+        """The RDY of the one connection on which messages have come, so that the sum keeps within the budget.
+
+        Example: 5 messages are left to the window and RDY is 5. Three arrive, so the budget is 2, and RDY 2 is sent
+        before the first FIN. Otherwise each FIN would free a slot of RDY 5, and nsqd would send a sixth message.
+        """
         excess = sum([c.rdy - c.held_back for c in connections]) - budget
         return connection.rdy if excess <= 0 else max(0, connection.rdy - excess)
 
@@ -4234,7 +4245,12 @@ class RecordQueue:
 
 
 class WindowState(enum.Enum):
-    """OPEN: takes messages. DRAINING: takes none, and waits for what is under way. CLOSED: the rest is requeued."""
+    """OPEN: takes messages. DRAINING: takes none, and waits for what is under way. CLOSED: the rest is requeued.
+
+    Example: max-messages is 5, and 7 messages arrive, because two were under way when RDY was lowered. The window is
+    full: DRAINING, and 5 messages are written. CLOSED: the daemon keeps the 2 in flight, and its next window accepts
+    them first; `once` has no next window and requeues them.
+    """
 
     OPEN = 'open'
     DRAINING = 'draining'
@@ -5516,7 +5532,9 @@ class Team:
         for window in message['windows']:
             self.report(types.SimpleNamespace(**window))
         if member.state is not WorkerState.STOPPING:
-            crossed = message['seen'] != member.number   # it said so before our last grant reached it
+            # Example: grant 7 is on its way to a worker, and its line "idle, seen 6" on its way to us. The worker has
+            # a window by now. Taken as idle, it would let the next period begin beside that window.
+            crossed = message['seen'] != member.number
             member.state = WorkerState.BUSY if crossed else WorkerState(message['state'])
 
     def gone(self, member: Member) -> None:
@@ -5549,7 +5567,11 @@ class Team:
         return [member for member in self.members if member.state is state]
 
     def split(self) -> list[int]:
-        """The share of each worker in max-messages; what does not divide goes round from period to period."""
+        """The share of each worker in max-messages; what does not divide goes round from period to period.
+
+        Example: max-messages is 10, for 3 workers: 3, 3, 4 in the first period, then 3, 4, 3, then 4, 3, 3. The sum is
+        10 in every period, and no worker is always the one with most to do.
+        """
         share, extra = divmod(self.config.nsq.max_messages, len(self.members))
         self.turn += 1
         return [share + ((place + self.turn) % len(self.members) < extra) for place in range(len(self.members))]
