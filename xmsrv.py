@@ -861,6 +861,7 @@ MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store,
 UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
 CLIENT_CONNECTIONS = 100   # of the Aerospike client to each node: its own default (max_conns_per_node)
+VARIABLES = 'XMSRV__'  # how ours begin: Docker and Kubernetes make XMSRV_PORT and others for a service of that name
 SIZES = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
 
 
@@ -1242,15 +1243,22 @@ class FaultKind(enum.Enum):
     UNAVAILABLE = 'something that the text names, and that may yet come'
 
 
-class Fault(collections.namedtuple('Fault', 'section option value rule kind', defaults=(FaultKind.TEXT,))):
-    """One fault of the configuration: where it is, what stands there, the rule that it breaks, and its FaultKind."""
+class Fault(collections.namedtuple('Fault', 'section option value rule kind variable',
+                                   defaults=(FaultKind.TEXT, ''))):
+    """One fault of the configuration: where it is, what stands there, the rule that it breaks, and its FaultKind.
+    variable: the variable of the environment that brought the value; none for the file and --set."""
 
     def __str__(self):
         parts = self.section.split('.') if self.section else []
         where = ''.join('[' * depth + part + ']' * depth + ' ' for depth, part in enumerate(parts, 1))
         shown = ', '.join(self.value) if isinstance(self.value, list) else self.value
         given = f' = {shortened(str(shown), 200)}' if self.value is not None else ''
-        return f'{where}{self.option}{given}: {self.rule}'
+        return f'{f"environment: {self.variable}" if self.variable else where + self.option}{given}: {self.rule}'
+
+    @property
+    def path(self):
+        """Sections and option, as a Setting has them."""
+        return *filter(None, self.section.split('.')), self.option
 
 
 def configuration_schema():
@@ -1268,7 +1276,7 @@ def configuration_schema():
 
 
 def read_file(filename, settings=()):
-    """The raw sections of the INI file `filename` with `settings` (`SECTION.OPTION=VALUE`) laid over it.
+    """The raw sections of the INI file `filename` with `settings` (each a Setting) laid over it.
 
     Raises ConfigError for a file that can't be read or is no INI, with each such line.
     """
@@ -1323,23 +1331,88 @@ def accepts(check, value):
     return True
 
 
-def overlay(raw, setting):
-    """Lays one `--set SECTION.OPTION=VALUE` over the raw sections."""
-    name, equals, value = setting.partition('=')
-    *sections, option = name.strip().split('.') if '=' in setting else ['']
-    if not equals or not option:
-        raise ConfigError(f'--set {setting}: not SECTION.OPTION=VALUE')
+class Setting(NamedTuple):
+    """A value that is laid over what the file says. shown: how it was given, for an error; variable: of the
+    environment; none for --set."""
+
+    path: tuple[str, ...]
+    value: str
+    shown: str
+    variable: str = ''
+
+
+def command_line_setting(text: str) -> Setting:
+    """`SECTION.OPTION=VALUE`, what follows --set. Raises ConfigError."""
+    name, _, value = text.partition('=')
+    path = tuple(name.strip().split('.')) if '=' in text else ('',)
+    if not path[-1]:
+        raise ConfigError(f'--set {text}: not SECTION.OPTION=VALUE')
+    return Setting(path, value, f'--set {text}')
+
+
+def variable_of(option: 'Option') -> str:
+    """The variable of the environment for an option, XMSRV__NSQ__TLS__CA_FILE; the beginning of those of a free
+    subsection, whose names follow as they are: XMSRV__MESSAGE__FIELDS__id."""
+    parts = [*filter(None, option.section.split('.')), option.name]
+    name = VARIABLES + '__'.join(parts).upper().replace('-', '_')
+    return name if option.default is not None else name + '__'
+
+
+def variable_path(variable: str) -> tuple[str, ...]:
+    """The path of the option that a variable sets; empty where there is none."""
+    for option in OPTIONS:
+        name, path = variable_of(option), (*filter(None, option.section.split('.')), option.name)
+        if option.default is None and variable.startswith(name) and variable != name:
+            return *path, variable.removeprefix(name)
+        if option.default is not None and variable == name:
+            return path
+    return ()
+
+
+def environment_settings(environment: Mapping[str, str]) -> list[Setting]:
+    """What the variables of the environment set; unknown ones are for unknown_variables()."""
+    paths = {variable: variable_path(variable) for variable in environment if variable.startswith(VARIABLES)}
+    return [Setting(path, environment[variable], f'environment: {variable}', variable)
+            for variable, path in paths.items() if path]
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[Fault]:
+    """A Fault for each variable that begins as ours do and sets nothing, with the nearest known name."""
+    unknown = [name for name in environment if name.startswith(VARIABLES) and not variable_path(name)]
+    return [Fault('', '', environment[name], 'no such option' + nearest_variable(name), variable=name)
+            for name in unknown]
+
+
+def nearest_variable(variable: str) -> str:
+    """A hint at the known variable of the same option in another section, or at the one most like it; else nothing."""
+    known = [variable_of(option) + ('NAME' if option.default is None else '') for option in OPTIONS]
+    elsewhere = [name for name in known if name.endswith('__' + variable.rpartition('__')[2])]
+    names = [name.removeprefix(VARIABLES) for name in known]   # what all have in common would make any two alike
+    like = difflib.get_close_matches(variable.removeprefix(VARIABLES), names, 1)
+    close = elsewhere + [VARIABLES + name for name in like]
+    return f'; did you mean {close[0]}?' if close else ''
+
+
+def overrides(arguments: argparse.Namespace) -> list[Setting]:
+    """What is laid over the file, the stronger last: the environment, then --set. Raises ConfigError."""
+    given = [command_line_setting(text) for text in arguments.set_before + arguments.set_after]
+    return environment_settings(os.environ) + given
+
+
+def overlay(raw: dict[str, Any], setting: Setting) -> None:
+    """Lays one Setting over the raw sections; its value is read as the file's are. Raises ConfigError."""
+    *sections, option = setting.path
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
-            raise ConfigError(f'--set {setting}: {section} is an option, not a section')
+            raise ConfigError(f'{setting.shown}: {section} is an option, not a section')
     try:
-        read = configobj.ConfigObj([f'value = {value}'], interpolation=False)
+        read = configobj.ConfigObj([f'value = {setting.value}'], interpolation=False)
         raw[option] = read['value']
     except (configobj.ConfigObjError, KeyError):
         read = None
     if not read or read.inline_comments['value']:   # a # would cut it short
-        raise ConfigError(f'--set {setting}: the value cannot be read; quote the value')
+        raise ConfigError(f'{setting.shown}: the value cannot be read; quote the value')
 
 
 def validate(raw):
@@ -1669,10 +1742,11 @@ class PrintedConfig(configobj.ConfigObj):   # type: ignore[misc]  # it has no hi
         return str(self._get_single_quote(value)) % value if quoted == value and re.search(cut, quoted) else quoted
 
 
-def effective(raw: dict[str, Any]) -> str:
-    """Raw sections with the defaults filled in, as the text of a file; a secret is only ever named by its file.
+def effective(raw: dict[str, Any], settings: Sequence[Setting] | None = None) -> str:
+    """Raw sections with the defaults filled in, as the text of a file; a secret is only ever named by its file. With
+    the settings that were laid over the file, a remark above each value that is not the default: where it comes from.
 
-    Raises ConfigError for a value that --set can say and no file.
+    Raises ConfigError for a value that --set or the environment can say and no file.
     """
     printed = PrintedConfig()
     for section, options in itertools.groupby(OPTIONS, key=lambda option: option.section):
@@ -1689,10 +1763,25 @@ def effective(raw: dict[str, Any]) -> str:
             value = (node or {}).get(option.name, option.default)
             if value is not None:
                 target[option.name] = value
+                if settings is not None and value != option.default:
+                    remark_origin(target, option, settings)
     try:
         return '\n'.join(line.rstrip() for line in printed.write()) + '\n'
     except configobj.ConfigObjError as error:
-        raise ConfigError(f'--set: no file can hold it: {error}') from None
+        raise ConfigError(f'--set or environment: no file can hold it: {error}') from None
+
+
+def remark_origin(target: configobj.Section, option: 'Option', settings: Sequence[Setting]) -> None:
+    """Puts above the value of an option, or above each line of a free subsection, where it comes from."""
+    path = *filter(None, option.section.split('.')), option.name
+    lines = [(target, option.name, path)]
+    if option.default is None:
+        inner = target[option.name]
+        lines = [(inner, name, (*path, name)) for name in inner]
+    origins = {setting.path: setting.variable and f'the environment: {setting.variable}' or '--set'
+               for setting in settings}
+    for section, name, where in lines:
+        section.comments[name] = [f'# from {origins.get(where, "the file")}']
 
 
 def is_ip_literal(host):
@@ -1711,7 +1800,7 @@ def spelled(address):
 
 def reread(arguments):
     """The configuration of the command line as (raw sections, config, faults): see faultless(). Raises ConfigError."""
-    raw = read_file(arguments.config, arguments.set_before + arguments.set_after)
+    raw = read_file(arguments.config, overrides(arguments))
     return raw, *faultless(arguments, raw)
 
 
@@ -1719,6 +1808,7 @@ def faultless(arguments, raw):
     """Raw sections as (config, faults), where all faults are FaultKind.UNAVAILABLE and of what the command uses.
     Raises ConfigError with a line for each fault, of whatever kind, when the text has any."""
     config, faults, warnings = typed(raw)
+    faults = unknown_variables(os.environ) + faults
     if any(fault.kind is FaultKind.TEXT for fault in faults):
         raise ConfigError(lines_of(arguments, faults))
     if arguments.command == 'check':
@@ -1737,8 +1827,10 @@ def uses(arguments, fault):
 
 
 def lines_of(arguments, faults):
-    """Faults for the operator, a line each."""
-    return '\n'.join(f'{arguments.config}: {fault}' for fault in faults)
+    """Faults for the operator, a line each, with the file or the variable of the environment."""
+    variables = {setting.path: setting.variable for setting in overrides(arguments)}
+    named = [fault._replace(variable=fault.variable or variables.get(fault.path, '')) for fault in faults]
+    return '\n'.join(str(fault) if fault.variable else f'{arguments.config}: {fault}' for fault in named)
 
 
 def set_up_log_of(config, arguments):
@@ -6362,7 +6454,7 @@ def add_common(parser: argparse.ArgumentParser, after: bool) -> None:
                                        help=f'configuration (default: {DEFAULT_FILE})'))
     set_completion(parser.add_argument('--set', metavar='SECTION.OPTION=VALUE', action='append', default=[],
                                        dest='set_after' if after else 'set_before',
-                                       help='set one option, over the file'), settings())
+                                       help='set one option, over the file and the environment'), settings())
     parser.add_argument('--as-root', action='store_true', default=absent if after else False,
                         help=f'as root, do not become the user {USER}')
     loud = parser.add_mutually_exclusive_group()
@@ -6526,9 +6618,10 @@ def command_config(arguments: argparse.Namespace) -> int:
     if arguments.sample:
         print(sample(), end='')
         return os.EX_OK
-    raw = read_file(arguments.config, arguments.set_before + arguments.set_after)
+    settings = overrides(arguments)
+    raw = read_file(arguments.config, settings)
     configured(arguments)
-    print(effective(raw), end='')
+    print(effective(raw, settings), end='')
     return os.EX_OK
 
 

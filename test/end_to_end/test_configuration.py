@@ -18,9 +18,11 @@ from xmsrv import (
     OPTIONS,
     ConfigError,
     address,
+    command_line_setting,
     count,
     duration,
     effective,
+    environment_settings,
     field,
     main,
     open_regular,
@@ -28,6 +30,9 @@ from xmsrv import (
     path,
     positive,
     size,
+    unknown_variables,
+    variable_of,
+    variable_path,
 )
 
 TOP = 'state-dir = {directory}\nstore = sqlite\n'
@@ -537,7 +542,7 @@ def test_set_goes_over_the_file_before_and_after_the_command(xmsrv):
 ])
 def test_set_reaches_every_section_and_takes_lists(setting, section, option, value):
     raw = {}
-    overlay(raw, setting)
+    overlay(raw, command_line_setting(setting))
     for part in section:
         raw = raw[part]
     assert raw == {option: value}
@@ -574,14 +579,115 @@ def test_a_fault_that_was_set_is_reported_like_one_of_the_file(faults):
 def test_any_set_is_laid_over_or_refused(setting):
     raw = {'a': 'b', 'b': {'a': 'b'}}
     try:
-        overlay(raw, setting)
+        overlay(raw, command_line_setting(setting))
     except ConfigError as error:
         assert str(error).startswith(f'--set {setting}: ')
     else:
         assert '=' in setting
 
 
+# --- the environment
+
+def test_the_environment_goes_over_the_file_and_set_over_both(xmsrv):
+    xmsrv.write('timeout = 1s\n' + VALID.replace('{directory}', str(xmsrv.directory)) + 'max-in-flight = 1\n')
+    xmsrv.extra = {'XMSRV__TIMEOUT': '2s', 'XMSRV__NSQ__MAX_MESSAGES': '2', 'XMSRV__NSQ__TLS__CA_FILE': AUTHORITIES,
+                   'XMSRV__NSQ__NSQD_TCP_ADDRESS': 'a:1, [::1]:2', 'XMSRV__RECORD__BINS__customerId': '"a,b"',
+                   'XMSRV__MESSAGE__FIELDS__customerId': 'integer, min 1',
+                   'XMSRV_PORT': 'tcp://10.0.0.1:80', 'XMSRV_TIMEOUT': 'x'}
+    found = shown(xmsrv, '--set=timeout=3s', 'config')
+    assert (found['timeout'], found['nsq']['max-messages'], found['nsq']['max-in-flight']) == ('3s', '2', '1')
+    assert found['nsq']['tls']['ca-file'] == AUTHORITIES
+    assert found['nsq']['nsqd-tcp-address'] == ['a:1', '[::1]:2']
+    assert found['message']['fields'] == {'customerId': ['integer', 'min 1']}
+    assert found['record']['bins'] == {'customerId': 'a,b'}
+
+
+def test_the_environment_alone_is_enough(xmsrv, nsqd):
+    """As in a container: the file is an empty one. The workers of a daemon hear of it by their parent."""
+    nsqd.publish('orders', [b'{"id": 1}', b'{"id": 2}'])
+    xmsrv.write('')
+    xmsrv.extra = {'XMSRV__STATE_DIR': str(xmsrv.directory), 'XMSRV__STORE': 'sqlite', 'XMSRV__NSQ__TOPIC': 'orders',
+                   'XMSRV__NSQ__NSQD_TCP_ADDRESS': nsqd.tcp, 'XMSRV__SQLITE__PATH': str(xmsrv.database)}
+    assert servers.summary(xmsrv.run('once').stderr)['stored'] == 2
+    nsqd.publish('orders', b'{"id": 3}')
+    xmsrv.extra |= {'XMSRV__WORKERS': '2', 'XMSRV__PERIOD': '100ms', 'XMSRV__IDLE_TIMEOUT': '50ms'}
+    xmsrv.start('daemon')
+    servers.wait_until(lambda: len(xmsrv.rows()) == 3, 'a worker stores the third')
+    assert xmsrv.run('-c', '/dev/null', 'check').stdout == '/dev/null: no fault found\n'
+
+
+def test_a_fault_of_the_environment_names_its_variable_beside_those_of_the_file(xmsrv):
+    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'max-in-flight = 0\n')
+    xmsrv.extra = {'XMSRV__NSQ__TOPIC': 'a b', 'XMSRV__NSQ__TOPIK': 'orders', 'XMSRV__TOPIC': 'orders',
+                   'XMSRV__RECORD__TTL': '1h', 'XMSRV__MESSAGE__FIELDS__id': 'int', 'XMSRV__MESSAGE__FIELDS__': 'any',
+                   'XMSRV__NSQ__MAX_HELD': '1KB', 'XMSRV__': '', 'XMSRV__DEAD_LETTER__FILE': '/nonexistent/d'}
+    told = xmsrv.run('--set=nsq.max-held=2KB', 'check', expect=78).stderr.removeprefix('error: ').splitlines()
+    assert sorted(told) == sorted([
+        'environment: XMSRV__NSQ__TOPIC = a b: not a name for NSQ: letters, digits, . _ - and at the end perhaps '
+        '#ephemeral',
+        'environment: XMSRV__NSQ__TOPIK = orders: no such option; did you mean XMSRV__NSQ__TOPIC?',
+        'environment: XMSRV__TOPIC = orders: no such option; did you mean XMSRV__NSQ__TOPIC?',
+        'environment: XMSRV__ = : no such option',
+        'environment: XMSRV__MESSAGE__FIELDS__ = any: no such option; did you mean XMSRV__MESSAGE__FIELDS__NAME?',
+        "environment: XMSRV__MESSAGE__FIELDS__id = int: no type 'int'; there are string, integer, number, boolean, "
+        'list, object, any',
+        'environment: XMSRV__RECORD__TTL: store = sqlite keeps records for ever: leave it at default',
+        'environment: XMSRV__DEAD_LETTER__FILE = /nonexistent/d: its directory is not there',
+        f'{xmsrv.path}: [nsq] max-in-flight = 0: at least 1',
+        f'{xmsrv.path}: [nsq] max-held = 2KB: not a size such as 4096, 64KiB, 32MiB',   # --set is the stronger
+    ])
+
+
+@pytest.mark.parametrize('variable, value, rule', [
+    ('XMSRV__NSQ__TOPIC', 'tail#ephemeral', 'the value cannot be read; quote the value'),
+    ('XMSRV__SQLITE__SET', 'two\nlines', 'the value cannot be read; quote the value'),
+    ('XMSRV__NSQ__TLS__CA_FILE', 'x', 'tls is an option, not a section'),
+])
+def test_a_value_of_the_environment_that_is_none_is_a_fault(xmsrv, variable, value, rule):
+    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'tls = x\n')
+    xmsrv.extra = {variable: value}
+    assert xmsrv.run('check', expect=78).stderr == f'error: environment: {variable}: {rule}\n'
+
+
+@pytest.mark.parametrize('option', OPTIONS, ids=lambda option: f'{option.section}.{option.name}')
+def test_each_option_has_a_variable_of_its_own(option):
+    variable = variable_of(option)
+    assert re.fullmatch('XMSRV__[A-Z_]*[A-Z](__)?', variable)
+    free = ('a.b_C',) if option.default is None else ()
+    found, = environment_settings({variable + ''.join(free): 'x', 'HOME': '/'})
+    assert found.path == (*filter(None, option.section.split('.')), option.name, *free)
+    assert variable_path(variable + '_X') in ((), (*found.path[:-1], '_X'))
+
+
+@given(st.dictionaries(st.from_regex('XMSRV_{0,3}([A-Z]{1,3}|NSQ|TOPIC|MESSAGE|FIELDS|_{1,3}){0,4}', fullmatch=True),
+                       st.text(max_size=3)))
+def test_a_variable_of_that_prefix_is_an_option_or_a_fault(environment):
+    settings, faults = environment_settings(environment), unknown_variables(environment)
+    named = [setting.variable for setting in settings] + [fault.variable for fault in faults]
+    assert sorted(named) == sorted(name for name in environment if name.startswith('XMSRV__'))
+
+
 # --- config
+
+def test_config_says_where_each_value_comes_from_that_is_not_the_default(xmsrv):
+    xmsrv.write('timeout = 10s\n' + VALID.replace('{directory}', str(xmsrv.directory)) + '''max-messages = 1
+        max-in-flight = 1
+        [message]
+        [[fields]]
+        id = integer
+        ''')
+    xmsrv.extra = {'XMSRV__NSQ__MAX_IN_FLIGHT': '2', 'XMSRV__NSQ__CHANNEL': 'other', 'XMSRV__PERIOD': '10s',
+                   'XMSRV__MESSAGE__FIELDS__name': 'string', 'XMSRV__NSQ__MAX_MESSAGES': '2'}
+    text = xmsrv.run('config', '--set', 'nsq.max-messages=3', '--set', 'nsq.tls.ca-file=').stdout
+    origins = re.findall('^# from (.*)\n(.*?) =', text, re.MULTILINE)
+    assert sorted(origins) == sorted([
+        ('the file', 'state-dir'), ('the file', 'store'), ('the file', 'nsqd-tcp-address'), ('the file', 'topic'),
+        ('the environment: XMSRV__NSQ__MAX_IN_FLIGHT', 'max-in-flight'), ('--set', 'max-messages'),
+        ('the environment: XMSRV__NSQ__CHANNEL', 'channel'), ('the file', 'id'),
+        ('the environment: XMSRV__MESSAGE__FIELDS__name', 'name')])
+    assert text.count('# from') == len(origins)
+
+
 
 def test_the_sample_is_the_full_file_that_is_shipped(xmsrv):
     full = servers.ROOT / 'etc' / 'x-msrv-full.conf'
@@ -684,7 +790,7 @@ def test_config_refuses_what_no_file_can_hold(xmsrv):
     """INI has no escapes, and --set does not need them for a name."""
     xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)))
     said = xmsrv.run('config', '--set', 'record.bins.\'a"=b', expect=78).stderr
-    assert said == 'error: --set: no file can hold it: Value "\'a"" cannot be safely quoted.\n'
+    assert said == 'error: --set or environment: no file can hold it: Value "\'a"" cannot be safely quoted.\n'
 
 
 def test_config_shows_every_option_and_runs_alone(xmsrv):
