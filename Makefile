@@ -30,15 +30,20 @@ nsq: build/bin/.built  ## build nsqd, nsqlookupd and the other NSQ tools into bu
 demo: venv nsq  ## messages from a real nsqd become records: see it work
 	@$(V)/python test/demo
 
-test: lint nsq tools  ## lint, then every test on the real nsqd (ARGS='-k name' for some of them)
+test: lint nsq  ## lint, then the tests on the real nsqd; some minutes (ARGS='-k name' for some of them)
+	@echo "running the tests"
 	@$(V)/python -m pytest $(ARGS)
 
-# What some tests run: Debian's browser for the daemon's page, promtool for the alert rules.
-tools:
+test-web: venv nsq  ## the daemon's page in chromium; pictures of it in build/page
 	@command -v chromium >/dev/null || $(call apt,chromium) || $(call stop,no chromium on PATH: apt-get install chromium)
+	@$(V)/python -m pytest -n 0 test/web $(ARGS)
+
+test-monitoring: venv  ## the alert rules, the dashboard's queries and the metrics, by promtool
 	@command -v promtool >/dev/null || $(call apt,prometheus) || $(call stop,no promtool on PATH: apt-get install prometheus)
+	@$(V)/python -m pytest -n 0 test/monitoring $(ARGS)
 
 lint: venv  ## ruff and mypy
+	@echo "checking the code: ruff, mypy"
 	@$(V)/ruff check --quiet
 	@$(V)/mypy --no-error-summary
 
@@ -183,4 +188,4 @@ build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/librar
 
 comma = ,
 .DELETE_ON_ERROR:
-.PHONY: help venv nsq demo test tools lint mutants bench soak pins clean vendor deb rpm test-packages man install guests
+.PHONY: help venv nsq demo test test-web test-monitoring lint mutants bench soak pins clean vendor deb rpm test-packages man install guests

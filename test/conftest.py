@@ -1,6 +1,7 @@
 """Fixtures: real servers and the installed command, each test with its own, in its own directory."""
 import contextlib
 import os
+import sys
 
 # Before hypothesis is imported, so that its examples land there too.
 os.environ.setdefault('HYPOTHESIS_STORAGE_DIRECTORY', 'build/hypothesis')
@@ -8,6 +9,7 @@ os.environ.setdefault('HYPOTHESIS_STORAGE_DIRECTORY', 'build/hypothesis')
 import pytest
 
 import clusters
+import progress
 import servers
 
 
@@ -95,3 +97,14 @@ def pytest_sessionfinish(session):
 def pytest_terminal_summary(terminalreporter):
     if skipped and os.environ.get('XMSRV_NO_SKIP'):
         terminalreporter.write_line(f'skipped, which counts as failed here: {", ".join(skipped)}', red=True)
+
+
+# ----------------------------------------------------------------------------------------------- a line on the terminal
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Where -v asks for a line for each test, or a debugger for the terminal, that is what there is."""
+    reporter = config.pluginmanager.get_plugin('terminalreporter')
+    plain = config.get_verbosity() < 0 and not config.getoption('usepdb') and not hasattr(config, 'workerinput')
+    if reporter and plain and sys.stdout.isatty():
+        config.pluginmanager.register(progress.Progress(reporter), 'progress')

@@ -17,8 +17,6 @@ import subprocess
 import threading
 import time
 import types
-import urllib.error
-import urllib.request
 
 import pytest
 
@@ -26,7 +24,8 @@ import clusters
 import proxies
 import servers
 import xmsrv as xmsrv_module
-from flows import CHANNEL, DEAD, REPLAY, TOPIC, bodies, ended, fill, numbers, passed
+from flows import CHANNEL, TOPIC, bodies, ended, fill, numbers, passed
+from http_answers import figure, get
 from servers import wait_until
 from xmsrv import Figures, Schedule, page
 
@@ -989,23 +988,6 @@ def test_once_asks_for_the_time_that_it_may_take(nsqd, xmsrv, systemd):
 
 # ------------------------------------------------------------------------------------------------------------- by HTTP
 
-def get(port, path):
-    """(status, text) of an answer; (0, '') when nobody listens."""
-    try:
-        with urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-    except urllib.error.URLError:
-        return 0, ''
-
-
-def figure(port, name):
-    """The value of a series in /metrics, or None."""
-    lines = [line.rpartition(' ') for line in get(port, '/metrics')[1].splitlines() if not line.startswith('#')]
-    return next((float(value) for series, _, value in lines if series == name), None)
-
-
 @pytest.mark.parametrize('workers', [1, 2])
 def test_figures_under_load_and_at_the_end(nsqd, xmsrv, workers):
     nsqd.create(TOPIC, CHANNEL)
@@ -1267,30 +1249,6 @@ def test_a_reload_drops_no_scrape_and_takes_a_new_address(nsqd, xmsrv):
     stopped(running)
 
 
-def test_the_page_in_a_browser(nsqd, xmsrv):
-    """A screenshot of it is kept in build/."""
-    nsqd.create(TOPIC, CHANNEL)
-    nsqd.publish(TOPIC, [*bodies(300), '{"<script>alert(1)</script>": 1, "<script>alert(1)</script>": 2}', '[1]'])
-    port = servers.free_ports()
-    xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 40}, metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(re.findall(r'received [1-9]', xmsrv.log.read_text())) == 8, 'eight windows took all', 20)
-    assert (nsqd.left(DEAD, REPLAY), len(xmsrv.rows())) == (2, 300)
-    shot = servers.ROOT / 'build' / 'page.png'
-    options = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
-               '--disable-background-networking', '--disable-component-update', '--window-size=900,700',
-               f'--user-data-dir={xmsrv.directory}/browser', '--virtual-time-budget=1000']
-    url = f'http://127.0.0.1:{port}/'
-    dom = browse(*options, '--dump-dom', url)
-    browse(*options, f'--screenshot={shot}', url)
-    assert '<span id="queue" class="up">' in dom and '<span id="store" class="up">' in dom
-    assert len(re.findall(r'<rect class="stored"', dom)) >= 8
-    assert 'not-an-object' in dom and 'invalid-json' in dom
-    assert '<script' not in dom and 'http' not in dom.replace('http-equiv', '')
-    assert shot.stat().st_size > 5000
-    stopped(running)
-
-
 def test_the_page_escapes_whatever_it_shows():
     """The reason and detail of a dead letter, a status and a topic, each with all that HTML takes apart."""
     nasty = '</td><i title="a" lang=\'b\'>&amp;{{ 1 }}'
@@ -1302,11 +1260,6 @@ def test_the_page_escapes_whatever_it_shows():
     text = page(shown).decode()
     assert '<i' not in text and text.count(html.escape(nasty)) == 4   # title, headline, status, detail
     assert '<td>2023-11-14T22:13:20Z</td>' in text and 'class="down">store: down<' in text
-
-
-def browse(*options):
-    """What Debian's chromium prints."""
-    return subprocess.run(['chromium', *options], capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 # ------------------------------------------------------------------------------------------------------ in a textfile

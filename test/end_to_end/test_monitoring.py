@@ -1,64 +1,17 @@
-"""What Prometheus and Grafana load: the alerts fire when they should, and all that is asked for exists."""
+"""What Prometheus and Grafana load: all that is asked for exists. What promtool says of it is in test/monitoring."""
 import collections
 import itertools
 import json
-import pathlib
 import re
 import shlex
-import shutil
-import subprocess
 
 import pytest
 
-HERE = pathlib.Path(__file__).resolve().parents[2] / 'monitoring'
-RULES, RULES_TEST = HERE / 'x-msrv.rules.yml', HERE / 'x-msrv.rules.test.yml'
-DASHBOARD = json.loads((HERE / 'x-msrv.dashboard.json').read_text())
-README = (HERE / 'README.md').read_text()
+from prometheus_files import ALERTS, DASHBOARD, HERE, QUERIES, README, RULES, RULES_TEST, read_panels
 
 TARGET = {'job', 'instance'}                  # labels that Prometheus adds
 OTHERS = {'up': TARGET}                       # series that are Prometheus' own
 WORDS = {'and', 'or', 'unless', 'offset', 'bool'}
-VARIABLES = {'$__rate_interval': '5m', '$__range': '1h'}   # Grafana puts something like it in their place
-
-# An alert: its name, expression and the whole of its lines. A query: where it stands, the expression and its legend.
-Alert = collections.namedtuple('Alert', 'name expr text')
-Query = collections.namedtuple('Query', 'panel expr legend')
-
-
-def read_alerts():
-    """The alerts of the rule file, which is plain enough to do without a YAML parser."""
-    for text in RULES.read_text().split('\n      - alert: ')[1:]:
-        expr = re.search(r'^ {8}expr: \|\n((?: {10}.*\n)+)', text, re.MULTILINE)
-        yield Alert(text.split('\n')[0], expr[1], text)
-
-
-def read_panels(kind=None):
-    """The panels of the dashboard, rows or others where a kind is named."""
-    return [panel for panel in DASHBOARD['panels'] if kind is None or (panel['type'] == 'row') == (kind == 'row')]
-
-
-def read_queries():
-    """The queries of all panels."""
-    for panel in read_panels('other'):
-        for target in panel['targets']:
-            yield Query(panel['title'], target['expr'], target['legendFormat'])
-
-
-ALERTS, QUERIES = list(read_alerts()), list(read_queries())
-
-
-@pytest.fixture
-def promtool():
-    """A function: runs promtool, which has to be there, and returns what it printed."""
-    if not shutil.which('promtool'):
-        pytest.fail('no promtool on PATH: apt-get install --no-install-recommends prometheus')
-
-    def run(*arguments, **options):
-        ran = subprocess.run(['promtool', *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True, timeout=60, check=False, **options)
-        assert ran.returncode == 0, ran.stdout
-        return ran.stdout
-    return run
 
 
 # -------------------------------------------------------------------------------------------------- what a query names
@@ -111,15 +64,6 @@ def test_the_reader_of_queries_sees(expr, unknown):
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
-
-def test_promtool_takes_the_rules(promtool):
-    """Each of them."""
-    assert f'{len(ALERTS)} rules found' in promtool('check', 'rules', RULES)
-
-
-def test_the_alerts_fire_when_they_should(promtool):
-    """And do not when they should not."""
-    assert 'SUCCESS' in promtool('test', 'rules', RULES_TEST)
 
 
 @pytest.mark.parametrize('alert', ALERTS, ids=lambda alert: alert.name)
@@ -203,19 +147,6 @@ def test_a_query_names_what_exists(query):
     assert query.expr.count('instance=~"$instance"') == len(selectors(query.expr)[0])
 
 
-def test_promtool_takes_the_queries(promtool, workdir):
-    """As rules, for it has no other way to look at an expression; JSON is YAML."""
-    rules = []
-    for number, query in enumerate(QUERIES):
-        expr = query.expr
-        for name, value in VARIABLES.items():
-            expr = expr.replace(name, value)
-        rules.append({'record': f'query:{number}', 'expr': expr})
-    file = workdir / 'queries.json'
-    file.write_text(json.dumps({'groups': [{'name': 'queries', 'rules': rules}]}))
-    assert f'{len(QUERIES)} rules found' in promtool('check', 'rules', file)
-
-
 # ---------------------------------------------------------------------------------------------------------- the metrics
 
 def test_each_metric_is_looked_at():
@@ -226,28 +157,7 @@ def test_each_metric_is_looked_at():
     assert [metric.name for metric in xmsrv.METRICS if metric.name not in seen] == []
 
 
-def test_promtool_takes_the_names_of_the_metrics(promtool):
-    """Prometheus' conventions: units, _total, help."""
-    import xmsrv
-    text = ''
-    for metric in xmsrv.METRICS:
-        labels = ','.join(f'{label}="x"' for label in metric.labels)
-        text += f'# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}\n'
-        if metric.kind == 'histogram':
-            text += f'{metric.name}_bucket{{le="+Inf"}} 1\n{metric.name}_sum 1\n{metric.name}_count 1\n'
-        else:
-            text += f'{metric.name}{{{labels}}} 1\n'
-    promtool('check', 'metrics', input=text)
-
-
 # ----------------------------------------------------------------------------------------------------------- the README
-
-def test_promtool_takes_the_configuration_of_the_readme(promtool, workdir):
-    """As it stands there."""
-    file = workdir / 'prometheus.yml'
-    file.write_text(re.search(r'```yaml\n(.*?)```', README, re.DOTALL)[1])
-    promtool('check', 'config', '--syntax-only', file)
-
 
 def test_the_readme_names_each_file():
     """And none that is not there."""
