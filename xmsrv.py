@@ -606,6 +606,7 @@ METRICS = (
     Metric('xmsrv_build_info', 'gauge', ('version',), 'Always 1.', max),
 )
 SUCCESS = 'xmsrv_last_success_timestamp_seconds'
+LASTING = (SUCCESS, 'xmsrv_build_info')                                    # gauges that a reload does not touch
 UP = {'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}   # of ENDS; of the queue: connections
 KINDS = {metric.name: metric for metric in METRICS}
 BOUNDS = {   # upper bounds of the buckets
@@ -619,185 +620,226 @@ VALUES = {   # of the labels whose values are known beforehand
     'xmsrv_windows_total': [('done',), ('failed',)],
 }
 RECENT = 10   # dead letters that are shown
+LAG = 'xmsrv_lag_seconds'
+SUFFIXES = {'histogram': {'_bucket': ('le',), '_sum': (), '_count': ()}}   # else a series has the name of its metric
+# Each series by name: its metric, and its labels in the order in which a key of Totals has their values.
+SERIES = {metric.name + suffix: (metric, (*metric.labels, *more)) for metric in METRICS
+          for suffix, more in SUFFIXES.get(metric.kind, {'': ()}).items()}
+# {'samples': [[series, value of each label, number]], 'recent': [...]}, as JSON can say it
+Snapshot = dict[str, list[Any]]
+
+
+class LagHistogram:
+    """The ages of messages, many at once: Histogram.observe() takes 0.6 us for each of them, this a tenth of it."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self.name, self.text, self.bounds = name, text, [*bounds, math.inf]
+        self.counts, self.total = [0] * len(self.bounds), 0.0   # of each bucket alone
+
+    def observe_all(self, ages: list[float]) -> None:
+        """Counts ages. One below zero counts as zero, for a sum that falls looks like a restart."""
+        ages.sort()
+        below = 0
+        for bucket, bound in enumerate(self.bounds):
+            upto = bisect.bisect_right(ages, bound)
+            self.counts[bucket] += upto - below
+            below = upto
+        self.total += sum(ages[bisect.bisect_left(ages, 0.0):])
+
+    def collect(self) -> Iterator[Any]:
+        """Yields its family, as prometheus_client asks for it."""
+        from prometheus_client import core, utils
+        bounds = map(utils.floatToGoString, self.bounds)
+        yield core.HistogramMetricFamily(self.name, self.text, sum_value=self.total, buckets=list(
+            zip(bounds, itertools.accumulate(self.counts), strict=True)))
 
 
 class Figures:
-    """Numbers by (name, values of the labels), histograms by name as a count for each bucket and the sum behind them.
-    recent: of the latest dead letters (seconds since 1970, reason, detail). constant: labels that every series has."""
+    """What this process counts, in prometheus_client's own metrics, each made when it is first needed: a gauge that
+    nobody has set yet is not there. recent: of the latest dead letters (seconds since 1970, reason, detail)."""
 
-    def __init__(self, constant=None):
-        self.constant = constant or {}
-        self.numbers = {}
-        self.histograms = {name: [0] * (len(bounds) + 2) for name, bounds in BOUNDS.items()}
-        self.recent = collections.deque(maxlen=RECENT)
+    def __init__(self) -> None:
+        self.registry = import_prometheus().CollectorRegistry()
+        self.metrics: dict[str, Any] = {}
+        self.lag = LagHistogram(LAG, KINDS[LAG].help, BOUNDS[LAG])
+        self.registry.register(self.lag)
+        self.recent: collections.deque[Any] = collections.deque(maxlen=RECENT)
         for metric in METRICS:   # so that the first of anything can be seen as an increase
             for value in VALUES.get(metric.name, [()]):
-                if metric.kind == 'counter' and len(value) == len(metric.labels):
-                    self.add(metric.name, 0, *value)
+                if metric.kind != 'gauge' and metric.name != LAG and len(value) == len(metric.labels):
+                    self.child(metric.name, *value)
         self.set('xmsrv_build_info', 1, __version__)
 
-    def add(self, name, number=1, *labels):
+    def child(self, name: str, *labels: str) -> Any:
+        """The Counter, Gauge or Histogram with these values of its labels."""
+        made = self.metrics.get(name)
+        if made is None:
+            import prometheus_client
+            metric = KINDS[name]
+            more = {'buckets': BOUNDS[name]} if metric.kind == 'histogram' else {}
+            made = self.metrics[name] = getattr(prometheus_client, metric.kind.capitalize())(
+                name, metric.help, metric.labels, registry=self.registry, **more)
+        return made.labels(*labels) if labels else made
+
+    def add(self, name: str, number: float = 1, *labels: str) -> None:
         """Counts."""
-        key = (name, *labels)
-        self.numbers[key] = self.numbers.get(key, 0) + number
+        self.child(name, *labels).inc(number)
 
-    def set(self, name, number, *labels):
+    def set(self, name: str, number: float, *labels: str) -> None:
         """What is so now."""
-        self.numbers[(name, *labels)] = number
-
-    def observe(self, name, value):
-        """One value of a histogram; below zero it counts as zero, for a sum that falls looks like a restart."""
-        value = max(0.0, value)
-        histogram = self.histograms[name]
-        histogram[bisect.bisect_left(BOUNDS[name], value)] += 1
-        histogram[-1] += value
-
-    def observe_all(self, name: str, values: list[float]) -> None:
-        """Many values of a histogram, as observe() takes each: sorted, for then it is one search a bound."""
-        values.sort()
-        histogram, below = self.histograms[name], 0
-        for bucket, bound in enumerate([*BOUNDS[name], math.inf]):
-            upto = bisect.bisect_right(values, bound)
-            histogram[bucket] += upto - below
-            below = upto
-        histogram[-1] += sum(values[bisect.bisect_left(values, 0.0):])
+        self.child(name, *labels).set(number)
 
     # -- what is counted
 
-    def batch(self, records, seconds, answers):
+    def batch(self, records: int, seconds: float, answers: Sequence[Answer]) -> None:
         """A call of the store."""
-        self.observe('xmsrv_store_batch_seconds', seconds)
-        self.observe('xmsrv_store_batch_records', records)
+        self.child('xmsrv_store_batch_seconds').observe(seconds)
+        self.child('xmsrv_store_batch_records').observe(records)
         for answer in distinct(answers):
             if answer.outcome in ('retry', 'stop'):
                 self.add('xmsrv_store_errors_total', answers.count(answer), str(answer.reason))
 
-    def settled(self, answer, messages, now):
+    def settled(self, answer: Answer, messages: list[Any], now: float) -> None:
         """Messages that are finished, by the same answer."""
         if answer is STORED:
-            self.observe_all('xmsrv_lag_seconds', [now - message.timestamp / 1e9 for message in messages])
+            self.lag.observe_all([now - message.timestamp / 1e9 for message in messages])
         elif answer is DEAD:
             for message in messages:
                 self.add('xmsrv_dead_letters_total', 1, message.unfit.reason)
                 self.recent.append((now, message.unfit.reason, message.unfit.detail))
 
-    def follow(self, window):
-        """What a window has counted since it was asked last."""
+    def follow(self, window: Any) -> None:
+        """What a window has counted since it was asked last. A REQ that nsqd refuses is late and no longer requeued;
+        what a counter has it keeps, so the next ones are not counted until both agree again."""
         count = window.count
         for outcome in OUTCOMES[1:]:
-            self.add('xmsrv_messages_total', count[outcome] - window.followed[outcome], outcome)
-        window.followed = count
+            new = count[outcome] - window.followed[outcome]
+            if new > 0:
+                self.add('xmsrv_messages_total', new, outcome)
+                window.followed[outcome] = count[outcome]
 
-    def period(self, config):
+    def period(self, config: Any) -> None:
         """The time from one window to the next."""
         self.set('xmsrv_period_seconds', 0 if config.endless else max(config.period, config.timeout))
 
-    def ended(self, window):
+    def ended(self, window: Any) -> None:
         """A window has ended."""
         self.follow(window)
         self.add('xmsrv_windows_total', 1, 'failed' if window.failed else 'done')
         if not window.failed:
             self.set(SUCCESS, time.time())
 
-    def holds(self, consumer):
+    def holds(self, consumer: Any) -> None:
         """What a consumer has, now."""
         up = len(consumer.connections)
         self.set('xmsrv_in_flight', len(consumer.in_flight))
         self.set('xmsrv_connections', up, 'up')
         self.set('xmsrv_connections', max(0, len(consumer.addresses) - up), 'down')
 
-    def unavailable(self, error):
+    def unavailable(self, error: Unavailable) -> None:
         """A window could not even begin."""
         self.add('xmsrv_windows_total', 1, 'failed')
         self.set('xmsrv_store_up', int(not isinstance(error, StoreAway)))
         self.nothing_up()
 
-    def nothing_up(self):
+    def nothing_up(self) -> None:
         """No nsqd is connected; those that were are down."""
-        self.add('xmsrv_connections', self.numbers.get(('xmsrv_connections', 'up'), 0), 'down')
+        up = self.registry.get_sample_value('xmsrv_connections', {'state': 'up'}) or 0
+        self.add('xmsrv_connections', up, 'down')
         self.set('xmsrv_connections', 0, 'up')
         self.set('xmsrv_in_flight', 0)
 
-    # -- from one process to another, and from one run to the next
+    def forget_gauges(self) -> None:
+        """What was so then need not be so now; what was counted stays, and when all was well."""
+        for name in [name for name in self.metrics if KINDS[name].kind == 'gauge' and name not in LASTING]:
+            self.registry.unregister(self.metrics.pop(name))
 
-    def snapshot(self):
-        """All of it as JSON can say it."""
-        return {'numbers': [[*key, number] for key, number in self.numbers.items()], 'histograms': self.histograms,
-                'recent': list(self.recent)}
+    def snapshot(self) -> Snapshot:
+        """All of it, for another process."""
+        return {'samples': samples_of(self.registry.collect()), 'recent': list(self.recent)}
 
-    def counted(self):
-        """New figures with what was counted so far, and when all was well."""
-        fresh = Figures(self.constant)
-        fresh.merge(self.snapshot(), gauges=False)
-        if (SUCCESS,) in self.numbers:
-            fresh.set(SUCCESS, self.numbers[(SUCCESS,)])
-        return fresh
 
-    def merge(self, snapshot, gauges=True):
-        """Takes in what another process counted."""
-        for *key, number in snapshot['numbers']:
-            kind = KINDS[key[0]]
-            if kind.kind == 'counter':
-                self.add(key[0], number, *key[1:])
+def samples_of(families: Iterable[Any]) -> list[list[Any]]:
+    """The samples of what prometheus_client calls families, as a Snapshot has them: those of METRICS."""
+    return [[sample.name, *(sample.labels[label] for label in SERIES[sample.name][1]), sample.value]
+            for family in families for sample in family.samples if sample.name in SERIES]
+
+
+class Totals:
+    """Figures of several processes, or of one run after the other, as one. numbers: by (series, value of each label).
+    recent: as Figures have it. constant: labels that every series gets."""
+
+    def __init__(self, constant: Mapping[str, str] | None = None) -> None:
+        self.constant = constant or {}
+        self.numbers: dict[tuple[str, ...], float] = {}
+        self.recent: list[tuple[Any, ...]] = []
+
+    def merge(self, snapshot: Snapshot, gauges: bool = True) -> None:
+        """Takes in what a process counted."""
+        for *labelled, number in snapshot['samples']:
+            key = tuple(labelled)
+            metric, there = SERIES[key[0]][0], self.numbers.get(key)
+            if metric.kind != 'gauge':
+                self.numbers[key] = (there or 0) + number
             elif gauges:
-                there = self.numbers.get(tuple(key))
-                self.set(key[0], number if there is None else kind.join((there, number)), *key[1:])
-        for name, counts in snapshot['histograms'].items():
-            self.histograms[name] = [a + b for a, b in zip(self.histograms[name], counts, strict=True)]
-        self.recent = collections.deque(sorted([*self.recent, *map(tuple, snapshot['recent'])]), maxlen=RECENT)
+                self.numbers[key] = number if there is None else metric.join((there, number))
+        self.recent = sorted([*self.recent, *map(tuple, snapshot['recent'])])[-RECENT:]
 
-    def collect(self):
+    def snapshot(self) -> Snapshot:
+        """All of it, to be merged with others."""
+        return {'samples': [[*key, number] for key, number in self.numbers.items()], 'recent': self.recent}
+
+    def number(self, *key: str) -> float:
+        """The value of a series, 0 where it is not there."""
+        return self.numbers.get(key, 0)
+
+    def collect(self) -> Iterator[Any]:
         """Yields the families, as prometheus_client asks for them."""
         from prometheus_client import core
-        more = tuple(self.constant.values())
-        for metric in METRICS:
-            labels = (*metric.labels, *self.constant)
-            if metric.kind == 'histogram':
-                *counts, total = self.histograms[metric.name]
-                bounds = [*map(str, BOUNDS[metric.name]), '+Inf']
-                made = core.HistogramMetricFamily(metric.name, metric.help, labels=labels)
-                made.add_metric(more, list(zip(bounds, itertools.accumulate(counts), strict=True)), total)
-                yield made
-                continue
-            family = core.CounterMetricFamily if metric.kind == 'counter' else core.GaugeMetricFamily
-            made = family(metric.name, metric.help, labels=labels)
-            for key, number in self.numbers.items():
-                if key[0] == metric.name:
-                    made.add_metric((*key[1:], *more), number)
-            yield made
+        families = {metric.name: core.Metric(metric.name.removesuffix('_total'), metric.help, metric.kind)
+                    for metric in METRICS}
+        for (name, *values), number in self.numbers.items():
+            metric, labels = SERIES[name]
+            families[metric.name].add_sample(name, {**dict(zip(labels, values, strict=True)), **self.constant}, number)
+        yield from families.values()
 
 
-def together(parts):
-    """Figures, or snapshots of them, as one."""
-    total = Figures()
-    for part in parts:
-        total.merge(part.snapshot() if isinstance(part, Figures) else part)
+def together(snapshots: Iterable[Snapshot], constant: Mapping[str, str] | None = None) -> Totals:
+    """Figures of several processes as one."""
+    total = Totals(constant)
+    for snapshot in snapshots:
+        total.merge(snapshot)
     return total
 
 
-def exposition(figures, process=False):
-    """Figures in Prometheus' text format, as bytes; where that is wished with those of this process (CPU, memory)."""
+def exposition(figures: Totals, process: bool = False) -> bytes:
+    """Figures in Prometheus' text format; where that is wished with those of this process (CPU, memory)."""
     import prometheus_client
     registry = prometheus_client.CollectorRegistry()
     registry.register(figures)
     if process:
         prometheus_client.ProcessCollector(registry=registry)
-    return prometheus_client.generate_latest(registry)
+    text: bytes = prometheus_client.generate_latest(registry)
+    return text
 
 
-def preload():
-    """Imports now what is needed at the end: an upgrade may replace it under a window that runs."""
+def import_prometheus() -> Any:
+    """Imports now what is needed at the end, too: an upgrade may replace it under a window that runs. The variable
+    would have it keep all numbers in files."""
+    for name in ('PROMETHEUS_MULTIPROC_DIR', 'prometheus_multiproc_dir'):
+        os.environ.pop(name, None)
     import prometheus_client.core
     import prometheus_client.parser
     return prometheus_client
 
 
-def write_textfile(filename, figures):
+def write_textfile(filename: str, figures: Figures, constant: Mapping[str, str]) -> None:
     """Writes the figures for node_exporter: whole or not at all, readable for everybody, and with what the runs before
     counted. A failure is worth a warning, no more: the messages are stored."""
     filename = os.path.realpath(filename)   # a link to the file stays one
+    total = together([figures.snapshot()], constant)
     try:
-        figures.merge(carried_over(filename, figures.constant))
+        total.merge(carried_over(filename, constant))
     except Exception as error:   # anything may stand there
         log.warning('%s: not figures of x-msrv, they begin anew: %s', filename, error)
     beside = f'{filename}.{os.getpid()}'
@@ -805,7 +847,7 @@ def write_textfile(filename, figures):
         require_regular(filename)   # what stands there by now is never replaced by a file
         with open(open_regular(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 'wb') as file:
             os.fchmod(file.fileno(), 0o644)
-            file.write(exposition(figures))
+            file.write(exposition(total))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, filename)
@@ -815,37 +857,48 @@ def write_textfile(filename, figures):
             os.unlink(beside)
 
 
-def carried_over(filename, constant):
-    """The counts in the file that have the labels `constant`, as a snapshot: those of earlier runs of this pipeline.
-    Counts of another topic or channel are left out, with a warning. Raises anything for what is no such file."""
-    snapshot = {'numbers': [], 'histograms': {}, 'recent': []}
+def carried_over(filename: str, constant: Mapping[str, str]) -> Snapshot:
+    """The counts in the file that have the labels `constant`, and its last success: those of earlier runs of this
+    pipeline. Counts of another topic or channel are left out, with a warning. Raises anything for what is no such
+    file."""
     if not os.path.exists(filename):
-        return snapshot
-    everything = read_textfile(filename)
-    samples = [sample for sample in everything if constant.items() <= sample.labels.items()]
-    if len(samples) < len(everything):
+        return {'samples': [], 'recent': []}
+    families = read_textfile(filename)
+    everything = [sample for family in families for sample in family.samples if sample.name in SERIES]
+    own = [sample for sample in everything if constant.items() <= sample.labels.items()]
+    if len(own) < len(everything):
         log.warning('%s: replaces the figures of another topic or channel: each pipeline needs a file of its own',
                     filename)
+    return {'samples': lasting_samples(own), 'recent': []}
+
+
+def lasting_samples(samples: Iterable[Any]) -> list[list[Any]]:
+    """Those of the samples in a textfile that the next run goes on with. Raises ValueError for what is no count."""
+    from prometheus_client.utils import floatToGoString
+    kept = {}
     for sample in samples:
-        metric = KINDS.get(sample.name)
-        if metric and (metric.kind == 'counter' or metric.name == SUCCESS):
-            # A success in the future was written under a wrong clock, and would silence the alerts until then.
-            number = min(sample.value, time.time()) if metric.name == SUCCESS else sample.value
-            snapshot['numbers'].append([sample.name, *(sample.labels[label] for label in metric.labels), number])
-    for name, bounds in BOUNDS.items():
-        sums = [sample.value for sample in samples if sample.name == f'{name}_bucket']
-        if len(sums) == len(bounds) + 1:
-            counts = [int(b - a) for a, b in zip([0, *sums], sums, strict=False)]
-            snapshot['histograms'][name] = [*counts, next(s.value for s in samples if s.name == f'{name}_sum')]
-    return snapshot
+        metric, labels = SERIES[sample.name]
+        values = {name: sample.labels[name] for name in labels}
+        if not 0 <= sample.value < math.inf:
+            raise ValueError(f'{sample.name} is {sample.value}')
+        if 'le' in values:   # earlier versions wrote 1 for 1.0
+            values['le'] = floatToGoString(values['le'])
+        if metric.kind != 'gauge':
+            kept[(sample.name, *values.values())] = sample.value
+        elif metric.name == SUCCESS:   # one in the future was written under a wrong clock: the alerts would be silent
+            kept[(SUCCESS,)] = min(sample.value, time.time())
+    for name, bounds in BOUNDS.items():   # other bounds are of another version
+        buckets = {key for key in kept if key[0] == f'{name}_bucket'}
+        if buckets != {(f'{name}_bucket', floatToGoString(bound)) for bound in [*bounds, math.inf]}:
+            kept = {key: number for key, number in kept.items() if SERIES[key[0]][0].name != name}
+    return [[*key, number] for key, number in kept.items()]
 
 
-def read_textfile(filename):
-    """The samples of x-msrv in a textfile. Raises anything for what is no such file."""
+def read_textfile(filename: str) -> list[Any]:
+    """The families in a textfile. Raises anything for what is no such file."""
     from prometheus_client import parser
     with open(open_regular(filename, os.O_RDONLY), encoding='utf-8') as file:
-        return [sample for family in parser.text_fd_to_metric_families(file) for sample in family.samples
-                if sample.name.startswith('xmsrv_')]
+        return list(parser.text_fd_to_metric_families(file))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5461,7 +5514,7 @@ class WindowRunner:
         """Whether every wait is inside its own bound: that the loop turns is shown by the call itself."""
         return not self.window or self.window.is_healthy(now)
 
-    def gauges(self) -> list[Figures]:
+    def gauges(self) -> list[Snapshot]:
         """The figures as they are now."""
         figures = self.figures
         if self.window:
@@ -5474,7 +5527,7 @@ class WindowRunner:
             figures.nothing_up()
         for end, name in UP.items():
             figures.set(name, int(self.ends[end]))
-        return [figures]
+        return [figures.snapshot()]
 
 
 def facts(window: Window) -> types.SimpleNamespace:
@@ -5536,7 +5589,7 @@ class Team:
         self.members, self.turn = [Member(place) for place in range(config.workers)], 0
         self.endless = config.endless
         self.crew, self.changed = Crew(), asyncio.Event()
-        self.past = Figures()    # of workers that are gone
+        self.past = daemon.past
         self.exit_status = os.EX_OK
         self.ending: Callable[[Member], None] | None = None   # how a member is told to end, once that is wished
         self.patience = 0.0      # seconds that it then has
@@ -5726,7 +5779,7 @@ class Team:
 
     def gauges(self) -> list[Any]:
         """The figures of all together."""
-        return [self.figures, self.past, *(member.snapshot for member in self.members if member.snapshot)]
+        return [self.figures.snapshot(), *(member.snapshot for member in self.members if member.snapshot)]
 
 
 def own_command() -> list[str]:
@@ -5794,7 +5847,7 @@ class Worker:
     def say(self) -> None:
         """One line for the parent."""
         windows, self.windows[:] = [vars(facts(window)) for window in self.windows], []
-        figures = self.flow.gauges()[0].snapshot()
+        figures, = self.flow.gauges()
         healthy = self.flow.healthy(asyncio.get_running_loop().time())
         line = json.dumps({
             'state': self.state, 'seen': self.seen, 'healthy': healthy, 'windows': windows,
@@ -5813,6 +5866,7 @@ class Daemon:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.figures, self.notifier = arguments, Figures(), Notifier()
+        self.past = Totals()   # of workers that are gone
         self.raw, self.config, self.unavailable = reread(arguments)   # the last: faults at the start
         set_up_log_of(self.config, arguments)
         self.schedule = Schedule(self.config.period)
@@ -5820,7 +5874,6 @@ class Daemon:
         self.engine: WindowRunner | Team | None = None
         self.stopping = False
         self.site: HttpListener | None = None
-        self.listening: Address | None = None
         self.status = 'starting'
         self.lock: RunLock | None = None
         self.crew = Crew()
@@ -5888,15 +5941,13 @@ class Daemon:
             await self.hold_lock()
             if self.stopping:
                 break
-            self.figures = self.figures.counted()   # what was so then need not be so now
+            self.figures.forget_gauges()
             self.figures.period(self.config)
             self.engine = engine = self.new_engine()
             if self.config.workers > 1:
                 log.info('%d workers, a window every %g s', self.config.workers, self.config.period)
             status = await engine.run()
-            self.engine = None   # else its figures would be asked for beside what is taken over from them
-            if isinstance(engine, Team):   # what they counted is not forgotten
-                self.figures.merge(engine.past.snapshot(), gauges=False)
+            self.engine = None
         return status
 
     def new_engine(self) -> WindowRunner | Team:
@@ -5927,7 +5978,7 @@ class Daemon:
             if not self.engine or self.engine.healthy(loop.time()):
                 self.notifier.say(WATCHDOG=1)
             if self.engine and self.engine.endless:
-                self.status = f'flowing: {self.total().numbers[("xmsrv_messages_total", "stored")]:.0f} stored'
+                self.status = f'flowing: {self.total().number("xmsrv_messages_total", "stored"):.0f} stored'
             if self.crew.error:   # a bug, of which nobody would hear; run() raises it
                 self.stop()
             if self.state != told:
@@ -6035,13 +6086,14 @@ class Daemon:
     async def open_site(self, address: Address | None) -> None:
         """Listens at `address`, where one is wished; goes on where it is the same. The old one is closed when the new
         one is had, or before it where both have one port: 0.0.0.0 can't be had beside 127.0.0.1."""
-        if not address or self.listening and address != self.listening and address[1] == self.listening[1]:
+        there = self.site and self.site.address
+        if not address or there and address != there and address[1] == there[1]:
             self.close_site()
         try:
-            if address and address != self.listening:
-                site = listen(self, await self.bind(*address))
+            if address and not (self.site and address == self.site.address):
+                site = listen(self, address, await self.bind(*address))
                 self.close_site()
-                self.site, self.listening = site, address
+                self.site = site
         except OSError as error:
             self.note_wait('listen', [Fault('metrics', 'listen', spelled(address), error.strerror)])
         else:
@@ -6057,7 +6109,7 @@ class Daemon:
         """Listens no more."""
         if self.site:
             self.site.stop()
-        self.site = self.listening = None
+        self.site = None
 
     @property
     def ends(self) -> dict[str, bool]:
@@ -6072,9 +6124,11 @@ class Daemon:
         """All figures in Prometheus' text format."""
         return exposition(self.total(), process=True)
 
-    def total(self) -> Figures:
+    def total(self) -> Totals:
         """All figures together."""
-        return together(self.engine.gauges() if self.engine else [self.figures])
+        total = together(self.engine.gauges() if self.engine else [self.figures.snapshot()])
+        total.merge(self.past.snapshot())
+        return total
 
 
 HTTP_CONNECTIONS = 32       # at a time; whoever asks asks seldom, and is answered at once
@@ -6091,8 +6145,8 @@ class HttpListener:
     neither a scrape nor a health check. Tornado's own way has no bound, and it comes back at once and forever to a
     connection for which there is no open file."""
 
-    def __init__(self, server: Any, sockets: list[socket.socket]) -> None:
-        self.server, self.sockets = server, sockets
+    def __init__(self, server: Any, address: Address, sockets: list[socket.socket]) -> None:
+        self.server, self.address, self.sockets = server, address, sockets
         self.streams: collections.deque[IOStream] = collections.deque()
         self.loop = asyncio.get_running_loop()
         for listener in sockets:
@@ -6139,10 +6193,9 @@ class HttpListener:
         self.sockets = []
 
 
-def listen(daemon: Daemon, sockets: list[socket.socket]) -> HttpListener:
-    """An HTTP server for a Daemon, at sockets that listen; it stops by stop()."""
+def listen(daemon: Daemon, address: Address, sockets: list[socket.socket]) -> HttpListener:
+    """An HTTP server for a Daemon, at sockets that listen at `address`; it stops by stop()."""
     from tornado import httpserver, web
-    preload()
 
     class Handler(web.RequestHandler):
         """GET /metrics, /healthz, /readyz, /."""
@@ -6162,7 +6215,7 @@ def listen(daemon: Daemon, sockets: list[socket.socket]) -> HttpListener:
     site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
     server = httpserver.HTTPServer(site, max_header_size=HTTP_HEADER, max_body_size=HTTP_BODY, body_timeout=HTTP_TIME,
                                    idle_connection_timeout=HTTP_IDLE)
-    return HttpListener(server, sockets)
+    return HttpListener(server, address, sockets)
 
 
 def readiness(daemon: Daemon) -> str:
@@ -6214,16 +6267,16 @@ def page(daemon: 'Daemon') -> bytes:
     return made
 
 
-def figures_table(windows: Sequence[Any], total: Figures) -> list[tuple[str, object]]:
+def figures_table(windows: Sequence[Any], total: Totals) -> list[tuple[str, object]]:
     """Rates and lag of the last windows together, and what is counted: names and values."""
     seconds = sum(window.seconds for window in windows)
     stored = sum(window.count['stored'] for window in windows)
-    *counts, age = total.histograms['xmsrv_lag_seconds']
-    return [('stored', total.numbers.get(('xmsrv_messages_total', 'stored'), 0)),
+    ages, age = total.number(f'{LAG}_count'), total.number(f'{LAG}_sum')
+    return [('stored', total.number('xmsrv_messages_total', 'stored')),
             ('messages/s in the last windows', f'{stored / seconds:.0f}' if seconds else 'none yet'),
-            ('mean lag', f'{age / sum(counts):.2f} s' if sum(counts) else 'none yet'),
-            ('in flight', total.numbers.get(('xmsrv_in_flight',), 0)),
-            ('dead letters', total.numbers.get(('xmsrv_messages_total', 'dead'), 0))]
+            ('mean lag', f'{age / ages:.2f} s' if ages else 'none yet'),
+            ('in flight', total.number('xmsrv_in_flight')),
+            ('dead letters', total.number('xmsrv_messages_total', 'dead'))]
 
 
 class Bar(NamedTuple):
@@ -6528,11 +6581,8 @@ def command_once(arguments: argparse.Namespace) -> int:
     """x-msrv once"""
     _, config, unavailable = reread(arguments)
     set_up_log_of(config, arguments)
-    # Two pipelines on a host have two files, and node_exporter takes two series of one name and labels for one.
-    figures = Figures({'topic': config.nsq.topic, 'channel': config.nsq.channel})
+    figures = Figures()
     figures.period(config)
-    if config.metrics.textfile:
-        preload()
     with locked(config, arguments.config):
         try:
             require_available(arguments, unavailable)
@@ -6542,7 +6592,9 @@ def command_once(arguments: argparse.Namespace) -> int:
             raise
         finally:
             if config.metrics.textfile:
-                write_textfile(config.metrics.textfile, figures)
+                # Two pipelines on a host have two files, and node_exporter refuses two series of one name and labels.
+                names = {'topic': config.nsq.topic, 'channel': config.nsq.channel}
+                write_textfile(config.metrics.textfile, figures, names)
 
 
 def command_daemon(arguments: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ import xmsrv as xmsrv_module
 from flows import CHANNEL, TOPIC, bodies, ended, fill, numbers, passed
 from http_answers import figure, get
 from servers import wait_until
-from xmsrv import Figures, Schedule, page
+from xmsrv import Schedule, Totals, page
 
 
 def count(xmsrv, word):
@@ -1252,7 +1252,7 @@ def test_a_reload_drops_no_scrape_and_takes_a_new_address(nsqd, xmsrv):
 def test_the_page_escapes_whatever_it_shows():
     """The reason and detail of a dead letter, a status and a topic, each with all that HTML takes apart."""
     nasty = '</td><i title="a" lang=\'b\'>&amp;{{ 1 }}'
-    total = Figures({})
+    total = Totals()
     total.recent.append((1_700_000_000.5, 'schema', nasty))
     shown = types.SimpleNamespace(
         config=types.SimpleNamespace(nsq=types.SimpleNamespace(topic=nasty, channel='c')), total=lambda: total,
@@ -1332,14 +1332,6 @@ def test_a_message_from_the_future_has_no_lag(nsqd, xmsrv, workdir, changed):
     assert (written['xmsrv_lag_seconds_count'], written['xmsrv_lag_seconds_sum']) == (3, 0)
     letter, = map(json.loads, xmsrv.run('-q', 'replay', '--list', '--json').stdout.splitlines())
     assert letter['age'] == 0
-
-
-@pytest.mark.parametrize('name', list(xmsrv_module.BOUNDS))
-def test_no_observation_is_below_zero(name):
-    figures = xmsrv_module.Figures()
-    figures.observe(name, -3.5)
-    *counts, total = figures.histograms[name]
-    assert (counts[0], sum(counts), total) == (1, 1, 0)
 
 
 def test_a_textfile_of_a_run_that_found_nobody(nsqd, xmsrv, workdir):

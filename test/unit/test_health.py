@@ -1,11 +1,11 @@
-"""What is up and what fails: one object that all others read. And what repeats in the log, and the figures."""
+"""What is up and what fails: one object that all others read. And what repeats in the log."""
 import asyncio
 import logging
 
 import pytest
 
 import clock
-from xmsrv import FEW, MORE, Figures, Health, Repeats, log
+from xmsrv import FEW, MORE, Health, Repeats, log
 
 
 @pytest.fixture
@@ -72,21 +72,3 @@ def test_what_repeats_is_counted_and_said_when_the_minute_is_over(lines, monkeyp
     time[0] += 2
     assert passes('late: %s', 11)
     assert lines == [('WARNING', MORE % (4, 'late: 10'))]
-
-
-def test_figures_of_the_parts_are_those_of_the_whole():
-    parts = [Figures(), Figures()]
-    for number, part in enumerate(parts, 1):
-        part.add('xmsrv_received_total', number)
-        part.set('xmsrv_store_up', number - 1)
-        part.set('xmsrv_in_flight', number)
-        part.observe('xmsrv_lag_seconds', -5)
-        part.observe('xmsrv_lag_seconds', number)
-    total = Figures()
-    for part in parts:
-        total.merge(part.snapshot())
-    assert total.numbers[('xmsrv_received_total',)] == 3
-    assert (total.numbers[('xmsrv_store_up',)], total.numbers[('xmsrv_in_flight',)]) == (0, 3)
-    assert total.histograms['xmsrv_lag_seconds'][-1] == 3.0    # what comes from the future counts as 0
-    counted = total.counted()
-    assert counted.numbers[('xmsrv_received_total',)] == 3 and ('xmsrv_in_flight',) not in counted.numbers

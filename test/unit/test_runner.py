@@ -396,7 +396,8 @@ def with_team(monkeypatch, steps, workers=2, n=5, end=True, **sections):
         config = fakes.options(workers=str(workers), period='10s', nsq={'max-messages': str(n)}, **sections)
         team = Team(types.SimpleNamespace(
             config=config, raw={'the': 'raw'}, arguments=types.SimpleNamespace(config='x', verbose=0, quiet=0),
-            figures=Figures(), note=lambda window: None, schedule=xmsrv.Schedule(10)))
+            figures=Figures(), past=xmsrv.Totals(), note=lambda window: None,
+            schedule=xmsrv.Schedule(10)))
         running = asyncio.ensure_future(team.run())
         await asyncio.sleep(0.01)
         await steps(team, processes)
@@ -459,8 +460,8 @@ def test_the_end_of_a_worker_frees_its_grant_keeps_its_figures_and_another_is_st
         processes[0].exit(-9)
         await asyncio.sleep(1.5)
         assert len(processes) == 3
-        total = xmsrv.together(team.gauges()).numbers
-        assert (total[('xmsrv_received_total',)], total[('xmsrv_worker_restarts_total',)]) == (14, 1)
+        total = xmsrv.together([*team.gauges(), team.past.snapshot()])
+        assert (total.number('xmsrv_received_total'), total.number('xmsrv_worker_restarts_total')) == (14, 1)
         assert not any(team.ends.values())
         processes[2].say()
         await asyncio.sleep(0.1)
