@@ -1,17 +1,20 @@
 """Do the tests notice? Each mutant is one wrong line of the module; the tests have to fail on it.
 
     make mutants                     all of them
-    make mutants ARGS=fsync          those with that word in their name
+    make mutants ARGS=fsync          those with that word in their name or in that of their section
 
-A mutant is changed in a copy of the module, which the unit floor runs on. One that survives it, and names tests of the
-end-to-end floor, runs those. The text to replace has to stand in the module exactly once: where the module has changed,
-the mutant is reported as stale, and is to be brought up to date. The exit status is 0 where at least RATE of all mutants
-are killed and none is stale.
+A mutant is changed in a copy of the module. First run the unit tests of its own section, then all of the unit floor; one
+that survives these, and names tests of the end-to-end floor, runs those, which have to pass on the module as it is. The
+last lines have the rate of each section, and of all. The exit status is 0 where at least RATE of all mutants are killed and
+each could be judged. A mutant whose text does not stand in the module exactly once is an error: the module has changed,
+and the mutant has to follow. So are tests that are not there: they fail on anything.
 """
 # ruff: noqa: E501 - what is replaced, and by what, is easier to compare in one line each
 import collections
+import functools
 import importlib
 import multiprocessing
+import multiprocessing.pool
 import os
 import re
 import subprocess
@@ -24,17 +27,18 @@ from pathlib import Path
 import pytest
 
 RATE = 0.9
-SURVIVED = 'survived'
+KILLED, SURVIVED, EQUIVALENT, FAILED = 'killed', 'survived', 'equivalent', 'error'
 MODULE = Path('xmsrv.py')
 OPTIONS = ['-n', '0', '-x', '-q', '-p', 'no:cacheprovider', '--timeout', '20', '--assert=plain']   # a test that hangs has noticed, too
+LONGEST = 300               # seconds for the tests of one mutant, before they count as hanging
+NOTICED = {pytest.ExitCode.OK: False, pytest.ExitCode.TESTS_FAILED: True, pytest.ExitCode.INTERRUPTED: True}   # the last where the import fails
 
 # The tests that come first, by the section in which a mutant stands: most often it is killed by one of these.
 FIRST = {'message and mapping': ['mapping'], 'nsqd protocol': ['consumer'], 'stores': ['store_results'],
-         'dead letters': ['dead_letters'], 'batcher and breaker': ['batcher', 'schedule', 'daemon'],
-         'RDY and consumer': ['consumer', 'rdy'], 'window': ['window', 'daemon'],
-         'pipeline and once': ['schedule', 'daemon'], 'replay': ['dead_letters'],
-         'daemon and HTTP': ['daemon', 'schedule'], 'supervisor': ['daemon']}
-
+         'dead letters': ['letters'], 'batcher and breaker': ['batcher', 'schedule', 'runner'],
+         'RDY and consumer': ['consumer', 'rdy'], 'window': ['window', 'runner'],
+         'pipeline and once': ['schedule', 'pipeline', 'runner'], 'replay': ['letters'],
+         'daemon and HTTP': ['runner', 'schedule'], 'window runner': ['runner', 'schedule'], 'supervisor': ['runner']}
 
 class Mutant(typing.NamedTuple):
     """`old` becomes `new`. tests: arguments for pytest, of the end-to-end floor, where the unit floor can't see it.
@@ -292,21 +296,54 @@ MUTANTS = (
 )
 
 
-def passes(directory: Path, arguments: list[str]) -> bool:
-    """Whether the unit tests pass on the module in `directory`. In this process, which is one forked for that: to start
-    Python and to import all that the module imports would take longer than the tests."""
+class Verdict(typing.NamedTuple):
+    """What became of a mutant: a word, how, and the section in which it stands."""
+
+    word: str
+    how: str
+    section: str
+
+
+def run_unit_tests(directory: Path, arguments: list[str]) -> typing.NoReturn:
+    """Runs tests on the module in `directory`, and ends this process, which was forked for that, with pytest's status. To
+    start Python and to import all that the module imports would take longer than the tests."""
     for fd in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
     sys.modules.pop(MODULE.stem, None)
     sys.path.insert(0, str(directory))
-    return pytest.main([*OPTIONS, *arguments]) == pytest.ExitCode.OK
+    os._exit(pytest.main([*OPTIONS, *arguments]))
 
 
-def passes_end_to_end(directory: Path, arguments: Sequence[str]) -> bool:
-    """Whether tests of the end-to-end floor pass, for which the program is a process of its own."""
+def unit_tests_notice(directory: Path, arguments: list[str]) -> bool:
+    """Whether tests of the unit floor fail on the module in `directory`. Raises LookupError where there are none."""
+    process = multiprocessing.get_context('fork').Process(target=run_unit_tests, args=(directory, arguments))
+    process.start()
+    process.join(LONGEST)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return noticed(process.exitcode, arguments)
+
+
+def end_to_end_tests_notice(directory: Path, arguments: Sequence[str]) -> bool:
+    """The same of tests of the end-to-end floor, for which the program is a process of its own."""
     command = [Path(sys.executable).parent / 'pytest', *OPTIONS, *arguments]
-    return subprocess.run(command, env={**os.environ, 'PYTHONPATH': str(directory)}, check=False,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    done = subprocess.run(command, env={**os.environ, 'PYTHONPATH': str(directory)}, check=False,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return noticed(done.returncode, arguments)
+
+
+def noticed(status: int | None, arguments: Sequence[str]) -> bool:
+    """Whether tests failed, by pytest's exit status; below 0 it is the signal that ended it, as where memory ran out."""
+    if status is not None and status >= 0 and status not in NOTICED:
+        raise LookupError(f'pytest {" ".join(arguments)} ended with {status}: no such tests')
+    return status is None or status < 0 or NOTICED[pytest.ExitCode(status)]
+
+
+@functools.cache
+def pass_on_the_module(arguments: tuple[str, ...]) -> bool:
+    """Whether tests of the end-to-end floor pass on the module as it is: else they tell nothing of a mutant."""
+    return not end_to_end_tests_notice(MODULE.parent.absolute(), arguments)
 
 
 def section_of(text: str, place: int) -> str:
@@ -315,58 +352,84 @@ def section_of(text: str, place: int) -> str:
     return names[-1] if names else ''
 
 
-def judge(task: tuple[Mutant, str, str, bool]) -> str:
-    """What becomes of a mutant: a word, and how. task: it, the text of the module, a directory for the copies, and
-    whether the tests of its section have passed: then all of the unit floor run."""
-    mutant, text, top, again = task
+def judge(mutant: Mutant, text: str, top: str) -> Verdict:
+    """What becomes of a mutant. text: the module's. top: a directory for the copies."""
     if text.count(mutant.old) != 1:
-        return f'stale ({text.count(mutant.old)} places)'
+        return Verdict(FAILED, f'its text stands in the module {text.count(mutant.old)} times', '')
+    section = section_of(text, text.index(mutant.old))
     if mutant.equivalent:
-        return 'equivalent'
+        return Verdict(EQUIVALENT, mutant.equivalent, section)
     directory = Path(tempfile.mkdtemp(dir=top))
     (directory / MODULE.name).write_text(text.replace(mutant.old, mutant.new))
-    first = [f'test/unit/test_{name}.py' for name in FIRST.get(section_of(text, text.index(mutant.old)), [])]
-    if not passes(directory, ['test/unit'] if again or not first else first):
-        return 'killed'
-    return 'killed (end to end)' if again and mutant.tests and not passes_end_to_end(directory, mutant.tests) else SURVIVED
+    try:
+        return Verdict(*judge_copy(mutant, directory, FIRST.get(section, ())), section)
+    except LookupError as error:
+        return Verdict(FAILED, str(error), section)
 
 
-def import_beforehand() -> None:
-    """Imports once what each of the forked processes needs."""
-    for name in (MODULE.stem, 'aerospike', 'aerospike_helpers.expressions', 'hypothesis', 'prometheus_client'):
-        importlib.import_module(name)
+def judge_copy(mutant: Mutant, directory: Path, first: Sequence[str]) -> tuple[str, str]:
+    """What becomes of a mutant whose module is in `directory`, as word and how; `first` names its own unit tests."""
+    for tests in ([f'test/unit/test_{name}.py' for name in first], ['test/unit']):
+        if tests and unit_tests_notice(directory, tests):
+            return KILLED, ''
+    if not mutant.tests:
+        return SURVIVED, ''
+    if not pass_on_the_module(mutant.tests):
+        return FAILED, 'its end-to-end tests fail on the module as it is'
+    return (KILLED, 'end to end') if end_to_end_tests_notice(directory, mutant.tests) else (SURVIVED, 'end to end')
 
 
-def judge_all(mutants: Sequence[Mutant], counts: collections.Counter[str]) -> None:
-    """Judges mutants, each in a process of its own, in two rounds: the second for those that the first left alive."""
-    text, left = MODULE.read_text(), list(mutants)
+def judge_all(mutants: Sequence[Mutant]) -> list[Verdict]:
+    """Judges mutants, one on each processor that is for us at a time, and prints what became of each."""
+    text, verdicts = MODULE.read_text(), []
     with (tempfile.TemporaryDirectory(dir='build') as top,
-          multiprocessing.get_context('fork').Pool(maxtasksperchild=1) as pool):
-        for again in (False, True):
-            tasks = [(mutant, text, str(Path(top).absolute()), again) for mutant in left]
-            judged, left = zip(left, pool.imap(judge, tasks), strict=True), []
-            for mutant, verdict in judged:
-                if verdict == SURVIVED and not again:
-                    left.append(mutant)
-                    continue
-                counts[verdict.partition(' ')[0]] += 1
-                print(f'{verdict:20} {mutant.name}' + (f': {mutant.equivalent}' if mutant.equivalent else ''), flush=True)
+          multiprocessing.pool.ThreadPool(len(os.sched_getaffinity(0))) as pool):
+        for mutant, verdict in zip(mutants, pool.imap(lambda mutant: judge(mutant, text, str(Path(top).absolute())), mutants),
+                                   strict=True):
+            verdicts.append(verdict)
+            print(f'{verdict.word:10} {mutant.name}' + (f' ({verdict.how})' if verdict.how else ''), flush=True)
+    return verdicts
 
 
-def main(words: list[str]) -> int:
-    """Judges the mutants whose names have the words. Returns the exit status."""
-    import_beforehand()
-    counts: collections.Counter[str] = collections.Counter()
-    judge_all([UNCHANGED], counts)
-    if not counts[SURVIVED]:
+def print_rates(verdicts: Sequence[Verdict]) -> None:
+    """The rate of each section, in the order of the module, and of all."""
+    for section in [*dict.fromkeys(verdict.section for verdict in verdicts if verdict.section), '']:
+        counts = collections.Counter(verdict.word for verdict in verdicts if not section or verdict.section == section)
+        print(f'{section or "all":24} {rate(counts):4.0%}: {counts[KILLED]} of {counts[KILLED] + counts[SURVIVED]} killed'
+              + (f', {counts[EQUIVALENT]} equivalent' if counts[EQUIVALENT] else '')
+              + (f', {counts[FAILED]} errors' if counts[FAILED] else ''))
+
+
+def rate(counts: collections.Counter[str]) -> float:
+    """Which part of those that were judged was killed."""
+    return counts[KILLED] / max(1, counts[KILLED] + counts[SURVIVED])
+
+
+def chosen(words: Sequence[str]) -> list[Mutant]:
+    """The mutants that have all the words in their names, or in those of their sections; in the order of the module."""
+    text = MODULE.read_text()
+    return [mutant for mutant in sorted(MUTANTS, key=lambda mutant: text.find(mutant.old))
+            if all(word in f'{mutant.name}, {section_of(text, text.find(mutant.old))}' for word in words)]
+
+
+def main(words: Sequence[str]) -> int:
+    """Judges the mutants that the words choose. Returns the exit status."""
+    for name in (MODULE.stem, 'aerospike', 'aerospike_helpers.expressions', 'hypothesis', 'prometheus_client'):
+        importlib.import_module(name)   # what each of the forked processes needs
+    mutants = chosen(words)
+    if not mutants:
+        print('no mutant has these words in its name')
+        return 1
+    if judge_all([UNCHANGED])[0].word != SURVIVED:
         print('the unit tests fail on the module as it is')
         return 1
-    counts.clear()
-    judge_all([mutant for mutant in MUTANTS if all(word in mutant.name for word in words)], counts)
-    judged = counts['killed'] + counts[SURVIVED]
-    print(f'{counts["killed"]} of {judged} mutants killed ({counts["killed"] / max(1, judged):.0%}), '
-          f'{counts["equivalent"]} are equivalent, {counts["stale"]} stale')
-    return 0 if counts['killed'] >= RATE * judged and not counts['stale'] else 1
+    verdicts = judge_all(mutants)
+    print_rates(verdicts)
+    counts = collections.Counter(verdict.word for verdict in verdicts)
+    for mutant, verdict in zip(mutants, verdicts, strict=True):
+        if verdict.word == FAILED:
+            print(f'error: {mutant.name}: {verdict.how}')
+    return 0 if rate(counts) >= RATE and not counts[FAILED] else 1
 
 
 if __name__ == '__main__':
