@@ -2,10 +2,15 @@
 import asyncio
 import json
 import os
+import re
+import socket
 
 import nsq
+from tornado.iostream import StreamClosedError
 
 import xmsrv
+
+RESPONSE, ERROR = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR
 
 
 def options(**sections):
@@ -38,6 +43,55 @@ class Stream:
 
     def close(self):
         self.closed = True
+
+
+class AnsweringStream:
+    """The stream of an nsqd that answers each command `delay` seconds later, with the frames that `answers` has for its
+    name; one that is named without any stays unanswered. sent: what was written; commands: the names of it."""
+
+    def __init__(self, delay=0.0, **answers):
+        self.answers = {'IDENTIFY': [frame(RESPONSE, b'{}')], 'CLS': [frame(RESPONSE, b'CLOSE_WAIT')],
+                        **{name: [frame(RESPONSE, b'OK')] for name in ('SUB', 'AUTH', 'TLS', 'MPUB')}, **answers}
+        self.delay, self.sent, self.commands, self.tls = delay, [], [], None
+        self.buffer, self.arrived, self.closed = bytearray(), asyncio.Event(), False
+        self.socket = socket.socket()
+
+    def write(self, data):
+        if self.closed:
+            raise StreamClosedError
+        self.sent.append(data)
+        self.answer(re.match(rb'(?:  V2)?([A-Z]+)', data)[1].decode())
+
+    def answer(self, name):
+        self.commands.append(name)
+        for each in self.answers.get(name, ()):
+            asyncio.get_running_loop().call_later(self.delay, self.feed, each)
+
+    def feed(self, data):
+        self.buffer += data
+        self.arrived.set()
+
+    async def read_bytes(self, number, partial=False):
+        while len(self.buffer) < (1 if partial else number):
+            if self.closed:
+                raise StreamClosedError
+            self.arrived.clear()
+            await self.arrived.wait()
+        taken = bytes(self.buffer[:number])
+        del self.buffer[:number]
+        return taken
+
+    async def start_tls(self, server_side, ssl_options, server_hostname):
+        self.tls = server_side, ssl_options, server_hostname
+        if isinstance(ssl_options, Exception):
+            raise ssl_options
+        self.answer('TLS')
+        return self
+
+    def close(self):
+        self.closed = True
+        self.arrived.set()
+        self.socket.close()
 
 
 def frame(kind, data):
