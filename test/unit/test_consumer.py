@@ -1,12 +1,15 @@
 """The consumer: credit and time in, commands for nsqd out. Its connections are real, their streams are the test's."""
 import asyncio
+import logging
 
 import nsq
 import pytest
+from tornado.iostream import StreamClosedError
 
 import clock
 import fakes
-from xmsrv import Consumer, Crew, Health, Link, QueueError, Subscription
+import xmsrv
+from xmsrv import Consumer, Crew, Health, Link, QueueError, Subscription, Unavailable
 
 
 def connect(consumer, port=4150):
@@ -91,6 +94,25 @@ def test_rdy_counts_bytes_and_is_0_at_max_held():
         consumer.on_credit_change()
         assert taken(connection) == ['FIN 0000000000000002', 'RDY 2']
     with_consumer(steps, **{'max-held': '1000'})
+
+
+def test_at_max_held_no_other_nsqd_may_send_either_and_that_at_once():
+    async def steps(consumer, window, one, two):
+        consumer.held.size = 100
+        consumer.on_credit_change()
+        assert (one.rdy, two.rdy) == (5, 5)
+        come(one, 1, body=b'x' * 1000)
+        assert (taken(one)[-1], taken(two)[-1], consumer.budget) == ('RDY 0', 'RDY 0', 0)
+    with_consumer(steps, connections=2, **{'max-held': '1000'})
+
+
+def test_what_comes_shows_that_the_nsqd_is_not_idle():
+    async def steps(consumer, window, connection):
+        consumer.mark_idle(asyncio.get_running_loop().time() + 1)
+        assert (connection.idle, connection.tried, consumer.idle_since) == (True, True, 1001.0)
+        come(connection, 1)
+        assert (connection.idle, connection.tried, consumer.idle_since) == (False, False, None)
+    with_consumer(steps)
 
 
 def test_after_the_end_of_a_window_rdy_is_0_and_nothing_goes_to_it():
@@ -226,6 +248,43 @@ def test_the_queue_is_idle_once_each_nsqd_could_deliver_for_a_while_and_did_not(
     with_consumer(steps, connections=2)
 
 
+def test_an_nsqd_that_may_not_send_is_not_idle():
+    async def steps(consumer, window, connection):
+        messages = come(connection, *range(10))        # all of its RDY is in flight
+        consumer.mark_idle(asyncio.get_running_loop().time() + 5)
+        assert (connection.idle, connection.rdy_since) == (False, 1005.0)
+        consumer.finish(messages)
+        consumer.mark_idle(1005.01)
+        assert not connection.idle                     # only since then could it
+        consumer.mark_idle(1005.1)
+        assert connection.idle
+    with_consumer(steps, **{'max-in-flight': '10'})
+
+
+def test_an_idle_nsqd_is_found_by_the_tick_and_its_rdy_goes_to_the_others():
+    async def steps(consumer, window, one, two):
+        consumer.tasks.start(consumer.tick())
+        for n in range(20):
+            consumer.finish(come(one, n))
+            await asyncio.sleep(0.02)
+        assert (one.rdy, two.rdy, consumer.idle_since) == (9, 1, None)
+        await asyncio.sleep(0.2)
+        assert consumer.idle_since
+    with_consumer(steps, connections=2, credit=1000, **{'max-in-flight': '10'})
+
+
+def test_touch_follows_the_shortest_msg_timeout_of_all():
+    async def steps(consumer, window, one, two):
+        one.msg_timeout, two.msg_timeout = 100.0, 4.0
+        come(one, 1), come(two, 2)
+        taken(one), taken(two)
+        consumer.tasks.start(consumer.tick())
+        await asyncio.sleep(8)
+        assert [command for command in taken(one) if 'TOUCH' in command] == []
+        assert [command for command in taken(two) if 'TOUCH' in command] == ['TOUCH 0000000000000002'] * 3
+    with_consumer(steps, connections=2)
+
+
 def test_a_heartbeat_is_answered_between_messages_and_while_no_window_takes_any():
     async def steps(consumer, window, connection):
         consumer.stop()
@@ -338,7 +397,7 @@ def test_nsqds_that_are_named_no_more_are_not_connected_again(monkeypatch):
         await asyncio.sleep(60)
         consumer.update_nsqds({('127.0.0.1', 2): None})
         await asyncio.sleep(60)
-        assert max(at for port, at in tried if port == 1) <= 66
+        assert max(at for port, at in tried if port == 1) <= 60
         at = [at for port, at in tried if port == 2]
         delays = [b - a for a, b in zip(at, at[1:], strict=False)]
         assert delays[0] <= 0.1 and 2.5 <= max(delays) <= 5 and len(at) < 70
@@ -348,8 +407,162 @@ def test_nsqds_that_are_named_no_more_are_not_connected_again(monkeypatch):
 def test_a_source_is_exhausted_when_nobody_has_the_topic_or_all_of_rdy_is_in_flight():
     async def steps(consumer, window, connection):
         assert not consumer.exhausted
-        come(connection, *range(10))
+        messages = come(connection, *range(10))
         assert consumer.exhausted
+        consumer.finish(messages[:1])
+        assert not consumer.exhausted
         consumer.addresses.clear()
         assert consumer.exhausted
     with_consumer(steps, **{'max-in-flight': '10'})
+
+
+# -- the connections, kept up
+
+def opened(monkeypatch, steps, fates, found=None, poller=None, **nsq_options):
+    """Runs `steps(consumer, attempts)`, not opened yet. fates: port -> what becomes of each attempt to connect: an
+    exception that it raises, or the seconds for which the connection lasts; the last holds for all that follow."""
+    attempts = []
+
+    async def open(connection):
+        port = connection.address[1]
+        attempts.append((port, asyncio.get_running_loop().time() - 1000))
+        fate = fates[port].pop(0) if len(fates[port]) > 1 else fates[port][0]
+        connection.stream = fakes.Stream()
+        await asyncio.sleep(0.01 * port)
+        if isinstance(fate, Exception):
+            raise fate
+        connection.max_rdy, connection.msg_timeout, connection.max_msg_timeout, connection.silence = 9, 60.0, 900.0, 1
+        connection.lasts = fate
+
+    async def read(connection):
+        await asyncio.sleep(connection.lasts)
+        raise StreamClosedError
+
+    async def find_nsqds(config, topic, patience=None, news=None):
+        assert patience == xmsrv.LOOKUP_PATIENCE
+        return dict.fromkeys(('127.0.0.1', port) for port in (fates if found is None else found))
+
+    async def main():
+        monkeypatch.setattr(Subscription, 'open', open)
+        monkeypatch.setattr(Subscription, 'read', read)
+        monkeypatch.setattr(xmsrv, 'find_nsqds', find_nsqds)
+        config, tasks = fakes.options(nsq=nsq_options), Crew()
+        consumer = Consumer(config, tasks, Link(config), 'orders', 'x-msrv', Health())
+        consumer.poller = poller
+        await steps(consumer, attempts)
+        await tasks.cancel()
+    clock.run(main())
+
+
+REFUSED = ConnectionRefusedError(111, 'Connection refused')
+
+
+def test_a_source_is_open_when_the_first_nsqd_is_connected(monkeypatch):
+    async def steps(consumer, attempts):
+        await consumer.open()
+        assert [connection.address[1] for connection in consumer.connections] == [2]
+        assert asyncio.get_running_loop().time() == pytest.approx(1000.02)
+        assert not consumer.all_tried()
+        await asyncio.sleep(0.02)
+        assert [connection.address[1] for connection in consumer.connections] == [2, 3] and consumer.all_tried()
+        assert consumer.connect_errors[('127.0.0.1', 1)] == 'Connection refused'
+    opened(monkeypatch, steps, {1: [REFUSED], 2: [99], 3: [99]})
+
+
+def test_a_source_without_any_nsqd_names_the_fault_of_each(monkeypatch):
+    async def steps(consumer, attempts):
+        with pytest.raises(Unavailable) as caught:
+            await consumer.open()
+        assert str(caught.value) == ('no nsqd can be reached: 127.0.0.1:1: Connection refused; '
+                                     '127.0.0.1:2: the connection was closed')
+        assert asyncio.get_running_loop().time() == pytest.approx(1000.02)
+    opened(monkeypatch, steps, {1: [REFUSED], 2: [StreamClosedError()]})
+
+
+def test_a_topic_that_no_nsqd_has_is_an_open_source_with_nothing_to_come(monkeypatch):
+    async def steps(consumer, attempts):
+        await consumer.open()
+        assert consumer.exhausted and consumer.all_tried() and attempts == []
+    opened(monkeypatch, steps, {}, found=[])
+
+
+def test_a_bug_in_a_connection_is_not_taken_for_an_nsqd_that_is_away(monkeypatch):
+    async def steps(consumer, attempts):
+        with pytest.raises(ZeroDivisionError):
+            await consumer.open()
+    opened(monkeypatch, steps, {1: [ZeroDivisionError()]})
+
+
+class Poller:
+    """Names the nsqds that the test says, half a second after it was asked."""
+
+    news = None
+
+    def __init__(self):
+        self.named, self.asked = [1], 0
+
+    async def run(self):
+        pass
+
+    async def fresh_answer(self):
+        self.asked += 1
+        await asyncio.sleep(0.5)
+        self.consumer.update_nsqds(dict.fromkeys(('127.0.0.1', port) for port in self.named))
+
+
+def test_a_connection_that_ends_is_made_again_once_nsqlookupd_still_names_the_nsqd(monkeypatch):
+    poller = Poller()
+
+    async def steps(consumer, attempts):
+        poller.consumer = consumer
+        await consumer.open()
+        await asyncio.sleep(1.5)
+        assert (consumer.connections, consumer.health.up('queue'), poller.asked) == ([], False, 1)
+        await asyncio.sleep(0.5)
+        assert (len(consumer.connections), consumer.health.up('queue'), len(attempts)) == (1, True, 2)
+        assert consumer.connect_errors == {('127.0.0.1', 1): None}
+        poller.named = []
+        await asyncio.sleep(60)
+        assert (consumer.connections, len(attempts), consumer.addresses, poller.asked) == ([], 2, [], 2)
+    opened(monkeypatch, steps, {1: [1, 10]}, poller=poller)
+
+
+def test_an_nsqd_that_is_named_no_more_stays_for_as_long_as_its_connection(monkeypatch):
+    poller = Poller()
+
+    async def steps(consumer, attempts):
+        poller.consumer, poller.named = consumer, []
+        await consumer.open()
+        consumer.update_nsqds({})
+        await asyncio.sleep(5)
+        assert len(consumer.connections) == 1
+        await asyncio.sleep(60)
+        assert (consumer.connections, consumer.health.up('queue'), len(attempts)) == ([], False, 1)
+        consumer.update_nsqds({('127.0.0.1', 1): None})   # it is named again: that is worth a try at once
+        await asyncio.sleep(0.1)
+        assert len(attempts) == 2 and consumer.connections
+    opened(monkeypatch, steps, {1: [8]}, poller=poller)
+
+
+def test_an_outage_of_one_of_two_nsqds_is_told_once_and_its_end_too(monkeypatch, caplog):
+    monkeypatch.setattr(xmsrv.log, 'propagate', True)
+    caplog.set_level(logging.INFO, 'x-msrv')
+
+    async def steps(consumer, attempts):
+        await consumer.open()
+        await asyncio.sleep(20)
+        assert len([connection for connection in consumer.connections if connection.address[1] == 2]) == 1
+    opened(monkeypatch, steps, {1: [99], 2: [1, REFUSED, REFUSED, 99]})
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ('WARNING', 'nsqd 127.0.0.1:2: the connection was closed'),
+        ('WARNING', 'nsqd 127.0.0.1:2: Connection refused'), ('INFO', 'nsqd 127.0.0.1:2 is back')]
+
+
+def test_delays_begin_anew_after_a_connection_that_was_up(monkeypatch):
+    async def steps(consumer, attempts):
+        with pytest.raises(Unavailable):
+            await consumer.open()
+        await asyncio.sleep(100)
+        last, again = attempts[-2:]
+        assert len(attempts) == 10 and again[1] - last[1] <= 50.2
+    opened(monkeypatch, steps, {1: [*[REFUSED] * 8, 50, 200]})
