@@ -139,7 +139,7 @@ class Queue:
         pass
 
     def send(self, *numbers, attempts=1, body=None):
-        made = [numbered(n, attempts, body) for n in numbers]
+        made = [numbered(n, attempts, body, asyncio.get_running_loop().time()) for n in numbers]
         self.in_flight.update((message.key, message) for message in made)
         self.deliver(made)
 
@@ -148,8 +148,8 @@ class Numbered(xmsrv.Message):
     __slots__ = ('n',)
 
 
-def numbered(n, attempts=1, body=None):
-    message = Numbered(None, b'%016d' % n, n, attempts, body or json.dumps({'n': n}).encode())
+def numbered(n, attempts=1, body=None, now=0.0):
+    message = Numbered(None, b'%016d' % n, n, attempts, body or json.dumps({'n': n}).encode(), now)
     message.n = n
     return message
 

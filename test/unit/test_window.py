@@ -22,6 +22,7 @@ from xmsrv import (
     decoded_size,
 )
 
+LETTERS_AWAY = Answer('unkept', 'away', 'nsqd is away')
 AWAY, STOP = Answer('retry', -15, 'no answer'), Answer('stop', 20, 'no such namespace')
 REFUSED = Answer('refused', 4, 'answer 4 ParamError')
 UNKEPT = Answer('unkept', 'refused', 'nsqd: E_BAD_MESSAGE')
@@ -49,7 +50,7 @@ def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, k
             return answer if isinstance(answer, list) else [answer] * len(messages)
 
         async def keep_all(messages):
-            return [keep] * len(messages)
+            return [keep(loop.time() - 1000) if callable(keep) else keep] * len(messages)
         pipeline = types.SimpleNamespace(
             config=options, source=queue, tasks=tasks, metrics=Figures(), health=Health(), write=call, keep=keep_all,
             store=types.SimpleNamespace(batch_size=4, writers=2, patience=2.0))
@@ -173,6 +174,151 @@ def test_credit_is_0_in_an_outage_one_batch_for_the_probe_and_then_what_is_left(
     window, queue = window_of(steps, limits=(100, 60.0, 0.5), write=lambda n, now: AWAY if now < 5 else STORED)
     assert seen == [('open', 0), 96]
     assert (window.end_reason, len(queue.finished)) == (End.IDLE, 4)
+
+
+def test_a_keeper_that_is_away_for_a_moment_gets_the_time_to_come_back():
+    window, queue = window_of(sent(1, body=b'[]'), keep=lambda now: LETTERS_AWAY if now < 3 else DEAD)
+    assert (window.count['dead'], queue.finished, queue.requeues, window.exit_status) == (1, [1], [], 0)
+    assert window.pipeline.health.up('dead letters')
+
+
+def test_a_letter_waits_for_its_keeper_for_5_seconds_and_then_makes_room():
+    when = []
+
+    async def steps(window, queue):
+        queue.send(1, body=b'[]')
+        while not queue.requeues:
+            await asyncio.sleep(0.1)
+        when.append(asyncio.get_running_loop().time() - 1000)
+        assert window.pending_count == 0
+        queue.idle_since = asyncio.get_running_loop().time()
+    window, queue = window_of(steps, (0, 30.0, 0.5), keep=LETTERS_AWAY)
+    assert queue.requeues == [(1, 1)] and 5 <= when[0] <= 10.1
+    assert (window.end_reason, window.exit_status) == (End.DEAD_LETTERS_FAILED, 75)
+    assert not window.pipeline.health.up('dead letters')
+
+
+def test_a_letter_that_comes_again_does_not_wait_for_its_keeper():
+    async def steps(window, queue):
+        queue.send(1, attempts=2, body=b'[]')
+        await asyncio.sleep(0.1)
+        assert queue.requeues == [(1, 2)]
+        queue.idle_since = asyncio.get_running_loop().time()
+    window_of(steps, keep=LETTERS_AWAY)
+
+
+def test_good_messages_are_stored_while_the_keeper_is_away():
+    async def steps(window, queue):
+        queue.send(1, body=b'[]')
+        await asyncio.sleep(0.5)
+        queue.send(*range(10, 30))
+        await asyncio.sleep(0.5)
+        assert sorted(queue.finished) == list(range(10, 30))
+        queue.idle_since = asyncio.get_running_loop().time()
+    window_of(steps, keep=LETTERS_AWAY)
+
+
+def test_a_source_that_has_ended_ends_the_window_at_once_when_all_is_settled():
+    async def steps(window, queue):
+        queue.send(*range(8))
+        queue.exhausted = True
+        await asyncio.sleep(0)
+        assert window.end_reason is None    # they are still being written
+    window, queue = window_of(steps)
+    assert (window.end_reason, len(queue.finished)) == (End.IDLE, 8) and window.times.seconds < 0.2
+
+
+def test_a_window_of_a_daemon_waits_though_nobody_has_the_topic_yet():
+    async def steps(window, queue):
+        queue.exhausted = True
+    window, _ = window_of(steps, (0, 3.0, 10.0, True))
+    assert window.end_reason is End.TIMEOUT and 3 <= window.times.seconds < 3.2
+
+
+def test_what_comes_to_an_idle_window_restarts_its_idle_timeout():
+    async def steps(window, queue):
+        queue.idle_since = asyncio.get_running_loop().time()
+        await asyncio.sleep(0.4)
+        queue.idle_since = None
+        queue.send(1)
+        await asyncio.sleep(0.4)
+        assert window.end_reason is None
+        queue.idle_since = asyncio.get_running_loop().time()
+    window, _ = window_of(steps)
+    assert window.end_reason is End.IDLE and 1.3 <= window.times.seconds < 1.4
+
+
+def test_what_crosses_the_end_of_an_open_window_is_taken():
+    async def steps(window, queue):
+        window.end(End.IDLE)
+        queue.send(1, 2)
+        await asyncio.sleep(0.5)
+    window, queue = window_of(steps)
+    assert (window.count['received'], sorted(queue.finished), queue.requeues) == (2, [1, 2], [])
+
+
+def test_what_crosses_a_reload_is_requeued():
+    async def steps(window, queue):
+        queue.send(1)
+        await asyncio.sleep(0.05)
+        window.end(End.RELOAD)
+        queue.send(2)
+    window, queue = window_of(steps)
+    assert (window.end_reason, queue.finished, queue.requeues) == (End.RELOAD, [1], [(2, 0)])
+
+
+def test_a_store_that_takes_nothing_is_said_once_for_all_batches(caplog):
+    caplog.set_level('ERROR', 'x-msrv')
+    window, _ = window_of(sent(*range(8)), write=lambda numbers, now: STOP)    # two batches are under way
+    assert [record.getMessage() for record in caplog.records] == [
+        'no such namespace; the window ends, its messages are requeued']
+    assert not window.pipeline.health.up('store')
+
+
+def test_a_lone_refusal_names_message_and_key(caplog):
+    caplog.set_level('ERROR', 'x-msrv')
+    window_of(sent(7), write=lambda numbers, now: REFUSED)
+    line, = [record.getMessage() for record in caplog.records]
+    assert line.startswith("message 0000000000000007, key '0000000000000007-7-") and '4 ParamError' in line
+
+
+@pytest.mark.parametrize(('steps', 'level'), [
+    (no_steps, 'DEBUG'), (sent(1), 'NOTICE'), (sent(1, 2, idle=False), 'NOTICE')])
+def test_the_summary_is_worth_a_notice_where_something_came(caplog, steps, level):
+    caplog.set_level('DEBUG', 'x-msrv')
+    window, _ = window_of(steps)
+    caplog.clear()
+    assert window.report() == 0
+    record, = caplog.records
+    assert (record.levelname, record.fields['outcome'], window.failed) == (level, 'done', False)
+    assert record.getMessage().startswith('[orders/x-msrv] received ')
+
+
+def test_messages_that_were_requeued_without_a_fault_are_worth_a_warning(caplog):
+    async def steps(window, queue):
+        queue.idle_since = asyncio.get_running_loop().time()
+        queue.requeued = 3    # they came too late
+    caplog.set_level('DEBUG', 'x-msrv')
+    window, _ = window_of(steps)
+    caplog.clear()
+    assert window.report() == 0
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+
+
+def test_a_failed_window_says_what_failed_and_how_many_went_back(caplog):
+    window, _ = window_of(sent(*range(6)), write=lambda numbers, now: STOP)
+    caplog.clear()
+    assert window.report() == 75
+    assert [(record.levelname, record.getMessage(), record.fields['outcome']) for record in caplog.records][-1] == (
+        'ERROR', 'requeued 6 messages: no such namespace', 'failed')
+
+
+def test_a_window_without_an_nsqd_at_its_end_has_failed():
+    async def steps(window, queue):
+        window.pipeline.health.fail('queue', 'refused')
+    for lasting, reason in ((True, End.QUEUE_FAILED), (False, End.TIMEOUT)):
+        window, _ = window_of(steps, (0, 1.0, 0.5, lasting))
+        assert (window.end_reason, window.detail) == (reason, 'refused' if lasting else '')
 
 
 @pytest.mark.parametrize(('attempts', 'delay'), [(1, 1), (2, 2), (5, 16), (11, 600), (60, 600)])
