@@ -11,6 +11,7 @@ import aerospike
 import pytest
 
 import fakes
+import xmsrv
 from xmsrv import MAX_BINS, STORES, Record, StoreDown, log
 
 ERRORS = aerospike.exception
@@ -207,6 +208,259 @@ def test_a_server_that_takes_no_batches_of_writes_is_refused(monkeypatch, versio
     fails = contextlib.nullcontext() if taken else pytest.raises(StoreDown, match='too old')
     with fails, opened(monkeypatch, client):
         pass
+
+
+# -- the cluster itself
+
+@pytest.mark.parametrize(('ttl', 'namespace', 'set_', 'obstacle'), [
+    (0, {}, {}, None),
+    (0, {'stop_writes': 'false', 'clock_skew_stop_writes': 'false'}, {}, None),
+    (0, {'stop_writes': 'true'}, {}, 'stop_writes'),
+    (0, {'clock_skew_stop_writes': 'true'}, {}, 'clock_skew_stop_writes'),
+    (0, {}, {'stop-writes-count': '10', 'objects': '9'}, None),
+    (0, {}, {'stop-writes-count': '10', 'objects': '10'}, 'its stop-writes-count of 10'),
+    (0, {}, {'stop-writes-count': '0', 'objects': '10'}, None),
+    (0, {}, {'stop-writes-size': '10', 'data_used_bytes': '10'}, 'its stop-writes-size of 10'),
+    (0, {}, {'stop-writes-size': '10', 'memory_data_bytes': '4', 'device_data_bytes': '6'}, 'stop-writes-size of 10'),
+    (0, {}, {'stop-writes-size': '10', 'memory_data_bytes': '4', 'device_data_bytes': '5'}, None),
+    # a ttl of ours, of the set, of the namespace; none
+    (60, {'nsup-period': '0'}, {}, 'a ttl is refused, for'),
+    (0, {'nsup-period': '0', 'default-ttl': '60'}, {}, '(default-ttl = 60)'),
+    (0, {'nsup-period': '0', 'default-ttl': '0'}, {'default-ttl': '7'}, '(default-ttl = 7)'),
+    (0, {'nsup-period': '0', 'default-ttl': '0'}, {}, None),
+    (-1, {'nsup-period': '0', 'default-ttl': '60'}, {}, None),
+    (60, {'nsup-period': '120'}, {}, None),
+    (60, {'nsup-period': '0', 'allow-ttl-without-nsup': 'true'}, {}, None),
+    (60, {'nsup-period': '0', 'allow-ttl-without-nsup': 'false'}, {}, 'a ttl is refused'),
+])
+def test_why_a_node_forbids_writes(ttl, namespace, set_, obstacle):
+    found = list(xmsrv.write_obstacles(xmsrv.NEVER if ttl == -1 else ttl, namespace, set_))
+    assert len(found) == bool(obstacle) and (not obstacle or obstacle in found[0]), found
+
+
+FACTS = {'build': '8.1.1.2', 'namespace/test': 'nsup-period=120;default-ttl=0;max-record-size=1048576;objects=99;'
+         'effective_replication_factor=2', 'sets/test/orders': 'objects=10:stop-writes-count=0;',
+         'get-config': 'batch-max-requests=5000'}
+
+
+def described(monkeypatch, *nodes, **sections):
+    """What describe() says of nodes that answer so."""
+    client = Client()
+    client.info_all = lambda question, policy=None: {
+        f'node{number}': next(((None, text) for name, text in node.items() if question.startswith(name)),
+                              ('error', None)) for number, node in enumerate(nodes)}
+    with opened(monkeypatch, client, **sections) as store:
+        return store.describe()
+
+
+def test_a_cluster_is_described_with_its_records_each_counted_once(monkeypatch):
+    where = 'aerospike 127.0.0.1:3000: test.orders'
+    assert described(monkeypatch, FACTS) == (
+        f'{where}: 1 node, server 8.1.1.2, 5 records of at most 1048576 bytes, default-ttl 0, nsup-period 120', [])
+    line, problems = described(monkeypatch, FACTS, {**FACTS, 'build': '8.0'}, {**FACTS, 'build': '8.0'})
+    assert line.startswith(f'{where}: 3 nodes, server 8.1.1.2 and 8.0, 15 records') and problems == []
+    alone = {**FACTS, 'namespace/test': 'nsup-period=120'}
+    assert described(monkeypatch, alone)[0].startswith(f'{where}: 1 node, server 8.1.1.2, 10 records')
+
+
+def test_what_is_wrong_with_a_cluster_is_named_once_for_all_nodes(monkeypatch):
+    full = {**FACTS, 'namespace/test': FACTS['namespace/test'] + ';stop_writes=true'}
+    small = {**FACTS, 'get-config': 'batch-max-requests=100;x=y', 'sets/': 'stop-writes-count=1:objects=1'}
+    del small['sets/test/orders']
+    _, problems = described(monkeypatch, full, full, small, {**FACTS, 'get-config': 'batch-max-requests=0'})
+    assert [problem.partition('test.orders: ')[2] for problem in problems] == [
+        'the namespace stops writes (stop_writes): a limit of its storage or memory is reached',
+        'the set has reached its stop-writes-count of 1',
+        'batch-size = 500 is over batch-max-requests = 100 of the server']
+    assert described(monkeypatch, {**FACTS, 'get-config': 'batch-max-requests=500'})[1] == []
+
+
+def test_a_namespace_that_is_not_there_is_named_with_those_that_are(monkeypatch):
+    node = {'build': '8.1.1.2', 'namespaces': 'one;two\n', 'namespace/': '', 'sets/': ''}
+    line, problems = described(monkeypatch, node)
+    assert line.endswith('server 8.1.1.2')
+    assert problems[0].endswith('no such namespace; there are one, two')
+
+
+def test_a_node_that_does_not_say_its_limits_has_none_and_a_cluster_that_says_nothing_is_down(monkeypatch):
+    assert described(monkeypatch, {name: text for name, text in FACTS.items() if name != 'get-config'})[1] == []
+    with pytest.raises(StoreDown, match='no node answers'):
+        described(monkeypatch, {}, {})
+
+
+def test_an_info_question_that_fails_is_an_outage_with_its_name(monkeypatch):
+    client = Client()
+    with opened(monkeypatch, client) as store:
+        def fails(question, policy=None):
+            asked.append(policy)
+            raise ERRORS.TimeoutError('x')
+        asked, client.info_all = [], fails
+        with pytest.raises(StoreDown, match='9 TimeoutError'):
+            store.ask('build')
+        with pytest.raises(StoreDown):
+            store.ask('build', time.monotonic() + 2)
+        assert asked[0] is None and 1900 < asked[1]['timeout'] <= 2000
+
+
+@pytest.mark.parametrize(('seconds', 'taken'), [(1, 1000), (0.0004, 50), (-5, 50), (1e9, 0x7FFFFFFF)])
+def test_a_limit_is_never_0_nor_over_what_the_client_counts(seconds, taken):
+    assert xmsrv.milliseconds(seconds) == taken
+
+
+@pytest.mark.parametrize(('code', 'text', 'reason'), [
+    ('ERR_TIMEOUT', '', 'no answer in time'), ('ERR_TIMEOUT', 'AEROSPIKE_ERR_TIMEOUT', 'no answer in time'),
+    ('ERR_TIMEOUT', 'too slow', 'too slow'),
+    ('ERR_CONNECTION', 'Socket write error: 111, 127.0.0.1:3000', 'Connection refused'),
+    ('ERR_CONNECTION', 'Socket read error: 104 from [::1]:3000', 'Connection reset by peer'),
+    ('ERR_INVALID_HOST', 'Invalid hostname db: Name or service not known', 'Name or service not known'),
+    ('ERR_CLIENT', 'Invalid proto version 72', 'what answers there is no Aerospike server'),
+    ('ERR_NOT_AUTHENTICATED', '', 'not authenticated')])
+def test_the_clients_line_about_a_host_in_words(code, text, reason):
+    assert xmsrv.reason_of(code, text) == reason
+
+
+class Module:
+    """What a ConnectLog needs of the client's module."""
+
+    LOG_LEVEL_WARN = 3
+
+    def __init__(self):
+        self.handler = self.level = None
+
+    def set_log_handler(self, handler):
+        self.handler = handler
+
+    def set_log_level(self, level):
+        self.level = level
+
+
+def test_the_reason_for_each_host_is_taken_from_the_clients_log():
+    module = Module()
+    with xmsrv.ConnectLog(module) as connect_log:
+        assert module.level == 3
+        for line in ('Failed to connect to seed db1 3000. AEROSPIKE_ERR_TIMEOUT ', 'TLS: certificate verify failed',
+                     'Failed to connect to seed ::1 3000. AEROSPIKE_ERR_TLS_ERROR Socket write error: 111, [::1]:3000',
+                     'Failed to lookup db2 3000. AEROSPIKE_ERR_INVALID_HOST Invalid hostname db2: not known',
+                     'Failed to connect to seed db1 3000. AEROSPIKE_ERR_TIMEOUT ', 'something else'):
+            module.handler(3, 'function', 'path', 7, line)
+    assert module.handler is None
+    assert connect_log.reasons() == [
+        'db1:3000: no answer in time', '[::1]:3000: TLS: certificate verify failed; Connection refused',
+        'db2:3000: not known']
+
+
+def test_a_cluster_that_cannot_be_reached_is_named_with_the_reason(monkeypatch):
+    error = ERRORS.ConnectionError()
+    error.msg = 'Failed to connect'
+
+    def connect(config):
+        raise error
+    monkeypatch.setattr(aerospike, 'client', connect)
+    store = STORES['aerospike'](fakes.options())
+    with pytest.raises(StoreDown, match='127.0.0.1:3000: test.orders: -10 ConnectionError: Failed to connect'):
+        store.open()
+    assert store.client is None
+    store.close()
+
+
+@pytest.mark.parametrize(('hosts', 'nodes', 'found'), [
+    ('a:3000, b:3000', ['BB9'], True), ('a:3000, b:3000', [], False), ('a:3000', ['BB9'], False)])
+def test_one_node_of_several_hosts_is_enough(monkeypatch, hosts, nodes, found):
+    configs, closed = [], []
+
+    class Partial(Client):
+        def get_node_names(self):
+            return nodes
+
+        def close(self):
+            closed.append(self)
+
+    def connect(config):
+        configs.append(config)
+        if config.get('fail_if_not_connected', True):
+            raise ERRORS.ClusterError('no')
+        return Partial()
+    monkeypatch.setattr(aerospike, 'client', connect)
+    store = STORES['aerospike'](fakes.options(aerospike={'hosts': [host.strip() for host in hosts.split(',')]}))
+    fails = contextlib.nullcontext() if found else pytest.raises(StoreDown)
+    with fails:
+        store.open()
+    assert bool(store.client) is found and len(closed) == (len(configs) == 2 and not found)
+
+
+def test_the_client_is_told_of_hosts_names_user_and_certificates(monkeypatch, tmp_path):
+    for name in ('ca', 'cert', 'key', 'password'):
+        (tmp_path / name).write_text(f'{name}\n')
+    client, tls = Client(), {'ca-file': str(tmp_path / 'ca')}
+    with opened(monkeypatch, client, aerospike={'hosts': ['a:3000', 'b:4000'], 'total-timeout': '3s'}):
+        config = client.config
+    assert (config['hosts'], config['connect_timeout']) == ([('a', 3000), ('b', 4000)], 3000)
+    assert not {'tls', 'user', 'password'} & config.keys()
+    tls['name'] = 'db'
+    secure = {'hosts': ['a:3000'], 'user': 'me', 'password-file': str(tmp_path / 'password'), 'tls': tls}
+    with opened(monkeypatch, client, aerospike=secure):
+        config = client.config
+    assert (config['hosts'], config['user'], config['password']) == ([('a', 3000, 'db')], 'me', 'password')
+    assert config['tls'] == {'enable': True, 'cafile': tls['ca-file']}
+    tls['cert-file'] = str(tmp_path / 'cert')
+    for more, key in (({}, 'cert'), ({'key-file': str(tmp_path / 'key')}, 'key')):
+        with opened(monkeypatch, client, aerospike={**secure, 'tls': {**tls, **more}}):
+            assert client.config['tls'] == {'enable': True, 'cafile': tls['ca-file'], 'certfile': tls['cert-file'],
+                                            'keyfile': str(tmp_path / key)}
+
+
+def test_a_password_that_is_gone_by_now_is_an_outage(monkeypatch, tmp_path):
+    with pytest.raises(StoreDown, match='password: No such file'), opened(
+            monkeypatch, Client(), aerospike={'user': 'me', 'password-file': str(tmp_path / 'password')}):
+        pass
+
+
+def test_an_answer_is_told_with_its_name_and_advice_and_whether_it_may_have_been_written(monkeypatch):
+    client = Client({'bad': 9})
+    with opened(monkeypatch, client) as store:
+        result, = store.write(records('bad'))
+        assert result.detail.endswith('answer 9 TimeoutError (see whether the nodes are overloaded or gone)')
+        write = types.SimpleNamespace(result=9, in_doubt=True, ops=[1])
+        assert store.answer('retry', write).detail.endswith(', perhaps written')
+        write = types.SimpleNamespace(result=9, in_doubt=False, ops=[1] * 4001)
+        assert 'a record of 4001 bins takes the server long' in store.answer('retry', write).detail
+        assert store.named(12345) == '12345 not known to the client'
+
+
+def test_the_time_that_is_stored_and_cannot_be_read_is_tried_again(monkeypatch):
+    client = Client({'k': 27})
+
+    def fails(keys, bins, policy):
+        raise ERRORS.ClusterError('x')
+    client.batch_read = fails
+    with opened(monkeypatch, client, record={'key': 'id'}) as store:
+        result, = store.write(records('k', time=10))
+    assert (result.outcome, result.reason) == ('retry', 11)
+
+
+def test_an_error_that_is_nobodys_is_everybodys(monkeypatch):
+    client = Client()
+    client.batch_write = lambda batch, policy: types.SimpleNamespace(result=-8)
+    with opened(monkeypatch, client) as store:
+        write = store.as_write(records('a')[0])
+        write.result = 0
+        store.call([write], time.monotonic() + 1)
+        assert write.result == -8
+
+
+def test_wide_records_that_have_no_time_left_are_not_sent(monkeypatch):
+    now = [100.0]
+
+    class Slow(Client):
+        def batch_write(self, batch, policy):
+            now[0] += 0.6
+            return super().batch_write(batch, policy)
+    client = Slow()
+    with opened(monkeypatch, client, aerospike={'total-timeout': '1s'}) as store:
+        monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+        results = store.write(records('a', 'b', 'c', bins={f'b{n}': 1 for n in range(4001)}))
+    assert [result.outcome for result in results] == ['stored', 'stored', 'retry']
+    assert (client.calls, results[2].reason) == ([['a'], ['b']], -15)
 
 
 # -- SQLite
