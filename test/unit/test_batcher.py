@@ -1,11 +1,13 @@
 """The batcher and its breaker, in front of a store that is a function, by a clock of its own."""
 import asyncio
+import contextlib
+import threading
 import types
 
 import pytest
 
 import clock
-from xmsrv import STORED, Answer, Batcher, Breaker, BreakerState, Crew, Health
+from xmsrv import STORED, Answer, Batcher, Breaker, BreakerState, Crew, Health, StoreExecutor, close_store
 
 AWAY = Answer('retry', -15, 'no answer')
 BUSY = Answer('busy', 14, 'the record is busy')
@@ -153,3 +155,92 @@ def test_breaker_goes_from_closed_to_open_to_half_open_and_back():
     assert breaker.state is BreakerState.CLOSED
     assert breaker.on_failure() <= 0.1
     assert max(breaker.on_failure() for _ in range(50)) <= 5
+
+
+def test_a_call_under_way_leaves_the_store_open_and_holds_up_nobody():
+    closed, hang = [], threading.Event()
+
+    async def main(busy):
+        executor = StoreExecutor(1)
+        if busy:
+            executor.submit(hang.wait, 20)
+        await close_store(types.SimpleNamespace(close=lambda: closed.append(busy)), executor)
+        hang.set()
+        with pytest.raises(RuntimeError):
+            executor.submit(print)    # it is shut down
+    for busy in (True, False):
+        asyncio.run(asyncio.wait_for(main(busy), 10))
+    assert closed == [False]
+
+
+def test_the_first_background_task_that_fails_is_the_error_and_a_cancelled_one_is_none():
+    async def fails(seconds, error):
+        await asyncio.sleep(seconds)
+        raise error
+
+    async def main():
+        tasks = Crew()
+        sleeping = tasks.start(asyncio.sleep(100))
+        done = tasks.start(asyncio.sleep(1))
+        await done
+        await asyncio.sleep(0)
+        assert tasks.wake.is_set() and tasks.error is None and tasks.tasks == {sleeping}
+        sleeping.cancel()
+        await asyncio.sleep(1)
+        assert tasks.error is None
+        for error in (ZeroDivisionError(), KeyError()):
+            tasks.start(fails(1, error))
+            await asyncio.sleep(2)
+        assert isinstance(tasks.error, ZeroDivisionError)
+        tasks.start(asyncio.sleep(100))
+        await tasks.cancel()
+        assert tasks.tasks == set()
+    clock.run(main())
+
+
+def test_tasks_that_lose_a_cancellation_are_cancelled_again():
+    async def stubborn():
+        for _ in range(3):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(1000)
+
+    async def main():
+        tasks = Crew()
+        tasks.start(stubborn())
+        await asyncio.sleep(1)
+        await asyncio.wait_for(tasks.cancel(), 10)
+        assert tasks.tasks == set()
+    clock.run(main())
+
+
+def test_all_that_is_pending_goes_in_one_batch_where_it_fits():
+    for number, size, batches in ((4, 10, [4]), (5, 10, [4, 1]), (4, 300, [3, 1]), (3, 333, [3])):
+        store = Store(lambda batch, now: STORED)
+
+        async def main(number=number, size=size, store=store):
+            tasks = Crew()
+            batcher = Batcher('store', tasks, Health(), store.write, lambda *_: (), (4, 1000), 1, 2)
+            batcher.add([message(n, size) for n in range(number)])
+            await asyncio.sleep(1)
+            assert (batcher.pending_bytes, len(batcher.pending), batcher.at_rest) == (0, 0, True)
+            await tasks.cancel()
+        clock.run(main())
+        assert [len(batch) for _, batch in store.calls] == batches
+
+
+def test_what_some_batches_failed_with_while_others_were_accepted_is_no_outage_of_all():
+    """A batch that is to blame is tried three times, halved, and down to its one message, in a few seconds."""
+    store = Store(lambda batch, now: AWAY if 3 in batch else STORED)
+    settled, batcher = run(store, range(4), 30, more=[(0.05 * n, [100 + n]) for n in range(1, 100)])
+    assert settled[3] == 'unsettled' and len(settled) == 103
+    assert batcher.breaker.state is BreakerState.CLOSED and batcher.health.up('store')
+    tries = [at - 1000 for at, batch in store.calls if 3 in batch]
+    assert 4 <= len(tries) <= 6 and tries[-1] < 5
+
+
+def test_new_messages_probe_as_well_as_old_batches():
+    """Else a batch that can't succeed would be the only probe, and the store would never be seen to be back."""
+    store = Store(lambda batch, now: AWAY if 0 in batch or now < 1003 else STORED)
+    settled, _ = run(store, [0], 12, size=1, writers=1, more=[(0.5, range(1, 9))])
+    assert {n for n in settled if n} == set(range(1, 9))
+    assert min(at for at, batch in store.calls if batch[0] in range(1, 9)) < 1003

@@ -225,6 +225,87 @@ def test_discarded_letters_go_nowhere(keep):
     assert keep((1, b'a'), file=False, discard='yes') == ([DEAD], [], [])
 
 
+def test_a_connection_that_refused_a_letter_is_closed_and_another_one_made(keep):
+    keep((1, b'bad'), (1, b'b'), fault=xmsrv.QueueError('E_BAD_MESSAGE'))
+    assert len(Publisher.made) == 3    # both, the bad one, the good one
+    assert all(publisher.lost for publisher in Publisher.made)
+
+
+def test_the_log_names_the_letter_and_the_option_that_would_keep_it(keep, caplog):
+    caplog.set_level('WARNING', 'x-msrv')
+    for file, fault, hint in ((False, xmsrv.QueueError('E_BAD_MESSAGE'), True), (False, TimeoutError(), False),
+                              (True, xmsrv.QueueError('E_BAD_MESSAGE'), False)):
+        caplog.clear()
+        keep((1, b'bad'), file=file, fault=fault)
+        line, = [record.getMessage() for record in caplog.records]
+        assert line.startswith('dead letter 0000000000000000-')
+        assert ('a file in [dead-letter] would keep it' in line) is hint
+
+
+def test_a_connection_that_was_lost_is_made_anew(monkeypatch):
+    async def main():
+        monkeypatch.setattr(xmsrv, 'Publisher', Publisher)
+        Publisher.made, Publisher.down, Publisher.fault = [], (), None
+        sink = DeadLetters(fakes.options(), None)
+        message = fakes.message(1, b'a', types.SimpleNamespace(address=('127.0.0.1', 1)))
+        message.unfit = Unfit('schema', 'no')
+        for lost in (False, True, False):
+            assert await sink.keep([message]) == [DEAD]
+            assert len(Publisher.made) == 1 + (len(Publisher.made) > 1)
+            Publisher.made[-1].lost = lost
+        sink.close()
+    asyncio.run(main())
+    assert [len(publisher.published) for publisher in Publisher.made] == [2, 1]
+    assert Publisher.made[-1].lost
+
+
+def test_a_batch_that_is_refused_while_the_run_ends_is_not_halved(keep, monkeypatch):
+    async def publish(publisher, bodies):
+        publisher.sink.close()
+        raise xmsrv.QueueError('E_BAD_MESSAGE')
+
+    def made(address, link, topic, channel):
+        publisher = Publisher(address, link, topic, channel)
+        publisher.sink = sink
+        return publisher
+
+    async def main():
+        messages = [fakes.message(n, b'a', types.SimpleNamespace(address=('127.0.0.1', 1))) for n in range(4)]
+        for message in messages:
+            message.unfit = Unfit('schema', 'no')
+        return await sink.keep(messages)
+    Publisher.made, Publisher.down = [], ()
+    monkeypatch.setattr(Publisher, 'publish', publish)
+    monkeypatch.setattr(xmsrv, 'Publisher', made)
+    sink = DeadLetters(fakes.options(), None)
+    assert {result.reason for result in asyncio.run(main())} == {'refused'}
+    assert len(Publisher.made) == 1
+
+
+def test_appending_leaves_no_file_open(tmp_path):
+    before = os.listdir('/proc/self/fd')
+    for _ in range(3):
+        append_durably(str(tmp_path / 'dead'), [ONE])
+        with (tmp_path / 'dead').open('ab') as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX)
+            xmsrv.open_locked(str(tmp_path / 'dead'), os.O_RDWR, 0)
+        (tmp_path / 'dead').unlink()
+    assert len(os.listdir('/proc/self/fd')) == len(before)
+
+
+def test_a_lock_that_is_given_back_in_time_is_had(tmp_path, monkeypatch):
+    with (tmp_path / 'dead').open('wb') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        sleep = []
+
+        def give_back(seconds):
+            sleep.append(seconds)
+            fcntl.flock(other, fcntl.LOCK_UN)
+        monkeypatch.setattr(xmsrv.time, 'sleep', give_back)
+        append_durably(str(tmp_path / 'dead'), [ONE])
+    assert len(sleep) == 1 and 0 < sleep[0] < 0.1
+
+
 # -- the file, written anew
 
 def replayed(path, steps):

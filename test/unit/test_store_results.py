@@ -507,6 +507,50 @@ def test_sqlite_creates_once_and_merges_in_update(tmp_path):
         assert stored(tmp_path) == {'a': {'n': 1, 'm': 2}}
 
 
+def test_sqlite_replaces_the_whole_record_but_in_update(tmp_path):
+    with sqlite_store(tmp_path, record={'key': 'id'}) as store:
+        for time_, bins in ((1, {'old': 1}), (2, {'new': 1})):
+            store.write([Record('k', {**bins, 'gts': time_}, time_)])
+        assert stored(tmp_path) == {'k': {'new': 1, 'gts': 2}}
+    with sqlite_store(tmp_path) as store:
+        assert outcomes(store, 'k', bins={'n': 2}) == ['stored']
+        assert stored(tmp_path) == {'k': {'n': 2}}
+
+
+def test_sqlite_judges_only_what_is_in_its_own_set(tmp_path):
+    with sqlite_store(tmp_path, record={'write': 'create'}, sqlite={'set': 'one'}) as store:
+        assert outcomes(store, 'k') == ['stored']
+    with sqlite_store(tmp_path, record={'write': 'create'}, sqlite={'set': 'two'}) as store:
+        assert outcomes(store, 'k', 'k') == ['stored', 'duplicate']
+        line, problems = store.describe()
+        assert '1 records in set two' in line and problems == []
+
+
+@pytest.mark.parametrize(('bins', 'detail'), [('[1]', 'no JSON object'), ('no json', 'no JSON object'),
+                                              ('{"gts": "text"}', 'no integer'), ('{"gts": 1.5}', 'no integer')])
+def test_sqlite_says_so_where_somebody_else_has_written(tmp_path, bins, detail):
+    with sqlite_store(tmp_path, record={'key': 'id'}) as store:
+        store.db.execute("INSERT INTO records VALUES (?, 'k', ?, '')", (store.set, bins))
+        result, = store.write([Record('k', {'gts': 5}, 5)])
+        assert result.outcome == 'rejected' and detail in result.detail
+        store.db.execute("UPDATE records SET bins = '{}'")    # without a time it is older than all
+        assert [each.outcome for each in store.write([Record('k', {'gts': 5}, 5)])] == ['stored']
+
+
+def test_sqlite_finds_out_at_once_that_the_table_is_another(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / 'records.sqlite')) as database:
+        database.execute('CREATE TABLE records (a, b)')
+    with pytest.raises(StoreDown) as caught, sqlite_store(tmp_path):
+        pass
+    assert not caught.value.again
+
+
+def test_sqlite_leaves_nothing_of_its_first_look(tmp_path):
+    with sqlite_store(tmp_path) as store:
+        assert stored(tmp_path) == {} and not store.db.in_transaction
+        assert store.write([]) == []
+
+
 def test_sqlite_rolls_back_and_only_a_lock_may_pass(tmp_path):
     with sqlite_store(tmp_path) as store:
         store.patience = 0

@@ -1,0 +1,197 @@
+"""A pass over dead letters, by a clock of its own: what was asked for is stored, all else stays where it is."""
+import asyncio
+import json
+import types
+
+import pytest
+
+import clock
+import fakes
+from xmsrv import (
+    STORED,
+    Answer,
+    Choice,
+    Crew,
+    DeadLetterFileSource,
+    End,
+    Figures,
+    Health,
+    Listing,
+    Replay,
+    Unfit,
+    envelope,
+    enveloped,
+    filed,
+    opened,
+    unfiled,
+)
+
+AWAY = Answer('retry', -15, 'no answer')
+
+
+def letter(n, reason='schema', wrap=enveloped, body=None):
+    """The dead letter of message `n`, which was published at n seconds."""
+    message = fakes.message(n, body or b'{"n": %d}' % n)
+    message.timestamp = n * 10 ** 9
+    return wrap(envelope(message, None, Unfit(reason, 'no'), 'orders', 'x-msrv'), message.body)
+
+
+def passed(steps=None, path=None, write=lambda now: STORED, seconds=0.01, kind=Replay, choice=None, **sections):
+    """Runs a pass, over the file at `path` or over a topic in which `steps(window, queue)` sends letters. `seconds`:
+    that each write takes. Returns (window, what was written)."""
+    written = []
+
+    async def main():
+        loop, tasks = asyncio.get_running_loop(), Crew()
+        config = fakes.options(**{'timeout': '10s', 'idle-timeout': '500ms', **sections})
+
+        async def call(messages):
+            await asyncio.sleep(seconds)
+            answer = write(loop.time() - 1000)
+            written.extend((loop.time() - 1000, message.record.bins['n']) for message in messages if answer is STORED)
+            return [answer] * len(messages)
+
+        async def tick():
+            while True:
+                tasks.wake.set()
+                await asyncio.sleep(0.025)
+        source = DeadLetterFileSource(config, tasks, str(path), looking=kind is Listing) if path else fakes.Queue()
+        pipeline = types.SimpleNamespace(
+            config=config, source=source, tasks=tasks, metrics=Figures(), health=Health(), write=call, keep=None,
+            store=types.SimpleNamespace(batch_size=4, writers=1, patience=2.0))
+        ticking = asyncio.ensure_future(tick())
+        if path:
+            await source.open()
+        window = kind(pipeline, unfiled if path else opened, choice or Choice())
+        running = asyncio.ensure_future(window.run())
+        await asyncio.sleep(0)
+        if steps:
+            await steps(window, source)
+        await asyncio.wait_for(running, 10000)
+        if path:
+            source.commit()
+            await source.close()
+        ticking.cancel()
+        await tasks.cancel()
+        return window
+    return clock.run(main()), written
+
+
+def sent(*letters):
+    async def steps(window, queue):
+        for n, body in enumerate(letters):
+            queue.send(n, body=body)
+        queue.idle_since = asyncio.get_running_loop().time()
+    return steps
+
+
+def file_of(tmp_path, *numbers, **more):
+    path = tmp_path / 'dead'
+    path.write_bytes(b''.join(letter(n, wrap=filed, **more) for n in numbers))
+    return path
+
+
+def test_a_pass_over_a_file_lasts_longer_than_the_timeout_of_a_window(tmp_path):
+    path = file_of(tmp_path, *range(40))
+    window, written = passed(path=path, seconds=1.5, timeout='2s')
+    assert ([n for _, n in written], path.read_bytes()) == (list(range(40)), b'')
+    assert window.times.seconds > 14 and (window.end_reason, window.exit_status) == (End.IDLE, 0)
+
+
+def test_a_pass_that_leaves_all_out_lasts_for_as_long_as_letters_come():
+    async def steps(window, queue):
+        for n in range(10):
+            queue.send(n, body=letter(n))
+            await asyncio.sleep(1.9)
+    window, written = passed(steps, timeout='2s', choice=Choice(reasons=('key',)))
+    assert (window.count['received'], window.left_out, written) == (10, 10, [])
+    assert window.end_reason is End.TIMEOUT and 19 < window.times.seconds < 19.3
+
+
+def test_a_pass_in_an_outage_ends_by_its_timeout(tmp_path):
+    path = file_of(tmp_path, 1, 2, 3)
+    before = path.read_bytes()
+    window, _ = passed(path=path, write=lambda now: AWAY, timeout='10s')
+    assert (window.end_reason, window.exit_status, path.read_bytes()) == (End.STORE_FAILED, 75, before)
+    assert 10 <= window.times.seconds < 11
+
+
+def test_an_outage_in_the_middle_leaves_what_was_not_stored(tmp_path):
+    path = file_of(tmp_path, *range(12))
+    window, written = passed(path=path, write=lambda now: STORED if now < 2.5 else AWAY, seconds=1)
+    assert window.exit_status == 75
+    assert [n for _, n in written] + [json.loads(line)['id'] for line in path.read_bytes().splitlines()] == [
+        *range(8), *(f'{n:016d}' for n in range(8, 12))]
+    assert 12 <= window.times.seconds < 13.1   # 10 s after the last that was stored
+
+
+def test_a_pass_stores_at_the_rate_that_was_asked_for():
+    _, written = passed(sent(*(letter(n) for n in range(30))), choice=Choice(rate=10), timeout='2s')
+    times = [at for at, _ in written]
+    assert len(times) == 30 and 2.89 <= times[-1] - times[0] <= 3.0
+    assert all(0.09 <= b - a <= 0.12 for a, b in zip(times, times[1:], strict=False))
+
+
+def test_a_high_rate_goes_in_batches():
+    _, written = passed(sent(*(letter(n) for n in range(30))), choice=Choice(rate=30))
+    times = [at for at, _ in written]
+    assert 0.85 <= times[-1] - times[0] <= 1 and len(set(times)) == 11   # one, then 3 at a time
+
+
+@pytest.mark.parametrize(('choice', 'chosen'), [
+    (Choice(), [0, 1, 2, 3]), (Choice(reasons=('key', 'rejected')), [1, 3]), (Choice(since=2 * 10 ** 9), [2, 3]),
+    (Choice(reasons=('key',), since=2 * 10 ** 9), [3]), (Choice(limit=3), [0, 1, 2]),
+    (Choice(reasons=('schema',), limit=1), [0])])
+def test_only_what_was_asked_for_is_stored(choice, chosen):
+    letters = [letter(n, reason) for n, reason in enumerate(('schema', 'key', 'schema', 'key'))]
+    window, written = passed(sent(*letters), choice=choice)
+    assert [n for _, n in written] == chosen
+    queue = window.source
+    assert sorted([*queue.finished, *(n for n, _ in queue.requeues)]) == [0, 1, 2, 3] and queue.in_flight == {}
+    assert queue.finished == chosen
+
+
+def test_what_is_no_letter_was_asked_for_only_where_all_are(caplog):
+    caplog.set_level('INFO', 'x-msrv')
+    for choice, left_out in ((Choice(), 0), (Choice(since=1), 2)):
+        window, written = passed(sent(b'no letter', b'{}\n{}'), choice=choice)
+        assert (window.left_out, window.count['received'], written) == (left_out, 2, [])
+        assert [n for n, _ in window.source.requeues] == [0, 1]
+        assert (window.exit_status, window.pending_count) == (0, 0)
+
+
+def test_what_fails_again_stays_with_todays_reason(tmp_path):
+    path = tmp_path / 'dead'
+    path.write_bytes(letter(1, wrap=filed, body=b'{"n": ') + letter(2, wrap=filed))
+    window, written = passed(path=path)
+    assert [n for _, n in written] == [2] and window.count['requeued'] == 1
+    again = json.loads(path.read_bytes())
+    assert (again['reason'], again['history'][0]['reason'], again['body']) == ('invalid-json', 'schema', '{"n": ')
+    assert window.exit_status == 0
+
+
+def test_letters_that_fail_again_count_as_progress():
+    async def steps(window, queue):
+        for n in range(5):
+            queue.send(n, body=letter(n, body=b'{"n": '))
+            await asyncio.sleep(1.9)
+    window, _ = passed(steps, timeout='2s')
+    assert (window.end_reason, window.count['received']) == (End.TIMEOUT, 5)
+
+
+def test_a_look_keeps_everything_where_it_is():
+    letters = [letter(n, reason) for n, reason in enumerate(('schema', 'key', 'schema', 'key'))]
+    window, written = passed(sent(*letters), kind=Listing, choice=Choice(reasons=('key',), limit=1))
+    assert ([message.n for message in window.letters], written, window.source.finished) == ([1], [], [])
+    assert sorted(n for n, _ in window.source.requeues) == [0, 1, 2, 3]
+    assert window.left_out == 2
+    window, _ = passed(sent(*letters), kind=Listing, choice=Choice(limit=5000))
+    assert window.source.max_in_flight == 5000 and len(window.letters) == 4
+
+
+def test_a_look_at_a_file_ends_with_it(tmp_path):
+    path = file_of(tmp_path, *range(3000))
+    before = path.read_bytes()
+    window, _ = passed(path=path, kind=Listing)
+    assert len(window.letters) == 3000 and path.read_bytes() == before
+    assert not (tmp_path / 'dead.replay').exists()
