@@ -321,6 +321,25 @@ def test_a_window_without_an_nsqd_at_its_end_has_failed():
         assert (window.end_reason, window.detail) == (reason, 'refused' if lasting else '')
 
 
+def test_credit_follows_the_breaker_also_where_nothing_is_pending():
+    async def steps(window, queue):
+        breaker = window.store_batcher.breaker
+        assert window.credit() == 100
+        breaker.on_failure()
+        assert window.credit() == 0
+        breaker.on_delay_over()
+        assert window.credit() == 4    # a batch
+        window.accepted = 98
+        assert window.credit() == 2
+        window.pending_count = 1
+        assert window.credit() == 0
+        breaker.on_success()
+        assert window.credit() == 2
+        window.pending_count = 0
+        queue.idle_since = asyncio.get_running_loop().time()
+    window_of(steps, (100, 10.0, 0.5))
+
+
 @pytest.mark.parametrize(('attempts', 'delay'), [(1, 1), (2, 2), (5, 16), (11, 600), (60, 600)])
 def test_a_dead_letter_that_nobody_keeps_is_requeued_with_a_delay_that_grows(attempts, delay):
     window, queue = window_of(sent(1, attempts=attempts, body=b'[]'), keep=UNKEPT)
