@@ -56,6 +56,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import pwd
 import random
 import re
@@ -1092,9 +1093,112 @@ def said(check):
     return checked
 
 
-def subsection(check):
-    """A validator of a free subsection: each line's value by `check`, all faults at once."""
-    return vol.Schema({str: said(check)})
+def joined(where: str, step: str | int) -> str:
+    """The path of a member or element: `ext[0].n`; names that are no plain, short words are quoted, in ASCII."""
+    if isinstance(step, int):
+        return f'{where}[{step}]'
+    name = step if re.fullmatch(r'[\w-]{1,40}', step, re.ASCII) else json.dumps(shortened(step, 40))
+    return f'{where}.{name}' if where else name
+
+
+class Path:
+    r"""The place of a value in a message: `customer.city`, `items[0].id`, `a\.b` for a name that has a dot in it.
+
+    steps: the name of each object's member (str) and the index of each list's item (int), from the top. A backslash
+    takes the meaning from `.`, `[`, `]`, from itself, and from a `$` at the beginning; so a path is written in one way.
+    get(document): the value there; None where there is none, or a null.
+    """
+
+    __slots__ = ('text', 'steps', 'get')
+    TOKEN = re.compile(r'(\.?)((?:[^\\.\[\]]|\\[.\[\]\\])+)|\[(0|[1-9][0-9]{0,8})\]')
+
+    def __init__(self, text: str, steps: tuple[str | int, ...]) -> None:
+        self.text, self.steps = text, steps
+        # Most paths are a name at the top, which dict.get() finds at C speed.
+        self.get: Callable[..., Any] = operator.methodcaller('get', steps[0]) if len(steps) == 1 else self.descend
+
+    @classmethod
+    def parse(cls, value: object) -> 'Path':
+        """A path of the configuration. Raises ValueError with the rule that it breaks."""
+        written = text(value)
+        if written.startswith('$'):
+            raise ValueError(f'no path begins with $; the field of this name is written \\{written}')
+        rest, steps = written.removeprefix('\\') if written.startswith('\\$') else written, []
+        at = 0
+        while at < len(rest):
+            token = cls.TOKEN.match(rest, at)
+            if not token or token[3] is None and bool(token[1]) != bool(at) or not at and token[3]:
+                raise ValueError(f'no path at {rest[at:]!r}: names with a dot between them, items as [0], and a '
+                                 'backslash before each . [ ] and backslash of a name')
+            steps.append(int(token[3]) if token[3] else re.sub(r'\\(.)', r'\1', token[2]))
+            at = token.end()
+        if not steps:
+            raise ValueError('a path, please')
+        return cls(written, tuple(steps))
+
+    def descend(self, document: dict[str, Any], missing: Any = None) -> Any:
+        """As get(), step by step; `missing` where there is none, None for a null alone."""
+        value: Any = document
+        for step in self.steps:
+            if isinstance(step, str):
+                if value.__class__ is not dict or step not in value:
+                    return missing
+            elif value.__class__ is not list or step >= len(value):
+                return missing
+            value = value[step]
+        return value
+
+    @property
+    def label(self) -> str:
+        """The path as details of dead letters have it."""
+        return functools.reduce(joined, self.steps, '')
+
+    def parents(self) -> Iterator[tuple['Path', str]]:
+        """Yields each path on the way to this one, with the type that its value has where this one leads on."""
+        for end, step in enumerate(self.steps[1:], 1):
+            steps = self.steps[:end]
+            yield Path(functools.reduce(joined, steps, ''), steps), 'list' if isinstance(step, int) else 'object'
+
+    def leads_to(self, other: 'Path') -> bool:
+        """Whether the other path is this one, or lies inside the value at this one."""
+        return other.steps[:len(self.steps)] == self.steps
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Path) and other.steps == self.steps
+
+    def __hash__(self) -> int:
+        return hash(self.steps)
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+
+METADATA = ('$attempts', '$nsqd', '$timestamp', '$topic')   # what [[bins]] may name of a message besides its fields
+
+
+def path_or(word: str) -> Callable[[object], 'str | Path']:
+    """A validator that takes `word`, or the path of a field."""
+    def check(value: object) -> str | Path:
+        if value == word:
+            return word
+        if value == '' or str(value).startswith('$'):
+            raise ValueError(f'{word}, or the name of a field')
+        return Path.parse(value)
+    return check
+
+
+def bin_source(value: str) -> 'str | Path':
+    """The path of a field, or one of METADATA."""
+    if value.startswith('$') and value not in METADATA:
+        raise ValueError(f'there is {", ".join(METADATA)}; a field of this name is written \\{value}')
+    return value if value in METADATA else Path.parse(value)
+
+
+def subsection(name, check):
+    """A validator of a free subsection: each line's name by `name`, its value by `check`, all faults at once."""
+    return vol.Schema({said(name): said(check)})
 
 
 TYPES = {
@@ -1109,13 +1213,32 @@ TYPES = {
 SCALARS = {'string': str, 'integer': int, 'number': float}
 
 
+class FieldRule(NamedTuple):
+    """A line of [[fields]]: the name of its type, a check that raises vol.Invalid, and whether there has to be one."""
+
+    kind: str
+    check: Callable[[Any], Any]
+    required: bool = False
+
+
 def of_type(name):
     """A voluptuous validator: the value is of the JSON type `name`; nothing is converted."""
+    fits, rule = TYPES[name], f'not {"an" if name[0] in "aeiou" else "a"} {name}'
+
     def check(value):
-        if not TYPES[name](value):
-            raise vol.Invalid(f'not {"an" if name[0] in "aeiou" else "a"} {name}')
+        if not fits(value):
+            raise vol.Invalid(rule)
         return value
     return check
+
+
+def all_of(checks):
+    """A validator: the first of `checks` that does not take the value says why."""
+    def check(value):
+        for each in checks:
+            each(value)
+        return value
+    return checks[0] if len(checks) == 1 else check
 
 
 def as_scalar(rule, word, kind):
@@ -1177,7 +1300,7 @@ RULES = {'min': rule_limit, 'max': rule_limit, 'one-of': rule_one_of, 'match': r
 
 
 def field(value):
-    """A line of [[fields]], `integer, required, min 1`, as (voluptuous validator, required)."""
+    """A line of [[fields]], `integer, required, min 1`, as a FieldRule."""
     if isinstance(value, dict):
         raise ValueError('an option, not a section')
     kind, *rules = [value] if isinstance(value, str) else value or ['']
@@ -1187,7 +1310,7 @@ def field(value):
         if rule != 'required' and rule.partition(' ')[0] not in RULES:
             raise ValueError(f'no rule {rule!r}; there are required, ' + ', '.join(RULES) + comma_hint(before, rule))
     checks = [of_type(kind), *(parse_rule(rule, kind) for rule in rules if rule != 'required')]
-    return (checks[0] if len(checks) == 1 else vol.All(*checks)), 'required' in rules
+    return FieldRule(kind, all_of(checks), 'required' in rules)
 
 
 def comma_hint(before, rest):
@@ -1239,21 +1362,24 @@ OPTIONS = (
     Option('message', 'unknown-fields', 'keep', one_of('keep', 'drop', 'reject'),
            'What becomes of fields that [[fields]] does not name.'),
     Option('message', 'nulls', 'omit', one_of('omit', 'reject'), 'A null at the top: no bin, or a dead letter.'),
-    Option('message', 'fields', None, subsection(field),
-           'A line a field, NAME = TYPE, RULE...; types: ' + ' '.join(TYPES) + '; rules: required, min N, max N, '
+    Option('message', 'fields', None, subsection(Path.parse, field),
+           'A line a field, PATH = TYPE, RULE...; types: ' + ' '.join(TYPES) + '; rules: required, min N, max N, '
            'one-of A|B, match REGEX.'),
 
-    Option('record', 'key', '$id', text, 'Key of the record: $id, or a field that is never the same for two messages.'),
+    Option('record', 'key', '$id', path_or('$id'),
+           'Key of the record: $id, or the PATH of a field that is never the same for two messages.'),
     Option('record', 'id-bin', 'gid', optional(bin_name), 'Bin that holds the key; empty: none.'),
     Option('record', 'time-bin', 'gts', optional(bin_name),
            'With a field as key: the bin with the time by which the newest message wins.'),
-    Option('record', 'time', '$timestamp', text, 'That time: when it was published (ns), or an integer field.'),
+    Option('record', 'time', '$timestamp', path_or('$timestamp'),
+           'That time: when it was published (ns), or the PATH of an integer field.'),
     Option('record', 'write', 'replace', one_of('replace', 'create', 'update'),
            'replace: the newest wins; create: the first wins; update: bins are merged (with $id only).'),
     Option('record', 'ttl', 'default', time_to_live,
            'How long a record stays after its last write: default, as the namespace has it; never, for ever; or a '
            'duration of whole seconds, up to 3650d.'),
-    Option('record', 'bins', None, subsection(bin_name), 'A line a field, FIELD = BIN; all others keep their names.'),
+    Option('record', 'bins', None, subsection(bin_source, bin_name),
+           'A line a field, PATH = BIN; all others keep their names. Also ' + ', '.join(METADATA) + '.'),
 
     Option('aerospike', 'hosts', '', listed(address),
            'host:port of some nodes, separated by commas; they name the others. Must be set.'),
@@ -1397,7 +1523,7 @@ class Setting(NamedTuple):
 def command_line_setting(text: str) -> Setting:
     """`SECTION.OPTION=VALUE`, what follows --set. Raises ConfigError."""
     name, _, value = text.partition('=')
-    path = tuple(name.strip().split('.')) if '=' in text else ('',)
+    path = tuple(split_name(name.strip())) if '=' in text else ('',)
     if not path[-1]:
         raise ConfigError(f'--set {text}: not SECTION.OPTION=VALUE')
     return Setting(path, value, f'--set {text}')
@@ -1466,6 +1592,15 @@ def overlay(raw: dict[str, Any], setting: Setting) -> None:
         read = None
     if not read or read.inline_comments['value']:   # a # would cut it short
         raise ConfigError(f'{setting.shown}: the value cannot be read; quote the value')
+
+
+def split_name(name: str) -> list[str]:
+    """`SECTION.OPTION` as its parts. What follows the name of a free subsection is a path, whose dots are its own."""
+    for option in OPTIONS:
+        prefix = f'{option.section}.{option.name}.'
+        if option.default is None and name.startswith(prefix):
+            return [*prefix.split('.')[:-1], name.removeprefix(prefix)]
+    return name.split('.')
 
 
 def validate(raw):
@@ -1590,28 +1725,68 @@ def dead_letter_faults(nsq_, dead):
 def mapping_faults(config):
     """Yields what is wrong between [message] and [record]."""
     message, record = config.message, config.record
-    known = set(message.fields)
-    for option, name, own in [('key', record.key, '$id'), ('time', record.time, '$timestamp'),
-                              *(('bins', name, None) for name in record.bins)]:
-        if own and name != own and (not name or name.startswith('$')):
-            yield Fault('record', option, name, f'{own}, or the name of a field')
-        elif known and message.unknown_fields != 'keep' and name not in known | {own}:
-            yield Fault('record', option, name, 'no such field in [message] [[fields]]')
-    if message.unknown_fields != 'keep' and not known:
+    yield from unknown_paths(message, record)
+    yield from conflicting_types(message.fields)
+    if message.unknown_fields != 'keep' and not message.fields:
         yield Fault('message', 'unknown-fields', message.unknown_fields, 'without [[fields]] no field is known')
     if record.write == 'update' and record.key != '$id':
         yield Fault('record', 'write', 'update', 'bins cannot be merged in order; it needs key = $id')
     if record.key != '$id' and record.write == 'replace' and not record.time_bin:
         yield Fault('record', 'time-bin', '', 'with a field as key and write = replace it is needed: the newest wins')
+    yield from bin_faults(message, record)
+
+
+def unknown_paths(message: types.SimpleNamespace, record: types.SimpleNamespace) -> Iterator[Fault]:
+    """Yields the paths of [record] that lead to no field, where only those of [[fields]] are known."""
+    if not message.fields or message.unknown_fields == 'keep':
+        return
+    for option, path in [('key', record.key), ('time', record.time), *(('bins', path) for path in record.bins)]:
+        if isinstance(path, Path) and not any(known.leads_to(path) or path.leads_to(known) for known in message.fields):
+            yield Fault('record', option, str(path), 'no such field in [message] [[fields]]')
+
+
+def conflicting_types(fields: dict[Path, FieldRule]) -> Iterator[Fault]:
+    """Yields the fields of [[fields]] that other paths go through, and that can't be what these need."""
+    for path, kinds in parent_types(fields).items():
+        if path in fields and fields[path].kind not in OPEN_TYPES:
+            kinds.add(fields[path].kind)
+        if len(kinds) > 1:
+            yield Fault('message.fields', str(path), None, f'{" and ".join(sorted(kinds))} at once, by other paths')
+
+
+OPEN_TYPES = ('any',)   # types of more than one JSON type
+
+
+def parent_types(fields: Iterable[Path]) -> dict[Path, set[str]]:
+    """The types that values have on the way to `fields`: `a.b` makes `a` an object, `a[0]` a list."""
+    kinds = collections.defaultdict(set)
+    for path in fields:
+        for parent, kind in path.parents():
+            kinds[parent].add(kind)
+    return kinds
+
+
+def bin_faults(message: types.SimpleNamespace, record: types.SimpleNamespace) -> Iterator[Fault]:
+    """Yields the bins that more than one value would go into, and the names that are too long for one."""
     reserved = [name for name in (record.id_bin, record.time_bin) if name]
-    targets = reserved + list(record.bins.values()) + list(known - set(record.bins))
+    named = top_names(message, record)
+    targets = [*reserved, *record.bins.values(), *named]
     for name in sorted({name for name in targets if targets.count(name) > 1}):
         yield Fault('record', 'bins', name, 'more than one value would go into this bin')
-    if record.key != '$id' and record.bins.get(record.key, record.key) in reserved and record.key not in known:
-        yield Fault('record', 'key', record.key, 'its bin is also id-bin or time-bin: rename one of them')
-    for name in sorted(known - set(record.bins)):
+    key = record.key
+    if (isinstance(key, Path) and len(key.steps) == 1 and key not in message.fields
+            and record.bins.get(key, key.steps[0]) in reserved):
+        yield Fault('record', 'key', str(key), 'its bin is also id-bin or time-bin: rename one of them')
+    for name in sorted(named):
         if len(name.encode()) > MAX_BIN_NAME:
             yield Fault('message.fields', name, None, f'over {MAX_BIN_NAME} bytes for a bin: map it in [[bins]]')
+
+
+def top_names(message: types.SimpleNamespace, record: types.SimpleNamespace) -> set[str]:
+    """The names at the top of a message that become bins under these names, as far as [[fields]] knows them."""
+    kept = (path for path in message.fields if message.unknown_fields != 'drop' or path not in record.bins)
+    return {str(path.steps[0]) for path in kept} - {path.steps[0] for path in record.bins
+                                                    if isinstance(path, Path) and len(path.steps) == 1}
 
 
 def store_faults(config):
@@ -1932,14 +2107,21 @@ class Message:
 
 
 class Record:
-    """What is stored of one message: key (str or int), bins (name -> value), time (of newest-wins; None without)."""
+    """What is stored of one message.
 
-    __slots__ = ('key', 'bins', 'time')
+    key: str or int. bins: name -> value, as JSON has it. time: of newest-wins; None without. set: the name of its set;
+    None: that of the configuration. ttl: seconds that it stays; None: as the configuration has it.
+    """
 
-    def __init__(self, key: str | int, bins: dict[str, Any], time: int | None) -> None:
+    __slots__ = ('key', 'bins', 'time', 'set', 'ttl')
+
+    def __init__(self, key: str | int, bins: dict[str, Any], time: int | None, set: str | None = None,
+                 ttl: int | None = None) -> None:
         self.key = key
         self.bins = bins
         self.time = time
+        self.set = set
+        self.ttl = ttl
 
 
 class Marker:
@@ -2106,28 +2288,77 @@ def blamed(where: str, rule: str) -> str:
     return f'{shortened(where, 200)}: {rule}' if where else rule
 
 
-def joined(where: str, step: str | int) -> str:
-    """The path of a member or element: `ext[0].n`; names that are no plain, short words are quoted, in ASCII."""
-    if isinstance(step, int):
-        return f'{where}[{step}]'
-    name = step if re.fullmatch(r'[\w-]{1,40}', step, re.ASCII) else json.dumps(shortened(step, 40))
-    return f'{where}.{name}' if where else name
+# Names that are known: each one of an object, with the names inside it, or None where all of its value is known.
+Names = dict[str, Any]
 
 
-def message_schema(message: types.SimpleNamespace) -> vol.Schema | None:
-    """The voluptuous schema of [message]'s fields, or None when none are named."""
-    if not message.fields:
-        return None
-    extra = {'keep': vol.ALLOW_EXTRA, 'drop': vol.REMOVE_EXTRA, 'reject': vol.PREVENT_EXTRA}[message.unknown_fields]
-    return vol.Schema({(vol.Required if required else vol.Optional)(name): check
-                       for name, (check, required) in message.fields.items()}, extra=extra)
+def known_names(fields: Iterable[Path]) -> Names:
+    """The names that [[fields]] knows: what it names, with all inside it, and what leads there. A list is known whole,
+    for without one item the others would have other indices."""
+    names: Names = {}
+    for path in sorted(fields, key=lambda path: len(path.steps)):   # what is known whole comes before what lies in it
+        inner: Names | None = names
+        for step, following in zip(path.steps, [*path.steps[1:], None], strict=True):
+            if inner is not None:
+                inner = inner.setdefault(str(step), {} if isinstance(following, str) else None)
+    return names
 
 
-def schema_detail(error: vol.MultipleInvalid) -> str:
-    """What a voluptuous error says of a message: `id: not an integer`, the first three faults."""
-    words = {'required key not provided': 'missing', 'extra keys not allowed': 'unknown field'}
-    faults = [f'{joined("", str(fault.path[0]))}: {words.get(fault.msg, fault.msg)}' for fault in error.errors]
-    return '; '.join(sorted(faults)[:3])
+def prune(fields: dict[str, Any], names: Names) -> dict[str, Any]:
+    """The fields that are known; an object of which nothing is known is gone, too."""
+    kept = {}
+    for name, value in fields.items():
+        inner = names.get(name, UNKNOWN)
+        if inner is None or inner is not UNKNOWN and value.__class__ is not dict:
+            kept[name] = value
+        elif inner is not UNKNOWN:
+            pruned = prune(value, inner)
+            if pruned:
+                kept[name] = pruned
+    return kept
+
+
+UNKNOWN: Any = object()
+
+
+def unknown_fields(fields: dict[str, Any], names: Names, where: str = '') -> Iterator[str]:
+    """Yields the paths of the fields that are not known, as details have them."""
+    for name, value in fields.items():
+        inner = names.get(name, UNKNOWN)
+        if inner is UNKNOWN:
+            yield joined(where, name)
+        elif inner and value.__class__ is dict:
+            yield from unknown_fields(value, inner, joined(where, name))
+
+
+class MessageSchema:
+    """The rules of [[fields]] for each message, and what becomes of the fields that it does not name."""
+
+    def __init__(self, message: types.SimpleNamespace) -> None:
+        fields = message.fields
+        implied = {path: FieldRule(kind, of_type(kind)) for path, kinds in parent_types(fields).items()
+                   for kind in kinds if path not in fields or fields[path].kind in OPEN_TYPES}
+        self.rules = [(path.get, path.label, rule.check, rule.required)
+                      for path, rule in (*fields.items(), *implied.items())]
+        self.unknown, self.names = message.unknown_fields, known_names(fields)
+
+    def apply(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields that are kept. Raises Unfit with the first three faults."""
+        faults = []
+        for get, label, check, required in self.rules:
+            value = get(fields)
+            if value is not None:
+                try:
+                    check(value)
+                except vol.Invalid as error:
+                    faults.append(f'{label}: {error.msg}')
+            elif required:
+                faults.append(f'{label}: missing')
+        if self.unknown == 'reject':
+            faults += [f'{where}: unknown field' for where in unknown_fields(fields, self.names)]
+        if faults:
+            raise Unfit('schema', '; '.join(sorted(faults)[:3]))
+        return prune(fields, self.names) if self.unknown == 'drop' else fields
 
 
 def too_many_bins(number: int) -> str:
@@ -2135,16 +2366,45 @@ def too_many_bins(number: int) -> str:
     return f'{number} bins, with id-bin and time-bin; a record has at most {MAX_BINS}'
 
 
+def field_of(option: str | Path) -> Path | None:
+    """The path that an option names; None for its word of NSQ, `$id` or `$timestamp`."""
+    return option if isinstance(option, Path) else None
+
+
+def is_top(source: str | Path) -> bool:
+    """Whether a line of [[bins]] names a field at the top of the message."""
+    return isinstance(source, Path) and len(source.steps) == 1
+
+
+def take_out(fields: dict[str, Any], steps: Sequence[str | int], names: Names | None) -> None:
+    """Takes the value at a path out of its object, and an object that is empty then and is not named itself. What lies
+    in a list stays there: without one item the others would have other indices."""
+    name, *rest = steps
+    value = fields.get(str(name), UNKNOWN)
+    if not rest:
+        fields.pop(str(name), None)
+    elif value.__class__ is dict and isinstance(rest[0], str):
+        inner = names.get(str(name)) if names else None
+        take_out(value, rest, inner)
+        if not value and inner is not None:
+            del fields[str(name)]
+
+
 class Mapper:
     """Makes the record of a message, by [message] and [record]."""
 
     def __init__(self, config: types.SimpleNamespace) -> None:
-        self.nulls = config.message.nulls
-        self.schema = message_schema(config.message)
-        self.key, self.write = config.record.key, config.record.write
-        self.bins, self.time = config.record.bins, config.record.time
-        self.id_bin, self.time_bin = config.record.id_bin, config.record.time_bin
-        self.taken = {name for name in (self.id_bin, self.time_bin) if name} | set(self.bins.values())
+        message, record = config.message, config.record
+        self.nulls, self.drops = message.nulls, message.unknown_fields == 'drop'
+        self.schema = MessageSchema(message) if message.fields else None
+        self.key, self.time = field_of(record.key), field_of(record.time)
+        self.id_bin, self.time_bin = record.id_bin, record.time_bin
+        # Names at the top that get another bin; and (bin, source) of all else that [[bins]] takes out of a message.
+        self.renamed = {path.steps[0]: name for path, name in record.bins.items() if is_top(path)}
+        self.sources = [(name, path) for path, name in record.bins.items() if not is_top(path)]
+        self.layout = self.mapped_bins if self.sources else self.flat_bins
+        self.topic = config.nsq.topic
+        self.taken = {name for name in (self.id_bin, self.time_bin) if name} | set(record.bins.values())
         self.known: set[str] = set()   # names of bins that were found good: a cache, bounded
 
     def record(self, message: Message) -> Record:
@@ -2153,13 +2413,17 @@ class Mapper:
         if None in fields.values():
             fields = self.without_nulls(fields)
         if self.schema:
-            try:
-                fields = self.schema(fields)
-            except vol.MultipleInvalid as error:
-                raise Unfit('schema', schema_detail(error)) from None
-        key = message.key if self.key == '$id' else self.key_of(fields)
+            fields = self.schema.apply(fields)
+        key = self.key_of(fields) if self.key else message.key
         moment = self.time_of(fields, message) if self.time_bin else None
-        return Record(key, self.bins_of(fields, key, moment), moment)
+        bins = self.layout(fields, message)
+        if self.id_bin:
+            bins[self.id_bin] = key
+        if self.time_bin:
+            bins[self.time_bin] = moment
+        if not 0 < len(bins) <= MAX_BINS:
+            raise Unfit('unsupported-value', too_many_bins(len(bins)) if bins else 'no field to store')
+        return Record(key, bins, moment)
 
     def without_nulls(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields without nulls at the top: an absent bin reads as null, and the client would refuse one."""
@@ -2170,41 +2434,61 @@ class Mapper:
 
     def key_of(self, fields: dict[str, Any]) -> str | int:
         """The field that is the key: a string, not empty, or an integer (the server takes True and 1 for one key)."""
-        if self.key not in fields:
-            raise Unfit('key', f'{joined("", self.key)}: missing')
-        key = fields[self.key]
-        if key == '' or not (isinstance(key, str) or TYPES['integer'](key)):
-            raise Unfit('key', f'{joined("", self.key)}: a key is a string, not empty, or an integer')
-        return key
+        path: Any = self.key
+        key = path.get(fields)
+        if key.__class__ is int or key.__class__ is str and key:
+            return key
+        rule = 'missing' if key is None else 'a key is a string, not empty, or an integer'
+        raise Unfit('key', f'{path.label}: {rule}')
 
     def time_of(self, fields: dict[str, Any], message: Message) -> int:
         """The time by which the newest message of a key wins."""
-        if self.time == '$timestamp':
+        if not self.time:
             return message.timestamp
-        moment = fields.get(self.time)
-        if not TYPES['integer'](moment):
-            raise Unfit('schema', f'{joined("", self.time)}: not an integer, and it is the time of the message')
-        return moment   # type: ignore[return-value]
+        moment = self.time.get(fields)
+        if moment.__class__ is not int:
+            raise Unfit('schema', f'{self.time.label}: not an integer, and it is the time of the message')
+        return moment
 
-    def bins_of(self, fields: dict[str, Any], key: str | int, moment: int | None) -> dict[str, Any]:
-        """The bins: the fields under the names of [[bins]], id-bin and time-bin; a bin is written once."""
+    def flat_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
+        """The fields under the names that they have, or that [[bins]] gives them."""
         if not self.known.issuperset(fields):
             self.look_at_names(fields)
-        bins = {self.bins.get(name, name): value for name, value in fields.items()} if self.bins else fields
-        if self.id_bin:
-            bins[self.id_bin] = key
-        if self.time_bin:
-            bins[self.time_bin] = moment
-        if not bins:
-            raise Unfit('unsupported-value', 'no field to store')
-        if len(bins) > MAX_BINS:
-            raise Unfit('unsupported-value', too_many_bins(len(bins)))
-        return bins
+        return {self.renamed.get(name, name): value for name, value in fields.items()} if self.renamed else fields
+
+    def mapped_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
+        """As flat_bins(), with what [[bins]] takes out of objects and of NSQ's metadata."""
+        found = self.values_of_sources(fields, message)
+        return self.flat_bins(fields, message) | found
+
+    def values_of_sources(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
+        """The bins that [[bins]] makes of paths and metadata. With `unknown-fields = drop` a field is taken out of its
+        object, else it stays there, too. A null is no bin, as at the top."""
+        found = {}
+        for name, source in self.sources:
+            value = self.metadata(source, message) if isinstance(source, str) else source.descend(fields, UNKNOWN)
+            if value is None and self.nulls == 'reject':
+                raise Unfit('schema', f'{source.label}: null')
+            if value is not None and value is not UNKNOWN:
+                found[name] = value
+        if self.drops:
+            for _, source in self.sources:
+                if isinstance(source, Path):
+                    take_out(fields, source.steps, self.schema.names if self.schema else {})
+        return found
+
+    def metadata(self, source: str, message: Message) -> str | int:
+        """What NSQ says of a message, by the name that [[bins]] has for it."""
+        if source == '$nsqd':
+            return str(message.conn)
+        if source == '$topic':
+            return self.topic
+        return message.attempts if source == '$attempts' else message.timestamp
 
     def look_at_names(self, fields: dict[str, Any]) -> None:
         """Raises Unfit for a field that can't have a bin of its name."""
         for name in fields:
-            if name in self.bins:
+            if name in self.renamed:
                 continue
             if name in self.taken:
                 raise Unfit('bin-name', f'{joined("", name)}: this bin belongs to id-bin, time-bin or another field')
@@ -3421,7 +3705,8 @@ def foreign_refused() -> Iterator[None]:
 
 def first_message(header: dict[str, Any], body: bytes) -> Message:
     """The Message that became a dead letter with this header."""
-    message = Message(None, header['id'].encode('ascii'), int(header['timestamp']), int(header['attempts']), body)
+    message = Message(str(header.get('nsqd') or ''), header['id'].encode('ascii'), int(header['timestamp']),
+                      int(header['attempts']), body)
     if header['reason'] not in REASONS or message.timestamp not in INT64:
         raise ValueError('no such reason, or no such time')
     return message
@@ -6381,6 +6666,8 @@ def check_message(config: types.SimpleNamespace, body: bytes) -> None:
         made[options.id_bin] = '$id (made by nsqd)'
     if options.time_bin and options.time == '$timestamp':
         made[options.time_bin] = '$timestamp (made by nsqd)'
+    made.update((name, f'{source} (made by nsqd)') for source, name in options.bins.items()
+                if source in METADATA and source != '$topic')
     key = '$id (made by nsqd)' if options.key == '$id' else json.dumps(record.key)
     print(f'set   {plain(getattr(config, config.store).set)}')
     print(f'key   {BIN_TYPES[type(record.key)]}  {key}')

@@ -72,14 +72,14 @@ MUTANTS = (
     Mutant('text after the value', 'if end == len(text) and value.__class__ is dict', 'if value.__class__ is dict'),
     Mutant('one level too many', '        if depth > MAX_DEPTH:\n', '        if depth > MAX_DEPTH + 1:\n'),
     Mutant('a lone surrogate', "re.search('[\\ud800-\\udfff]', value)", 'False'),
-    Mutant('a boolean as key', "isinstance(key, str) or TYPES['integer'](key)", 'isinstance(key, (str, int))'),
-    Mutant('an empty key', "if key == '' or not", 'if not'),
+    Mutant('a boolean as key', "if key.__class__ is int or", 'if isinstance(key, int) or'),
+    Mutant('an empty key', "key.__class__ is str and key:", 'key.__class__ is str:'),
     Mutant('a bin that is taken', 'if name in self.taken:', 'if False:'),
     Mutant('a long bin name', "            if len(name.encode()) > MAX_BIN_NAME:\n                raise Unfit",
            '            if len(name) > MAX_BIN_NAME:\n                raise Unfit'),
-    Mutant('too many bins', 'if len(bins) > MAX_BINS:', 'if len(fields) > MAX_BINS + 2:'),
+    Mutant('too many bins', 'if not 0 < len(bins) <= MAX_BINS:', 'if not 0 < len(bins) <= MAX_BINS + 2:'),
     Mutant('nulls are kept', 'if None in fields.values():', 'if False:'),
-    Mutant('a time that is no integer', "if not TYPES['integer'](moment):\n            raise Unfit",
+    Mutant('a time that is no integer', "if moment.__class__ is not int:\n            raise Unfit",
            'if moment is None:\n            raise Unfit'),
 
     # -- nsqd protocol

@@ -533,6 +533,8 @@ def test_set_goes_over_the_file_before_and_after_the_command(xmsrv):
     ('timeout=1m', (), 'timeout', '1m'),
     ('nsq.nsqd-tcp-address=a:1, [::1]:2', ('nsq',), 'nsqd-tcp-address', ['a:1', '[::1]:2']),
     ('record.bins.customer_reference=ref', ('record', 'bins'), 'customer_reference', 'ref'),
+    (r'record.bins.items[0].a\.b=first', ('record', 'bins'), r'items[0].a\.b', 'first'),
+    ('message.fields.customer.id=integer', ('message', 'fields'), 'customer.id', 'integer'),
     ('message.fields.id=integer, required, min 1', ('message', 'fields'), 'id', ['integer', 'required', 'min 1']),
     ('message.fields.id=string, "match [a,b]=#"', ('message', 'fields'), 'id', ['string', 'match [a,b]=#']),
     ('sqlite.set=', ('sqlite',), 'set', ''),

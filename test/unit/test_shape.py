@@ -17,6 +17,7 @@ MAX_ATTRIBUTES, MAX_LINES = 20, 40
 # Attributes that hold True or False. None of them decides what a state should: each is a fact or a wish, with one
 # place that sets it. A new one needs its reason here; where two or more describe one thing, make them an Enum.
 FLAGS = {
+    'FieldRule.required': 'a word of the configuration, never changed',
     'Message.held_back': 'whether RDY is raised for it: one bit for each of thousands of messages',
     'Connection.lost': 'whether the socket has ended: set once',
     'Subscription.idle': 'a measured fact, which RdyAllocator deals by',

@@ -5,6 +5,7 @@ import types
 import pytest
 
 import clock
+import fakes
 from fakes import Queue, numbered
 from xmsrv import (
     DEAD,
@@ -29,11 +30,7 @@ UNKEPT = Answer('unkept', 'refused', 'nsqd: E_BAD_MESSAGE')
 
 
 def config(**more):
-    return types.SimpleNamespace(
-        nsq=types.SimpleNamespace(max_held=more.get('max_held', 1 << 20)),
-        message=types.SimpleNamespace(nulls='omit', fields={}, unknown_fields='keep'),
-        record=types.SimpleNamespace(key='$id', write='replace', bins={}, time='$timestamp', id_bin='gid',
-                                     time_bin=None))
+    return fakes.options(nsq={'max-held': str(more.get('max_held', 1 << 20))})
 
 
 def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, keep=DEAD, **more):

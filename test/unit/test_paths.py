@@ -1,0 +1,232 @@
+"""Paths into a message: how they are written, what they find, and what each option makes of them."""
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fakes
+from xmsrv import Mapper, Path, Unfit, typed
+
+ORDER = {'customer': {'id': 7, 'address': {'city': 'Bern', 'zip': '3000'}, 'a.b': 1}, 'items': [{'id': 1}, {'id': 2}],
+         'at': {'ms': 5}, 'n': 1}
+
+
+def mapped(value, **sections):
+    return Mapper(fakes.options(**sections)).record(fakes.message(7, json.dumps(value).encode()))
+
+
+def bins(value, fields=(), unknown='keep', nulls='omit', **record):
+    message = {'fields': dict(fields), 'unknown-fields': unknown, 'nulls': nulls}
+    return mapped(value, message=message, record={'id-bin': '', **record}).bins
+
+
+def refused(value, *args, **options):
+    with pytest.raises(Unfit) as caught:
+        bins(value, *args, **options)
+    return caught.value.reason, caught.value.detail
+
+
+# --- how a path is written
+
+@pytest.mark.parametrize(('text', 'steps'), [
+    ('a', ('a',)), ('customer.address.city', ('customer', 'address', 'city')), ('items[0].id', ('items', 0, 'id')),
+    ('a[0][12]', ('a', 0, 12)), (r'a\.b', ('a.b',)), (r'a\.b.c', ('a.b', 'c')), (r'a\[0\]', ('a[0]',)),
+    (r'a\\', ('a\\',)), (r'\\.b', ('\\', 'b')), (r'\$x', ('$x',)), ('a.$oid', ('a', '$oid')),
+    ('a b.\u00e9', ('a b', '\u00e9')),
+])
+def test_a_path_has_names_indices_and_escapes(text, steps):
+    assert (Path.parse(text).steps, str(Path.parse(text))) == (steps, text)
+
+
+@pytest.mark.parametrize('text', ['', '.', '.a', 'a.', 'a..b', '[0]', 'a[0]b', 'a.[0]', 'a[-1]', 'a[00]', 'a[x]', 'a[',
+                                  'a]', 'a[]', 'a\\', r'a\b', r'a\$', '$x', 'a[1000000000]'])
+def test_what_is_no_path_is_refused_with_the_rule(text):
+    with pytest.raises(ValueError, match='path'):
+        Path.parse(text)
+
+
+names = st.text(max_size=6).filter(bool)
+
+
+def escaped(name, first):
+    text = ''.join('\\' + letter if letter in '.[]\\' else letter for letter in name)
+    return '\\' + text if first and text.startswith('$') else text
+
+
+@given(st.lists(names | st.integers(0, 999), max_size=5), names)
+def test_each_place_has_one_spelling(steps, first):
+    text = escaped(first, True)
+    for step in steps:
+        text += f'[{step}]' if isinstance(step, int) else '.' + escaped(step, False)
+    path = Path.parse(text)
+    assert path.steps == (first, *steps)
+    document = leaf = object()
+    for step in reversed(path.steps):
+        document = {step: document} if isinstance(step, str) else [None] * step + [document]
+    assert path.get(document) is leaf and path.descend(document, 'none') is leaf
+
+
+@pytest.mark.parametrize(('text', 'found'), [
+    ('n', 1), ('customer.address.city', 'Bern'), ('items[1].id', 2), (r'customer.a\.b', 1), ('absent', None),
+    ('customer.absent', None), ('items[2]', None), ('items[2].id', None), ('items.id', None), ('customer[0]', None),
+    ('n.x', None), ('customer.address.city[0]', None), ('customer.address.city.x', None)])
+def test_a_path_finds_a_value_or_none(text, found):
+    assert Path.parse(text).get(ORDER) == found
+
+
+# --- key and time
+
+def test_key_and_time_may_lie_inside():
+    record = mapped(ORDER, record={'key': 'customer.id', 'time': 'at.ms'})
+    assert (record.key, record.time, record.bins) == (7, 5, {**ORDER, 'gid': 7, 'gts': 5})
+    assert mapped(ORDER, record={'key': 'items[1].id'}).key == 2
+    for key, rule in (('customer.no', 'missing'), ('items[2].id', 'missing'), ('n.id', 'missing'),
+                      ('customer.address', 'a key is a string, not empty, or an integer')):
+        assert refused(ORDER, key=key) == ('key', f'{key}: {rule}')
+    assert refused(ORDER, key='n', time='customer.address.city') == (
+        'schema', 'customer.address.city: not an integer, and it is the time of the message')
+
+
+# --- [[fields]]
+
+@pytest.mark.parametrize(('line', 'detail'), [
+    (('customer.id', 'string'), 'customer.id: not a string'),
+    (('customer.id', 'integer, min 8'), 'customer.id: value under 8'),
+    (('customer.name', 'string, required'), 'customer.name: missing'),
+    (('customer.address.no', 'any, required'), 'customer.address.no: missing'),
+    (('items[1].id', 'integer, max 1'), 'items[1].id: value over 1'),
+    (('items[2].id', 'integer, required'), 'items[2].id: missing'),
+    ((r'customer.a\.b', 'string'), 'customer."a.b": not a string'),
+    (('n.x', 'string'), 'n: not an object'), (('n[0]', 'string'), 'n: not a list'),
+    (('items.x', 'string'), 'items: not an object'),
+    (('customer.address[0].x', 'string'), 'customer.address: not a list'),
+])
+def test_a_rule_on_a_path_names_it(line, detail):
+    path, rules = line
+    assert refused(ORDER, {path: rules.split(', ')}) == ('schema', detail)
+
+
+@pytest.mark.parametrize('value', [{}, {'customer': None}, {'customer': {}}, {'customer': {'id': None}},
+                                   {'customer': {'id': 5}}])
+def test_a_field_inside_that_is_absent_or_null_breaks_no_rule_but_required(value):
+    kept = {name: item for name, item in value.items() if item is not None}
+    assert bins({'n': 1, **value}, {'customer.id': 'integer'}) == {'n': 1, **kept}
+    if value != {'customer': {'id': 5}}:
+        assert refused(value, {'customer.id': ['integer', 'required']}) == ('schema', 'customer.id: missing')
+
+
+def test_an_object_that_is_named_has_its_own_rules_and_those_of_the_fields_inside():
+    fields = {'customer': ['object', 'max 3'], 'customer.id': 'integer', 'items': 'any', 'items[0].id': 'integer'}
+    assert bins(ORDER, fields) == ORDER
+    assert refused({'customer': {'id': 'x', 'b': 1, 'c': 2, 'd': 3}}, fields) == (
+        'schema', 'customer.id: not an integer; customer: length over 3')
+    assert refused({'items': 5}, fields) == ('schema', 'items: not a list')
+
+
+FIELDS = {'customer.id': 'integer', 'customer.address.city': 'string', 'items[0].id': 'integer', 'n': 'integer'}
+
+
+def test_drop_keeps_what_is_named_with_the_objects_around_it():
+    assert bins({**ORDER, 'x': 1}, FIELDS, 'drop') == {
+        'customer': {'id': 7, 'address': {'city': 'Bern'}}, 'items': ORDER['items'], 'n': 1}
+    assert bins({'customer': {'x': 1, 'address': {'x': 1}}, 'n': 1}, FIELDS, 'drop') == {'n': 1}
+    assert bins(ORDER, {**FIELDS, 'customer.address': 'object'}, 'drop')['customer'] == {
+        'id': 7, 'address': ORDER['customer']['address']}
+    assert bins({'customer': {'id': 1, 'address': None}}, FIELDS, 'drop') == {'customer': {'id': 1, 'address': None}}
+
+
+def test_reject_names_what_is_unknown_inside():
+    assert refused({**ORDER, 'x': 1}, FIELDS, 'reject') == (
+        'schema', 'at: unknown field; customer."a.b": unknown field; customer.address.zip: unknown field')
+    known = {'customer': {'id': 7, 'address': {'city': 'Bern'}}, 'items': [{'id': 1, 'x': 2}], 'n': 1}
+    assert bins(known, FIELDS, 'reject') == known
+    assert bins(ORDER, {'customer': 'object', 'items': 'any', 'at': 'any', **FIELDS}, 'reject') == ORDER
+
+
+# --- [[bins]]
+
+BINS = {'customer.address.city': 'city', 'items[0].id': 'first', 'n': 'number', 'customer.absent': 'none'}
+
+
+def test_a_field_inside_gets_a_bin_and_stays_in_its_object():
+    value = {name: ORDER[name] for name in ('customer', 'items', 'n')}
+    assert bins(value, bins=BINS) == {
+        'customer': ORDER['customer'], 'items': ORDER['items'], 'number': 1, 'city': 'Bern', 'first': 1}
+
+
+def test_with_drop_it_is_taken_out_of_its_object():
+    fields = {**FIELDS, 'customer.absent': 'any'}
+    value = {**ORDER, 'x': 1}
+    assert bins(value, fields, 'drop', bins=BINS) == {
+        'customer': {'id': 7}, 'items': ORDER['items'], 'number': 1, 'city': 'Bern', 'first': 1}
+    taken = {'customer.id': 'customer', 'customer.address.city': 'city'}
+    assert bins(ORDER, {'customer.id': 'any', 'customer.address.city': 'any'}, 'drop', bins=taken) == {
+        'customer': 7, 'city': 'Bern'}
+    whole = {'customer': 'object', 'customer.address.city': 'string'}
+    assert bins({'customer': {'address': {'city': 'Bern'}}}, whole, 'drop', bins={'customer.address.city': 'city'}) == {
+        'customer': {'address': {}}, 'city': 'Bern'}
+
+
+def test_the_key_is_found_before_anything_is_taken_out():
+    fields = {'customer.id': 'integer'}
+    record = mapped(ORDER, message={'fields': fields, 'unknown-fields': 'drop'},
+                    record={'key': 'customer.id', 'id-bin': '', 'bins': {'customer.id': 'id'}})
+    assert (record.key, record.bins) == (7, {'id': 7, 'gts': 1007})
+
+
+def test_a_null_inside_is_no_bin_or_a_dead_letter():
+    value = {'a': {'b': None}}
+    assert bins(value, bins={'a.b': 'b'}) == value
+    assert refused(value, nulls='reject', bins={'a.b': 'b'}) == ('schema', 'a.b: null')
+    assert bins({'a': {}}, nulls='reject', bins={'a.b': 'b'}) == {'a': {}}
+
+
+def test_a_bin_of_a_path_is_not_taken_by_a_field_of_its_name():
+    assert refused({'a': {'b': 1}, 'b': 2}, bins={'a.b': 'b'})[0] == 'bin-name'
+
+
+def test_metadata_become_bins():
+    sources = {'$attempts': 'tries', '$nsqd': 'from', '$timestamp': 'at', '$topic': 'topic'}
+    message = fakes.message(7, b'{"n": 1}', '192.0.2.1:4150', attempts=3)
+    made = Mapper(fakes.options(record={'id-bin': '', 'bins': sources})).record(message)
+    assert made.bins == {'n': 1, 'tries': 3, 'from': '192.0.2.1:4150', 'at': 1007, 'topic': 'orders'}
+
+
+# --- faults
+
+@pytest.mark.parametrize(('sections', 'fault'), [
+    ({'record': {'key': 'a..b'}}, "[record] key = a..b: no path at '..b'"),
+    ({'record': {'key': '$x'}}, '[record] key = $x: $id, or the name of a field'),
+    ({'record': {'bins': {'$id': 'b'}}}, '[record] [[bins]] $id = b: there is $attempts, $nsqd, $timestamp, $topic; '
+                                         'a field of this name is written \\$id'),
+    ({'record': {'bins': {'a[x]': 'b'}}}, "[record] [[bins]] a[x] = b: no path at '[x]'"),
+    ({'record': {'bins': {'a.b': 'x', 'c.d': 'x'}}}, '[record] bins = x: more than one value would go into this bin'),
+    ({'record': {'bins': {'a.b': 'gid'}}}, '[record] bins = gid: more than one value would go into this bin'),
+    ({'message': {'fields': {'city': 'any'}}, 'record': {'bins': {'a.b': 'city'}}},
+     '[record] bins = city: more than one value would go into this bin'),
+    ({'message': {'fields': {'a.': 'any'}}}, "[message] [[fields]] a. = any: no path at '.'"),
+    ({'message': {'fields': {'a': 'string', 'a.b': 'any'}}},
+     '[message] [[fields]] a: object and string at once, by other paths'),
+    ({'message': {'fields': {'a[0]': 'any', 'a.b': 'any'}}},
+     '[message] [[fields]] a: list and object at once, by other paths'),
+    ({'message': {'unknown-fields': 'reject', 'fields': {'a.b': 'any'}}, 'record': {'key': 'a.c'}},
+     '[record] key = a.c: no such field in [message] [[fields]]'),
+    ({'message': {'fields': {'a_name_of_17_byte.x': 'any'}}},
+     '[message] [[fields]] a_name_of_17_byte: over 15 bytes for a bin: map it in [[bins]]'),
+])
+def test_faults_of_paths_are_named(sections, fault):
+    given_ = {'nsq': {'nsqd-tcp-address': '127.0.0.1:4150', 'topic': 't'}, 'store': 'sqlite', **sections}
+    faults = typed(given_)[1]
+    assert [str(each)[:len(fault)] for each in faults if each.section != ''] == [fault]
+
+
+@pytest.mark.parametrize('sections', [
+    {'message': {'unknown-fields': 'reject', 'fields': {'a.b': 'any', 'c': 'object'}},
+     'record': {'key': 'a.b', 'bins': {'a': 'whole', 'c.d': 'd'}}},
+    {'message': {'unknown-fields': 'drop', 'fields': {'a_name_of_17_byte.x': 'any', 'city.name': 'any'}},
+     'record': {'bins': {'a_name_of_17_byte.x': 'x', 'city.name': 'city'}}},
+    {'message': {'fields': {'a': 'any', 'a[0].b': 'any', 'c': 'list', 'c[0]': 'any'}}},
+])
+def test_what_fits_together_is_no_fault(sections):
+    assert fakes.options(**sections)
