@@ -911,6 +911,8 @@ STATE_DIR = '/var/lib/x-msrv'
 UNIT = '/usr/lib/systemd/system/x-msrv.service'   # there where a package is installed
 USER = 'x-msrv'       # that the packages make
 MAX_NAME = 64         # characters of a topic or channel: nsq internal/protocol/names.go
+MAX_SET_NAME = 63     # bytes: AS_SET_NAME_MAX_SIZE of the Aerospike server, less its NUL; kept for every store
+MAX_TTL = 3650 * 86400   # s: the longest that an Aerospike server takes
 MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store, so that a pipeline can move
 UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
@@ -1036,7 +1038,7 @@ def time_to_live(value):
     if value in ('default', 'never'):
         return 0 if value == 'default' else NEVER
     seconds = number(value, UNITS, 'default, never or a duration such as 1h, 30d')
-    if not 1 <= seconds <= 3650 * 86400 or seconds % 1:
+    if not 1 <= seconds <= MAX_TTL or seconds % 1:
         raise ValueError('a whole number of seconds, from 1s to 3650d')
     return int(seconds)
 
@@ -1378,13 +1380,17 @@ OPTIONS = (
     Option('record', 'ttl', 'default', time_to_live,
            'How long a record stays after its last write: default, as the namespace has it; never, for ever; or a '
            'duration of whole seconds, up to 3650d.'),
+    Option('record', 'ttl-field', '', optional(Path.parse),
+           'PATH of an integer field, the seconds that its record stays after that write; absent or null: ttl.'),
+    Option('record', 'set-field', '', optional(Path.parse),
+           'PATH of a string field that names the set of its record; empty: all go to set of the store.'),
     Option('record', 'bins', None, subsection(bin_source, bin_name),
            'A line a field, PATH = BIN; all others keep their names. Also ' + ', '.join(METADATA) + '.'),
 
     Option('aerospike', 'hosts', '', listed(address),
            'host:port of some nodes, separated by commas; they name the others. Must be set.'),
     Option('aerospike', 'namespace', '', optional(aerospike_name(31)), 'Namespace of the records. Must be set.'),
-    Option('aerospike', 'set', '', optional(aerospike_name(63)), 'Set of the records; empty: the topic.'),
+    Option('aerospike', 'set', '', optional(aerospike_name(MAX_SET_NAME)), 'Set of the records; empty: the topic.'),
     Option('aerospike', 'batch-size', '500', positive, 'Records a call at most.'),
     Option('aerospike', 'writers', '4', positive, 'Calls at a time at most.'),
     Option('aerospike', 'total-timeout', '2s', duration, 'How long a call may take.'),
@@ -1740,7 +1746,8 @@ def unknown_paths(message: types.SimpleNamespace, record: types.SimpleNamespace)
     """Yields the paths of [record] that lead to no field, where only those of [[fields]] are known."""
     if not message.fields or message.unknown_fields == 'keep':
         return
-    for option, path in [('key', record.key), ('time', record.time), *(('bins', path) for path in record.bins)]:
+    for option, path in [('key', record.key), ('time', record.time), ('ttl-field', record.ttl_field),
+                         ('set-field', record.set_field), *(('bins', path) for path in record.bins)]:
         if isinstance(path, Path) and not any(known.leads_to(path) or path.leads_to(known) for known in message.fields):
             yield Fault('record', option, str(path), 'no such field in [message] [[fields]]')
 
@@ -1795,12 +1802,14 @@ def store_faults(config):
     if config.store == 'sqlite':
         if config.record.ttl:
             yield Fault('record', 'ttl', None, 'store = sqlite keeps records for ever: leave it at default')
+        if config.record.ttl_field:
+            yield Fault('record', 'ttl-field', None, 'store = sqlite keeps records for ever: leave it empty')
         return
     for name in ('hosts', 'namespace'):
         if not getattr(options, name):
             yield Fault('aerospike', name, None, 'missing (or set store = sqlite, for a first run)')
-    if options.set and len(options.set.encode()) > 63:
-        yield Fault('aerospike', 'set', options.set, 'the topic has over 63 bytes: name a set')
+    if options.set and len(options.set.encode()) > MAX_SET_NAME:
+        yield Fault('aerospike', 'set', options.set, f'the topic has over {MAX_SET_NAME} bytes: name a set')
     if bool(options.user) != bool(options.password_file):
         yield Fault('aerospike', 'user', options.user or '', 'user and password-file go together')
     if options.tls and not options.tls.ca_file:
@@ -2366,6 +2375,10 @@ def too_many_bins(number: int) -> str:
     return f'{number} bins, with id-bin and time-bin; a record has at most {MAX_BINS}'
 
 
+CHECK_SET = aerospike_name(MAX_SET_NAME)
+RESERVED_SET = '<ERO~'      # how the names of sets begin that the server keeps for itself: it answers 16 to a write
+
+
 def field_of(option: str | Path) -> Path | None:
     """The path that an option names; None for its word of NSQ, `$id` or `$timestamp`."""
     return option if isinstance(option, Path) else None
@@ -2398,6 +2411,7 @@ class Mapper:
         self.nulls, self.drops = message.nulls, message.unknown_fields == 'drop'
         self.schema = MessageSchema(message) if message.fields else None
         self.key, self.time = field_of(record.key), field_of(record.time)
+        self.set_field, self.ttl_field = record.set_field, record.ttl_field
         self.id_bin, self.time_bin = record.id_bin, record.time_bin
         # Names at the top that get another bin; and (bin, source) of all else that [[bins]] takes out of a message.
         self.renamed = {path.steps[0]: name for path, name in record.bins.items() if is_top(path)}
@@ -2416,6 +2430,8 @@ class Mapper:
             fields = self.schema.apply(fields)
         key = self.key_of(fields) if self.key else message.key
         moment = self.time_of(fields, message) if self.time_bin else None
+        set_ = self.set_of(fields) if self.set_field else None
+        ttl = self.ttl_of(fields) if self.ttl_field else None
         bins = self.layout(fields, message)
         if self.id_bin:
             bins[self.id_bin] = key
@@ -2423,7 +2439,7 @@ class Mapper:
             bins[self.time_bin] = moment
         if not 0 < len(bins) <= MAX_BINS:
             raise Unfit('unsupported-value', too_many_bins(len(bins)) if bins else 'no field to store')
-        return Record(key, bins, moment)
+        return Record(key, bins, moment, set_, ttl)
 
     def without_nulls(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields without nulls at the top: an absent bin reads as null, and the client would refuse one."""
@@ -2449,6 +2465,25 @@ class Mapper:
         if moment.__class__ is not int:
             raise Unfit('schema', f'{self.time.label}: not an integer, and it is the time of the message')
         return moment
+
+    def set_of(self, fields: dict[str, Any]) -> str:
+        """The name of the record's set. Where it is missing nobody knows whose record that is: a dead letter."""
+        name = self.set_field.get(fields)
+        try:
+            if name.__class__ is not str:
+                raise ValueError('missing, and it names the set' if name is None else 'not a string')
+            if name.startswith(RESERVED_SET):
+                raise ValueError('a set of the server itself')
+            return CHECK_SET(name)
+        except ValueError as error:
+            raise Unfit('schema', f'{self.set_field.label}: {error}') from None
+
+    def ttl_of(self, fields: dict[str, Any]) -> int | None:
+        """Seconds that the record stays after this write; None: as the configuration has it."""
+        seconds = self.ttl_field.get(fields)
+        if seconds is not None and (seconds.__class__ is not int or not 1 <= seconds <= MAX_TTL):
+            raise Unfit('schema', f'{self.ttl_field.label}: a ttl is a whole number of seconds from 1 to {MAX_TTL}')
+        return seconds
 
     def flat_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
         """The fields under the names that they have, or that [[bins]] gives them."""
@@ -3137,7 +3172,7 @@ class SqliteStore(Store):
 
     def __init__(self, config):
         self.path, self.set = config.sqlite.path, config.sqlite.set
-        self.mode, self.time_bin = config.record.write, config.record.time_bin
+        self.mode, self.time_bin, self.set_field = config.record.write, config.record.time_bin, config.record.set_field
         self.judged = bool(self.time_bin) or self.mode != 'replace'   # else each record is written, whatever is there
         self.db = None
 
@@ -3184,25 +3219,35 @@ class SqliteStore(Store):
         5 ms to come back while the loop decodes: 400 rows/s instead of 90,000, measured)."""
         if not records:
             return
-        rows = {record.key: self.to_json(record.bins) for record in records}   # an upsert takes no key twice
+        # An upsert takes no key twice.
+        if self.set_field:
+            places = {self.place(record): self.to_json(record.bins) for record in records}
+            row, rows = '(?,?,?)', [(*place, bins) for place, bins in places.items()]
+        else:
+            row, rows = '(?1,?,?)', list({record.key: self.to_json(record.bins) for record in records}.items())
         self.db.execute(
-            'INSERT INTO records SELECT ?1, column1, column2, ?2 FROM (VALUES ' + ','.join(['(?,?)'] * len(rows)) +
+            'INSERT INTO records SELECT column1, column2, column3, ?2 FROM (VALUES ' + ','.join([row] * len(rows)) +
             ') WHERE true ON CONFLICT ("set", "key")'
             ' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at',
-            (self.set, rfc3339(time.time()), *itertools.chain.from_iterable(rows.items())))
+            (self.set, rfc3339(time.time()), *itertools.chain.from_iterable(rows)))
+
+    def place(self, record):
+        """The set and the key of a record."""
+        return record.set or self.set, record.key
 
     def judge(self, records):
         """An Answer for each record; a record that is to be written is changed to what shall stand there then."""
         there = self.stored(records)
         answers = []
         for record in records:
-            answer = self.verdict(record, there[record.key]) if record.key in there else STORED
+            place = self.place(record)
+            answer = self.verdict(record, there[place]) if place in there else STORED
             if answer is STORED and self.mode == 'update':
-                record.bins = {**there.get(record.key, {}), **record.bins}
+                record.bins = {**there.get(place, {}), **record.bins}
                 if len(record.bins) > MAX_BINS:
                     answer = Answer('rejected', 'unsupported-value', too_many_bins(len(record.bins)))
             if answer is STORED:
-                there[record.key] = record.bins
+                there[place] = record.bins
             answers.append(answer)
         return answers
 
@@ -3220,12 +3265,13 @@ class SqliteStore(Store):
         return STALE if moment > record.time else STORED
 
     def stored(self, records):
-        """The bins stored under the keys of `records`, by key."""
-        keys = {record.key for record in records}
-        places = ','.join('?' * len(keys))
-        query = f'SELECT "key", bins FROM records WHERE "set" = ? AND "key" IN ({places})'
-        rows = self.db.execute(query, (self.set, *keys))
-        return {key: self.parsed(bins) for key, bins in rows}
+        """The bins stored in the places of `records`, by place."""
+        places = {self.place(record) for record in records}
+        # A join, for with `("set", "key") IN (VALUES ...)` SQLite scans the whole table.
+        query = ('SELECT "set", "key", bins FROM (VALUES ' + ','.join(['(?,?)'] * len(places)) +
+                 ') CROSS JOIN records ON "set" = column1 AND "key" = column2')
+        rows = self.db.execute(query, [*itertools.chain.from_iterable(places)])
+        return {(set_, key): self.parsed(bins) for set_, key, bins in rows}
 
     @staticmethod
     def parsed(bins):
@@ -3239,7 +3285,11 @@ class SqliteStore(Store):
         """Path, number of records, SQLite's version."""
         with self.complaints():
             number = self.db.execute('SELECT count(*) FROM records WHERE "set" = ?', (self.set,)).fetchone()[0]
-        return f'sqlite {self.path}: {number} records in set {self.set}, SQLite {sqlite3.sqlite_version}', []
+            line = f'sqlite {self.path}: {number} records in set {self.set}'
+            if self.set_field:
+                line = 'sqlite {}: {} records in {} sets'.format(self.path, *self.db.execute(
+                    'SELECT count(*), count(DISTINCT "set") FROM records').fetchone())
+        return f'{line}, SQLite {sqlite3.sqlite_version}', []
 
     def close(self):
         """Closes the file."""
@@ -3265,6 +3315,7 @@ FORBIDDING = (8, 22)     # answers for which a node's own facts name the cause
 # Bins above which a record goes in a call of its own: the server compares the name of each bin with all before it, so
 # 4,000 take 0.1 s and 32,767 take seconds (8.1, measured), for which the other records of a batch would have to wait.
 WIDE_RECORD = 4000
+MAX_SETS = 4095          # of a namespace, which never forgets one: AS_SET_MAX_COUNT of the server
 MIN_SERVER = (6, 0)      # the first server that takes batches of writes
 INT32_MAX = 0x7FFFFFFF   # ms: the client counts them in 32 bits; what is over wraps round, and 0 would be no limit
 
@@ -3279,6 +3330,12 @@ def facts_of(text, separator):
     return dict(fact.partition('=')[::2] for fact in text.strip(';').split(separator))
 
 
+def sets_of(text: str, name: str) -> dict[str, dict[str, str]]:
+    """The answer to `sets/NAMESPACE` as the facts of each set by its name; that to one set has no name in it."""
+    found = [facts_of(each, ':') for each in text.split(';') if each]
+    return {facts.get('set', name): facts for facts in found}
+
+
 def whole(facts, name):
     """A fact that is a whole number; 0 where a server does not have it."""
     return int(facts[name]) if facts.get(name, '').isdecimal() else 0
@@ -3291,7 +3348,7 @@ def check_version(where, version):
         raise StoreDown(f'{where}: server {version} is too old: {".".join(map(str, MIN_SERVER))} or newer is needed')
 
 
-def write_obstacles(ttl, namespace, set_):
+def write_obstacles(ttl, namespace, set_, name='the set'):
     """Yields why a node forbids writes, by its facts of the namespace and of the set (dicts of info)."""
     if namespace.get('stop_writes') == 'true':
         yield 'the namespace stops writes (stop_writes): a limit of its storage or memory is reached'
@@ -3302,7 +3359,7 @@ def write_obstacles(ttl, namespace, set_):
     for option, counters in used.items():
         limit = whole(set_, option)
         if limit and sum(whole(set_, counter) for counter in counters) >= limit:
-            yield f'the set has reached its {option} of {limit}'
+            yield f'{name} has reached its {option} of {limit}'
     default = whole(set_, 'default-ttl') or whole(namespace, 'default-ttl')
     if (ttl or default) not in (0, NEVER) and namespace.get('nsup-period') == '0' and (
             namespace.get('allow-ttl-without-nsup') != 'true'):
@@ -3372,7 +3429,8 @@ class AerospikeStore(Store):
         self.namespace, self.set, self.time_bin = options.namespace, options.set, config.record.time_bin
         self.batch_size, self.writers = options.batch_size, options.writers
         self.patience = options.total_timeout + 0.5
-        self.where = f'aerospike {", ".join(map(spelled, options.hosts))}: {self.namespace}.{self.set}'
+        place = self.namespace if config.record.set_field else f'{self.namespace}.{self.set}'
+        self.where = f'aerospike {", ".join(map(spelled, options.hosts))}: {place}'
         self.client, self.proven = None, False
         self.advice = {}   # code -> what the nodes named as its cause
         impossible = ({5} if self.record.write != 'create' else set()) | ({27} if not self.time_bin else set())
@@ -3490,8 +3548,10 @@ class AerospikeStore(Store):
             before, (op, kind, _, children), after = self.filter
             moment = (op, kind, {'val': record.time}, children)
             policy = {**self.policy, 'expressions': [*before, moment, *after]}
+        if record.ttl:
+            policy = {**(policy or self.policy), 'ttl': record.ttl}
         ops = [{'op': write, 'bin': name, 'val': value} for name, value in record.bins.items()]
-        return self.Write((self.namespace, self.set, record.key), ops, None, policy)
+        return self.Write((self.namespace, record.set or self.set, record.key), ops, None, policy)
 
     def call(self, writes, deadline):
         """Writes, and leaves the answer's code in each write. What the client refuses to send it refuses as a whole:
@@ -3551,7 +3611,7 @@ class AerospikeStore(Store):
         type filters out as well, and one that is gone or older by now is for another try."""
         if not records:
             return []
-        keys = [(self.namespace, self.set, record.key) for record in records]
+        keys = [(self.namespace, record.set or self.set, record.key) for record in records]
         try:
             found = self.client.batch_read(keys, [self.time_bin], self.limits(deadline)).batch_records
         except self.aerospike.exception.AerospikeError as error:
@@ -3579,11 +3639,15 @@ class AerospikeStore(Store):
             return f'{self.where}: server {versions_of(versions)}', [problem]
         facts = next(facts for facts in namespaces.values() if 'nsup-period' in facts)
         copies = whole(facts, 'effective_replication_factor') or 1
-        records = sum(whole(facts, 'objects') for facts in sets.values()) // copies
+        records = sum(whole(facts, 'objects') for node in sets.values() for facts in node.values()) // copies
+        names = set().union(*sets.values())
+        among = f' in {len(names)} of at most {MAX_SETS} sets' if self.record.set_field else ''
         line = (f'{self.where}: {len(versions)} node{"s" * (len(versions) > 1)}, server {versions_of(versions)}, '
-                f'{records} records of at most {facts.get("max-record-size")} bytes, default-ttl '
+                f'{records} records{among} of at most {facts.get("max-record-size")} bytes, default-ttl '
                 f'{facts.get("default-ttl")}, nsup-period {facts["nsup-period"]}')
-        return line, [f'{self.where}: {problem}' for problem in self.obstacles() + self.batch_limits()]
+        full = [f'the namespace has {MAX_SETS} sets: a message that names a new one can never be stored']
+        problems = [*self.obstacles(), *self.batch_limits(), *(full if among and len(names) >= MAX_SETS else [])]
+        return line, [f'{self.where}: {problem}' for problem in problems]
 
     def batch_limits(self):
         """The fault of a batch-size that a server does not take, where it may be asked."""
@@ -3597,15 +3661,23 @@ class AerospikeStore(Store):
     def obstacles(self, deadline=None):
         """Why writes are forbidden, each once for all nodes. Raises StoreDown."""
         namespaces, sets = self.facts(deadline)
+        ttl = 1 if self.record.ttl_field else self.record.ttl   # what fields name is some ttl
         return list(dict.fromkeys(obstacle for node, facts in namespaces.items()
-                                  for obstacle in write_obstacles(self.record.ttl, facts, sets.get(node, {}))))
+                                  for name, set_ in sets.get(node, {}).items() or [(self.set, {})]
+                                  for obstacle in write_obstacles(ttl, facts, set_, *self.told_of_sets(name))))
+
+    def told_of_sets(self, name):
+        """How a set is named to the operator, where there may be several."""
+        return [f'the set {name}'] if self.record.set_field else []
 
     def facts(self, deadline=None):
-        """What each node says of the namespace and of the set, by node. Raises StoreDown."""
+        """What each node says of the namespace, and of each set that records may go to, by node and name. Raises
+        StoreDown."""
         namespaces = self.ask(f'namespace/{self.namespace}', deadline)
-        sets = self.ask(f'sets/{self.namespace}/{self.set}', deadline)
+        one = '' if self.record.set_field else f'/{self.set}'
+        sets = self.ask(f'sets/{self.namespace}{one}', deadline)
         return ({node: facts_of(text, ';') for node, text in namespaces.items()},
-                {node: facts_of(text, ':') for node, text in sets.items()})
+                {node: sets_of(text, self.set) for node, text in sets.items()})
 
     def ask(self, question, deadline=None):
         """What each node that answers says to an info question, by node; deadline: monotonic. Raises StoreDown."""
@@ -6669,8 +6741,10 @@ def check_message(config: types.SimpleNamespace, body: bytes) -> None:
     made.update((name, f'{source} (made by nsqd)') for source, name in options.bins.items()
                 if source in METADATA and source != '$topic')
     key = '$id (made by nsqd)' if options.key == '$id' else json.dumps(record.key)
-    print(f'set   {plain(getattr(config, config.store).set)}')
+    print(f'set   {plain(record.set or getattr(config, config.store).set)}')
     print(f'key   {BIN_TYPES[type(record.key)]}  {key}')
+    if options.ttl_field:
+        print(f'ttl   {f"{record.ttl} s" if record.ttl else "as ttl in [record]"}')
     names = {name: plain(name) for name in record.bins}
     width = max(map(len, names.values()))
     for name, value in record.bins.items():
