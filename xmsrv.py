@@ -1203,6 +1203,15 @@ def subsection(name, check):
     return vol.Schema({said(name): said(check)})
 
 
+def is_base64(value: object) -> bool:
+    """Whether it is a string in base64 as of RFC 4648, section 4, in the one spelling that its bytes have."""
+    try:
+        data = value.encode('ascii')   # type: ignore[attr-defined]
+        return binascii.b2a_base64(binascii.a2b_base64(data), newline=False) == data
+    except (AttributeError, ValueError):
+        return False
+
+
 TYPES = {
     'string': lambda value: isinstance(value, str),
     'integer': lambda value: isinstance(value, int) and not isinstance(value, bool),
@@ -1211,6 +1220,8 @@ TYPES = {
     'list': lambda value: isinstance(value, list),
     'object': lambda value: isinstance(value, dict),
     'any': lambda value: True,
+    'base64': is_base64,
+    'geojson': lambda value: isinstance(value, (dict, str)),   # MessageSchema looks into it
 }
 SCALARS = {'string': str, 'integer': int, 'number': float}
 
@@ -1254,12 +1265,18 @@ def as_scalar(rule, word, kind):
     return value
 
 
+def blob_size(value: str) -> int:
+    """The number of bytes that a string in base64 stands for."""
+    return len(value) // 4 * 3 - value.count('=')
+
+
 def rule_limit(rule, bound, kind):
-    """`min` or `max`: of the value for numbers, of the length for strings and lists and objects."""
-    if kind in ('any', 'boolean'):
+    """`min` or `max`: of the value for numbers, of the length for strings, lists and objects, and of the bytes that a
+    string in base64 stands for."""
+    if kind in ('any', 'boolean', 'geojson'):
         raise ValueError(f'{rule} does not fit the type {kind}')
     limit = as_scalar(rule, bound, kind if kind == 'number' else 'integer')
-    measure = (lambda value: value) if kind in ('number', 'integer') else len
+    measure = (lambda value: value) if kind in ('number', 'integer') else blob_size if kind == 'base64' else len
     what = 'value' if kind in ('number', 'integer') else 'length'
 
     def check(value):
@@ -1384,6 +1401,9 @@ OPTIONS = (
            'PATH of an integer field, the seconds that its record stays after that write; absent or null: ttl.'),
     Option('record', 'set-field', '', optional(Path.parse),
            'PATH of a string field that names the set of its record; empty: all go to set of the store.'),
+    Option('record', 'document-bin', '', optional(bin_name),
+           'Bin for the whole message as one map, with names of any length; only [[bins]] makes others. Empty: each '
+           'field has its bin.'),
     Option('record', 'bins', None, subsection(bin_source, bin_name),
            'A line a field, PATH = BIN; all others keep their names. Also ' + ', '.join(METADATA) + '.'),
 
@@ -1761,7 +1781,7 @@ def conflicting_types(fields: dict[Path, FieldRule]) -> Iterator[Fault]:
             yield Fault('message.fields', str(path), None, f'{" and ".join(sorted(kinds))} at once, by other paths')
 
 
-OPEN_TYPES = ('any',)   # types of more than one JSON type
+OPEN_TYPES = ('any', 'geojson')   # types of more than one JSON type
 
 
 def parent_types(fields: Iterable[Path]) -> dict[Path, set[str]]:
@@ -1775,13 +1795,13 @@ def parent_types(fields: Iterable[Path]) -> dict[Path, set[str]]:
 
 def bin_faults(message: types.SimpleNamespace, record: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the bins that more than one value would go into, and the names that are too long for one."""
-    reserved = [name for name in (record.id_bin, record.time_bin) if name]
+    reserved = [name for name in (record.id_bin, record.time_bin, record.document_bin) if name]
     named = top_names(message, record)
     targets = [*reserved, *record.bins.values(), *named]
     for name in sorted({name for name in targets if targets.count(name) > 1}):
         yield Fault('record', 'bins', name, 'more than one value would go into this bin')
     key = record.key
-    if (isinstance(key, Path) and len(key.steps) == 1 and key not in message.fields
+    if (isinstance(key, Path) and len(key.steps) == 1 and key not in message.fields and not record.document_bin
             and record.bins.get(key, key.steps[0]) in reserved):
         yield Fault('record', 'key', str(key), 'its bin is also id-bin or time-bin: rename one of them')
     for name in sorted(named):
@@ -1791,6 +1811,8 @@ def bin_faults(message: types.SimpleNamespace, record: types.SimpleNamespace) ->
 
 def top_names(message: types.SimpleNamespace, record: types.SimpleNamespace) -> set[str]:
     """The names at the top of a message that become bins under these names, as far as [[fields]] knows them."""
+    if record.document_bin:
+        return set()
     kept = (path for path in message.fields if message.unknown_fields != 'drop' or path not in record.bins)
     return {str(path.steps[0]) for path in kept} - {path.steps[0] for path in record.bins
                                                     if isinstance(path, Path) and len(path.steps) == 1}
@@ -2340,6 +2362,32 @@ def unknown_fields(fields: dict[str, Any], names: Names, where: str = '') -> Ite
             yield from unknown_fields(value, inner, joined(where, name))
 
 
+def check_geojson(value: object) -> None:
+    """Raises vol.Invalid for what is no object with a `type`, nor the text of one. The geometry itself is for the
+    server to judge."""
+    try:
+        found = decode(value.encode()) if isinstance(value, str) else value
+    except Unfit as unfit:
+        raise vol.Invalid(f'not GeoJSON: {unfit.detail}') from None
+    if not isinstance(found, dict) or not isinstance(found.get('type'), str):
+        raise vol.Invalid('not GeoJSON: an object with a type, or its text')
+
+
+BIN_TYPES_OF_FIELDS = {'base64': 'blob', 'geojson': 'geojson'}   # Aerospike's for what JSON has as another type
+
+
+def typed_bins(config: types.SimpleNamespace) -> dict[str, str]:
+    """The type in Aerospike of each bin whose field has a type that JSON lacks. Inside an object, or a document, such a
+    field is what JSON has."""
+    bins = {}
+    for path, rule in config.message.fields.items():
+        own = path.steps[0] if is_top(path) and not config.record.document_bin else None
+        name = config.record.bins.get(path, own)
+        if name and rule.kind in BIN_TYPES_OF_FIELDS:
+            bins[name] = BIN_TYPES_OF_FIELDS[rule.kind]
+    return bins
+
+
 class MessageSchema:
     """The rules of [[fields]] for each message, and what becomes of the fields that it does not name."""
 
@@ -2347,7 +2395,7 @@ class MessageSchema:
         fields = message.fields
         implied = {path: FieldRule(kind, of_type(kind)) for path, kinds in parent_types(fields).items()
                    for kind in kinds if path not in fields or fields[path].kind in OPEN_TYPES}
-        self.rules = [(path.get, path.label, rule.check, rule.required)
+        self.rules = [(path.get, path.label, check_geojson if rule.kind == 'geojson' else rule.check, rule.required)
                       for path, rule in (*fields.items(), *implied.items())]
         self.unknown, self.names = message.unknown_fields, known_names(fields)
 
@@ -2408,15 +2456,19 @@ class Mapper:
 
     def __init__(self, config: types.SimpleNamespace) -> None:
         message, record = config.message, config.record
-        self.nulls, self.drops = message.nulls, message.unknown_fields == 'drop'
+        self.nulls, self.document_bin = message.nulls, record.document_bin
         self.schema = MessageSchema(message) if message.fields else None
         self.key, self.time = field_of(record.key), field_of(record.time)
         self.set_field, self.ttl_field = record.set_field, record.ttl_field
         self.id_bin, self.time_bin = record.id_bin, record.time_bin
         # Names at the top that get another bin; and (bin, source) of all else that [[bins]] takes out of a message.
-        self.renamed = {path.steps[0]: name for path, name in record.bins.items() if is_top(path)}
-        self.sources = [(name, path) for path, name in record.bins.items() if not is_top(path)]
-        self.layout = self.mapped_bins if self.sources else self.flat_bins
+        top = {} if record.document_bin else {path: name for path, name in record.bins.items() if is_top(path)}
+        self.renamed = {path.steps[0]: name for path, name in top.items()}
+        self.sources = [(name, source) for source, name in record.bins.items() if source not in top]
+        self.moved = [source.steps for _, source in self.sources if isinstance(source, Path)] if (
+            message.unknown_fields == 'drop' and not record.document_bin) else []
+        self.layout = (self.document_bins if record.document_bin else self.mapped_bins if self.sources
+                       else self.flat_bins)
         self.topic = config.nsq.topic
         self.taken = {name for name in (self.id_bin, self.time_bin) if name} | set(record.bins.values())
         self.known: set[str] = set()   # names of bins that were found good: a cache, bounded
@@ -2442,11 +2494,12 @@ class Mapper:
         return Record(key, bins, moment, set_, ttl)
 
     def without_nulls(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields without nulls at the top: an absent bin reads as null, and the client would refuse one."""
+        """The fields without nulls at the top: an absent bin reads as null, and the client would refuse one. Those of a
+        document are inside a map, and stay."""
         if self.nulls == 'reject':
             name = next(name for name, value in fields.items() if value is None)
             raise Unfit('schema', f'{joined("", name)}: null')
-        return {name: value for name, value in fields.items() if value is not None}
+        return fields if self.document_bin else {name: value for name, value in fields.items() if value is not None}
 
     def key_of(self, fields: dict[str, Any]) -> str | int:
         """The field that is the key: a string, not empty, or an integer (the server takes True and 1 for one key)."""
@@ -2496,6 +2549,10 @@ class Mapper:
         found = self.values_of_sources(fields, message)
         return self.flat_bins(fields, message) | found
 
+    def document_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
+        """The message as one map, and what [[bins]] names."""
+        return {**self.values_of_sources(fields, message), self.document_bin: fields}
+
     def values_of_sources(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
         """The bins that [[bins]] makes of paths and metadata. With `unknown-fields = drop` a field is taken out of its
         object, else it stays there, too. A null is no bin, as at the top."""
@@ -2506,10 +2563,8 @@ class Mapper:
                 raise Unfit('schema', f'{source.label}: null')
             if value is not None and value is not UNKNOWN:
                 found[name] = value
-        if self.drops:
-            for _, source in self.sources:
-                if isinstance(source, Path):
-                    take_out(fields, source.steps, self.schema.names if self.schema else {})
+        for steps in self.moved:
+            take_out(fields, steps, self.schema.names)   # type: ignore[union-attr]  # `drop` needs [[fields]]
         return found
 
     def metadata(self, source: str, message: Message) -> str | int:
@@ -3303,7 +3358,7 @@ ANSWERS = {
     **dict.fromkeys((-15, -14, -10, -8, 7, 9, 11, 18), 'retry'),   # no answer, time, load, the cluster
     **dict.fromkeys((14, 28, 120), 'busy'),   # this record alone
     **dict.fromkeys((-2, 4, 12, 21), 'refused'),   # the message's own fault, or that of all: AerospikeStore.refused
-    0: 'stored', 5: 'duplicate', 13: 'too-big', 27: 'filtered',
+    0: 'stored', 5: 'duplicate', 13: 'too-big', 27: 'filtered', 160: 'no-geometry',
 }
 JUDGED = ('stored', 'duplicate', 'filtered')   # answers that a write only gets where its form is right
 ADVICE = {8: 'make room', 9: 'see whether the nodes are overloaded or gone', 18: 'the disks are too slow for the load',
@@ -3426,14 +3481,15 @@ class AerospikeStore(Store):
     def __init__(self, config):
         options = config.aerospike
         self.options, self.record = options, config.record
-        self.namespace, self.set, self.time_bin = options.namespace, options.set, config.record.time_bin
+        self.namespace, self.set = options.namespace, options.set
         self.batch_size, self.writers = options.batch_size, options.writers
         self.patience = options.total_timeout + 0.5
         place = self.namespace if config.record.set_field else f'{self.namespace}.{self.set}'
         self.where = f'aerospike {", ".join(map(spelled, options.hosts))}: {place}'
         self.client, self.proven = None, False
         self.advice = {}   # code -> what the nodes named as its cause
-        impossible = ({5} if self.record.write != 'create' else set()) | ({27} if not self.time_bin else set())
+        self.encoders = typed_bins(config)   # type of a bin, by its name; open() puts the functions in
+        impossible = ({5} if self.record.write != 'create' else set()) | ({27} if not self.record.time_bin else set())
         self.answers = {code: outcome for code, outcome in ANSWERS.items() if code not in impossible}
 
     def open(self):
@@ -3446,7 +3502,9 @@ class AerospikeStore(Store):
                       if isinstance(getattr(error, 'code', None), int)}
         self.policy = {'key': aerospike.POLICY_KEY_SEND, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
                        'exists': getattr(aerospike, EXISTS[self.record.write]), 'ttl': self.record.ttl}
-        self.filter = newest_wins(self.time_bin) if self.time_bin else None
+        self.filter = newest_wins(self.record.time_bin) if self.record.time_bin else None
+        encoders = {'blob': binascii.a2b_base64, 'geojson': aerospike.GeoJSON}
+        self.encoders = {name: encoders.get(kind, kind) for name, kind in self.encoders.items()}
         self.connect()
         versions = {}
         with contextlib.suppress(StoreDown):   # nodes that are too busy to say their version are no reason to stop
@@ -3551,6 +3609,10 @@ class AerospikeStore(Store):
         if record.ttl:
             policy = {**(policy or self.policy), 'ttl': record.ttl}
         ops = [{'op': write, 'bin': name, 'val': value} for name, value in record.bins.items()]
+        if self.encoders:
+            for op in ops:
+                if op['bin'] in self.encoders:
+                    op['val'] = self.encoders[op['bin']](op['val'])
         return self.Write((self.namespace, record.set or self.set, record.key), ops, None, policy)
 
     def call(self, writes, deadline):
@@ -3598,6 +3660,9 @@ class AerospikeStore(Store):
             return DUPLICATE
         if outcome == 'too-big':
             return Answer('rejected', 'too-big', f'answer {self.named(code)}')
+        if outcome == 'no-geometry':
+            names = [op['bin'] for op in write.ops if isinstance(op['val'], self.aerospike.GeoJSON)]
+            return Answer('rejected', 'rejected', f'answer {self.named(code)}: no geometry in {", ".join(names)}')
         if outcome == 'refused' and self.proven:
             return Answer('rejected', 'rejected', f'answer {self.named(code)}')
         if outcome == 'refused':
@@ -3613,19 +3678,19 @@ class AerospikeStore(Store):
             return []
         keys = [(self.namespace, record.set or self.set, record.key) for record in records]
         try:
-            found = self.client.batch_read(keys, [self.time_bin], self.limits(deadline)).batch_records
+            found = self.client.batch_read(keys, [self.record.time_bin], self.limits(deadline)).batch_records
         except self.aerospike.exception.AerospikeError as error:
             return [Answer('retry', error.code, f'{self.where}: answer {self.named(error.code)}')] * len(records)
         return [self.verdict(record, there) for record, there in zip(records, found, strict=True)]
 
     def verdict(self, record, there):
         """The Answer for one of them."""
-        stored = there.record[2].get(self.time_bin) if there.result == 0 else None
+        stored = there.record[2].get(self.record.time_bin) if there.result == 0 else None
         if TYPES['integer'](stored) and stored > record.time:
             return STALE
         if stored is None or TYPES['integer'](stored):
             return Answer('retry', there.result, f'{self.where}: the record changed meanwhile')
-        return Answer('rejected', 'rejected', f'the stored {self.time_bin} is no integer, so neither is newer')
+        return Answer('rejected', 'rejected', f'the stored {self.record.time_bin} is no integer, so neither is newer')
 
     # -- what is at the other end
 
@@ -6747,8 +6812,10 @@ def check_message(config: types.SimpleNamespace, body: bytes) -> None:
         print(f'ttl   {f"{record.ttl} s" if record.ttl else "as ttl in [record]"}')
     names = {name: plain(name) for name in record.bins}
     width = max(map(len, names.values()))
+    own_types = typed_bins(config) if config.store == 'aerospike' else {}   # SQLite keeps what JSON has
     for name, value in record.bins.items():
-        print(f'bin   {names[name]:{width}}  {BIN_TYPES[type(value)]:7}  {made.get(name) or json.dumps(value)}')
+        kind = own_types.get(name) or BIN_TYPES[type(value)]
+        print(f'bin   {names[name]:{width}}  {kind:7}  {made.get(name) or json.dumps(value)}')
 
 
 def tls_facts(tls_socket: Any) -> list[str]:

@@ -15,6 +15,7 @@ import base64
 import collections
 import contextlib
 import functools
+import json
 import operator
 import os
 import random
@@ -38,7 +39,7 @@ CHUNK = 500           # records in a frame of a query's answer
 
 # Result codes.
 OK, NOT_FOUND, WRONG_GENERATION, BAD_REQUEST, EXISTS, NO_SPACE, TOO_BIG = 0, 2, 3, 4, 5, 8, 13
-NO_NAMESPACE, BAD_BIN_NAME, FORBIDDEN, FILTERED_OUT, NO_INDEX = 20, 21, 22, 27, 201
+NO_NAMESPACE, BAD_BIN_NAME, FORBIDDEN, FILTERED_OUT, NO_GEOMETRY, NO_INDEX = 20, 21, 22, 27, 160, 201
 NO_SECURITY, BAD_COMMAND, NO_USER, BAD_CREDENTIAL, NOT_AUTHENTICATED = 51, 54, 60, 65, 80
 
 # Frames, and the flags of a record message: info1, info2, info3.
@@ -58,7 +59,7 @@ NAMESPACE, SET, KEY, DIGEST, PARTITION_LIST, DIGEST_LIST, MOST, RANGE, UDF, BATC
 OP_READ, OP_WRITE = 1, 2
 
 # Particle types.
-NIL, INTEGER, FLOAT, STRING, BLOB, BOOL = 0, 1, 2, 3, 4, 17
+NIL, INTEGER, FLOAT, STRING, BLOB, BOOL, GEOJSON = 0, 1, 2, 3, 4, 17, 23
 
 # Commands and fields of the log-in.
 AUTHENTICATE, LOGIN = 0, 20
@@ -369,6 +370,8 @@ class Namespace:
         for _, name, raw in request.ops:
             if raw[5] == NIL:
                 bins.pop(name, None)
+            elif raw[5] == GEOJSON and not is_geometry(raw[8 + raw[7]:]):
+                raise Refused(NO_GEOMETRY)
             else:
                 bins[name] = raw[:4] + b'\1' + raw[5:]  # OP_READ: as it is read
         generation = old.generation % 0xffff + 1 if old else 1
@@ -406,6 +409,33 @@ class Namespace:
         if not (server.nsup_period or server.allow_ttl_without_nsup):
             raise Refused(FORBIDDEN)
         return now() + seconds
+
+
+def is_geometry(particle):
+    """Whether a GeoJSON value (flags, number of cells, cells, text) is one that the server takes."""
+    cells = int.from_bytes(particle[1:3], 'big')
+    try:
+        shape = json.loads(particle[3 + 8 * cells:])
+        if shape['type'] == 'Feature':
+            shape = shape['geometry']
+        return GEOMETRIES[shape['type']](shape['coordinates'])
+    except (ValueError, TypeError, KeyError, IndexError):
+        return False
+
+
+def is_point(position):
+    longitude, latitude = position[:2]
+    return isinstance(position, list) and abs(longitude) <= 180 and abs(latitude) <= 90
+
+
+def is_polygon(loops):
+    return isinstance(loops, list) and all(
+        len(loop) > 3 and loop[0] == loop[-1] and all(map(is_point, loop)) for loop in loops)
+
+
+GEOMETRIES = {'Point': is_point, 'Polygon': is_polygon,
+              'MultiPolygon': lambda polygons: isinstance(polygons, list) and all(map(is_polygon, polygons)),
+              'AeroCircle': lambda circle: is_point(circle[0]) and circle[1] > 0}
 
 
 def size(record):
