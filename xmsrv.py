@@ -6207,9 +6207,11 @@ class Team:
 def own_command() -> list[str]:
     """The command that runs this module again, by the same Python and from the same place."""
     here = os.path.dirname(os.path.abspath(__file__))
-    code = f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())'
     flags = {'-I': sys.flags.isolated, '-S': sys.flags.no_site, '-B': sys.flags.dont_write_bytecode}
-    return [sys.executable, *(flag for flag, on in flags.items() if on), '-c', code]
+    python = [sys.executable, *(flag for flag, on in flags.items() if on)]
+    if os.path.exists(os.path.join(here, '__main__.py')):   # the packages' layout: it finds the libraries
+        return [*python, here]
+    return [*python, '-c', f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())']
 
 
 def told(status: int) -> str:

@@ -19,6 +19,12 @@ MACHINES = {'amd64': 'x86_64', 'arm64': 'aarch64'}
 GLIBC = ('2_28', '2_17', '2_5')   # the newest decides: what the oldest system that is served has (EL 8)
 SDISTS = 'pynsq'                  # the one with no wheel
 
+# Libraries that a library brings in its turn: name, files that show its version, and how; whose it is.
+EMBEDDED = (('decorator', 'prometheus_client/decorator.py', rb"__version__ = '([\d.]+)'", 'prometheus_client'),
+            ('libyaml', 'aerospike.libs/libyaml*', rb'\0(0\.\d\.\d+)\0', 'the aerospike client'),
+            ('Lua', 'aerospike.cpython-*.so', rb'\$LuaVersion: Lua (5\.[\d.]+)', 'the aerospike client'),
+            ('OpenSSL', 'aerospike.libs/libcrypto*', rb'OpenSSL (3\.[\w.]+ +\d+ \w+ \d+)', 'the aerospike client'))
+
 # What the packages do without: builds' leftovers (they differ between the wheels of one version), tests, stubs for
 # type checkers, and what only a person at a shell would use.
 PRUNED = re.compile(r'\.dist-info/(WHEEL|RECORD|INSTALLER|top_level\.txt|entry_points\.txt|sboms/.*)$'
@@ -78,9 +84,9 @@ def without_shebang(name, content):
 
 
 def strip(arch, tree):
-    """Takes the debug information out of the extensions and their libraries: four fifths of all bytes."""
+    """Takes the debug information, four fifths of all bytes, and the compiler's name out of the shared objects."""
     command = 'strip' if arch == this_arch() else f'{MACHINES[arch]}-linux-gnu-strip'
-    run(command, '--strip-unneeded', *shared_objects(tree))
+    run(command, '--strip-unneeded', '--remove-section=.comment', *shared_objects(tree))
 
 
 def this_arch():
@@ -94,15 +100,15 @@ def shared_objects(tree):
 
 
 def contents(tree):
-    """Yields a line for each library, and for those that the Aerospike client brings in its turn."""
+    """Yields a line for each library, and for those that a library brings in its turn."""
     for metadata in tree.glob('*.dist-info/METADATA'):
         text = metadata.read_text(encoding='utf-8')
         yield ' '.join(re.search(rf'^{name}: (.*)', text, re.MULTILINE)[1] for name in ('Name', 'Version'))
-    for name, pattern in (('libcrypto', rb'OpenSSL (3\.[\w.]+ +\d+ \w+ \d+)'), ('libyaml', rb'\0(0\.\d\.\d+)\0')):
-        for path in tree.glob(f'aerospike.libs/{name}*'):
-            found = re.search(pattern, path.read_bytes())
-            what = 'OpenSSL' if name == 'libcrypto' else name
-            yield f'{what} {found[1].decode() if found else "of unknown version"} (of the aerospike client)'
+    for name, files, pattern, owner in EMBEDDED:
+        versions = {found[1].decode() for path in tree.glob(files) if (found := re.search(pattern, path.read_bytes()))}
+        if len(versions) != 1:
+            sys.exit(f'libraries.py: {files} should show one version of {name}, and shows {sorted(versions) or "none"}')
+        yield f'{name} {versions.pop()} (of {owner})'
 
 
 if __name__ == '__main__':

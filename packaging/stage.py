@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Lays out the tree that a package is built from: stage.py ARCH DIRECTORY; prints VERSION and SOURCE_DATE_EPOCH.
 
-Changelogs are made from CHANGELOG.md, the version is that of xmsrv.py. The date of all files is SOURCE_DATE_EPOCH where
-it is set, else the day of the release in CHANGELOG.md, else (unreleased) that of the last commit.
+Changelogs are made from CHANGELOG.md, the version is that of xmsrv.py, and the rpm declares the libraries of `make
+vendor` as bundled. The date of all files is SOURCE_DATE_EPOCH where it is set, else the day of the release in
+CHANGELOG.md, else (unreleased) that of the last commit.
 """
 import calendar
 import email.utils
@@ -15,9 +16,11 @@ import textwrap
 import time
 from pathlib import Path
 
-SOURCES = ('CHANGELOG.md', 'LICENSE', 'Makefile', 'README.md', 'bin', 'debian', 'etc', 'man', 'monitoring', 'packaging',
-           'rpm', 'runit', 'systemd', 'xmsrv.py')
+SOURCES = ('CHANGELOG.md', 'LICENSE', 'Makefile', 'README.md', 'bin', 'debian', 'etc', 'man',
+           'monitoring', 'packaging', 'rpm', 'runit', 'systemd', 'test/nsq', 'xmsrv.py')
+REVISION = 1   # of the packages, where the program is the same
 MAINTAINER = 'the x-msrv authors <x-msrv@users.noreply.invalid>'
+BUNDLED_MARK = '# bundled:\n'
 LEFTOVERS = shutil.ignore_patterns('__pycache__')
 
 
@@ -39,8 +42,9 @@ def main(arch, directory):
     shutil.copy(vendor / f'{arch}.txt', stage / vendor)
     date = source_date(changes[0][1])
     (stage / 'debian/changelog').write_text(debian_changelog(changes, date), encoding='utf-8')
-    with (stage / 'rpm/x-msrv.spec').open('a', encoding='utf-8') as spec:
-        spec.write(rpm_changelog(changes, date))
+    spec, libraries = stage / 'rpm/x-msrv.spec', (vendor / f'{arch}.txt').read_text(encoding='utf-8')
+    text = with_bundled(spec.read_text(encoding='utf-8'), libraries)
+    spec.write_text(text + rpm_changelog(changes, date), encoding='utf-8')
     print(version, date)
 
 
@@ -82,7 +86,7 @@ def dated(changes, unreleased):
 def debian_changelog(changes, unreleased):
     """debian/changelog; see deb-changelog(5)."""
     return '\n'.join(
-        f'x-msrv ({version}) unstable; urgency=medium\n\n' + bullets(items, '  * ', 78)
+        f'x-msrv ({version}-{REVISION}) unstable; urgency=medium\n\n' + bullets(items, '  * ', 78)
         + f'\n -- {MAINTAINER}  {email.utils.formatdate(date)}\n'
         for version, date, items in dated(changes, unreleased))
 
@@ -93,8 +97,23 @@ def rpm_changelog(changes, unreleased):
         weekday, day_, month, year = email.utils.formatdate(date).replace(',', '').split()[:4]
         return f'{weekday} {month} {day_} {year}'
     return '\n%changelog\n' + '\n'.join(
-        f'* {when(date)} {MAINTAINER} - {version}-1\n' + bullets([item.replace('%', '%%') for item in items], '- ', 78)
+        f'* {when(date)} {MAINTAINER} - {version}-{REVISION}\n'
+        + bullets([item.replace('%', '%%') for item in items], '- ', 78)
         for version, date, items in dated(changes, unreleased))
+
+
+def with_bundled(spec, libraries):
+    """The spec with what Fedora asks of bundled libraries, a Provides for each, in the place of its mark."""
+    assert spec.count(BUNDLED_MARK) == 1
+    return spec.replace(BUNDLED_MARK, ''.join(f'Provides: {name}\n' for name in bundled(libraries)))
+
+
+def bundled(libraries):
+    """Yields `bundled(NAME) = VERSION` for each line of `make vendor`'s list; Python's are called as Fedora does."""
+    for line in libraries.splitlines():
+        name, version = line.lower().replace('_', '-').split()[:2]
+        python = '' if '(of the aerospike client)' in line else 'python3-'
+        yield f'bundled({python}{name}) = {version}'
 
 
 def bullets(items, mark, width):

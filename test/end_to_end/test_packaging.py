@@ -1,8 +1,10 @@
 """What the packages put around the program: launcher, units, maintenance, manual pages. The packages: packages/."""
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import types
 
 import pytest
@@ -40,17 +42,27 @@ def run(*command, expect=0, **environment):
 def launcher(workdir):
     """The launcher, with `bin` in the place of /usr/bin, where each Python only says its name and arguments."""
     text = (ROOT / 'bin' / 'x-msrv').read_text()
-    assert text.count('/usr/bin/python3.') == 2
+    assert text.count('/usr/bin/python3') == 5
     path = workdir / 'launcher'
-    script(path, text.replace('/usr/bin/python3.', f'{workdir}/bin/python3.'))
+    script(path, text.replace('/usr/bin/python3', f'{workdir}/bin/python3'))
     return types.SimpleNamespace(path=path, add=lambda *versions: [
         script(workdir / 'bin' / f'python{version}', f'#!/bin/sh\necho {version} "$@"\n') for version in versions])
 
 
-def test_the_launcher_takes_the_newest_fit_python(launcher):
+@pytest.mark.parametrize('version', ['3.11', '3.14'])
+def test_the_launcher_takes_the_python3_of_the_system(launcher, workdir, version):
+    """Although a newer one is beside it: bytecode, updates and the package's range are for that of the system."""
+    launcher.add('3.9', version, '3.13')
+    (workdir / 'bin/python3').symlink_to(f'python{version}')
+    assert run(launcher.path, 'once').stdout == f'{version} -I -S -B /usr/share/x-msrv once\n'
+
+
+@pytest.mark.parametrize('system', ['3.9', '3.15'])
+def test_where_the_python3_of_the_system_is_not_fit_the_launcher_takes_the_newest_that_is(launcher, workdir, system):
     """3.10 and 3.15 are none."""
-    launcher.add('3.9', '3.10', '3.11', '3.12', '3.15', '3')
-    assert run(launcher.path, 'once').stdout == '3.12 -I -S -B /usr/lib/x-msrv once\n'
+    launcher.add('3.9', '3.10', '3.11', '3.12', '3.15')
+    (workdir / 'bin/python3').symlink_to(f'python{system}')
+    assert run(launcher.path, 'once').stdout == '3.12 -I -S -B /usr/share/x-msrv once\n'
     launcher.add('3.14')
     assert run(launcher.path, '--version').stdout.startswith('3.14 ')
 
@@ -68,6 +80,25 @@ def test_without_a_fit_python_the_launcher_says_what_to_install(launcher, there)
     ran = run(launcher.path, 'once', expect=os.EX_SOFTWARE)
     line, = ran.stderr.splitlines()
     assert line.startswith('x-msrv: no Python from 3.11 to 3.14 in /usr/bin: install')
+
+
+@pytest.mark.parametrize('flags', [(), ('-I', '-S', '-B')])
+def test_the_program_finds_its_libraries_and_so_do_its_workers(workdir, monkeypatch, flags):
+    """As the packages lay them out, below any root."""
+    programs, lib = workdir / 'usr/share/x-msrv', workdir / 'usr/lib/x-msrv'
+    programs.mkdir(parents=True)
+    lib.parent.mkdir(parents=True)
+    lib.symlink_to(sysconfig.get_path('platlib'))
+    for source in (ROOT / 'xmsrv.py', ROOT / 'packaging' / '__main__.py'):
+        shutil.copy(source, programs)
+    python = getattr(sys, '_base_executable', sys.executable)   # not that of the venv, which has libraries of its own
+    version = f'x-msrv {program.__version__}\n'
+    monkeypatch.delenv('PYTHONDONTWRITEBYTECODE', raising=False)
+    assert run(python, *flags, programs, '--version').stdout == version
+    command = run(python, *flags, '-c', f'import sys; sys.path[:0] = [{str(programs)!r}, {str(lib)!r}]\n'
+                  'import xmsrv; print(*xmsrv.own_command(), sep="\\n")').stdout.splitlines()
+    assert command[1:] == [*flags, str(programs)]
+    assert run(*command, '--version').stdout == version
 
 
 # ---------------------------------------------------------------------------------------------------------------- units
@@ -172,12 +203,11 @@ def maintain(workdir):
     """`maintain` with a systemctl that has the active units of the file `active`, and notes its calls."""
     script(workdir / 'bin' / 'systemctl', SYSTEMCTL)
     (workdir / 'calls').touch()
-    (workdir / 'lib').mkdir()
 
     def call(verb, active=''):
         (workdir / 'active').write_text(active)
         run(ROOT / 'packaging' / 'maintain', verb, PATH=f'{workdir}/bin:/usr/bin:/bin', XMSRV_SYSTEMD=workdir,
-            XMSRV_LIB=workdir / 'lib', XMSRV_PAUSED=workdir / 'paused', DIRECTORY=workdir)
+            XMSRV_PAUSED=workdir / 'paused', DIRECTORY=workdir)
         calls = (workdir / 'calls').read_text().splitlines()
         (workdir / 'calls').write_text('')
         return calls
@@ -210,15 +240,6 @@ def test_where_nothing_ran_nothing_is_started(maintain):
 def test_a_removal_stops_all(maintain):
     """Timers, windows and daemons."""
     assert maintain('stop', 'x-msrv@a.timer x-msrv-daemon.service')[0] == 'stop x-msrv@a.timer x-msrv-daemon.service'
-
-
-def test_bytecode_is_cleaned_up(maintain, workdir):
-    """Whatever Python left it."""
-    leftover = workdir / 'lib' / 'package' / '__pycache__' / 'module.cpython-39.pyc'
-    leftover.parent.mkdir(parents=True)
-    leftover.touch()
-    maintain('clean')
-    assert not leftover.parent.exists() and leftover.parent.parent.exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- manual
@@ -288,7 +309,7 @@ def test_both_changelogs_come_from_changelog_md(monkeypatch):
     changes = stage.releases('# Changelog\n\n## 0.2.0 (unreleased)\n\n- Add a\n  thing at 5%.\n- Fix b.\n\n'
                              '## 0.1.0 (2026-03-01)\n\n- Add all.\n')
     debian = stage.debian_changelog(changes, stage.source_date(changes[0][1]))
-    assert 'x-msrv (0.2.0) unstable; urgency=medium\n\n  * Add a thing at 5%.\n  * Fix b.\n\n -- ' in debian
+    assert 'x-msrv (0.2.0-1) unstable; urgency=medium\n\n  * Add a thing at 5%.\n  * Fix b.\n\n -- ' in debian
     assert debian.endswith('Sun, 01 Mar 2026 12:00:00 -0000\n')
     spec = stage.rpm_changelog(changes, 1792000000)
     assert '* Sun Mar 01 2026 ' in spec and '- Add a thing at 5%%.\n' in spec

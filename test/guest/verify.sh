@@ -126,11 +126,11 @@ if command -v dnf >/dev/null; then
     installed() { rpm -q --qf '%{version}\n' x-msrv; }
     new_file=$conf.rpmnew
 else
-    install() { apt-get -y -q -o Dpkg::Options::=--force-confold install "x-msrv${1:+=$1}"; }
+    install() { apt-get -y -q -o Dpkg::Options::=--force-confold install "x-msrv${1:+=$1*}"; }   # any revision
     remove() { apt-get -y -q remove x-msrv; }
     purge() { apt-get -y -q purge x-msrv; }
-    versions() { apt-cache madison x-msrv | awk '{ print $3 }' | sort -Vu; }
-    installed() { dpkg-query -W -f '${Version}\n' x-msrv; }
+    versions() { apt-cache madison x-msrv | awk '{ sub(/-.*/, "", $3); print $3 }' | sort -Vu; }
+    installed() { dpkg-query -W -f '${source:Upstream-Version}\n' x-msrv; }
     new_file=$conf.dpkg-dist
 fi
 newest() { versions | tail -n 1; }
@@ -162,7 +162,8 @@ do_install() {
     done
     t 'nothing is enabled' not systemctl is-enabled --quiet x-msrv.timer x-msrv-daemon.service
     t 'nothing is supervised by runit' not test -e /etc/service/x-msrv
-    t 'bytecode is there' test -n "$(find /usr/lib/x-msrv/__pycache__ -name 'xmsrv.*.pyc' | head -n 1)"
+    t 'bytecode is there' test -n "$(find /usr/share/x-msrv/__pycache__ -name 'xmsrv.*.pyc' | head -n 1)"
+    t 'that of its libraries, too' test -n "$(find /usr/lib/x-msrv/tornado/__pycache__ -name 'ioloop.*.pyc' | head -n 1)"
 }
 
 do_man() {
@@ -437,6 +438,7 @@ do_remove() {
     done
     t 'no process of the user is left' within 10 not pgrep -u x-msrv
     t 'the program is gone' not test -e /usr/bin/x-msrv
+    t 'with its bytecode' not test -e /usr/share/x-msrv
     t 'with its libraries and their bytecode' not test -e /usr/lib/x-msrv
     t 'the other pipelines'\'' files stay' test -e /etc/x-msrv/one.conf
     t 'no link of an enabled unit is left' is "$(find $units -lname '*x-msrv*')" ''

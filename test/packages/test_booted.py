@@ -13,12 +13,13 @@ from pathlib import Path
 import guests
 import pytest
 from guests import GUESTS, Guest, one_at_a_time, run
-from test_packages import DEB, RPM, VERSION, stage
+from test_packages import ARCH, DEB, RPM, stage
 
 from servers import NSQ_TOOLS, ROOT
 
 pytestmark = pytest.mark.skipif(bool(guests.missing()), reason=guests.missing())
 PREVIOUS = '0.0.1'
+OLD_LAYOUT = 'b728d67'   # the last commit that had the program among its libraries, in /usr/lib/x-msrv
 ENOUGH = 130        # tests that verify.sh makes at least, on any system
 VERIFY = {f'/srv/verify/{path.name}': path for path in (
     ROOT / 'test/guest/verify.sh', ROOT / 'test/guest/ends.py', ROOT / 'test/support/aerospike_server.py',
@@ -33,12 +34,12 @@ RPM_FILES = {
 STAND_INS = {
     'system': [('systemd', '252', ''), ('bash', '5', '/bin/sh'), ('glibc', '2.36', 'libc.so.6(GLIBC_2.28)(64bit)'),
                ('zlib', '1.2', 'libz.so.1()(64bit)'), ('python3', '3.11', '')],
-    'el9': [('python3', '3.9', ''), ('python3.12', '3.12', '')]}
+    'el9': [('python3', '3.9', ''), ('python3.11', '3.11', ''), ('python3.12', '3.12', '')]}
 
 
 @pytest.fixture(scope='module')
 def previous():
-    """The packages of an older version, of the same tree but for its configuration."""
+    """The packages of an older version."""
     made = GUESTS / 'previous'
     with one_at_a_time(made.name):
         found = sorted(made.glob('x-msrv*'))
@@ -52,15 +53,28 @@ def previous():
 
 
 def older_tree(tree):
-    """The sources as of PREVIOUS."""
+    """The sources as of PREVIOUS: where this tree has its history, those of another layout; else these, but for the
+    configuration. The libraries are the same."""
+    if subprocess.run(['git', 'rev-parse', '--verify', '--quiet', f'{OLD_LAYOUT}^{{commit}}'], cwd=ROOT, check=False,
+                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+        run('sh', '-c', f'git archive {OLD_LAYOUT} | tar -x -C {tree}', cwd=ROOT)
+        shutil.copytree(ROOT / 'build/vendor', tree / 'build/vendor', ignore=shutil.ignore_patterns('venv', '*.wheels'))
+        (tree / f'build/vendor/.{ARCH}').touch()
+    else:
+        this_tree(tree)
+    replace(tree / 'xmsrv.py', re.search(r"^__version__ = '.*'$", (tree / 'xmsrv.py').read_text(), re.MULTILINE)[0],
+            f"__version__ = '{PREVIOUS}'")
+    (tree / 'CHANGELOG.md').write_text(f'## {PREVIOUS} (2026-01-01)\n\n- It is older.\n')
+    replace(tree / 'etc/x-msrv.conf', '# x-msrv: ', '# x-msrv, as it was: ')
+
+
+def this_tree(tree):
+    """What a package is built from."""
     for name in (*stage.SOURCES, 'vendor', 'build/vendor'):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns('venv', '*.wheels', '__pycache__'))
         elif (ROOT / name).exists():
             shutil.copy2(ROOT / name, tree / name)
-    replace(tree / 'xmsrv.py', f"__version__ = '{VERSION}'", f"__version__ = '{PREVIOUS}'")
-    (tree / 'CHANGELOG.md').write_text(f'## {PREVIOUS} (2026-01-01)\n\n- It is older.\n')
-    replace(tree / 'etc/x-msrv.conf', '# x-msrv: ', '# x-msrv, as it was: ')
 
 
 def replace(path, old, new):
@@ -143,7 +157,7 @@ def test_rpm(rpm_guest):
 
 
 def test_on_el_9_its_rpm_brings_a_newer_python(rpm_guest):
-    """EL 9 has Python 3.9 as python3, and python3.12 beside it."""
+    """EL 9 has Python 3.9 as python3, and others beside it, of which the package recommends one."""
     with Guest(guests.root('bookworm-dnf'), rpm_guest) as guest:
         dnf = ('dnf', '-y', '--enablerepo=el9', '--exclude=python3-3.11*')
         guest.run(*dnf, 'install', 'python3', 'systemd', 'bash', 'glibc', 'zlib')

@@ -18,9 +18,9 @@ import stage
 VERSION = stage.program_version()
 ARCH = libraries.this_arch()
 MACHINE = libraries.MACHINES[ARCH]
-DEB = ROOT / 'dist' / f'x-msrv_{VERSION}_{ARCH}.deb'
-RPM = ROOT / 'dist' / f'x-msrv-{VERSION}-1.{MACHINE}.rpm'
-LIB = Path('usr/lib/x-msrv')
+DEB = ROOT / 'dist' / f'x-msrv_{VERSION}-{stage.REVISION}_{ARCH}.deb'
+RPM = ROOT / 'dist' / f'x-msrv-{VERSION}-{stage.REVISION}.{MACHINE}.rpm'
+PROGRAM, LIB = Path('usr/share/x-msrv'), Path('usr/lib/x-msrv')
 # What every system that is served has: the C library from 2.28 on, and zlib.
 SYSTEM_LIBRARIES = re.compile(r'(libc|libm|libpthread|librt|libdl|libz|ld-linux-[\w-]+)\.so\.\d+')
 MIB = 1 << 20
@@ -81,16 +81,17 @@ def test_the_same_bytes_from_elsewhere_and_without_a_network(tmp_path):
 
 
 def test_lintian_has_nothing_to_say():
-    """Neither errors nor warnings; each override says why."""
+    """Down to pedantic tags; each override says why."""
     root = ['--allow-root'] if os.geteuid() == 0 else []
-    assert run('lintian', *root, '--fail-on', 'error,warning', DEB) == ''
+    assert run('lintian', *root, '--pedantic', '--display-info', DEB) == ''
     overrides = (ROOT / 'debian' / 'x-msrv.lintian-overrides').read_text()
     assert not re.search(r'^[^#\n].*\n[^#]', overrides, re.MULTILINE) and overrides.startswith('#')
 
 
-def test_rpmlint_finds_no_error():
-    """But for what rpm/x-msrv.rpmlintrc gives a reason for."""
-    assert ' 0 errors' in run('rpmlint', '-r', ROOT / 'rpm' / 'x-msrv.rpmlintrc', RPM)
+def test_rpmlint_has_nothing_to_say():
+    """But for what rpm/x-msrv.rpmlintrc gives a reason for; of the spec neither."""
+    spec = ROOT / f'build/stage/rpm/x-msrv-{VERSION}/rpm/x-msrv.spec'
+    assert ' 0 errors, 0 warnings' in run('rpmlint', '-r', ROOT / 'rpm' / 'x-msrv.rpmlintrc', spec, RPM)
 
 
 @pytest.mark.parametrize('page', ['x-msrv.8', 'x-msrv.conf.5'])
@@ -129,12 +130,32 @@ def test_the_deb_names_no_python_but_a_range():
     """The builder's own would make it fit for no other system."""
     assert not re.search(r'python3\.\d', field('Depends'))
     assert 'python3 (>= 3.11), python3 (<< 3.15)' in field('Depends')
+    assert 'python3:any' in field('Depends')
+
+
+def test_python_compiles_the_deb_and_cleans_up_after_it(tmp_path):
+    """dh_python3's part for the program, ours for the libraries: at installation, and when python3 becomes another."""
+    run('dpkg-deb', '--control', DEB, tmp_path)
+    postinst, prerm = ((tmp_path / name).read_text() for name in ('postinst', 'prerm'))
+    assert re.findall(r'^\s*py3compile -p x-msrv(?::\w+)? (.*)', postinst, re.MULTILINE) == [f'/{LIB}', f'/{PROGRAM}']
+    assert re.search(r'^\s*py3clean -p x-msrv', prerm, re.MULTILINE)
+
+
+def test_the_deb_compiles_for_another_python(deb_tree):
+    """Hooks of python3, executable, else it passes them over; one a directory."""
+    for name, path in (('x-msrv', PROGRAM), ('x-msrv-libraries', LIB)):
+        hook = deb_tree / f'usr/share/python3/runtime.d/{name}.rtupdate'
+        assert os.access(hook, os.X_OK)
+        commands = re.findall(rf'^\s*(\w+) -p x-msrv(?::\w+)? +/{path}$', hook.read_text(), re.MULTILINE)
+        assert commands == ['py3clean', 'py3compile']
 
 
 def test_the_rpm_asks_for_what_the_launcher_finds():
     """And for nothing that only the builder has; its private libraries are nobody else's."""
     requires = run('rpm', '-qp', '--requires', RPM).splitlines()
-    assert '(python3.12 or python3.11 or (python3 >= 3.11 with python3 < 3.15))' in requires
+    assert f'({" or ".join(f"python{version}" for version in reversed(libraries.PYTHONS))}' \
+        ' or (python3 >= 3.11 with python3 < 3.15))' in requires
+    assert run('rpm', '-qp', '--recommends', RPM) == '(python3.12 if python3 < 3.11)\n'
     assert not [line for line in requires if re.search('python.*abi|libcrypto|libssl|libyaml', line)]
     assert not [line for line in run('rpm', '-qp', '--provides', RPM).splitlines() if '.so' in line]
 
@@ -169,7 +190,7 @@ def pythons():
 @pytest.mark.parametrize('python', list(pythons()), ids=lambda path: path.name)
 def test_the_program_runs_on_it(deb_tree, python):
     """With the libraries of the package, all of them from there."""
-    assert run(python, '-I', '-S', '-B', deb_tree / LIB, '--version') == f'x-msrv {VERSION}\n'
+    assert run(python, '-I', '-S', '-B', deb_tree / PROGRAM, '--version') == f'x-msrv {VERSION}\n'
     where = run(python, '-I', '-S', '-B', '-c', f'import sys; sys.path.insert(0, "{deb_tree / LIB}")\n'
                 'import aerospike, configobj, nsq, prometheus_client, tornado.speedups, tqdm, voluptuous\n'
                 'for name in ("aerospike", "nsq", "tornado", "tornado.speedups"): print(sys.modules[name].__file__)')
@@ -183,8 +204,10 @@ def test_both_packages_hold_the_same_files(deb_tree, rpm_tree):
     def elsewhere(path):
         return path.parts[:3] in (('usr', 'share', 'doc'), ('usr', 'share', 'zsh')) or path.parts[:2] == ('etc', 'sv')
     deb, rpm = ({path for path in files(tree) if not elsewhere(path)} for tree in (deb_tree, rpm_tree))
-    deb.discard(Path('usr/share/lintian/overrides/x-msrv'))
-    assert deb == rpm
+    assert {path for path in deb - rpm if path.parts[:3] not in (
+        ('usr', 'share', 'lintian'), ('usr', 'share', 'python3'))} == set()
+    assert {path for path in rpm - deb if path.parts[:3] != ('usr', 'share', 'licenses')} == set()
+    deb &= rpm
     for path in deb:
         if path.suffix != '.gz':
             assert (deb_tree / path).read_bytes() == (rpm_tree / path).read_bytes(), path
@@ -193,7 +216,9 @@ def test_both_packages_hold_the_same_files(deb_tree, rpm_tree):
 def test_everything_private_is_in_one_place(deb_tree):
     """Nothing of the system's Python, and no command but one."""
     for path in files(deb_tree):
-        assert path.suffix != '.pyc' and (path.suffix not in ('.py', '.so') or path.parts[:3] == LIB.parts), path
+        assert path.suffix != '.pyc' and (path.suffix not in ('.py', '.so') or path.parts[:3] == LIB.parts
+                                          or path.parent == PROGRAM), path
+    assert sorted(path.name for path in (deb_tree / PROGRAM).iterdir()) == ['__main__.py', 'xmsrv.py']
     assert [path.name for path in (deb_tree / 'usr' / 'bin').iterdir()] == ['x-msrv']
 
 
@@ -212,8 +237,32 @@ def test_the_libraries_are_those_of_the_pins(deb_tree):
     pins = (ROOT / 'vendor/requirements.txt').read_text()
     for name, version in re.findall(r'^([\w-]+)==(\S+) *\\?$', pins, re.MULTILINE):
         assert re.search(rf'^{re.sub("[-_]", "[-_]", name)} {re.escape(version)}$', listed, re.MULTILINE), name
-    assert re.search(r'^OpenSSL 3\.\S+ .* \(of the aerospike client\)$', listed, re.MULTILINE)
-    assert re.search(r'^libyaml \d\S+ \(of the aerospike client\)$', listed, re.MULTILINE)
+    for name in ('OpenSSL', 'libyaml', 'Lua'):
+        assert re.search(rf'^{name} \d\S+ (.* )?\(of the aerospike client\)$', listed, re.MULTILINE)
+
+
+def test_the_rpm_declares_what_it_bundles(deb_tree):
+    """Each line of the list, with its version, as Fedora asks."""
+    provides = run('rpm', '-qp', '--provides', RPM)
+    listed = (deb_tree / 'usr/share/doc/x-msrv/libraries.txt').read_text().lower().splitlines()
+    for line in listed:
+        name, version = line.replace('_', '-').split()[:2]
+        declared = rf'bundled\((python3-)?{re.escape(name)}\) = {re.escape(version)}'
+        assert re.search(f'^{declared}$', provides, re.MULTILINE), line
+    assert provides.count('bundled(') == len(listed)
+
+
+def test_the_licenses_of_both_packages_are_those_of_the_libraries(deb_tree):
+    """Each that a library's metadata names is in the rpm's License and in debian/copyright."""
+    license_tag = run('rpm', '-qp', '--queryformat', '%{license}', RPM)
+    named = {'MIT', 'BSD-2-Clause'}   # x-msrv's own and the Lua's; decorator's, of prometheus_client
+    for metadata in (deb_tree / LIB).glob('*.dist-info/METADATA'):
+        found = re.search(r'^License(?:-Expression)?: (.*)', metadata.read_text(), re.MULTILINE)
+        named.update(found[1].replace('Apache Software License', 'Apache-2.0').split(' AND ') if found else [])
+    assert set(license_tag.split(' AND ')) == named
+    machine_readable = (deb_tree / 'usr/share/doc/x-msrv/copyright').read_text().lower()
+    for name in (each.replace('MIT', 'Expat').lower() for each in named):
+        assert re.search(rf'^license: (.* )?{re.escape(name)}( |$)', machine_readable, re.MULTILINE), name
 
 
 def test_the_configuration_is_kept_over_an_upgrade():
@@ -259,4 +308,4 @@ def test_on_a_system_of_python_39_the_launcher_says_what_to_install(root):
         fake(root, name)
     run('chroot', root, '/usr/bin/x-msrv', 'once', expect=os.EX_SOFTWARE)
     fake(root, 'python3.12')
-    assert run('chroot', root, '/usr/bin/x-msrv', 'once') == 'python3.12 -I -S -B /usr/lib/x-msrv once\n'
+    assert run('chroot', root, '/usr/bin/x-msrv', 'once') == 'python3.12 -I -S -B /usr/share/x-msrv once\n'
