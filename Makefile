@@ -62,7 +62,8 @@ pins:  ## work out the versions and hashes anew from the *.in files, for every P
 	@set -e; pin() { \
 	    build/pins/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 	        --no-emit-index-url --no-emit-find-links --python build/pins/bin/python --output-file $$1.txt $$1.in $$2 $$3; }; \
-	pin vendor/build; pin vendor/requirements; pin test/requirements --constraint=vendor/build.txt --constraint=vendor/requirements.txt
+	pin vendor/build; pin vendor/requirements; pin test/packages/schemas; \
+	pin test/requirements --constraint=vendor/build.txt --constraint=vendor/requirements.txt
 
 clean:  ## remove all that make made
 	rm -rf build dist .venv
@@ -125,7 +126,32 @@ rpm: build/vendor/.$(ARCH)  ## build dist/*.rpm
 			--define 'deb_arch $(ARCH)' x-msrv-$$1/rpm/x-msrv.spec >../rpm.log 2>&1 || { cat ../rpm.log >&2; exit 1; }; \
 		cd $(CURDIR); mkdir -p $(DIST); mv $(STAGE)/rpm/RPMS/*/*.rpm $(DIST); echo $(DIST)/x-msrv-$$1-1.$(RPM_ARCH).rpm
 
-test-packages: venv nsq deb rpm guests  ## what the packages hold, reproducible builds, lintian; and both on booted systems
+# The image of the package in dist/: its base, and the tool that builds it, the first of these that is here.
+BASE = debian:trixie-slim
+BUILDER = $(notdir $(firstword $(shell command -v docker buildah podman)))
+IMAGE = x-msrv
+VERSION = $(shell sed -n "s/^__version__ = '\(.*\)'/\1/p" xmsrv.py)
+
+image: deb  ## build a container image, $(IMAGE):VERSION, by docker, buildah or podman (BUILDER=buildah BASE=debian:bookworm-slim)
+	@[ -n "$(BUILDER)" ] || $(call stop,neither docker nor buildah nor podman here: apt-get install buildah)
+	@$(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) --file Containerfile --platform linux/$(ARCH) \
+		--build-arg BASE=$(BASE) --build-arg VERSION='$(VERSION)-*' --tag $(IMAGE):$(VERSION) --tag $(IMAGE):latest .
+
+# Schemas of Kubernetes and compose files, for the tests of both, in a venv of their own: nothing else needs them.
+build/schemas/.made: test/packages/schemas.txt
+	@rm -rf build/schemas && $(PYTHON) -m venv build/schemas
+	@build/schemas/bin/python -m pip --quiet --disable-pip-version-check --no-input install --require-hashes -r $<
+	@touch $@.new && mv $@.new $@
+
+test-image: venv nsq deb image-tools build/schemas/.made  ## the image: built from nothing, a window in it; the examples for Kubernetes
+	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 2 --timeout 600 test/packages/test_image.py $(ARGS)
+
+image-tools:
+	@missing=; for pair in buildah:buildah mmdebstrap:mmdebstrap unshare:util-linux; do \
+		command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
+	[ -z "$$missing" ] || $(call apt,$$missing) || $(call stop,some tools are missing here: apt-get install$$missing)
+
+test-packages: venv nsq deb rpm guests image-tools build/schemas/.made  ## what the packages hold, reproducible builds, lintian; and both on booted systems
 	@for tool in lintian rpmlint mandoc cpio; do command -v $$tool >/dev/null || $(call apt,$$tool) \
 		|| $(call stop,no $$tool here: apt-get install $$tool); done
 	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 2 --timeout 600 test/packages $(ARGS)
@@ -171,6 +197,7 @@ install:  ## put all files below DESTDIR=, as the packages have them
 	$(call put,644) man/x-msrv.conf.5 $(DESTDIR)$(MANDIR)/man5/x-msrv.conf.5
 	$(call put,644) build/vendor/$(ARCH).txt $(DESTDIR)$(DOCDIR)/libraries.txt
 	umask 022 && install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples etc/x-msrv-full.conf etc/x-msrv-local.conf
+	umask 022 && install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples/kubernetes kubernetes/*.yaml
 	[ ! -d monitoring ] || (umask 022 && install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples/monitoring \
 		$$(find monitoring -maxdepth 1 -type f))
 	$(call complete,bash,$(DESTDIR)$(BASHDIR)/x-msrv)
@@ -198,4 +225,4 @@ build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/librar
 comma = ,
 .DELETE_ON_ERROR:
 .PHONY: help venv nsq demo test test-web test-monitoring lint mutants bench soak pins clean vendor deb rpm test-packages man \
-	install installcheck guests
+	install installcheck guests image image-tools test-image

@@ -16,7 +16,7 @@ import textwrap
 import time
 from pathlib import Path
 
-SOURCES = ('CHANGELOG.md', 'LICENSE', 'Makefile', 'README.md', 'bin', 'debian', 'etc', 'man',
+SOURCES = ('CHANGELOG.md', 'LICENSE', 'Makefile', 'README.md', 'bin', 'debian', 'etc', 'kubernetes', 'man',
            'monitoring', 'packaging', 'rpm', 'runit', 'systemd', 'test/nsq', 'xmsrv.py')
 REVISION = 1   # of the packages, where the program is the same
 MAINTAINER = 'the x-msrv authors <x-msrv@users.noreply.invalid>'

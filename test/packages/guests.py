@@ -22,10 +22,13 @@ TOOLS = {'systemd-nspawn': 'systemd-container', 'mmdebstrap': 'mmdebstrap', 'nse
          'vagrant': 'vagrant'}
 KEYRING = Path('/usr/share/keyrings/debian-archive-keyring.gpg')
 # What verify.sh and the packages use; nothing can be fetched once it has booted, for it has no network but its own lo.
-PACKAGES = ['systemd', 'systemd-sysv', 'libc6', 'zlib1g', 'python3', 'man-db', 'procps']
+BOOTED = ['systemd', 'systemd-sysv', 'libc6', 'zlib1g', 'python3', 'man-db', 'procps']
 RUNIT = ['runit', 'runit-run']
-KINDS = {'bookworm': ('bookworm', RUNIT), 'trixie': ('trixie', RUNIT), 'testing': ('testing', []),
-         'bookworm-dnf': ('bookworm', [*RUNIT, 'dnf', 'rpm'])}
+KINDS = {'bookworm': ('bookworm', [*BOOTED, *RUNIT]), 'trixie': ('trixie', [*BOOTED, *RUNIT]),
+         'testing': ('testing', BOOTED),
+         'bookworm-dnf': ('bookworm', [*BOOTED, *RUNIT, 'dnf', 'rpm']),
+         # Not to boot: what Debian's image for containers has, and what the package asks for.
+         'slim': ('trixie', ['libc6', 'zlib1g', 'python3', 'systemd-standalone-sysusers'])}
 CGROUPS = [path for path in (Path('/sys/fs/cgroup/unified'), Path('/sys/fs/cgroup/systemd'), Path('/sys/fs/cgroup'))
            if (path / 'cgroup.procs').exists()]
 PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
@@ -72,8 +75,8 @@ def mirror():
 
 def root(kind):
     """The directory of a kind of system; made where it is not there, or was made of other packages."""
-    suite, more = KINDS[kind]
-    packages = ','.join(PACKAGES + more)
+    suite, wanted = KINDS[kind]
+    packages = ','.join(wanted)
     made, stamp = GUESTS / kind, GUESTS / f'.{kind}.packages'
     with one_at_a_time(kind):
         if not (made.exists() and stamp.exists() and stamp.read_text() == packages):
