@@ -19,7 +19,7 @@ import aerospike
 import pytest
 from aerospike import exception
 from aerospike_helpers import expressions as exp
-from aerospike_helpers.batch.records import BatchRecords, Write
+from aerospike_helpers.batch.records import BatchRecords, Remove, Write
 from aerospike_helpers.operations import operations
 
 import aerospike_server
@@ -452,6 +452,37 @@ def test_rows_that_share_all_but_their_key(client, key):
     assert [row.record[2] for row in client.batch_read(keys, ['b']).batch_records] == [{'b': 'x'}] * 20
     assert [row.record[1]['gen'] for row in client.batch_read(keys, []).batch_records] == [1] * 20
     assert [row.result for row in client.batch_remove([*keys, key('none')]).batch_records] == [0] * 20 + [2]
+
+
+def removed(client, rows, **policy):
+    """Remove each (key, moment) in one batch, where the stored time is not newer: the results."""
+    batch = BatchRecords([Remove(key, {**if_newer('gts', moment), **policy}) for key, moment in rows])
+    client.batch_write(batch)
+    return [each.result for each in batch.batch_records]
+
+
+def test_a_batch_removes_what_its_filters_let_it(client, key):
+    write(client, [(key('old'), {'gts': 1}), (key('same'), {'gts': 2}), (key('new'), {'gts': 3}),
+                   (key('none'), {'a': 1}), (key('text'), {'gts': 'x'})])
+    names = 'old', 'same', 'new', 'none', 'text', 'absent'
+    assert removed(client, [(key(name), 2) for name in names]) == [0, 0, 27, 0, 27, 2]
+    assert [client.exists(key(name))[1] is not None for name in names] == [False, False, True, False, True, False]
+
+
+def test_a_removed_record_forgets_its_time(client, key):
+    write(client, [(key(1), {'gts': 5})])
+    assert removed(client, [(key(1), 9)]) == [0]
+    assert write(client, [(key(1), {'gts': 4}, if_newer('gts', 4))]) == (0, [0])
+
+
+def test_a_durable_delete_needs_an_enterprise_server(server, local):
+    key = local_keys(1)[0]
+    local.put(key, {'gts': 1})
+    assert removed(local, [(key, 1), ((*key[:2], 'absent'), 1)], durable_delete=True) == [25, 25]
+    server.edition = aerospike_server.ENTERPRISE
+    assert removed(local, [(key, 1), ((*key[:2], 'absent'), 1)], durable_delete=True) == [0, 2]
+    assert server.namespaces['test'].durable_deletes == 1
+    assert info(local, 'edition') == aerospike_server.ENTERPRISE
 
 
 def test_rows_with_the_flags_of_transactions(client, key):

@@ -30,6 +30,7 @@ import time
 from servers import PORTS
 
 NODE, BUILD, CLUSTER = 'BB901000000FC02', '8.1.1.2', 'standin'
+COMMUNITY, ENTERPRISE = 'Aerospike Community Edition', 'Aerospike Enterprise Edition'
 PARTITIONS = 4096
 EPOCH = 1262304000    # s; void times count from the start of 2010 (UTC)
 LONGEST_TTL = 315360000  # s, ten years
@@ -39,7 +40,8 @@ CHUNK = 500           # records in a frame of a query's answer
 
 # Result codes.
 OK, NOT_FOUND, WRONG_GENERATION, BAD_REQUEST, EXISTS, NO_SPACE, TOO_BIG = 0, 2, 3, 4, 5, 8, 13
-NO_NAMESPACE, BAD_BIN_NAME, FORBIDDEN, FILTERED_OUT, NO_GEOMETRY, NO_INDEX = 20, 21, 22, 27, 160, 201
+NO_NAMESPACE, BAD_BIN_NAME, FORBIDDEN, ENTERPRISE_ONLY, FILTERED_OUT = 20, 21, 22, 25, 27
+NO_GEOMETRY, NO_INDEX = 160, 201
 NO_SECURITY, BAD_COMMAND, NO_USER, BAD_CREDENTIAL, NOT_AUTHENTICATED = 51, 54, 60, 65, 80
 
 # Frames, and the flags of a record message: info1, info2, info3.
@@ -51,7 +53,7 @@ FIELD = struct.Struct('>IB')
 OP = struct.Struct('>IBBBB')  # size, op, particle type, version, size of the name
 ROW = struct.Struct('>I20sB')
 READ, GET_ALL, BATCH, NO_BINS = 1, 2, 8, 32
-WRITE, DELETE, SAME_GENERATION, NEWER_GENERATION, CREATE_ONLY, ALL_OPS = 1, 2, 4, 8, 32, 128
+WRITE, DELETE, SAME_GENERATION, NEWER_GENERATION, DURABLE, CREATE_ONLY, ALL_OPS = 1, 2, 4, 8, 16, 32, 128
 LAST, UPDATE_ONLY, REPLACE, REPLACE_ONLY = 1, 8, 16, 32
 REPEAT, HAS_INFO, HAS_GENERATION, HAS_TTL, HAS_INFO4 = 1, 2, 4, 8, 16
 NAMESPACE, SET, KEY, DIGEST, PARTITION_LIST, DIGEST_LIST, MOST, RANGE, UDF, BATCH_ROWS, FILTER = (
@@ -298,6 +300,7 @@ class Namespace:
     def __init__(self, server):
         self.server, self.records = server, {}
         self.set_count_limits = {}   # name of a set -> its stop-writes-count
+        self.durable_deletes = 0
 
     def live(self, digest):
         """The record, None where there is none or it has expired."""
@@ -312,6 +315,7 @@ class Namespace:
         old = None
         try:
             if request.info2 & WRITE and request.info2 & DELETE:
+                self.check_durability(request)
                 return self.remove(request, digest)
             if request.info2 & WRITE:
                 self.check_stop_writes()
@@ -341,6 +345,7 @@ class Namespace:
         check_generation(request, old)
         check_filter(request, old)
         del self.records[digest]
+        self.durable_deletes += bool(request.info2 & DURABLE)
         return Answer(OK)
 
     def write(self, request, digest, old):
@@ -387,6 +392,11 @@ class Namespace:
             raise Refused(FORBIDDEN)
         if self.server.stop_writes:
             raise Refused(NO_SPACE)
+
+    def check_durability(self, request):
+        """The Community Edition refuses a durable delete before it looks for the record."""
+        if request.info2 & DURABLE and self.server.edition == COMMUNITY:
+            raise Refused(ENTERPRISE_ONLY)
 
     def check_set_count(self, name):
         """A set at its stop-writes-count takes no new record; what is there can be written."""
@@ -598,7 +608,8 @@ class AerospikeServer:
 
     tls: an SSLContext of the server's side. users: name -> password; with them a log-in comes before all else. Set at
     any time: nsup_period, default_ttl, allow_ttl_without_nsup, max_record_size, stop_writes, clock_skew_stop_writes,
-    build (its version), batch_max_requests (which is only told), and what goes wrong:
+    build (its version), edition (ENTERPRISE takes durable deletes), batch_max_requests (which is only told), and what
+    goes wrong:
 
     judge(write): called before each write of a record is done. None lets it be, an int is answered instead, Lost(code)
         is answered after it. `write` is a Write.
@@ -611,7 +622,7 @@ class AerospikeServer:
         self.nsup_period, self.default_ttl, self.allow_ttl_without_nsup = nsup_period, 0, False
         self.max_record_size = 1 << 20
         self.stop_writes = self.clock_skew_stop_writes = False
-        self.build, self.batch_max_requests = BUILD, 0
+        self.build, self.edition, self.batch_max_requests = BUILD, COMMUNITY, 0
         self.judge, self.delay, self.drop_answers, self.refuse_logins = None, 0, 0, None
         self.writes = 0
         self.namespaces = {name: Namespace(self) for name in namespaces}
@@ -818,7 +829,7 @@ class AerospikeServer:
         command, _, rest = re.match('([^/:]*)([/:]?)(.*)', line).groups()
         known = {
             'node': NODE, 'build': self.build, 'cluster-name': CLUSTER, 'status': 'ok', 'user-agent-set': 'ok',
-            'edition': 'Aerospike Community Edition', 'partition-generation': '0', 'peers-generation': '0',
+            'edition': self.edition, 'partition-generation': '0', 'peers-generation': '0',
             'service-clear-std': self.address, 'service-tls-std': self.address, 'namespaces': ';'.join(self.namespaces)}
         if command in ('peers-clear-std', 'peers-tls-std'):
             return f'0,{self.port},[]'
