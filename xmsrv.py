@@ -187,6 +187,7 @@ class Answer(NamedTuple):
 
 
 STORED = Answer('stored')           # durably
+DELETED = Answer('deleted')         # durably: no record of that key is there, or its tombstone
 DUPLICATE = Answer('duplicate')     # the key was there, and write = create
 STALE = Answer('stale')             # the stored record of that key is newer
 DEAD = Answer('dead')               # durably kept as dead letter, or discarded by wish
@@ -237,11 +238,11 @@ def open_regular(filename: str, flags: int, mode: int = 0o640) -> int:
     return fd
 
 
-OUTCOMES = ('received', 'stored', 'duplicate', 'stale', 'dead', 'requeued', 'late')
+OUTCOMES = ('received', 'stored', 'deleted', 'duplicate', 'stale', 'dead', 'requeued', 'late')
 # What follows for the message from each outcome: the method of Window that settle() calls.
-ACTIONS = {'stored': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish', 'rejected': 'reject_for',
-           'retry': 'retry', 'busy': 'retry', 'refused': 'on_refused', 'stop': 'on_store_stop',
-           'unkept': 'on_unkept', 'unsettled': 'postpone'}
+ACTIONS = {'stored': 'finish', 'deleted': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish',
+           'rejected': 'reject_for', 'retry': 'retry', 'busy': 'retry', 'refused': 'on_refused',
+           'stop': 'on_store_stop', 'unkept': 'on_unkept', 'unsettled': 'postpone'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,7 +594,7 @@ METRICS = (
     Metric('xmsrv_store_errors_total', 'counter', ('code',), 'Records that the store did not take, by its answer.'),
     Metric('xmsrv_store_batch_seconds', 'histogram', (), 'Seconds that a call of the store took.'),
     Metric('xmsrv_store_batch_records', 'histogram', (), 'Records in a call of the store.'),
-    Metric('xmsrv_lag_seconds', 'histogram', (), 'Age of a message when it was stored, in seconds.'),
+    Metric('xmsrv_lag_seconds', 'histogram', (), 'Age of a message when its record was stored or deleted, in seconds.'),
     Metric('xmsrv_in_flight', 'gauge', (), 'Messages held, without an answer to nsqd yet.'),
     Metric('xmsrv_connections', 'gauge', ('state',), 'nsqds that are connected (up), and that are not (down).'),
     Metric('xmsrv_store_up', 'gauge', (), '1 while the store takes records, 0 while it does not.', min),
@@ -702,7 +703,7 @@ class Figures:
 
     def settled(self, answer: Answer, messages: list[Any], now: float) -> None:
         """Messages that are finished, by the same answer."""
-        if answer is STORED:
+        if answer is STORED or answer is DELETED:
             self.lag.observe_all([now - message.timestamp / 1e9 for message in messages])
         elif answer is DEAD:
             for message in messages:
@@ -1041,6 +1042,13 @@ def time_to_live(value):
     if not 1 <= seconds <= MAX_TTL or seconds % 1:
         raise ValueError('a whole number of seconds, from 1s to 3650d')
     return int(seconds)
+
+
+def time_to_keep(value):
+    """`never` as NEVER, or a duration as whole seconds."""
+    if value == 'default':
+        raise ValueError('never, or a duration such as 1h, 30d')
+    return time_to_live(value)
 
 
 def address(value):
@@ -1407,6 +1415,15 @@ OPTIONS = (
     Option('record', 'bins', None, subsection(bin_source, bin_name),
            'A line a field, PATH = BIN; all others keep their names. Also ' + ', '.join(METADATA) + '.'),
 
+    Option('record.delete', 'field', '', optional(Path.parse), 'PATH of the field that says that a record is deleted.'),
+    Option('record.delete', 'values', '', listed(text),
+           'It is, where the field has one of these values: strings, integers, true, false or null.'),
+    Option('record.delete', 'mode', 'tombstone', one_of('tombstone', 'remove'),
+           'tombstone: key and time stay, so that an older message that comes late changes nothing; remove: nothing '
+           'stays.'),
+    Option('record.delete', 'keep', '7d', time_to_keep,
+           'How long a tombstone stays: longer than any message can be late.'),
+
     Option('aerospike', 'hosts', '', listed(address),
            'host:port of some nodes, separated by commas; they name the others. Must be set.'),
     Option('aerospike', 'namespace', '', optional(aerospike_name(31)), 'Namespace of the records. Must be set.'),
@@ -1438,7 +1455,8 @@ OPTIONS = (
     Option('metrics', 'textfile', '', optional(path),
            'File that `once` writes the same figures to, NAME.prom in the directory of node_exporter; empty: none.'),
 )
-SUBSECTIONS = {'nsq.tls', 'aerospike.tls'}   # only on when the file has them
+# Only on when the file has them, and what they turn on.
+SUBSECTIONS = {'nsq.tls': 'turns TLS on', 'aerospike.tls': 'turns TLS on', 'record.delete': 'turns deletes on'}
 
 
 class FaultKind(enum.Enum):
@@ -1702,6 +1720,7 @@ def typed(raw):
     config.aerospike.tls = getattr(config.aerospike, 'tls', None)
     config.message.fields = getattr(config.message, 'fields', {})
     config.record.bins = getattr(config.record, 'bins', {})
+    config.record.delete = getattr(config.record, 'delete', None)
     derive(config)
     faults += [fault for fault in cross_faults(config)
                if not at_fault & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
@@ -1731,6 +1750,8 @@ def cross_faults(config):
         yield Fault('nsq', 'nsqd-tcp-address', None, f'either this or lookupd-http-address: {both}')
     yield from dead_letter_faults(nsq_, dead)
     yield from mapping_faults(config)
+    if config.record.delete:
+        yield from delete_faults(config)
     yield from store_faults(config)
     yield from tls_faults(config)
     yield from environment_faults(config)
@@ -1816,6 +1837,50 @@ def top_names(message: types.SimpleNamespace, record: types.SimpleNamespace) -> 
     kept = (path for path in message.fields if message.unknown_fields != 'drop' or path not in record.bins)
     return {str(path.steps[0]) for path in kept} - {path.steps[0] for path in record.bins
                                                     if isinstance(path, Path) and len(path.steps) == 1}
+
+
+def delete_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
+    """Yields what is wrong with [[delete]], and between it and the other options."""
+    message, record, delete = config.message, config.record, config.record.delete
+    if not delete.field:
+        yield Fault('record.delete', 'field', None, 'missing; name the field that says that a record is deleted')
+    if not delete.values:
+        yield Fault('record.delete', 'values', None, 'missing; name the values of the field that say so')
+    if record.key == '$id':
+        yield Fault('record', 'key', '$id', 'never the same for two messages: [[delete]] needs a field as key')
+    elif record.write != 'replace':
+        yield Fault('record', 'write', record.write, '[[delete]] needs replace: the newest message of a key wins')
+    if delete.field in message.fields:
+        yield from impossible_values(message, delete)
+    elif delete.field and message.fields and message.unknown_fields == 'reject' and not any(
+            known.leads_to(delete.field) or delete.field.leads_to(known) for known in message.fields):
+        yield Fault('record.delete', 'field', str(delete.field), 'no such field in [message] [[fields]]')
+
+
+def impossible_values(message: types.SimpleNamespace, delete: types.SimpleNamespace) -> Iterator[Fault]:
+    """Yields the values of [[delete]] that the rule of its field takes from no message."""
+    for word in delete.values:
+        if word != 'null' and not any(takes(message.fields[delete.field].check, value) for value in readings_of(word)):
+            yield Fault('record.delete', 'values', word, f'never comes: [[fields]] says otherwise of {delete.field}')
+    if 'null' in delete.values and message.nulls == 'reject' and len(delete.field.steps) == 1:
+        yield Fault('record.delete', 'values', 'null', 'never comes: [message] has nulls = reject')
+
+
+def takes(check: Callable[[Any], Any], value: object) -> bool:
+    """Whether a rule of [[fields]] takes a value."""
+    try:
+        check(value)
+    except vol.Invalid:
+        return False
+    return True
+
+
+def readings_of(word: str) -> list[Any]:
+    """The values for which a word of [[delete]] may stand: the string, and an integer, true, false or null."""
+    literals = {'true': True, 'false': False, 'null': None}
+    if re.fullmatch('-?(0|[1-9][0-9]{0,18})', word):
+        return [word, int(word)]
+    return [word, literals[word]] if word in literals else [word]
 
 
 def store_faults(config):
@@ -1985,7 +2050,7 @@ def sample_line(option):
 def headline(section):
     """The lines that open a section in the sample."""
     outer, _, inner = section.partition('.')
-    return [f'# [[{inner}]] turns TLS on.', f'# [[{inner}]]'] if inner else [f'[{outer}]']
+    return [f'# [[{inner}]] {SUBSECTIONS[section]}.', f'# [[{inner}]]'] if inner else [f'[{outer}]']
 
 
 class PrintedConfig(configobj.ConfigObj):   # type: ignore[misc]  # it has no hints
@@ -2153,6 +2218,12 @@ class Record:
         self.time = time
         self.set = set
         self.ttl = ttl
+
+
+class Deletion(Record):
+    """Deletes the record of its key. bins: those of the tombstone, where one is to stand in its place for `ttl`."""
+
+    __slots__ = ()
 
 
 class Marker:
@@ -2389,13 +2460,15 @@ def typed_bins(config: types.SimpleNamespace) -> dict[str, str]:
 
 
 class MessageSchema:
-    """The rules of [[fields]] for each message, and what becomes of the fields that it does not name."""
+    """The rules of [[fields]] for each message, and what becomes of the fields that it does not name. Of a message that
+    deletes a record (`partial`) no field is required."""
 
-    def __init__(self, message: types.SimpleNamespace) -> None:
+    def __init__(self, message: types.SimpleNamespace, partial: bool = False) -> None:
         fields = message.fields
         implied = {path: FieldRule(kind, of_type(kind)) for path, kinds in parent_types(fields).items()
                    for kind in kinds if path not in fields or fields[path].kind in OPEN_TYPES}
-        self.rules = [(path.get, path.label, check_geojson if rule.kind == 'geojson' else rule.check, rule.required)
+        self.rules = [(path.get, path.label, check_geojson if rule.kind == 'geojson' else rule.check,
+                       rule.required and not partial)
                       for path, rule in (*fields.items(), *implied.items())]
         self.unknown, self.names = message.unknown_fields, known_names(fields)
 
@@ -2451,6 +2524,22 @@ def take_out(fields: dict[str, Any], steps: Sequence[str | int], names: Names | 
             del fields[str(name)]
 
 
+class DeletionRule:
+    """Which messages delete the record of their key, by [[delete]]. keep: of a tombstone, in seconds."""
+
+    def __init__(self, delete: types.SimpleNamespace, message: types.SimpleNamespace) -> None:
+        self.field, self.keep = delete.field, delete.keep
+        # With their types, for True and 1 are equal in Python.
+        self.values = {(value.__class__, value) for word in delete.values for value in readings_of(word)}
+        self.types = {kind for kind, _ in self.values}
+        self.schema = MessageSchema(message, partial=True) if message.fields else None
+
+    def applies_to(self, fields: dict[str, Any]) -> bool:
+        """Whether a message, as it was decoded, deletes its record."""
+        value = self.field.descend(fields, UNKNOWN)
+        return value.__class__ in self.types and (value.__class__, value) in self.values
+
+
 class Mapper:
     """Makes the record of a message, by [message] and [record]."""
 
@@ -2472,10 +2561,13 @@ class Mapper:
         self.topic = config.nsq.topic
         self.taken = {name for name in (self.id_bin, self.time_bin) if name} | set(record.bins.values())
         self.known: set[str] = set()   # names of bins that were found good: a cache, bounded
+        self.deletion = DeletionRule(record.delete, message) if record.delete else None
 
     def record(self, message: Message) -> Record:
         """The Record of `message`; raises Unfit."""
         fields = decode(message.body)
+        if self.deletion and self.deletion.applies_to(fields):
+            return self.deletion_of(fields, message, self.deletion)
         if None in fields.values():
             fields = self.without_nulls(fields)
         if self.schema:
@@ -2492,6 +2584,18 @@ class Mapper:
         if not 0 < len(bins) <= MAX_BINS:
             raise Unfit('unsupported-value', too_many_bins(len(bins)) if bins else 'no field to store')
         return Record(key, bins, moment, set_, ttl)
+
+    def deletion_of(self, fields: dict[str, Any], message: Message, rule: 'DeletionRule') -> Deletion:
+        """The Deletion that a message asks for: it needs key and time, and of its other fields only what it has is
+        checked. Raises Unfit."""
+        if None in fields.values():
+            fields = self.without_nulls(fields)
+        if rule.schema:
+            fields = rule.schema.apply(fields)
+        key, moment = self.key_of(fields), self.time_of(fields, message)
+        set_ = self.set_of(fields) if self.set_field else None
+        bins = {self.id_bin: key, self.time_bin: moment} if self.id_bin else {self.time_bin: moment}
+        return Deletion(key, bins, moment, set_, rule.keep)
 
     def without_nulls(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields without nulls at the top: an absent bin reads as null, and the client would refuse one. Those of a
@@ -3223,12 +3327,16 @@ class SqliteStore(Store):
     # "key" has no type: no affinity, so that 1 and "1" stay two keys (sqlite.org/datatype3.html, 3.1)
     table = ('CREATE TABLE IF NOT EXISTS records ("set" TEXT NOT NULL, "key" NOT NULL, bins TEXT NOT NULL,'
              ' stored_at TEXT NOT NULL, PRIMARY KEY ("set", "key")) WITHOUT ROWID')
+    drop = ('DELETE FROM records WHERE expires_at <= (SELECT max(expires_at) FROM'
+            ' (SELECT expires_at FROM records WHERE expires_at <= ? ORDER BY expires_at LIMIT 1000))')
     to_json = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode
 
     def __init__(self, config):
         self.path, self.set = config.sqlite.path, config.sqlite.set
         self.mode, self.time_bin, self.set_field = config.record.write, config.record.time_bin, config.record.set_field
         self.judged = bool(self.time_bin) or self.mode != 'replace'   # else each record is written, whatever is there
+        self.delete_mode = config.record.delete and config.record.delete.mode
+        self.columns = ()        # of the table, once it is open
         self.db = None
 
     def open(self):
@@ -3240,11 +3348,28 @@ class SqliteStore(Store):
             self.db.execute('PRAGMA journal_mode = WAL')
             self.db.execute('PRAGMA synchronous = FULL')
             self.db.execute(self.table)
-            self.db.execute('BEGIN IMMEDIATE')
-            self.upsert([Record('', {}, None)])   # a table of another form is found out before the first message
-            self.db.execute('ROLLBACK')
+            self.prepare_table()
             self.file = os.stat(self.path)
         log.debug('sqlite %s: open', self.path)
+
+    def prepare_table(self) -> None:
+        """Adds the column for tombstones where they are wanted, and finds out a table of another form before the first
+        message. Who has opened the table before that column came fails from then on, and opens it again: else it would
+        write a record and leave the end of a tombstone beside it."""
+        self.db.execute('BEGIN IMMEDIATE')
+        self.columns = self.read_columns()
+        if self.delete_mode == 'tombstone' and 'expires_at' not in self.columns:
+            self.db.execute('ALTER TABLE records ADD COLUMN expires_at TEXT')
+            self.db.execute('CREATE INDEX IF NOT EXISTS tombstones ON records (expires_at) WHERE expires_at NOTNULL')
+            self.columns = self.read_columns()
+        self.db.execute('SAVEPOINT trial')
+        self.upsert([Record('', {}, None)])
+        self.db.execute('ROLLBACK TO trial')
+        self.db.execute('COMMIT')
+
+    def read_columns(self) -> tuple[str, ...]:
+        """The names of the table's columns."""
+        return tuple(row[1] for row in self.db.execute('PRAGMA table_info (records)'))
 
     @contextlib.contextmanager
     def complaints(self):
@@ -3262,8 +3387,9 @@ class SqliteStore(Store):
         IMMEDIATE holds the file's write lock, so nothing comes between the look and the write."""
         with self.complaints():
             self.db.execute('BEGIN IMMEDIATE')
+            self.drop_expired()
             answers = self.judge(records) if self.judged else [STORED] * len(records)
-            self.upsert([record for record, answer in zip(records, answers, strict=True) if answer is STORED])
+            self.carry_out(records, answers)
             self.db.execute('COMMIT')
             if not os.path.samestat(os.stat(self.path), self.file):   # with WAL, SQLite goes on in what nobody can find
                 raise OSError('the file was replaced while it was in use')
@@ -3273,6 +3399,9 @@ class SqliteStore(Store):
         """Writes all in one statement: the interpreter lock is let go once, not once a row (each time it may take
         5 ms to come back while the loop decodes: 400 rows/s instead of 90,000, measured)."""
         if not records:
+            return
+        if 'expires_at' in self.columns:
+            self.upsert_with_expiry(records)
             return
         # An upsert takes no key twice.
         if self.set_field:
@@ -3290,21 +3419,71 @@ class SqliteStore(Store):
         """The set and the key of a record."""
         return record.set or self.set, record.key
 
+    def upsert_with_expiry(self, records: list[Record]) -> None:
+        """As upsert(), in a table that has tombstones: each with its end, and a record without one."""
+        rows = {place: (*place, self.to_json(record.bins), self.end_of(record))
+                for place, record in zip(map(self.place, records), records, strict=True)}
+        self.db.execute(
+            'INSERT INTO records SELECT column1, column2, column3, ?1, column4 FROM (VALUES ' +
+            ','.join(['(?,?,?,?)'] * len(rows)) + ') WHERE true ON CONFLICT ("set", "key")'
+            ' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at, expires_at = excluded.expires_at',
+            (rfc3339(time.time()), *itertools.chain.from_iterable(rows.values())))
+
+    @staticmethod
+    def end_of(record: Record) -> str | None:
+        """When a tombstone ends, as text that compares like the time; None for a record, which stays."""
+        if not isinstance(record, Deletion):
+            return None
+        return 'never' if record.ttl == NEVER else rfc3339(time.time() + (record.ttl or 0))
+
+    def drop_expired(self) -> None:
+        """Removes tombstones that have ended; a bounded number, for the batch behind it waits. Until its turn comes one
+        still holds off older messages."""
+        if 'expires_at' in self.columns:
+            self.db.execute(self.drop, (rfc3339(time.time()),))
+
+    def carry_out(self, records: list[Record], answers: list[Answer]) -> None:
+        """Writes the records and tombstones that nothing newer stands against, and removes what is to be removed."""
+        judged, removed = list(zip(records, answers, strict=True)), set()
+        if self.delete_mode == 'remove':
+            removed = {self.place(record) for record, answer in judged if answer is DELETED}
+        self.upsert([record for record, answer in judged
+                     if answer is STORED and not (removed and self.place(record) in removed)
+                     or answer is DELETED and not removed])
+        for set_, places in grouped(list(removed), lambda place: place[0]):
+            self.db.execute(f'DELETE FROM records WHERE "set" = ? AND "key" IN ({",".join("?" * len(places))})',
+                            (set_, *(key for _, key in places)))
+
     def judge(self, records):
-        """An Answer for each record; a record that is to be written is changed to what shall stand there then."""
-        there = self.stored(records)
-        answers = []
-        for record in records:
-            place = self.place(record)
-            answer = self.verdict(record, there[place]) if place in there else STORED
-            if answer is STORED and self.mode == 'update':
-                record.bins = {**there.get(place, {}), **record.bins}
-                if len(record.bins) > MAX_BINS:
-                    answer = Answer('rejected', 'unsupported-value', too_many_bins(len(record.bins)))
-            if answer is STORED:
-                there[place] = record.bins
-            answers.append(answer)
+        """An Answer for each record; a record that is to be written is changed to what shall stand there then.
+
+        What is removed leaves no time behind, by which an older message of the same batch could be told: so removals
+        come after all else.
+        """
+        there, order = self.stored(records), range(len(records))
+        if self.delete_mode == 'remove':
+            order = sorted(order, key=lambda at: isinstance(records[at], Deletion))
+        answers = [STORED] * len(records)
+        for at in order:
+            answers[at] = self.judge_record(records[at], there)
         return answers
+
+    def judge_record(self, record: Record, there: dict[tuple[str, str | int], Any]) -> Answer:
+        """The Answer for one record, and in `there` what is stored after it."""
+        place = self.place(record)
+        answer = self.verdict(record, there[place]) if place in there else STORED
+        if answer is STORED and self.mode == 'update':
+            record.bins = {**there.get(place, {}), **record.bins}
+            if len(record.bins) > MAX_BINS:
+                answer = Answer('rejected', 'unsupported-value', too_many_bins(len(record.bins)))
+        if answer is not STORED:
+            return answer
+        there[place] = record.bins
+        if not isinstance(record, Deletion):
+            return STORED
+        if self.delete_mode == 'remove':
+            del there[place]
+        return DELETED
 
     def verdict(self, record, bins):
         """The Answer for a record whose key is there, with `bins`."""
@@ -3338,13 +3517,15 @@ class SqliteStore(Store):
 
     def describe(self):
         """Path, number of records, SQLite's version."""
+        tombstone = 'expires_at' if 'expires_at' in self.columns else 'NULL'
+        query = f'SELECT count(*), count({tombstone}), count(DISTINCT "set") FROM records'
         with self.complaints():
-            number = self.db.execute('SELECT count(*) FROM records WHERE "set" = ?', (self.set,)).fetchone()[0]
-            line = f'sqlite {self.path}: {number} records in set {self.set}'
-            if self.set_field:
-                line = 'sqlite {}: {} records in {} sets'.format(self.path, *self.db.execute(
-                    'SELECT count(*), count(DISTINCT "set") FROM records').fetchone())
-        return f'{line}, SQLite {sqlite3.sqlite_version}', []
+            found = self.db.execute(query if self.set_field else query + ' WHERE "set" = ?',
+                                    () if self.set_field else (self.set,))
+            number, tombstones, sets = found.fetchone()
+        records = f'{number - tombstones} records' + (f' and {tombstones} tombstones' if tombstones else '')
+        where = f'{sets} sets' if self.set_field else f'set {self.set}'
+        return f'sqlite {self.path}: {records} in {where}, SQLite {sqlite3.sqlite_version}', []
 
     def close(self):
         """Closes the file."""
@@ -3366,6 +3547,7 @@ ADVICE = {8: 'make room', 9: 'see whether the nodes are overloaded or gone', 18:
           22: 'a stop-writes limit of the set, clock skew between the nodes, or a ttl where nsup-period is 0; '
               'x-msrv check --connect names it',
           80: 'see user in [aerospike]', 81: 'give the user the role read-write', 82: 'the whitelist lacks this host'}
+NOT_FOUND = 2            # no record of that key
 FORBIDDING = (8, 22)     # answers for which a node's own facts name the cause
 # Bins above which a record goes in a call of its own: the server compares the name of each bin with all before it, so
 # 4,000 take 0.1 s and 32,767 take seconds (8.1, measured), for which the other records of a batch would have to wait.
@@ -3422,6 +3604,22 @@ def write_obstacles(ttl, namespace, set_, name='the set'):
         yield f'a ttl is refused{source}, for nsup-period is 0 and allow-ttl-without-nsup is off'
 
 
+def tombstone_obstacles(keep: int | None, namespace: dict[str, str]) -> Iterator[str]:
+    """Yields why a node refuses tombstones that end after `keep` seconds, by its facts of the namespace."""
+    if keep not in (None, NEVER) and namespace.get('nsup-period') == '0' and (
+            namespace.get('allow-ttl-without-nsup') != 'true'):
+        yield ('the tombstones of [[delete]] are refused, for keep is a ttl, nsup-period is 0 and '
+               'allow-ttl-without-nsup is off: set nsup-period, or keep = never')
+
+
+def lasting_tombstones(keep: int | None, namespace: dict[str, str]) -> list[str]:
+    """Says that a namespace takes tombstones and does not remove them when they have ended."""
+    if keep in (None, NEVER) or namespace.get('nsup-period') != '0' or (
+            namespace.get('allow-ttl-without-nsup') != 'true'):
+        return []
+    return ['the tombstones of [[delete]] are not removed after keep, for nsup-period is 0: they fill the storage']
+
+
 class ConnectLog:
     """Collects what the client logs while it connects: its exceptions say `Failed to connect`, not which host nor why.
 
@@ -3470,6 +3668,14 @@ def reason_of(code, text):
     return text or code.removeprefix('ERR_').replace('_', ' ').lower()
 
 
+@functools.cache
+def names_of_answers() -> dict[int, str]:
+    """The client's names of the answers of a cluster, by code."""
+    from aerospike import exception
+    codes = {name: getattr(error, 'code', None) for name, error in vars(exception).items()}
+    return {code: name for name, code in codes.items() if isinstance(code, int)}
+
+
 class AerospikeStore(Store):
     """Records in an Aerospike cluster: a batch_write a call, each record judged by its own answer.
 
@@ -3496,10 +3702,8 @@ class AerospikeStore(Store):
         """Connects, after any fork. Imports the client here: no other store needs it."""
         import aerospike
         from aerospike_helpers.batch import records
-        self.aerospike, self.Batch, self.Write = aerospike, records.BatchRecords, records.Write
+        self.aerospike, self.batch, self.Write = aerospike, records, records.Write
         self.op = aerospike.OPERATOR_WRITE
-        self.names = {error.code: name for name, error in vars(aerospike.exception).items()
-                      if isinstance(getattr(error, 'code', None), int)}
         self.policy = {'key': aerospike.POLICY_KEY_SEND, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
                        'exists': getattr(aerospike, EXISTS[self.record.write]), 'ttl': self.record.ttl}
         self.filter = newest_wins(self.record.time_bin) if self.record.time_bin else None
@@ -3511,6 +3715,9 @@ class AerospikeStore(Store):
             versions = self.ask('build', time.monotonic() + self.options.total_timeout)
         for version in versions.values():
             check_version(self.where, version)
+        if self.removes:
+            self.removal = {**{name: self.policy[name] for name in ('key', 'commit_level')},
+                            'durable_delete': self.takes_durable_deletes()}
         log.debug('%s: connected', self.where)
 
     def connect(self):
@@ -3555,7 +3762,7 @@ class AerospikeStore(Store):
 
     def named(self, code):
         """An answer's code by its name, and what to do about it."""
-        name = self.names.get(code, 'not known to the client')
+        name = names_of_answers().get(code, 'not known to the client')
         advice = self.advice.get(code) or ADVICE.get(code)
         return f'{code} {name}' + (f' ({advice})' if advice else '')
 
@@ -3565,6 +3772,16 @@ class AerospikeStore(Store):
             self.advice[code] = None   # what held for an earlier batch may be over
             with contextlib.suppress(StoreDown):
                 self.advice[code] = '; '.join(self.obstacles(deadline))
+
+    def takes_durable_deletes(self) -> bool:
+        """Whether all nodes have durable deletes, after which none that starts anew finds the record again. The
+        Community Edition refuses them. Raises StoreDown."""
+        for question in ('release', 'edition'):   # from 8.1 on, and before
+            with contextlib.suppress(StoreDown):
+                editions = self.ask(question, time.monotonic() + self.options.total_timeout).values()
+                if all('Edition' in edition for edition in editions):
+                    return not any('Community' in edition for edition in editions)
+        raise StoreDown(f'{self.where}: no node says which edition it is, so whether it has durable deletes')
 
     def limits(self, deadline):
         """The policy of one call that has to be back at `deadline` (monotonic)."""
@@ -3577,27 +3794,57 @@ class AerospikeStore(Store):
         """Outages come as answers, not as exceptions."""
         deadline = time.monotonic() + self.options.total_timeout
         writes = [self.as_write(record) for record in records]
+        removals = [write for write in writes if self.is_removal(write)] if self.removes else []
+        others = [write for write in writes if not self.is_removal(write)] if removals else writes
         if max([len(record.bins) for record in records], default=0) > WIDE_RECORD:
-            self.call_apart(writes, deadline)
-        else:
-            self.call(writes, deadline)
-        if not any(write.result for write in writes):   # as it mostly is
-            self.proven = True
-            return [STORED] * len(writes)
-        return self.judge(records, writes, deadline)
+            self.call_apart(others, deadline)
+        elif others or not removals:
+            self.call(others, deadline)
+        if removals:
+            self.call_removals(removals, others, deadline)
+        if any(write.result for write in writes):
+            return self.judge(records, writes, deadline)
+        self.proven = self.proven or bool(others)   # a removal is right in any form
+        return [self.success_of(record) for record in records] if self.record.delete else [STORED] * len(writes)
 
     def judge(self, records: list[Record], writes: list[Any], deadline: float) -> list[Answer]:
         """An Answer for each record of a batch of which not all were simply stored."""
-        outcomes = [self.answers.get(write.result, 'unknown') for write in writes]
-        self.proven = self.proven or any(outcome in JUDGED for outcome in outcomes)
+        outcomes = [self.outcome_of(write) for write in writes]
+        self.proven = self.proven or any(outcome in JUDGED and not self.is_removal(write)
+                                         for outcome, write in zip(outcomes, writes, strict=True))
         if 'stop' in outcomes:
             self.look_for_cause((write.result for write in writes), deadline)
-        answers = [STORED if outcome == 'stored' else self.answer(outcome, write)
-                   for outcome, write in zip(outcomes, writes, strict=True)]
+        answers = [self.success_of(record) if outcome == 'stored' else self.answer(outcome, write)
+                   for record, outcome, write in zip(records, outcomes, writes, strict=True)]
         filtered = [place for place, outcome in enumerate(outcomes) if outcome == 'filtered']
         for place, answer in zip(filtered, self.compare([records[at] for at in filtered], deadline), strict=True):
             answers[place] = answer
         return answers
+
+    @property
+    def removes(self) -> bool:
+        """Whether a message that deletes a record has it removed."""
+        return bool(self.record.delete) and self.record.delete.mode == 'remove'
+
+    @property
+    def keep_of_tombstones(self) -> int | None:
+        """How long tombstones stay, in seconds; None where there are none."""
+        return self.record.delete.keep if self.record.delete and not self.removes else None
+
+    def is_removal(self, write: Any) -> bool:
+        """Whether a write removes its record."""
+        return write.__class__ is self.batch.Remove
+
+    def outcome_of(self, write: Any) -> str:
+        """What the answer to a write means, by ANSWERS. Where nothing was there to remove, all is as it should be."""
+        if write.result == NOT_FOUND and self.is_removal(write):
+            return 'stored'
+        return self.answers.get(write.result, 'unknown')
+
+    @staticmethod
+    def success_of(record: Record) -> Answer:
+        """The Answer for a record whose write was done."""
+        return DELETED if isinstance(record, Deletion) else STORED
 
     def as_write(self, record):
         """A record as the client takes it; without newest-wins its policy is the client's own default."""
@@ -3606,6 +3853,9 @@ class AerospikeStore(Store):
             before, (op, kind, _, children), after = self.filter
             moment = (op, kind, {'val': record.time}, children)
             policy = {**self.policy, 'expressions': [*before, moment, *after]}
+        if isinstance(record, Deletion) and self.removes:
+            return self.batch.Remove((self.namespace, record.set or self.set, record.key),
+                                     {**self.removal, 'expressions': policy['expressions']})
         if record.ttl:
             policy = {**(policy or self.policy), 'ttl': record.ttl}
         ops = [{'op': write, 'bin': name, 'val': value} for name, value in record.bins.items()]
@@ -3619,7 +3869,7 @@ class AerospikeStore(Store):
         """Writes, and leaves the answer's code in each write. What the client refuses to send it refuses as a whole:
         then each half goes by itself, until the culprit is alone."""
         try:
-            batch = self.client.batch_write(self.Batch(writes), self.limits(deadline))
+            batch = self.client.batch_write(self.batch.BatchRecords(writes), self.limits(deadline))
             if batch.result and not any(write.result for write in writes):   # never seen: an error that is nobody's
                 self.leave(writes, batch.result)
         except Exception as error:   # whatever it raises, nothing was written
@@ -3644,6 +3894,17 @@ class AerospikeStore(Store):
             elif len(write.ops) > WIDE_RECORD:
                 self.leave([write], -15)
 
+    def call_removals(self, removals: list[Any], others: list[Any], deadline: float) -> None:
+        """Removes, after the other writes of the batch: what is removed leaves no time behind, by which an older record
+        could be told. Where one of the same key has to be tried again, the removal is, too."""
+        waiting = {write.key: write.result for write in others
+                   if write.result and self.outcome_of(write) in ('retry', 'busy', 'stop', 'unknown')}
+        for write in removals:
+            write.result = waiting.get(write.key, 0)
+        due = [write for write in removals if not write.result]
+        if due:
+            self.call(due, deadline)
+
     @staticmethod
     def leave(writes, code):
         """The same answer for all."""
@@ -3654,7 +3915,7 @@ class AerospikeStore(Store):
         """The Answer for what is not simply stored."""
         code = write.result
         text = f'{self.where}: answer {self.named(code)}' + (', perhaps written' if write.in_doubt else '')
-        if outcome == 'retry' and len(write.ops) > WIDE_RECORD:
+        if outcome == 'retry' and not self.is_removal(write) and len(write.ops) > WIDE_RECORD:
             text += f'; a record of {len(write.ops)} bins takes the server long: see total-timeout'
         if outcome == 'duplicate':
             return DUPLICATE
@@ -3688,6 +3949,8 @@ class AerospikeStore(Store):
         stored = there.record[2].get(self.record.time_bin) if there.result == 0 else None
         if TYPES['integer'](stored) and stored > record.time:
             return STALE
+        if there.result == NOT_FOUND and self.removes:
+            return STALE   # what was newer has been removed since: to write this now would undo that
         if stored is None or TYPES['integer'](stored):
             return Answer('retry', there.result, f'{self.where}: the record changed meanwhile')
         return Answer('rejected', 'rejected', f'the stored {self.record.time_bin} is no integer, so neither is newer')
@@ -3710,8 +3973,11 @@ class AerospikeStore(Store):
         line = (f'{self.where}: {len(versions)} node{"s" * (len(versions) > 1)}, server {versions_of(versions)}, '
                 f'{records} records{among} of at most {facts.get("max-record-size")} bytes, default-ttl '
                 f'{facts.get("default-ttl")}, nsup-period {facts["nsup-period"]}')
+        if self.removes:
+            line += f', {"" if self.removal["durable_delete"] else "no "}durable deletes'
         full = [f'the namespace has {MAX_SETS} sets: a message that names a new one can never be stored']
-        problems = [*self.obstacles(), *self.batch_limits(), *(full if among and len(names) >= MAX_SETS else [])]
+        problems = [*self.obstacles(), *self.batch_limits(), *lasting_tombstones(self.keep_of_tombstones, facts),
+                    *(full if among and len(names) >= MAX_SETS else [])]
         return line, [f'{self.where}: {problem}' for problem in problems]
 
     def batch_limits(self):
@@ -3727,9 +3993,12 @@ class AerospikeStore(Store):
         """Why writes are forbidden, each once for all nodes. Raises StoreDown."""
         namespaces, sets = self.facts(deadline)
         ttl = 1 if self.record.ttl_field else self.record.ttl   # what fields name is some ttl
-        return list(dict.fromkeys(obstacle for node, facts in namespaces.items()
-                                  for name, set_ in sets.get(node, {}).items() or [(self.set, {})]
-                                  for obstacle in write_obstacles(ttl, facts, set_, *self.told_of_sets(name))))
+        causes = [obstacle for node, facts in namespaces.items()
+                  for name, set_ in sets.get(node, {}).items() or [(self.set, {})]
+                  for obstacle in write_obstacles(ttl, facts, set_, *self.told_of_sets(name))]
+        refused = [obstacle for facts in namespaces.values()
+                   for obstacle in tombstone_obstacles(self.keep_of_tombstones, facts)]
+        return list(dict.fromkeys([*causes, *refused]))
 
     def told_of_sets(self, name):
         """How a set is named to the operator, where there may be several."""
@@ -5725,16 +5994,17 @@ async def look(config: types.SimpleNamespace, stopper: Stopper, path: str | None
     async with letter_pipeline(config, path, Store(), looking=True) as pipeline:
         listing = stopper.window = Listing(pipeline, letter, choice)
         await listing.run()
-    fates: collections.Counter[bool] = collections.Counter()
+    fates: collections.Counter[str | bool] = collections.Counter()
     for message in listing.letters:
         told = described(message, letter)
         if arguments.dry_run:
             told.update(foreseen(message, listing.records.mapper))
-            fates[told['passes']] += 1
+            fates['deletes' if 'deletes' in told else told['passes']] += 1
         print(json.dumps(told) if arguments.json else listed_line(told))
     shown = len(listing.letters)
     first = f'{shown} of the first {shown + listing.left_out}' if choice.narrow else f'first {shown}'
-    fate = f'{fates[True]} would be stored, {fates[False]} would stay; ' if arguments.dry_run else ''
+    deletes = f'{fates["deletes"]} would delete their records, ' if fates['deletes'] else ''
+    fate = f'{fates[True]} would be stored, {deletes}{fates[False]} would stay; ' if arguments.dry_run else ''
     end = f'{fate}{first} of depth {"unknown" if depth is None else depth} in {topic}'
     if arguments.json:
         log.info('%s', end)
@@ -5756,12 +6026,12 @@ def described(message: Message, letter: ReadLetter) -> dict[str, Any]:
 
 
 def foreseen(message: Message, mapper: Mapper) -> dict[str, Any]:
-    """Whether the mapper takes a letter now, and if not, why."""
+    """Whether the mapper takes a letter now, and if not, why; `deletes` where it would delete a record."""
     try:
-        mapper.record(message)
+        record = mapper.record(message)
     except Unfit as unfit:
         return {'passes': False, 'why': str(unfit)}
-    return {'passes': True}
+    return {'passes': True, 'deletes': True} if isinstance(record, Deletion) else {'passes': True}
 
 
 def start(body: bytes) -> str:
@@ -5773,7 +6043,8 @@ def listed_line(told: dict[str, Any]) -> str:
     """A line of the list: id, age, reason, detail and the first bytes of the body; or what would become of it."""
     words = {name: plain(str(value)) for name, value in told.items()}
     if 'passes' in told:
-        return f'{words["id"]:16}  ' + ('would be stored' if told['passes'] else f'would stay: {words["why"]}')
+        passes = 'would delete its record' if 'deletes' in told else 'would be stored'
+        return f'{words["id"]:16}  ' + (passes if told['passes'] else f'would stay: {words["why"]}')
     if 'age' not in told:
         return f'{words["id"]:16}  unreadable  {words["detail"]}'
     return f'{words["id"]:16}  {human(told["age"]):>4}  {words["reason"]}: {words["detail"]}  {words["body"]}'
@@ -6652,7 +6923,7 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:60e
 body{color:#222;background:#fff}h1{font-size:1.3em}h2{font-size:1em;margin:1.5em 0 .3em}
 .up{color:#176b35}.down{color:#a01818;font-weight:bold}
 table{border-collapse:collapse}td,th{padding:.1em 1em .1em 0;text-align:left;vertical-align:top}
-svg{background:#f4f4f4;width:100%;height:auto}.stored{fill:#3a7d44}.dead{fill:#c28800}.requeued{fill:#a01818}
+svg{background:#f4f4f4;width:100%;height:auto}.stored{fill:#3a7d44}.deleted{fill:#5b7f95}.dead{fill:#c28800}.requeued{fill:#a01818}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#111}svg{background:#1c1c1c}.up{color:#6c6}.down{color:#f77}}"""
 
 
@@ -6694,10 +6965,11 @@ def page(daemon: 'Daemon') -> bytes:
 def figures_table(windows: Sequence[Any], total: Totals) -> list[tuple[str, object]]:
     """Rates and lag of the last windows together, and what is counted: names and values."""
     seconds = sum(window.seconds for window in windows)
-    stored = sum(window.count['stored'] for window in windows)
+    settled = sum(window.count['stored'] + window.count['deleted'] for window in windows)
     ages, age = total.number(f'{LAG}_count'), total.number(f'{LAG}_sum')
     return [('stored', total.number('xmsrv_messages_total', 'stored')),
-            ('messages/s in the last windows', f'{stored / seconds:.0f}' if seconds else 'none yet'),
+            ('deleted', total.number('xmsrv_messages_total', 'deleted')),
+            ('messages/s in the last windows', f'{settled / seconds:.0f}' if seconds else 'none yet'),
             ('mean lag', f'{age / ages:.2f} s' if ages else 'none yet'),
             ('in flight', total.number('xmsrv_in_flight')),
             ('dead letters', total.number('xmsrv_messages_total', 'dead'))]
@@ -6713,7 +6985,7 @@ class Bar(NamedTuple):
     label: str
 
 
-BARS = ('stored', 'dead', 'requeued')   # from below
+BARS = ('stored', 'deleted', 'dead', 'requeued')   # from below
 
 
 def bars(windows: Sequence[Any], most: int) -> Iterator[Bar]:
@@ -6810,7 +7082,11 @@ def check_message(config: types.SimpleNamespace, body: bytes) -> None:
     key = '$id (made by nsqd)' if options.key == '$id' else json.dumps(record.key)
     print(f'set   {plain(record.set or getattr(config, config.store).set)}')
     print(f'key   {BIN_TYPES[type(record.key)]}  {key}')
-    if options.ttl_field:
+    if isinstance(record, Deletion):
+        print(f'does  {describe_deletion(config.record.delete)}')
+        if config.record.delete.mode == 'remove':
+            return
+    elif options.ttl_field:
         print(f'ttl   {f"{record.ttl} s" if record.ttl else "as ttl in [record]"}')
     names = {name: plain(name) for name in record.bins}
     width = max(map(len, names.values()))
@@ -6818,6 +7094,14 @@ def check_message(config: types.SimpleNamespace, body: bytes) -> None:
     for name, value in record.bins.items():
         kind = own_types.get(name) or BIN_TYPES[type(value)]
         print(f'bin   {names[name]:{width}}  {kind:7}  {made.get(name) or json.dumps(value)}')
+
+
+def describe_deletion(delete: types.SimpleNamespace) -> str:
+    """What a message does that deletes the record of its key."""
+    if delete.mode == 'remove':
+        return 'delete    the record is removed, where it is not newer'
+    ends = 'never ends' if delete.keep == NEVER else f'ends after {delete.keep} s'
+    return f'delete    a tombstone of these bins, which {ends}, takes the place of a record that is not newer'
 
 
 def tls_facts(tls_socket: Any) -> list[str]:

@@ -34,7 +34,7 @@ LONGEST = 300               # seconds for the tests of one mutant, before they c
 NOTICED = {pytest.ExitCode.OK: False, pytest.ExitCode.TESTS_FAILED: True, pytest.ExitCode.INTERRUPTED: True}   # the last where the import fails
 
 # The tests that come first, by the section in which a mutant stands: most often it is killed by one of these.
-FIRST = {'message and mapping': ['mapping'], 'nsqd protocol': ['consumer'], 'stores': ['store_results'],
+FIRST = {'message and mapping': ['mapping', 'deletion'], 'nsqd protocol': ['consumer'], 'stores': ['store_results', 'deletion'],
          'dead letters': ['letters'], 'batcher and breaker': ['batcher', 'schedule', 'runner'],
          'RDY and consumer': ['consumer', 'rdy'], 'window': ['window', 'runner'],
          'pipeline and once': ['schedule', 'pipeline', 'runner'], 'replay': ['letters'],
@@ -78,7 +78,12 @@ MUTANTS = (
     Mutant('a long bin name', "            if len(name.encode()) > MAX_BIN_NAME:\n                raise Unfit",
            '            if len(name) > MAX_BIN_NAME:\n                raise Unfit'),
     Mutant('too many bins', 'if not 0 < len(bins) <= MAX_BINS:', 'if not 0 < len(bins) <= MAX_BINS + 2:'),
-    Mutant('nulls are kept', 'if None in fields.values():', 'if False:'),
+    Mutant('nulls are kept', '        if None in fields.values():\n            fields = self.without_nulls(fields)\n        if self.schema:',
+           '        if self.schema:'),
+    Mutant('a deleting value of another type', 'value.__class__ in self.types and (value.__class__, value) in self.values',
+           'value in [each for _, each in self.values]'),
+    Mutant('all is required of a delete', 'rule.required and not partial', 'rule.required'),
+    Mutant('a tombstone for ever', 'return Deletion(key, bins, moment, set_, rule.keep)', 'return Deletion(key, bins, moment, set_)'),
     Mutant('a time that is no integer', "if moment.__class__ is not int:\n            raise Unfit",
            'if moment is None:\n            raise Unfit'),
 
@@ -128,12 +133,21 @@ MUTANTS = (
     Mutant('SQLite without fsync', "synchronous = FULL')", "synchronous = NORMAL')"),
     Mutant('SQLite: older wins', 'return STALE if moment > record.time else STORED', 'return STORED'),
     Mutant('SQLite: the same time loses', 'return STALE if moment > record.time', 'return STALE if moment >= record.time'),
-    Mutant('SQLite: within a batch', '                there[record.key] = record.bins\n', '                pass\n'),
+    Mutant('SQLite: within a batch', '        there[place] = record.bins\n', '        pass\n'),
     Mutant('SQLite: every error passes', "again='locked' in str(error))", 'again=True)'),
     Mutant('SQLite: no error passes', "again='locked' in str(error))", 'again=False)'),
     Mutant('SQLite: no rollback', "if self.db and self.db.in_transaction:", 'if False:'),
     Mutant('SQLite: a replaced file', 'if not os.path.samestat(os.stat(self.path), self.file):', 'if False:'),
-    Mutant('SQLite: merged the wrong way', '{**there.get(record.key, {}), **record.bins}', '{**record.bins, **there.get(record.key, {})}'),
+    Mutant('SQLite: merged the wrong way', '{**there.get(place, {}), **record.bins}', '{**record.bins, **there.get(place, {})}'),
+    Mutant('SQLite: removals as they come', 'order = sorted(order, key=lambda at: isinstance(records[at], Deletion))', 'pass'),
+    Mutant('SQLite: a tombstone never ends', "            self.db.execute(self.drop, (rfc3339(time.time()),))\n", '            pass\n'),
+    Mutant("SQLite: a tombstone's end stays", 'stored_at = excluded.stored_at, expires_at = excluded.expires_at', 'stored_at = excluded.stored_at'),
+    Mutant('removals with the other writes', 'if self.is_removal(write)] if self.removes else []', 'if False]'),
+    Mutant('removals do not wait', "        due = [write for write in removals if not write.result]\n", '        due = removals\n'),
+    Mutant('no record to remove is unknown', 'if write.result == NOT_FOUND and self.is_removal(write):', 'if False:'),
+    Mutant('what is older undoes a removal', 'if there.result == NOT_FOUND and self.removes:', 'if False:'),
+    Mutant('a removal without its filter', "{**self.removal, 'expressions': policy['expressions']}", 'self.removal'),
+    Mutant('a removal proves the form of writes', 'self.proven = self.proven or bool(others)', 'self.proven = True'),
 
     # -- dead letters
     Mutant('no fsync of the file', "            os.fsync(fd)\n        except OSError:", '            pass\n        except OSError:'),

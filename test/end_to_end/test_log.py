@@ -374,7 +374,7 @@ nsqd A: connected, for dead letters in orders.dead
 dead letters: batch of 1, 2 bytes, in \d+ ms: dead 1
 window: ends after \d+\.\d\d s, full; 4 taken, 0 under way
 nsqd A: disconnected
-\[orders/x-msrv\] received 4, stored 3, duplicate 0, stale 0, dead 1, .*
+\[orders/x-msrv\] received 4, stored 3, deleted 0, duplicate 0, stale 0, dead 1, .*
 """.strip().splitlines()
 
 

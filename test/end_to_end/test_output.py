@@ -21,8 +21,8 @@ from servers import wait_until
 
 TOPIC, CHANNEL, DEAD, REPLAY = 'orders', 'x-msrv', 'orders.dead', 'x-msrv-replay'
 STRICT = {'fields': {'id': 'integer, required'}}
-SUMMARY = re.compile(r'\[orders/x-msrv\] received \d+, stored \d+, duplicate \d+, stale \d+, dead \d+, requeued \d+, '
-                     r'late \d+ in \d+\.\d\d s')
+SUMMARY = re.compile(r'\[orders/x-msrv\] received \d+, stored \d+, deleted \d+, duplicate \d+, '
+                     r'stale \d+, dead \d+, requeued \d+, late \d+ in \d+\.\d\d s')
 
 
 def good(number):
@@ -38,7 +38,8 @@ def test_a_clean_window_says_one_line(nsqd, xmsrv):
     ran = xmsrv.once(nsqd)
     line, = ran.stderr.splitlines()
     assert SUMMARY.fullmatch(line)
-    assert line.startswith('[orders/x-msrv] received 10, stored 8, duplicate 0, stale 0, dead 2, requeued 0, late 0 ')
+    assert line.startswith('[orders/x-msrv] received 10, stored 8, deleted 0, duplicate 0, stale 0, dead 2, '
+                           'requeued 0, late 0 ')
     assert ran.stdout == ''
 
 
@@ -77,7 +78,8 @@ def test_the_log_as_json_is_an_object_a_line(nsqds, xmsrv, loud):
     lines = [json.loads(line) for line in xmsrv.run(*loud, 'once', expect=os.EX_TEMPFAIL).stderr.splitlines()]
     assert all({'time', 'level', 'message'} <= set(line) for line in lines)
     found, = (line for line in lines if 'received' in line)
-    counts = {'received': 6, 'stored': 4, 'duplicate': 0, 'stale': 0, 'dead': 1, 'requeued': 1, 'late': 0}
+    counts = {'received': 6, 'stored': 4, 'deleted': 0, 'duplicate': 0, 'stale': 0, 'dead': 1, 'requeued': 1,
+              'late': 0}
     assert {name: found[name] for name in counts} == counts
     assert (found['topic'], found['channel'], found['level']) == (TOPIC, CHANNEL, 'notice')
     assert isinstance(found['seconds'], float)

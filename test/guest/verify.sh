@@ -201,7 +201,7 @@ do_timer() {
     t 'more than N become records, too' within 20 has timer 45
     t 'no window took more than N' within 5 windows_of timer 10 45
     t 'none is left' within 10 done_with timer
-    t 'the summary is in the journal, by topic' says 'received 10, stored 10, duplicate 0' journalctl XMSRV_TOPIC=timer
+    t 'the summary is in the journal, by topic' says 'received 10, stored 10, deleted 0, duplicate 0' journalctl XMSRV_TOPIC=timer
     t 'windows without messages leave no lines' silent_windows
     t 'it is disabled and stopped' systemctl disable --now x-msrv.timer
 }

@@ -580,7 +580,7 @@ def test_sqlite_takes_no_device(tmp_path):
     (tmp_path / 'records.sqlite').symlink_to('/dev/null')
     store = STORES['sqlite'](types.SimpleNamespace(
         sqlite=types.SimpleNamespace(path=str(tmp_path / 'records.sqlite'), set='s'),
-        record=types.SimpleNamespace(write='replace', time_bin=None, set_field=None)))
+        record=types.SimpleNamespace(write='replace', time_bin=None, set_field=None, delete=None)))
     with pytest.raises(StoreDown) as caught:
         store.open()
     assert caught.value.__cause__.errno == errno.EINVAL
