@@ -35,6 +35,9 @@ def test_the_key_is_id_time_and_checksum_and_the_same_for_each_delivery():
     (b'{"a": 1.7976931348623157e308}', {'a': 1.7976931348623157e308}),
     ('{"ä": "\\u00e4\U0001f600", "b": "\\ud83d\\ude00"}'.encode(), {'ä': 'ä\U0001f600', 'b': '\U0001f600'}),
     (b'{"a": "[[[\\\\{{{"}', {'a': '[[[\\{{{'}),
+    # colons in strings, behind a quote or a blank, and names with a blank behind them
+    (b'{"t": "12:30", "u": "http://x", "a": {"t": 1}}', {'t': '12:30', 'u': 'http://x', 'a': {'t': 1}}),
+    (b'{"a": ":)", "b": " :"}', {'a': ':)', 'b': ' :'}), (b'{"a" : "x", ":b"\t: 1}', {'a': 'x', ':b': 1}),
     (b'{"n": [' + DEEP + b']}', None),
 ])
 def test_what_is_good_is_kept_as_it_is(body, fields):
@@ -47,6 +50,10 @@ def test_what_is_good_is_kept_as_it_is(body, fields):
     (b'{"a": NaN}', 'invalid-json', 'a: NaN'), (b'{"a": -Infinity}', 'invalid-json', 'a: -Infinity'),
     (b'{"a": 1, "a": 1}', 'invalid-json', 'a: the name comes twice'),
     (b'{"a": {"b": 1, "b": 2}}', 'invalid-json', 'a.b: the name comes twice'),
+    (b'{"a": ":", "a": 1}', 'invalid-json', 'a: the name comes twice'),
+    (b'{"t": "12:30", "a": 1, "a": 1}', 'invalid-json', 'a: the name comes twice'),
+    *[(b'{"a"%s: "x:y", "a": 1}' % blank, 'invalid-json', 'a: the name comes twice')
+      for blank in (b' ', b'\t', b'\n', b'\r', b' \n')],
     (b'[1]', 'not-an-object', 'a list'), (b'"x"', 'not-an-object', 'a string'), (b'null', 'not-an-object', 'null'),
     (b'{"a": 9223372036854775808}', 'unsupported-value', 'a: integer outside 64 bit'),
     (b'{"a": [-9223372036854775809]}', 'unsupported-value', 'a[0]: integer outside 64 bit'),
