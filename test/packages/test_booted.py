@@ -15,6 +15,7 @@ import pytest
 from guests import GUESTS, Guest, one_at_a_time, run
 from test_packages import ARCH, DEB, RPM, stage
 
+from documents import commands
 from servers import NSQ_TOOLS, ROOT
 
 pytestmark = pytest.mark.skipif(bool(guests.missing()), reason=guests.missing())
@@ -111,6 +112,23 @@ def test_debian(suite, apt_repository):
     with Guest(guests.root(suite), files) as guest:
         guest.run('apt-get', '-qq', 'update')
         assert verify(guest) > ENOUGH
+
+
+def test_the_commands_of_the_documents(apt_repository):
+    """What README.md and the cookbook have root type, in their order; each unit that they start runs."""
+    files = {**VERIFY, '/srv/repo': apt_repository, f'/srv/new/{DEB.name}': DEB,
+             '/etc/apt/sources.list': 'deb [trusted=yes] file:/srv/repo ./\n'}
+    with Guest(guests.root('trixie'), files) as guest:
+        guest.run('apt-get', '-qq', 'update')
+        guest.run('systemd-run', '--quiet', '--unit=nsqd', '/srv/verify/nsqd', '-data-path=/run')
+        for file in ('README.md', 'docs/COOKBOOK.md'):
+            for script in commands(file, 'sh root').values():
+                guest.run('sh', '-euc', f'cd /srv/new\n{script}'.replace('amd64', ARCH))
+                if file == 'README.md':   # which brings the Python for it
+                    guest.run('systemd-run', '--quiet', '--unit=store', 'python3', '/srv/verify/ends.py', 'store')
+                for unit in re.findall(r'enable --now (\S+)', script):
+                    assert guest.run('systemctl', 'is-active', unit) == 'active\n'
+                    guest.run('systemctl', 'disable', '--now', '--quiet', unit)
 
 
 # ------------------------------------------------------------------------------------------------------------------ rpm
