@@ -5730,7 +5730,8 @@ class ReplayMapper(Mapper):
 
 class Replay(Window):
     """A pass over the dead letters: what fails again is held to its end and requeued, and so is what `choice` leaves
-    out. It lasts for as long as there are any, and letters come and go: `timeout` counts from the last one."""
+    out. It lasts for as long as there are any, and letters come and go: `timeout` counts from `last_letter`, the loop
+    time at which one came or was settled. A batch that failed is neither, so in an outage the pass ends."""
 
     requeues_on_purpose, empty_level = True, logging.INFO   # somebody has asked
 
@@ -5740,6 +5741,7 @@ class Replay(Window):
         super().__init__(pipeline, limits, ReplayMapper(config, letter))
         self.letter, self.choice = letter, choice
         self.left_out = 0        # by the choice
+        self.last_letter = 0.0
         self.due = 0.0           # loop time at which the next batch may be written, by `rate`
         if choice.rate:
             batcher = self.store_batcher
@@ -5748,8 +5750,8 @@ class Replay(Window):
 
     @property
     def timeout_since(self) -> float:
-        """The loop time at which a letter came, or a batch came back, last."""
-        return max(self.times.started, self.times.progress)
+        """The loop time from which `timeout` counts."""
+        return max(self.times.started, self.last_letter)
 
     def accept(self, messages: list[Message]) -> None:
         """Leaves out those that nobody asked for."""
@@ -5757,7 +5759,7 @@ class Replay(Window):
 
     def chosen(self, messages: list[Message]) -> list[Message]:
         """Those of the messages that were asked for; the others are held."""
-        self.times.progress = asyncio.get_running_loop().time()
+        self.last_letter = asyncio.get_running_loop().time()
         if not self.choice.narrow:
             return messages
         chosen: list[Message] = []
@@ -5790,7 +5792,12 @@ class Replay(Window):
             log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), plain(str(message.unfit)))
         self.release(messages)
         self.source.hold(messages)
-        self.times.progress = asyncio.get_running_loop().time()
+        self.last_letter = asyncio.get_running_loop().time()
+
+    def finish(self, messages: list[Message], result: Answer) -> None:
+        """They are durable."""
+        super().finish(messages, result)
+        self.last_letter = asyncio.get_running_loop().time()
 
     def log_summary(self) -> None:
         """Logs the line of this pass, and how many letters nobody asked for."""

@@ -639,14 +639,19 @@ def test_killed_and_run_again_each_letter_is_one_record_or_one_line(nsqd, xmsrv,
 
 
 def test_a_second_replay_of_the_same_file_keeps_out(xmsrv, dead):
-    """It says why, and takes nothing. To look is free."""
-    path = dead(unfit(3))
+    """It says why, and takes nothing. To look is free. The first has letters for two minutes, however slow the others
+    start; then it is told to end."""
+    path = dead(unfit(120))
     running = xmsrv.start('replay', '--rate', '1')
     wait_until(xmsrv.rows, 'a letter is stored', 30)
     assert f'{path}: another replay is at work' in xmsrv.run('replay', expect=os.EX_UNAVAILABLE).stderr
-    assert 'first 3 of depth 3' in xmsrv.run('replay', '--list').stdout
+    assert 'first 20 of depth 120' in xmsrv.run('replay', '--list').stdout
+    running.terminate()
     assert running.wait(timeout=30) == 0
-    assert (ids(xmsrv), path.read_bytes()) == ([0, 1, 2], b'')
+    stored = ids(xmsrv)
+    assert (stored, len(lines_of(path))) == (list(range(len(stored))), 120 - len(stored))
+    xmsrv.run('replay')
+    assert (ids(xmsrv), path.read_bytes()) == (list(range(120)), b'')
 
 
 def test_an_outage_leaves_the_rest_in_the_file(xmsrv, dead):
@@ -723,11 +728,12 @@ def test_a_file_that_somebody_moves_away_is_left_to_them(xmsrv, dead, workdir):
 
 
 def test_a_file_of_many_letters_lasts_longer_than_a_window(nsqd, xmsrv, workdir):
-    """`timeout` counts from the last letter, also where all are left out."""
+    """`timeout` counts from the last letter, of which there are five a second; the unit floor has those left out."""
     path = workdir / 'dead.json'
-    path.write_text(''.join(line_of(b'{"id": %d}' % n, id=f'{n}') + '\n' for n in range(20000)))
-    xmsrv.configure(nsqd, message=RELAXED, timeout='100ms', **in_file(path))
+    path.write_text(''.join(line_of(b'{"id": %d}' % n, id=f'{n}') + '\n' for n in range(20)))
+    xmsrv.configure(nsqd, message=RELAXED, timeout='2s', **in_file(path))
     count = servers.summary(xmsrv.run('replay', '--reason', 'key').stderr)
-    assert (count['received'], count['requeued']) == (20000, 20000)
-    count = servers.summary(xmsrv.run('replay').stderr)
-    assert (count['received'], count['stored'], path.read_bytes()) == (20000, 20000, b'')
+    assert (count['received'], count['requeued']) == (20, 20)
+    count = servers.summary(xmsrv.run('replay', '--rate', '5').stderr)
+    assert (count['received'], count['stored'], path.read_bytes()) == (20, 20, b'')
+    assert count['seconds'] > 3
