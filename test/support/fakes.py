@@ -54,7 +54,7 @@ class AnsweringStream:
                         **{name: [frame(RESPONSE, b'OK')] for name in ('SUB', 'AUTH', 'TLS', 'MPUB')}, **answers}
         self.delay, self.sent, self.commands, self.tls = delay, [], [], None
         self.buffer, self.arrived, self.closed = bytearray(), asyncio.Event(), False
-        self.socket = socket.socket()
+        self.socket, self.peer = socket.socketpair()
 
     def write(self, data):
         if self.closed:
@@ -92,6 +92,7 @@ class AnsweringStream:
         self.closed = True
         self.arrived.set()
         self.socket.close()
+        self.peer.close()
 
 
 def frame(kind, data):

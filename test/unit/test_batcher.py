@@ -213,6 +213,15 @@ def test_tasks_that_lose_a_cancellation_are_cancelled_again():
     clock.run(main())
 
 
+def test_a_batch_that_is_not_full_waits_for_the_one_under_way():
+    store = Store(lambda batch, now: STORED, seconds=1)
+    run(store, range(5), 5, more=[(0.5, [5, 6])])
+    assert store.calls == [(1000.0, [0, 1, 2, 3]), (1001.0, [4, 5, 6])]
+    store = Store(lambda batch, now: STORED, seconds=1)
+    run(store, range(5), 5, more=[(0.5, [5, 6, 7])])
+    assert store.calls == [(1000.0, [0, 1, 2, 3]), (1000.5, [4, 5, 6, 7])]
+
+
 def test_all_that_is_pending_goes_in_one_batch_where_it_fits():
     for number, size, batches in ((4, 10, [4]), (5, 10, [4, 1]), (4, 300, [3, 1]), (3, 333, [3])):
         store = Store(lambda batch, now: STORED)

@@ -197,6 +197,22 @@ def test_letters_go_to_the_topic_of_the_nsqd_that_delivered_them(keep):
         (1, 'orders.dead', 'x-msrv-replay'), (2, 'orders.dead', 'x-msrv-replay')]
 
 
+def test_the_header_has_the_key_where_it_is_known():
+    for key, expected in (('$id', True), ('id', False)):
+        sink = DeadLetters(fakes.options(record={'key': key}), None)
+        message = fakes.message(1)
+        message.unfit = Unfit('schema', 'no')
+        assert sink.header(message)['key'] == (message.key if expected else None)
+        message.record = xmsrv.Record('k', {}, None)
+        assert sink.header(message)['key'] == 'k'
+        sink.close()
+
+
+def test_what_the_topic_has_taken_makes_no_file(keep, tmp_path):
+    keep((1, b'a'))
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_the_topic_refuses_goes_to_the_file_and_the_others_are_published(keep):
     bodies = [b'a', b'b', b'bad', b'd', b'e']
     results, published, lines = keep(*((1, body) for body in bodies), fault=xmsrv.QueueError('E_BAD_MESSAGE'))

@@ -38,7 +38,7 @@ def test_the_key_is_id_time_and_checksum_and_the_same_for_each_delivery():
     # colons in strings, behind a quote or a blank, and names with a blank behind them
     (b'{"t": "12:30", "u": "http://x", "a": {"t": 1}}', {'t': '12:30', 'u': 'http://x', 'a': {'t': 1}}),
     (b'{"a": ":)", "b": " :"}', {'a': ':)', 'b': ' :'}), (b'{"a" : "x", ":b"\t: 1}', {'a': 'x', ':b': 1}),
-    (b'{"n": [' + DEEP + b']}', None),
+    (b'{"n": [' + DEEP + b']}', None), (b'{"n": [' + DEEP + b'], "b": "\\\\"}', None),
 ])
 def test_what_is_good_is_kept_as_it_is(body, fields):
     decoded = decode(body)
@@ -46,6 +46,7 @@ def test_what_is_good_is_kept_as_it_is(body, fields):
 
 
 @pytest.mark.parametrize(('body', 'reason', 'detail'), [
+    (b'{"a" 1}', 'invalid-json', "Expecting ':' delimiter at character 5"),
     (b'', 'invalid-json', 'a value expected'), (b'{"a": 1} x', 'invalid-json', 'more text'),
     (b'{"a": NaN}', 'invalid-json', 'a: NaN'), (b'{"a": -Infinity}', 'invalid-json', 'a: -Infinity'),
     (b'{"a": 1, "a": 1}', 'invalid-json', 'a: the name comes twice'),

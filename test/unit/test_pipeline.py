@@ -1,10 +1,29 @@
 """Opening and closing both ends, with ends that are objects of the test, by a clock of its own."""
 import asyncio
+import contextlib
+import os
+import signal
+import time
+import types
 
 import pytest
 
 import clock
-from xmsrv import Figures, Health, Store, open_pipeline
+import fakes
+import xmsrv
+from xmsrv import (
+    End,
+    Figures,
+    Health,
+    Stopper,
+    Store,
+    StoreAway,
+    StoreDown,
+    Window,
+    WindowLimits,
+    open_pipeline,
+    run_once,
+)
 
 
 class SlowQueue:
@@ -49,3 +68,125 @@ def test_what_is_told_to_end_while_it_closes_is_closed_all_the_same(opens):
         return queues[0].closed, queues[0].tasks.tasks
 
     assert clock.run(main()) == (True, set())
+
+
+class FailingStore(Store):
+    """A Store that can't be opened."""
+
+    def open(self):
+        raise StoreDown('no such host')
+
+
+def test_a_store_that_cannot_be_opened_is_away_before_any_queue_is_asked():
+    class Queue(SlowQueue):
+        async def open(self):
+            raise AssertionError('the store comes first')
+
+    async def main():
+        with pytest.raises(StoreAway, match='no such host'):
+            async with open_pipeline(None, FailingStore(), lambda tasks: Queue(tasks, True), Figures(), Health()):
+                raise AssertionError('it is open')
+    clock.run(main())
+
+
+# -- once
+
+class Source(fakes.Queue):
+    """A source that is always open, to which five messages come."""
+
+    connections, addresses = (), ()
+
+    async def open(self):
+        pass
+
+    async def close(self):
+        self.exhausted = True
+
+    def on_credit_change(self):
+        if self.credit and not self.finished and not self.in_flight and self.credit() > 0:
+            self.send(*range(5))
+            self.idle_since = asyncio.get_running_loop().time()
+
+
+class ListStore(Store):
+    """A Store whose records are a list."""
+
+    def __init__(self, config):
+        self.records = []
+        stores.append(self)
+
+    def open(self):
+        pass
+
+    def write(self, records):
+        self.records += records
+        return [xmsrv.STORED] * len(records)
+
+
+stores = []
+
+
+def ran(monkeypatch, stopper=None, **sections):
+    """Runs `once` on such a source and store. Returns (exit status, store, source, what systemd was told)."""
+    stores.clear()
+    told, sources = [], []
+    config = fakes.options(timeout='3s', idle_timeout='50ms', **sections)
+
+    def pipeline(config, store, figures, health):
+        def new_source(tasks):
+            sources.append(Source())
+
+            async def tick():
+                while True:
+                    tasks.wake.set()
+                    await asyncio.sleep(0.01)
+            tasks.start(tick())
+            return sources[0]
+        return open_pipeline(config, store, new_source, figures, health)
+    monkeypatch.setitem(xmsrv.STORES, 'aerospike', ListStore)
+    monkeypatch.setattr(xmsrv, 'topic_pipeline', pipeline)
+    monkeypatch.setattr(xmsrv.Notifier, 'say', lambda notifier, **fields: told.append(fields))
+    figures = Figures()
+    status = asyncio.run(run_once(config, stopper or types.SimpleNamespace(window=None), figures))
+    return status, stores[0], sources[0], told, figures
+
+
+def test_once_is_one_window_and_its_figures(monkeypatch):
+    status, store, source, told, figures = ran(monkeypatch)
+    assert (status, len(store.records), sorted(source.finished)) == (0, 5, [0, 1, 2, 3, 4])
+    assert figures.numbers[('xmsrv_messages_total', 'stored')] == 5
+    assert all(figures.numbers[(name,)] == 1 for name in xmsrv.UP.values())
+    # what systemd may wait: each step of the handshake, the window, a call of the store, and some more
+    assert told == [{'EXTEND_TIMEOUT_USEC': int((7 * 5 + 3 + 5 + 5) * 1e6)}]
+
+
+def test_once_takes_at_most_n(monkeypatch):
+    status, store, source, _, _ = ran(monkeypatch, nsq={'max-messages': '3'})
+    assert (status, len(store.records), sorted(source.finished), source.requeues) == (0, 3, [0, 1, 2], [(3, 0), (4, 0)])
+
+
+def test_a_signal_ends_what_runs_and_what_is_opened():
+    async def main():
+        queue, ended = fakes.Queue(), []
+        stopper = Stopper()
+        window = Window(types.SimpleNamespace(
+            config=fakes.options(), source=queue, tasks=xmsrv.Crew(), metrics=Figures(), health=Health(), write=None,
+            keep=None, store=Store()), WindowLimits(0, 1, 1), None)
+        stopper.window = window
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.01)
+        assert window.end_reason is End.SIGNAL
+        stopper.window = types.SimpleNamespace(stop=lambda: ended.append('stopped'))
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.01)
+        assert ended == ['stopped']
+        stopper.window = None
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+    begun = time.monotonic()
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(main())
+    assert time.monotonic() - begun < 5

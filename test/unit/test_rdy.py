@@ -27,6 +27,7 @@ def allocated(connections, budget, keep=True):
     ([connection()], 10, [10]),
     ([connection()], 5000, [2500]),
     ([connection(max_rdy=7), connection()], 100, [7, 93]),
+    ([connection(max_rdy=1, idle=True), connection(max_rdy=3, idle=True)], 10, [1, 3]),
     ([connection(), connection(), connection(idle=True)], 12, [6, 5, 1]),
     ([connection(), connection(), connection()], 2, [1, 1, 0]),
     ([connection(idle=True, rdy_since=3.0), connection(idle=True, rdy_since=1.0), connection(idle=True, rdy_since=2.0)],

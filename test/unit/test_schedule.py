@@ -63,8 +63,9 @@ def test_two_runs_of_one_file_exclude_each_other_by_whatever_name(config, tmp_pa
     assert other.take() == str(os.getpid()) and not other.holds
     with pytest.raises(Busy, match=str(os.getpid())), locked(config, tmp_path / 'link.conf'):
         pass
+    assert (tmp_path / lock.path).read_text() == f'{os.getpid()}\n{tmp_path}/orders.conf\n'
     lock.release()
-    assert not lock.holds
+    assert not lock.holds and (tmp_path / lock.path).read_text() == ''
     assert other.take() is None
     other.release()
 

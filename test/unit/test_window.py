@@ -291,6 +291,34 @@ def test_the_summary_is_worth_a_notice_where_something_came(caplog, steps, level
     assert record.getMessage().startswith('[orders/x-msrv] received ')
 
 
+def test_a_failed_window_to_which_nothing_came_is_worth_a_notice_and_counts(caplog):
+    async def steps(window, queue):
+        window.end(End.STORE_FAILED, 'gone')
+    caplog.set_level('DEBUG', 'x-msrv')
+    window, _ = window_of(steps)
+    caplog.clear()
+    assert window.report() == 75
+    assert [(record.levelname, record.getMessage()) for record in caplog.records][1:] == [
+        ('ERROR', 'the window failed: gone')]
+    assert caplog.records[0].levelname == 'NOTICE'
+
+
+def test_a_background_task_that_fails_ends_the_program():
+    async def steps(window, queue):
+        async def fails():
+            raise ZeroDivisionError
+        window.pipeline.tasks.start(fails())
+    with pytest.raises(ZeroDivisionError):
+        window_of(steps)
+
+
+@pytest.mark.parametrize(('body', 'size'), [
+    (b'x' * 511, 511 * 32), (b'x' * 512, 512), (b'[' * 600, 600 * 129), (b'{' * 600, 600 * 257),
+    (b',' * 600, 600 * 73)])
+def test_the_memory_that_a_message_takes_is_told_from_its_bytes(body, size):
+    assert decoded_size(body) == size
+
+
 def test_messages_that_were_requeued_without_a_fault_are_worth_a_warning(caplog):
     async def steps(window, queue):
         queue.idle_since = asyncio.get_running_loop().time()
