@@ -200,7 +200,7 @@ install:  ## put all files below DESTDIR=, as the packages have them
 	$(call put,644) man/x-msrv.8 $(DESTDIR)$(MANDIR)/man8/x-msrv.8
 	$(call put,644) man/x-msrv.conf.5 $(DESTDIR)$(MANDIR)/man5/x-msrv.conf.5
 	$(call put,644) build/vendor/$(ARCH).txt $(DESTDIR)$(DOCDIR)/libraries.txt
-	umask 022 && install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples etc/x-msrv-full.conf etc/x-msrv-local.conf
+	umask 022 && install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples etc/x-msrv-*.conf
 	umask 022 && install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples/kubernetes kubernetes/*.yaml
 	[ ! -d monitoring ] || (umask 022 && install -D -m 644 -t $(DESTDIR)$(DOCDIR)/examples/monitoring \
 		$$(find monitoring -maxdepth 1 -type f))

@@ -196,6 +196,7 @@ DEAD = Answer('dead')               # durably kept as dead letter, or discarded 
 # and Answer('busy', code, detail): not stored now; the store works
 # and Answer('retry', code, detail): not stored, or nobody knows, for the store does not work; it may later
 # and Answer('stop', code, detail): not stored; the window ends
+# and Answer('set-full', code, detail): the set of the record takes no new ones; other sets may
 # and Answer('unkept', reason, detail): a dead letter that can't be kept; reason: `away`, `refused` or `unknown`
 # and Answer('unsettled', None, detail): nobody knows what is wrong with the message; it comes again later
 
@@ -242,7 +243,8 @@ OUTCOMES = ('received', 'stored', 'deleted', 'duplicate', 'stale', 'dead', 'requ
 # What follows for the message from each outcome: the method of Window that settle() calls.
 ACTIONS = {'stored': 'finish', 'deleted': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish',
            'rejected': 'reject_for', 'retry': 'retry', 'busy': 'retry', 'refused': 'on_refused',
-           'stop': 'on_store_stop', 'unkept': 'on_unkept', 'unsettled': 'postpone'}
+           'stop': 'on_store_stop', 'unkept': 'on_unkept', 'unsettled': 'postpone',
+           'set-full': 'on_set_full'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3581,6 +3583,7 @@ ADVICE = {8: 'make room', 9: 'see whether the nodes are overloaded or gone', 18:
               'x-msrv check --connect names it',
           80: 'see user in [aerospike]', 81: 'give the user the role read-write', 82: 'the whitelist lacks this host'}
 NOT_FOUND = 2            # no record of that key
+FULL_SET = 22            # the answer to a new record of a set at its limit, and to some more
 FORBIDDING = (8, 22)     # answers for which a node's own facts name the cause
 # Bins above which a record goes in a call of its own: the server compares the name of each bin with all before it, so
 # 4,000 take 0.1 s and 32,767 take seconds (8.1, measured), for which the other records of a batch would have to wait.
@@ -3849,6 +3852,8 @@ class AerospikeStore(Store):
             self.look_for_cause((write.result for write in writes), deadline)
         answers = [self.success_of(record) if outcome == 'stored' else self.answer(outcome, write)
                    for record, outcome, write in zip(records, outcomes, writes, strict=True)]
+        if self.record.set_field and FULL_SET in [write.result for write in writes]:
+            self.spare_other_sets(writes, answers, deadline)
         filtered = [place for place, outcome in enumerate(outcomes) if outcome == 'filtered']
         for place, answer in zip(filtered, self.compare([records[at] for at in filtered], deadline), strict=True):
             answers[place] = answer
@@ -3878,6 +3883,22 @@ class AerospikeStore(Store):
     def success_of(record: Record) -> Answer:
         """The Answer for a record whose write was done."""
         return DELETED if isinstance(record, Deletion) else STORED
+
+    def spare_other_sets(self, writes: list[Any], answers: list[Answer], deadline: float) -> None:
+        """Changes the answers for records of a set that is full: they come again later, and no other set's wait."""
+        full = self.full_sets(deadline)
+        for at, write in enumerate(writes):
+            if write.result == FULL_SET and write.key[1] in full:
+                text = f'{self.where}: answer {FULL_SET}: {full[write.key[1]]}; its messages are requeued with a delay'
+                answers[at] = Answer('set-full', FULL_SET, text)
+
+    def full_sets(self, deadline: float) -> dict[str, str]:
+        """What the nodes say of each set that takes no new record, by its name; nothing where none answers."""
+        sets: dict[str, dict[str, dict[str, str]]] = {}
+        with contextlib.suppress(StoreDown):
+            _, sets = self.facts(deadline)
+        return {name: text for node in sets.values() for name, facts in node.items()
+                for text in write_obstacles(0, {}, facts, f'the set {name}')}
 
     def as_write(self, record):
         """A record as the client takes it; without newest-wins its policy is the client's own default."""
@@ -5295,6 +5316,12 @@ class Window:
             else:   # the end is near, and the next run need not wait for a delay
                 self.release(messages)
                 self.postponed += len(messages)
+
+    def on_set_full(self, messages: list[Message], result: Answer) -> None:
+        """The set that they name takes no new record until somebody changes something; they hold up no others."""
+        log.error('%s', result.detail)
+        self.refused.update(message.key for message in messages)
+        self.postpone(messages, result)
 
     def on_store_stop(self, messages: list[Message], result: Answer) -> None:
         """The store takes nothing until somebody changes something: the window ends, and they are requeued then."""

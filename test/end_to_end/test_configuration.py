@@ -214,7 +214,7 @@ def test_all_faults_are_reported_at_once(faults):
     (CLUSTER + '[[tls]]\n', '[aerospike] [[tls]] ca-file: missing: the client knows no authorities of its own'),
     # fields
     (VALID + '[message]\n[[fields]]\nid = int\n', "[message] [[fields]] id = int: no type 'int'; there are string, "
-     'integer, number, boolean, list, object, any'),
+     'integer, number, boolean, list, object, any, base64, geojson'),
     (VALID + '[message]\n[[fields]]\nid = integer, needed\n', "[message] [[fields]] id = integer, needed: no rule "
      "'needed'; there are required, min, max, one-of, match"),
     (VALID + '[message]\n[[fields]]\nid = boolean, min 1\n',
@@ -703,7 +703,8 @@ def test_the_sample_has_every_option_at_its_default(xmsrv):
             assert f'\n{option.name} = {option.default}'.rstrip() + '\n' in text
 
 
-@pytest.mark.parametrize('name', ['x-msrv.conf', 'x-msrv-local.conf'])
+@pytest.mark.parametrize('name', ['x-msrv.conf', 'x-msrv-local.conf', 'x-msrv-orders.conf', 'x-msrv-documents.conf',
+                                  'x-msrv-tenants.conf'])
 def test_the_shipped_files_are_valid(xmsrv, name):
     done = xmsrv.run('-c', servers.ROOT / 'etc' / name, 'check')
     assert done.stderr == ''

@@ -1,8 +1,8 @@
 """A stand-in for an Aerospike server: one node, all data in memory, for tests and a laptop. Only the standard library.
 
 The official client can't tell it from a server for what x-msrv asks of one: put, get, select, exists, remove, batches
-of reads and writes, filter expressions, a query of a whole set, info, and the log-in. See data/aerospike for what the
-two say to each other; the order of the checks is that of the server's own source.
+of reads and writes, filter expressions, a query of a whole set, info, and the log-in; and a look into a map by key.
+See data/aerospike for what the two say to each other; the order of the checks is that of the server's own source.
 
     with AerospikeServer() as server:
         client = aerospike.client({'hosts': [(server.host, server.port)]})
@@ -40,7 +40,7 @@ CHUNK = 500           # records in a frame of a query's answer
 
 # Result codes.
 OK, NOT_FOUND, WRONG_GENERATION, BAD_REQUEST, EXISTS, NO_SPACE, TOO_BIG = 0, 2, 3, 4, 5, 8, 13
-NO_NAMESPACE, BAD_BIN_NAME, FORBIDDEN, ENTERPRISE_ONLY, FILTERED_OUT = 20, 21, 22, 25, 27
+NO_NAMESPACE, BAD_BIN_NAME, FORBIDDEN, ENTERPRISE_ONLY, NOT_APPLICABLE, FILTERED_OUT = 20, 21, 22, 25, 26, 27
 NO_GEOMETRY, NO_INDEX = 160, 201
 NO_SECURITY, BAD_COMMAND, NO_USER, BAD_CREDENTIAL, NOT_AUTHENTICATED = 51, 54, 60, 65, 80
 
@@ -58,10 +58,10 @@ LAST, UPDATE_ONLY, REPLACE, REPLACE_ONLY = 1, 8, 16, 32
 REPEAT, HAS_INFO, HAS_GENERATION, HAS_TTL, HAS_INFO4 = 1, 2, 4, 8, 16
 NAMESPACE, SET, KEY, DIGEST, PARTITION_LIST, DIGEST_LIST, MOST, RANGE, UDF, BATCH_ROWS, FILTER = (
     0, 1, 2, 4, 11, 12, 13, 22, 30, 41, 43)
-OP_READ, OP_WRITE = 1, 2
+OP_READ, OP_WRITE, OP_CDT_READ = 1, 2, 3
 
 # Particle types.
-NIL, INTEGER, FLOAT, STRING, BLOB, BOOL, GEOJSON = 0, 1, 2, 3, 4, 17, 23
+NIL, INTEGER, FLOAT, STRING, BLOB, BOOL, MAP, LIST, GEOJSON = 0, 1, 2, 3, 4, 17, 19, 20, 23
 
 # Commands and fields of the log-in.
 AUTHENTICATE, LOGIN = 0, 20
@@ -89,17 +89,19 @@ class Refused(Exception):
 
 # ---------------------------------------------------------------------------------------------------------- expressions
 
-BYTES, ARRAY = object(), object()
+BYTES, ARRAY, PAIRS = object(), object(), object()
 MSGPACK = {  # type byte: what follows
     0xc0: None, 0xc2: False, 0xc3: True, 0xca: '>f', 0xcb: '>d',
     0xcc: '>B', 0xcd: '>H', 0xce: '>I', 0xcf: '>Q', 0xd0: '>b', 0xd1: '>h', 0xd2: '>i', 0xd3: '>q',
     0xd9: (BYTES, '>B'), 0xda: (BYTES, '>H'), 0xdb: (BYTES, '>I'),
-    0xc4: (BYTES, '>B'), 0xc5: (BYTES, '>H'), 0xc6: (BYTES, '>I'), 0xdc: (ARRAY, '>H'), 0xdd: (ARRAY, '>I')}
+    0xc4: (BYTES, '>B'), 0xc5: (BYTES, '>H'), 0xc6: (BYTES, '>I'), 0xdc: (ARRAY, '>H'), 0xdd: (ARRAY, '>I'),
+    0xde: (PAIRS, '>H'), 0xdf: (PAIRS, '>I')}
 
 COMPARISONS = {1: operator.eq, 2: operator.ne, 3: operator.gt, 4: operator.ge, 5: operator.lt, 6: operator.le}
-AND, OR, NOT, BIN, BIN_TYPE = 16, 17, 18, 81, 82
-IS_BOOL, IS_INTEGER, IS_STRING, IS_BLOB, IS_FLOAT = 1, 2, 3, 6, 7
-PARTICLES = {IS_BOOL: BOOL, IS_INTEGER: INTEGER, IS_STRING: STRING, IS_BLOB: BLOB, IS_FLOAT: FLOAT}
+AND, OR, NOT, BIN, BIN_TYPE, CALL = 16, 17, 18, 81, 82, 127
+IS_BOOL, IS_INTEGER, IS_STRING, IS_MAP, IS_BLOB, IS_FLOAT = 1, 2, 3, 5, 6, 7
+PARTICLES = {IS_BOOL: BOOL, IS_INTEGER: INTEGER, IS_STRING: STRING, IS_MAP: MAP, IS_BLOB: BLOB, IS_FLOAT: FLOAT}
+IN_CONTEXT, AT_INDEX, AT_KEY, GET_BY_KEY, VALUE = 255, 0x10, 0x22, 97, 7   # of calls that look into a list or a map
 
 
 def passes(expression, bins):
@@ -121,7 +123,9 @@ def unpack(data, at):
     if byte < 0x80 or byte >= 0xe0:
         return byte if byte < 0x80 else byte - 256, at
     if byte < 0xc0:
-        return unpack_array(data, at, byte & 15) if 0x90 <= byte < 0xa0 else unpack_bytes(data, at, byte & 31)
+        if byte < 0xa0:
+            return (unpack_pairs if byte < 0x90 else unpack_array)(data, at, byte & 15)
+        return unpack_bytes(data, at, byte & 31)
     kind = MSGPACK[byte]
     if kind is None or isinstance(kind, bool):
         return kind, at
@@ -130,7 +134,7 @@ def unpack(data, at):
     at += struct.calcsize(form)
     if what is None:
         return value, at
-    return (unpack_bytes if what is BYTES else unpack_array)(data, at, value)
+    return {BYTES: unpack_bytes, ARRAY: unpack_array, PAIRS: unpack_pairs}[what](data, at, value)
 
 
 def unpack_bytes(data, at, size):
@@ -145,6 +149,58 @@ def unpack_array(data, at, size):
     return items, at
 
 
+def unpack_pairs(data, at, size):
+    """A map: where each of its values begins and ends, by its key."""
+    places = {}
+    for _ in range(size):
+        key, at = unpack(data, at)
+        _, end = unpack(data, at)
+        places[key] = at, end
+        at = end
+    return places, at
+
+
+def look_into(data, call):
+    """The part of a list or map (msgpack) that a call asks for: a value by its key, in a context or not. None where
+    there is none; Refused with 4 for another call."""
+    context, call = call[1:] if call[0] == IN_CONTEXT else ([], call)
+    if call[:2] != [GET_BY_KEY, VALUE] or len(call) != 3:
+        raise Refused(BAD_REQUEST)
+    for kind, wanted in [*zip(context[::2], context[1::2], strict=True), (AT_KEY, call[2])]:
+        if kind not in (AT_KEY, AT_INDEX):
+            raise Refused(BAD_REQUEST)
+        data = part_of(data, wanted, kind)
+        if data is None:
+            return None
+    return data
+
+
+def part_of(data, wanted, kind):
+    found, _ = unpack(data, 0)
+    if kind == AT_KEY and isinstance(found, dict) and wanted in found:
+        return data[slice(*found[wanted])]
+    if kind == AT_INDEX and isinstance(found, list) and wanted < len(found):
+        at = len(data) - len(data[1:]) if data[0] < 0xa0 else struct.calcsize(MSGPACK[data[0]][1]) + 1
+        for _ in range(wanted):
+            _, at = unpack(data, at)
+        return data[at:unpack(data, at)[1]]
+    return None
+
+
+def particle_of(data):
+    """A value of msgpack as a bin has it: (particle type, bytes)."""
+    value, _ = unpack(data, 0)
+    if isinstance(value, (dict, list)):
+        return (MAP if isinstance(value, dict) else LIST), data
+    if value is None:
+        return NIL, b''
+    if isinstance(value, bool):
+        return BOOL, bytes([value])
+    if isinstance(value, int):
+        return INTEGER, value.to_bytes(8, 'big', signed=True)
+    return (FLOAT, struct.pack('>d', value)) if isinstance(value, float) else (value[0], value[1:])
+
+
 def evaluate(tree, bins):
     """The (type, value) of an expression; its value is None where a bin is missing or of another type.
 
@@ -157,6 +213,10 @@ def evaluate(tree, bins):
         return compare(COMPARISONS[code], [evaluate(each, bins) for each in rest])
     if code in (AND, OR, NOT):
         return combine(code, [evaluate(each, bins) for each in rest])
+    if code == CALL and len(rest) == 4 and rest[0] in PARTICLES:
+        _, data = evaluate(rest[3], bins)
+        found = particle_of(look_into(data, rest[2]) or b'\xc0') if data is not None else (NIL, b'')
+        return rest[0], decode(*found) if found[0] == PARTICLES[rest[0]] else None
     if code in (BIN, BIN_TYPE) and rest and isinstance(rest[-1], bytes):
         return look_up(code, rest, bins)
     raise Refused(BAD_REQUEST)
@@ -491,7 +551,17 @@ def selected(record, ops):
     """The bins that were asked for and are there, or all."""
     if not ops:
         return record.bins.values()
-    return [record.bins[name] for _, name, _ in ops if name in record.bins]
+    return [record.bins[name] if op == OP_READ else looked_up(name, asked, record.bins[name])
+            for op, name, asked in ops if name in record.bins]
+
+
+def looked_up(name, asked, stored):
+    """What a read of a part of a map answers."""
+    data = look_into(stored[8 + len(name):], unpack(asked[8 + len(name):], 0)[0])
+    if data is None:
+        raise Refused(NOT_APPLICABLE)
+    particle, value = particle_of(data)
+    return OP.pack(4 + len(name) + len(value), OP_CDT_READ, particle, 0, len(name)) + name + value
 
 
 class Query:

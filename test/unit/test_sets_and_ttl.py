@@ -133,12 +133,12 @@ class Client:
     """Takes each write, and answers to info what the test gave."""
 
     def __init__(self, info=()):
-        self.writes, self.read, self.code, self.info = [], [], 0, dict(info)
+        self.writes, self.read, self.code, self.codes, self.info = [], [], 0, {}, dict(info)
 
     def batch_write(self, batch, policy):
         self.writes += batch.batch_records
         for write in batch.batch_records:
-            write.result, write.in_doubt = self.code, False
+            write.result, write.in_doubt = self.codes.get(write.key[1], self.code), False
         return types.SimpleNamespace(result=0)
 
     def batch_read(self, keys, bins, policy):
@@ -199,6 +199,20 @@ def test_check_counts_the_sets_where_messages_name_them(monkeypatch):
     many = ''.join(SET.format(n, 0) for n in range(4095))
     assert described(monkeypatch, many[:-len(SET.format(4094, 0))], **{'set-field': 't'})[1] == []
     assert 'the namespace has 4095 sets' in described(monkeypatch, many, **{'set-field': 't'})[1][0]
+
+
+def test_a_full_set_holds_up_no_other(monkeypatch):
+    client = Client({'build': '8.1.0.0', 'sets/test': SET.format('a', 1) + SET.format('b', 2)})
+    store = opened(monkeypatch, client, **{'set-field': 't'})
+    client.codes = {'a': 22}
+    records = [Record(n, {'n': n}, None, set_) for n, set_ in enumerate(['a', 'b', 'a'])]
+    results = store.write(records)
+    assert outcomes(results) == ['set-full', 'stored', 'set-full']
+    assert 'the set a has reached its stop-writes-count of 1; its messages are requeued' in results[0].detail
+    client.codes = {'a': 22, 'b': 22}   # b is not full: what else forbids its writes is for all
+    assert outcomes(store.write(records)) == ['set-full', 'stop', 'set-full']
+    client.info = {}
+    assert outcomes(store.write(records)) == ['stop'] * 3
 
 
 def test_check_says_that_a_ttl_of_messages_would_be_refused(monkeypatch):
