@@ -597,6 +597,8 @@ METRICS = (
     Metric('xmsrv_store_batch_seconds', 'histogram', (), 'Seconds that a call of the store took.'),
     Metric('xmsrv_store_batch_records', 'histogram', (), 'Records in a call of the store.'),
     Metric('xmsrv_lag_seconds', 'histogram', (), 'Age of a message when its record was stored or deleted, in seconds.'),
+    Metric('xmsrv_channel_depth', 'gauge', ('nsqd',),
+           'Messages that wait for the channel on an nsqd, in its topic or in itself; none where nsqd does not say.'),
     Metric('xmsrv_in_flight', 'gauge', (), 'Messages held, without an answer to nsqd yet.'),
     Metric('xmsrv_connections', 'gauge', ('state',), 'nsqds that are connected (up), and that are not (down).'),
     Metric('xmsrv_store_up', 'gauge', (), '1 while the store takes records, 0 while it does not.', min),
@@ -740,6 +742,13 @@ class Figures:
         self.set('xmsrv_connections', up, 'up')
         self.set('xmsrv_connections', max(0, len(consumer.addresses) - up), 'down')
 
+    def depths(self, waiting: Mapping[str, int]) -> None:
+        """What waits on each nsqd, now; one that does not say so, or is no longer asked, has none."""
+        if 'xmsrv_channel_depth' in self.metrics:
+            self.metrics['xmsrv_channel_depth'].clear()
+        for nsqd, depth in waiting.items():
+            self.set('xmsrv_channel_depth', depth, nsqd)
+
     def unavailable(self, error: Unavailable) -> None:
         """A window could not even begin."""
         self.add('xmsrv_windows_total', 1, 'failed')
@@ -779,9 +788,11 @@ class Totals:
         self.recent: list[tuple[Any, ...]] = []
 
     def merge(self, snapshot: Snapshot, gauges: bool = True) -> None:
-        """Takes in what a process counted."""
+        """Takes in what a process counted. A worker that was started after an upgrade may count more than we know."""
         for *labelled, number in snapshot['samples']:
             key = tuple(labelled)
+            if key[0] not in SERIES:
+                continue
             metric, there = SERIES[key[0]][0], self.numbers.get(key)
             if metric.kind != 'gauge':
                 self.numbers[key] = (there or 0) + number
@@ -1454,6 +1465,9 @@ OPTIONS = (
 
     Option('metrics', 'listen', '', optional(address),
            'host:port at which the daemon answers /metrics, /healthz, /readyz and a page to look at; empty: nowhere.'),
+    Option('metrics', 'depth-interval', '10s', period,
+           'Interval between looks at the depth of the channel, at the HTTP side of each nsqd, for the page and the '
+           'figures; 0: none. A run of `once` looks at its end, where it has a textfile.'),
     Option('metrics', 'textfile', '', optional(path),
            'File that `once` writes the same figures to, NAME.prom in the directory of node_exporter; empty: none.'),
 )
@@ -2733,6 +2747,8 @@ CHUNK = 256 * 1024          # bytes a read
 MAX_ANSWER = 1 << 20        # bytes of an answer in the handshake: what is no nsqd would have us wait for gigabytes
 HANDSHAKE_STEPS = 7         # at most: credentials, name, TCP, IDENTIFY, TLS, AUTH, SUB; each within connect-timeout
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
+LOOKUP_PATIENCE = 0.5       # seconds that a question waits for the other nsqlookupds once one has named nsqds
+DEPTH_REQUESTS = 8          # nsqds that are asked at a time for what waits
 HEARTBEAT = 10.0            # seconds; nsqd closes after two of its own unanswered, so do we
 DEFAULT_HEARTBEAT = 60.0    # seconds; of an nsqd that refused ours: half its --client-timeout, 30 as it comes
 HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_timeout': LOOKUP_TIMEOUT}
@@ -3285,7 +3301,36 @@ async def total_depth(config: types.SimpleNamespace, topic: str, channel: str) -
     return None if None in stats else sum(sum(depths(each, channel)) for each in stats if each is not None)
 
 
-async def topic_stats(address: Address, http_port: int | None, topic: str) -> dict[str, Any] | None:
+class ChannelDepth(NamedTuple):
+    """What waits for a channel on one nsqd, and what of it is paused: `topic`, `channel`, both or nothing."""
+
+    waiting: int
+    paused: str
+
+
+async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, ChannelDepth]:
+    """What waits for a channel on each nsqd that says so, by address as text. An nsqd or nsqlookupd that does not
+    answer is left out without a word: the consumer has one for it."""
+    addresses = config.nsq.lookupd_http_address
+    nsqds = (await look_up(addresses, topic, LOOKUP_PATIENCE))[0] if addresses else dict.fromkeys(
+        config.nsq.nsqd_tcp_address)
+    turns, found = asyncio.Semaphore(DEPTH_REQUESTS), {}
+
+    async def ask(address: Any, http_port: int | None) -> None:
+        async with turns:
+            stats = await topic_stats(address, http_port, topic, '&include_clients=false')
+        if stats is not None:
+            paused = [name for name, each in (('topic', stats), ('channel', channel_stats(stats, channel)))
+                      if each.get('paused')]
+            found[spelled(address)] = ChannelDepth(sum(depths(stats, channel)), ', '.join(paused))
+    with contextlib.suppress(TimeoutError):   # who has answered by then has
+        async with asyncio.timeout(LOOKUP_TIMEOUT):
+            await asyncio.gather(*(ask(*each) for each in nsqds.items()))
+    return {spelled(address): found[spelled(address)] for address in nsqds if spelled(address) in found}
+
+
+async def topic_stats(address: Address, http_port: int | None, topic: str,
+                      query: str = '') -> dict[str, Any] | None:
     """What an nsqd counts of a topic: {} where it has no such topic, None when its HTTP side can't be found.
 
     nsqlookupd names the HTTP port; else it is taken to be the next one (4150, 4151), if that one is the same nsqd's.
@@ -3298,7 +3343,7 @@ async def topic_stats(address: Address, http_port: int | None, topic: str) -> di
         if json.loads(info.body)['tcp_port'] != tcp_port:
             return None
         name = topic.replace('#', '%23')
-        stats = await client.fetch(f'{base}/stats?format=json&topic={name}', **HTTP_TIMEOUTS)
+        stats = await client.fetch(f'{base}/stats?format=json&include_mem=false&topic={name}{query}', **HTTP_TIMEOUTS)
         found: dict[str, Any] = next(iter(json.loads(stats.body)['topics'] or ()), {})   # nsqd says null for none
         return found
     except (OSError, HTTPError, ValueError, KeyError, TypeError, RecursionError):
@@ -4647,7 +4692,6 @@ def group_by_result(messages: list[Message], results: list[Answer]) -> Iterable[
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOKUP_INTERVAL = 5.0       # seconds between questions to nsqlookupd
-LOOKUP_PATIENCE = 0.5       # seconds that the first question waits for the other nsqlookupds once one has named nsqds
 FIRST_MESSAGE_SIZE = 64 << 10   # bytes that a message is taken to have before any has come
 REQUEUE_DELAYS = 1, 600     # seconds: of the first delivery that can't be settled, and at most
 
@@ -5631,7 +5675,16 @@ async def run_once(config: types.SimpleNamespace, stopper: 'Stopper', figures: F
         for end, name in UP.items():
             figures.set(name, int(health.up(end)))
         figures.holds(pipeline.source)
+        if config.metrics.textfile and config.metrics.depth_interval:
+            await note_depths(config, figures)
     return window.report()
+
+
+async def note_depths(config: Any, figures: Figures) -> dict[str, ChannelDepth]:
+    """Asks the nsqds what still waits, and has it counted. Returns their answers."""
+    found = await channel_depths(config, config.nsq.topic, config.nsq.channel)
+    figures.depths({nsqd: depth.waiting for nsqd, depth in found.items()})
+    return found
 
 
 class Stopper:
@@ -6253,15 +6306,30 @@ class WindowRunner:
 
     @property
     def trouble(self) -> str:
-        """What fails, in words. The queue can be down without a failure: nsqlookupd names no nsqd, or what else fails
-        has closed the connections."""
-        opened = self.pipeline or self.health.errors   # else it is just starting
-        source = self.pipeline.source if self.pipeline else None
-        why = ('no nsqd is connected' if not source or source.addresses else
-               f'no nsqd has the topic {self.config.nsq.topic} yet')
-        unconnected = opened and self.health.up('queue') and not self.ends['queue']
-        return '; '.join(filter(None, [self.health.trouble,
-                                       f'queue unavailable: {why}' if unconnected else '']))
+        """What fails, in words."""
+        return '; '.join(f'{end} unavailable: {why}' for end, why in self.failures.items())
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why each of ENDS fails that does. The queue can be down without a failure: nsqlookupd names no nsqd, or what
+        else fails has closed the connections."""
+        failures = {end: self.health.errors[end].text for end in ENDS if end in self.health.errors}
+        opened = self.pipeline or failures   # else it is just starting
+        if opened and 'queue' not in failures and not self.ends['queue']:
+            source = self.pipeline.source if self.pipeline else None
+            failures['queue'] = ('no nsqd is connected' if not source or source.addresses else
+                                 f'no nsqd has the topic {self.config.nsq.topic} yet')
+        return failures
+
+    @property
+    def connections(self) -> dict[str, tuple[int, int, str]]:
+        """Of each nsqd that is known: how many connections to it are up, messages in flight, and its last error."""
+        if not self.pipeline:
+            return {}
+        source = self.pipeline.source
+        up = {connection.address: connection for connection in source.connections}
+        return {spelled(address): (int(address in up), up[address].in_flight if address in up else 0,
+                                   source.connect_errors.get(address) or '') for address in source.addresses}
 
     @property
     def ends(self) -> dict[str, bool]:
@@ -6328,6 +6396,8 @@ class Member:
         self.place, self.state, self.number = place, WorkerState.STARTING, 0
         self.process: Any = None                  # its Process, from its first start on
         self.trouble: str | None = None
+        self.failures: dict[str, str] = {}
+        self.connections: dict[str, tuple[int, int, str]] = {}
         self.news = ChangeLog()
         self.heard, self.healthy, self.starts = 0.0, True, 0
         self.ends = dict.fromkeys(ENDS, False)
@@ -6435,6 +6505,7 @@ class Team:
         member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
         member.news.clear()
         member.ends, member.trouble, member.snapshot = message['ends'], message['trouble'], message['figures']
+        member.failures, member.connections = message['failures'], message['connections']
         for window in message['windows']:
             self.report(types.SimpleNamespace(**window))
         if member.state is not WorkerState.STOPPING:
@@ -6448,7 +6519,7 @@ class Team:
         if member.snapshot:
             self.past.merge(member.snapshot, gauges=False)
         member.state, member.snapshot, member.ends = WorkerState.BACKOFF, None, dict.fromkeys(ENDS, False)
-        member.number, member.trouble = 0, None
+        member.number, member.trouble, member.failures, member.connections = 0, None, {}, {}
         self.changed.set()
 
     # -- its periods
@@ -6522,6 +6593,24 @@ class Team:
                                        for member in self.in_state(WorkerState.BACKOFF)]
         told = [member.trouble for member in self.members if member.trouble]
         return '; '.join(dict.fromkeys([*gone, *told]))
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why each of ENDS fails, each reason once, also where several members say so."""
+        gone = [f'worker {member.place + 1} has ended' for member in self.in_state(WorkerState.BACKOFF)]
+        reasons = {end: dict.fromkeys([*gone, *(member.failures[end] for member in self.members
+                                                if end in member.failures)]) for end in ENDS}
+        return {end: '; '.join(reason) for end, reason in reasons.items() if reason}
+
+    @property
+    def connections(self) -> dict[str, tuple[int, int, str]]:
+        """As WindowRunner has it, of all members together."""
+        found: dict[str, tuple[int, int, str]] = {}
+        for member in self.members:
+            for nsqd, (up, in_flight, error) in member.connections.items():
+                there = found.get(nsqd, (0, 0, ''))
+                found[nsqd] = there[0] + up, there[1] + in_flight, there[2] or error
+        return found
 
     @property
     def ends(self) -> dict[str, bool]:
@@ -6614,7 +6703,8 @@ class Worker:
         healthy = self.flow.healthy(asyncio.get_running_loop().time())
         line = json.dumps({
             'state': self.state, 'seen': self.seen, 'healthy': healthy, 'windows': windows,
-            'ends': self.flow.ends, 'trouble': self.flow.trouble, 'figures': figures})
+            'ends': self.flow.ends, 'trouble': self.flow.trouble, 'failures': self.flow.failures,
+            'connections': self.flow.connections, 'figures': figures})
         with contextlib.suppress(BrokenPipeError):
             write_all(1, line.encode() + b'\n')
 
@@ -6633,7 +6723,7 @@ class Daemon:
         self.raw, self.config, self.unavailable = reread(arguments)   # the last: faults at the start
         set_up_log_of(self.config, arguments)
         self.schedule = Schedule(self.config.period)
-        self.windows: collections.deque[types.SimpleNamespace] = collections.deque(maxlen=60)   # facts() of the latest
+        self.history = History()
         self.engine: WindowRunner | Team | None = None
         self.stopping = False
         self.site: HttpListener | None = None
@@ -6657,6 +6747,7 @@ class Daemon:
         await asyncio.sleep(0)   # by then it listens, where the address is a number
         self.notifier.say(READY=1, STATUS=self.state)
         self.crew.start(self.watch())
+        self.crew.start(self.watch_depth())
         try:
             await self.in_force.wait()
             status = await self.keep_going()
@@ -6729,7 +6820,6 @@ class Daemon:
 
     def note(self, window: types.SimpleNamespace) -> None:
         """A window has ended."""
-        self.windows.append(window)
         counts = ', '.join(f'{name} {number}' for name, number in window.count.items() if number)
         self.status = f'last window: {counts or "nothing came"} in {window.seconds:.2f} s'
 
@@ -6747,7 +6837,21 @@ class Daemon:
             if self.state != told:
                 told = self.state
                 self.notifier.say(STATUS=told)
+            self.history.note_ends(self.ends, self.failures, time.time())
+            if self.site and self.history.due(loop.time()):
+                self.history.note_counts(self.total(), loop.time())
             await asyncio.sleep(pause)
+
+    async def watch_depth(self) -> None:
+        """Asks the nsqds what waits, where somebody may look at it."""
+        while True:
+            interval = self.config.metrics.depth_interval
+            if self.site and interval:
+                self.history.depths = await note_depths(self.config, self.figures)
+            elif self.history.depths:
+                self.history.depths = {}
+                self.figures.depths({})
+            await asyncio.sleep(interval if self.site and interval else IDLE_INTERVAL)
 
     @property
     def state(self) -> str:
@@ -6879,6 +6983,13 @@ class Daemon:
         """What is up."""
         return self.engine.ends if self.engine else dict.fromkeys(ENDS, False)
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why each of ENDS is down that is."""
+        failures = self.engine.failures if self.engine else {}
+        why = '; '.join(self.waiting) or ('not up yet' if self.engine else self.status)
+        return {end: failures.get(end) or why for end, up in self.ends.items() if not up}
+
     def healthy(self) -> bool:
         """Alive and making progress."""
         return not self.engine or self.engine.healthy(asyncio.get_running_loop().time())
@@ -6966,6 +7077,7 @@ def listen(daemon: Daemon, address: Address, sockets: list[socket.socket]) -> Ht
         def get(self) -> None:
             """One answer, of the state as it is now."""
             self.set_header('Cache-Control', 'no-store')
+            self.set_header('Content-Security-Policy', "default-src 'none'; style-src 'unsafe-inline'; img-src data:")
             kind, good, text = answers[self.request.path](daemon)
             self.set_header('Content-Type', f'{kind}; charset=utf-8')
             self.set_status(200 if good else 503)
@@ -6987,27 +7099,60 @@ def readiness(daemon: Daemon) -> str:
     return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting])
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em}
-body{color:#222;background:#fff}h1{font-size:1.3em}h2{font-size:1em;margin:1.5em 0 .3em}
-.up{color:#176b35}.down{color:#a01818;font-weight:bold}
-table{border-collapse:collapse}td,th{padding:.1em 1em .1em 0;text-align:left;vertical-align:top}
-svg{background:#f4f4f4;width:100%;height:auto}.stored{fill:#3a7d44}.deleted{fill:#5b7f95}.dead{fill:#c28800}.requeued{fill:#a01818}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}svg{background:#1c1c1c}.up{color:#6c6}.down{color:#f77}}"""
+STYLE = """:root{color-scheme:light dark;--text:#1d2328;--faint:#5c666f;--back:#fff;--box:#f3f5f7;--line:#d5dbe0;
+--good:#176b35;--bad:#b3141c;--dead:#b07400;--bar:#2f7d4a;--gone:#5b7f95;--depth:#3566b8}
+@media(prefers-color-scheme:dark){:root{--text:#dfe4e8;--faint:#98a3ad;--back:#101418;--box:#1a2026;--line:#323b44;
+--good:#6fcf8b;--bad:#ff8080;--dead:#e0b040;--bar:#58b478;--gone:#8fb4c8;--depth:#7fa8ee}}
+*{box-sizing:border-box}body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:64em;padding:.8em 1em 2em;
+color:var(--text);background:var(--back);overflow-wrap:anywhere}h1{font-size:1.25em;margin:.2em 0}
+h2{font-size:1em;margin:1.6em 0 .3em}p{margin:.3em 0}small,.faint{color:var(--faint);font-size:.87em}
+.up{color:var(--good)}.down{color:var(--bad);font-weight:bold}#status{padding:.5em .7em;background:var(--box);
+border-left:4px solid var(--good)}#status.down{border-color:var(--bad);font-weight:normal;color:var(--text)}
+.wide{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{padding:.25em .9em .25em 0;text-align:left;
+vertical-align:top;border-bottom:1px solid var(--line)}th{color:var(--faint);font-weight:normal;font-size:.87em}
+td:first-child{white-space:nowrap}.number{text-align:right}.tiles,.charts{display:grid;gap:.6em;margin:.8em 0}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(9.5em,1fr))}.tiles div{background:var(--box);padding:.5em .7em}
+.tiles b{display:block;font-size:1.35em;font-variant-numeric:tabular-nums}
+.charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,22em),1fr))}figure{margin:0}figcaption{font-weight:bold}
+svg{display:block;width:100%;height:auto;background:var(--box)}svg text{font:10px system-ui,sans-serif;
+fill:var(--faint)}svg line{stroke:var(--line)}.stored{fill:var(--bar)}.deleted{fill:var(--gone)}
+.dead{fill:var(--dead)}.requeued{fill:var(--bad)}
+.waiting{fill:var(--depth)}.key::before{content:"";display:inline-block;width:.7em;height:.7em;margin:0 .3em 0 .8em}
+.key.stored::before{background:var(--bar)}.key.deleted::before{background:var(--gone)}
+.key.dead::before{background:var(--dead)}
+.key.requeued::before{background:var(--bad)}.key.waiting::before{background:var(--depth)}
+#ends td{width:1%;white-space:nowrap}#ends td:last-child{width:auto;white-space:normal}"""
 
 
 PAGE = """\
-<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2">
-<title>x-msrv {{ name }}</title><style>{% raw style %}</style></head><body><h1>x-msrv {{ name }}</h1>
-<p>{% for end, up in ends.items() %}{% set state = 'up' if up else 'down' %}
-<span id="{{ end.replace(' ', '-') }}" class="{{ state }}">{{ end }}: {{ state }}</span>{% end %}</p>
-<p id="status">{{ status }}</p>
-<table>{% for figure, value in figures %}<tr><th>{{ figure }}</th><td>{{ value }}</td></tr>{% end %}</table>
-<h2>The last windows</h2><svg viewBox="0 0 600 100" role="img" aria-label="the last windows">{% for bar in bars %}
-<rect class="{{ bar.kind }}" x="{{ bar.x }}" y="{{ f'{bar.y:.1f}' }}" width="8" height="{{ f'{bar.height:.1f}' }}">
-<title>{{ bar.label }}</title></rect>{% end %}</svg><p>at most {{ most }} in one</p>
-<h2>The latest dead letters</h2>{% if letters %}<table id="letters">{% for when, reason, detail in letters %}
+<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5">
+<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">
+<title>{{ '' if all_up else 'DOWN: ' }}x-msrv {{ name }}</title><style>{% raw style %}</style></head><body>
+<h1>x-msrv {{ name }}</h1>
+<p id="status" class="{{ 'up' if all_up else 'down' }}">{{ status }}</p>
+<table id="ends">{% for end, state, begun, why in ends %}<tr>
+<td><span id="{{ end.replace(' ', '-') }}" class="{{ state }}">{{ end }}: {{ state }}</span></td>
+<td>since {{ begun }}</td><td>{{ why }}</td></tr>{% end %}</table>
+<div class="tiles">{% for id, title, value, note in tiles %}
+<div id="{{ id }}"><small>{{ title }}</small><b>{{ value }}</b>
+<small>{{ note }}</small></div>{% end %}</div>
+<div class="charts">{% for chart in charts %}<figure id="{{ chart.id }}"><figcaption>{{ chart.title }}</figcaption>
+<svg viewBox="0 0 360 130" role="img" aria-label="{{ chart.title }}">{% for y, text in chart.ticks %}
+<line x1="40" x2="356" y1="{{ y }}" y2="{{ y }}"/>
+<text x="36" y="{{ y + 3 }}" text-anchor="end">{{ text }}</text>{% end %}{% for x, text in chart.times %}
+<text x="{{ x }}" y="126" text-anchor="{{ 'end' if x > 340 else 'middle' }}">{{ text }}</text>{% end %}
+{% for bar in chart.bars %}
+<rect class="{{ bar.kind }}" x="{{ bar.x }}" y="{{ bar.y }}" width="{{ chart.width }}" height="{{ bar.height }}">
+<title>{{ bar.label }}</title></rect>{% end %}</svg>
+<p>{% for kind in chart.kinds %}<small class="key {{ kind }}">{{ kind }}</small>{% end %}</p></figure>{% end %}</div>
+<h2>nsqds</h2><div class="wide"><table id="nsqds"><tr><th>nsqd</th><th>connection</th><th class="number">waiting</th>
+<th class="number">in flight</th><th></th></tr>{% for nsqd, kind, state, waiting, in_flight, note in nsqds %}
+<tr><td>{{ nsqd }}</td><td class="{{ kind }}">{{ state }}</td><td class="number">{{ waiting }}</td>
+<td class="number">{{ in_flight }}</td><td>{{ note }}</td></tr>{% end %}</table></div>
+<h2>The latest dead letters</h2>{% if letters %}<p><small>{{ reasons }}</small></p><table id="letters">
+{% for when, reason, detail in letters %}
 <tr><td>{{ when }}</td><td>{{ reason }}</td><td>{{ detail }}</td></tr>{% end %}</table>{% else %}<p>none</p>{% end %}
-</body></html>
+<p class="faint">{{ foot }}</p></body></html>
 """
 
 
@@ -7019,53 +7164,239 @@ def page_template() -> Any:
 
 
 def page(daemon: 'Daemon') -> bytes:
-    """The page to look at: it loads itself again every 2 s, and takes nothing from elsewhere."""
-    total, windows = daemon.total(), list(daemon.windows)
-    most = max((sum(window.count[kind] for kind in BARS) for window in windows), default=0) or 1
+    """The page to look at: it loads itself again every 5 s, and takes nothing from elsewhere."""
+    now, total, history = time.time(), daemon.total(), daemon.history
+    ends, nsq, rows = daemon.ends, daemon.config.nsq, list(nsqd_rows(daemon))
+    history.note_ends(ends, daemon.failures, now)
     made: bytes = page_template().generate(
-        name=f'{daemon.config.nsq.topic}/{daemon.config.nsq.channel}', style=STYLE, ends=daemon.ends,
-        status=daemon.state, figures=figures_table(windows, total), bars=bars(windows, most), most=most,
-        # Nothing of their bodies.
-        letters=[(f'{rfc3339(when)[:19]}Z', reason, detail) for when, reason, detail in reversed(total.recent)])
+        name=f'{nsq.topic}/{nsq.channel}', style=STYLE, status=daemon.state, all_up=all(ends.values()),
+        ends=[(end, state, since(begun, now), why or (some_down(rows) if end == 'queue' else ''))
+              for end, (state, begun, why) in history.ends.items()],
+        tiles=tiles(history, total), charts=[rate_chart(history), depth_chart(history)],
+        nsqds=rows, reasons=dead_letter_reasons(total),
+        letters=[(f'{rfc3339(when)[:19]}Z', reason, detail)   # nothing of their bodies
+                 for when, reason, detail in reversed(total.recent)],
+        foot=f'{rfc3339(now)[:19]}Z, {socket.gethostname()}, x-msrv {__version__}, process {os.getpid()}, '
+             f'running since {since(history.started, now)}')
     return made
 
 
-def figures_table(windows: Sequence[Any], total: Totals) -> list[tuple[str, object]]:
-    """Rates and lag of the last windows together, and what is counted: names and values."""
-    seconds = sum(window.seconds for window in windows)
-    settled = sum(window.count['stored'] + window.count['deleted'] for window in windows)
-    ages, age = total.number(f'{LAG}_count'), total.number(f'{LAG}_sum')
-    return [('stored', total.number('xmsrv_messages_total', 'stored')),
-            ('deleted', total.number('xmsrv_messages_total', 'deleted')),
-            ('messages/s in the last windows', f'{settled / seconds:.0f}' if seconds else 'none yet'),
-            ('mean lag', f'{age / ages:.2f} s' if ages else 'none yet'),
-            ('in flight', total.number('xmsrv_in_flight')),
-            ('dead letters', total.number('xmsrv_messages_total', 'dead'))]
+SAMPLE_INTERVAL = 10.0      # seconds between two samples of the charts
+SAMPLES = 90                # of them are kept: 15 minutes
+TREND = 300.0               # seconds over which the depth has to change to be said to grow or to fall
+IDLE_INTERVAL = 5.0         # seconds between looks whether somebody may ask for the depth by now
+CHARTED = ('stored', 'deleted', 'dead', 'requeued')   # from below
+
+
+class EndSince(NamedTuple):
+    """That one of ENDS is `up` or `down`, since which second of 1970, and why it is down."""
+
+    state: str
+    since: float
+    why: str
+
+
+class Sample(NamedTuple):
+    """What was counted until a loop time (CHARTED, the sum of all ages), and what waited then on so many nsqds."""
+
+    time: float
+    counts: tuple[float, ...]
+    ages: float
+    waiting: int
+    nsqds: int
+
+
+class History:
+    """What the page shows of the past: since when each end is up or down, counts by time, and the last depths."""
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self.ends: dict[str, EndSince] = {}
+        self.samples: collections.deque[Sample] = collections.deque(maxlen=SAMPLES + 1)
+        self.depths: dict[str, ChannelDepth] = {}
+
+    def note_ends(self, ends: Mapping[str, bool], failures: Mapping[str, str], now: float) -> None:
+        """How each end is now; another reason for the same outage does not begin it anew."""
+        for end, up in ends.items():
+            was, state = self.ends.get(end), 'up' if up else 'down'
+            begun = was.since if was and was.state == state else now
+            self.ends[end] = EndSince(state, begun, failures.get(end, ''))
+
+    def due(self, now: float) -> bool:
+        """Whether it is time for a sample."""
+        return not self.samples or now - self.samples[-1].time >= SAMPLE_INTERVAL - 0.5
+
+    def note_counts(self, total: Totals, now: float) -> None:
+        """A sample."""
+        counts = tuple(total.number('xmsrv_messages_total', kind) for kind in CHARTED)
+        waiting = sum(depth.waiting for depth in self.depths.values())
+        self.samples.append(Sample(now, counts, total.number(f'{LAG}_sum'), waiting, len(self.depths)))
+
+    def lately(self, seconds: float) -> tuple[float, float, float] | None:
+        """Of the last seconds: how long they were, messages stored or deleted, and the sum of their ages; None where it
+        is too early to say."""
+        recent = [sample for sample in self.samples if self.samples[-1].time - sample.time <= seconds]
+        if len(recent) < 2:
+            return None
+        first, last = recent[0], recent[-1]
+        return last.time - first.time, sum(last.counts[:2]) - sum(first.counts[:2]), last.ages - first.ages
+
+    def growth(self) -> float | None:
+        """Messages by which the depth grows in a second, negative where it falls; None where nobody can tell yet."""
+        known = [sample for sample in self.samples if sample.nsqds == len(self.depths)
+                 and self.samples[-1].time - sample.time <= TREND]
+        if len(known) < 4:
+            return None
+        return (known[-1].waiting - known[0].waiting) / (known[-1].time - known[0].time)
 
 
 class Bar(NamedTuple):
-    """A part of the chart: the messages of one outcome in one window; x, y and height in its units."""
+    """A part of a chart: the messages of one kind in one sample; x, y and height in its units."""
 
     kind: str
-    x: int
+    x: float
     y: float
     height: float
     label: str
 
 
-BARS = ('stored', 'deleted', 'dead', 'requeued')   # from below
+class Chart(NamedTuple):
+    """A chart: kinds is of its key, ticks are (y, value) beside it, times (x, text) below it."""
+
+    id: str
+    title: str
+    kinds: tuple[str, ...]
+    bars: list[Bar]
+    ticks: list[tuple[float, str]]
+    times: list[tuple[int, str]]
+    width: float
 
 
-def bars(windows: Sequence[Any], most: int) -> Iterator[Bar]:
-    """Yields the bars of the chart, stacked for each window, the latest at the right; `most` is as high as it goes."""
-    for place, window in enumerate(windows, 60 - len(windows)):
-        y = 100.0
-        for kind in BARS:
-            height = 96 * window.count[kind] / most
+def since(begun: float, now: float) -> str:
+    """A moment in words: `14:03:05Z (12 min)`, with the day where it was another."""
+    moment = rfc3339(begun)
+    day = '' if moment[:10] == rfc3339(now)[:10] else f'{moment[:10]} '
+    return f'{day}{moment[11:19]}Z ({rounded(now - begun)})'
+
+
+def rounded(seconds: float) -> str:
+    """A duration in the largest unit of which there are two: `45 s`, `12 min`, `30 h`, `5 d`."""
+    for unit, size in ('d', 86400), ('h', 3600), ('min', 60):
+        if seconds >= 2 * size:
+            return f'{seconds / size:.0f} {unit}'
+    return f'{max(0.0, seconds):.0f} s'
+
+
+def trend(waiting: int, growth: float | None) -> str:
+    """Whether the backlog grows, in words; a change of less than a hundredth in TREND is none."""
+    if growth is None:
+        return 'not known yet whether it grows'
+    if abs(growth) * TREND < max(1.0, waiting / 100):
+        return 'steady'
+    if growth > 0:
+        return f'grows by {brief(growth)}/s'
+    return f'falls by {brief(-growth)}/s' + (f', empty in {rounded(waiting / -growth)}' if waiting else '')
+
+
+def brief(number: float) -> str:
+    """A number in at most a few characters: `0.25`, `7.5`, `940`, `12.5k`, `3M`."""
+    for unit, size in ('G', 1e9), ('M', 1e6), ('k', 1e3):
+        if number >= size:
+            return f'{number / size:.3g}{unit}'
+    return f'{number:.3g}'
+
+
+def tiles(history: History, total: Totals) -> Iterator[tuple[str, str, str, str]]:
+    """Yields the numbers as (id, what it is, value, remark): what waits, how fast it is stored, how old it is then, and
+    what became of all."""
+    known = [depth.waiting for depth in history.depths.values()]
+    yield ('depth', 'waiting in the channel', f'{sum(known):,}' if known else 'not known',
+           trend(sum(known), history.growth()) if known else 'no nsqd answers by HTTP')
+    seconds, stored, ages = history.lately(60) or (0, 0, 0)
+    longer, more, older = history.lately(SAMPLES * SAMPLE_INTERVAL) or (0, 0, 0)
+    yield ('rate', 'stored/s, last minute', brief(stored / seconds) if seconds else 'none yet',
+           f'{brief(more / longer)} in {rounded(longer)}' if longer else '')
+    yield ('lag', 'mean age when stored', f'{brief(ages / stored)} s' if stored else 'none stored',
+           f'{brief(older / more)} s in {rounded(longer)}' if more else '')
+    yield ('stored', 'stored', f'{total.number("xmsrv_messages_total", "stored"):,.0f}',
+               ', '.join(f'{kind} {total.number("xmsrv_messages_total", kind):,.0f}'
+                     for kind in ('deleted', 'requeued')))
+    yield ('in-flight', 'in flight', f'{total.number("xmsrv_in_flight"):,.0f}', '')
+    yield ('dead', 'dead letters', f'{total.number("xmsrv_messages_total", "dead"):,.0f}', '')
+
+
+def dead_letter_reasons(total: Totals) -> str:
+    """How many there were for each reason."""
+    counts = {reason: total.number('xmsrv_dead_letters_total', reason) for reason in REASONS}
+    return ', '.join(f'{reason} {number:,.0f}' for reason, number in counts.items() if number)
+
+
+def nsqd_rows(daemon: 'Daemon') -> Iterator[tuple[str, str, str, str, int, str]]:
+    """Yields a line for each nsqd that is configured, connected or answers by HTTP: (nsqd, `up` or `down`, that in
+    words, what waits, messages in flight, remark)."""
+    connections = daemon.engine.connections if daemon.engine else {}
+    configured = [spelled(address) for address in daemon.config.nsq.nsqd_tcp_address]
+    for nsqd in dict.fromkeys([*configured, *connections, *daemon.history.depths]):
+        up, in_flight, error = connections.get(nsqd, (0, 0, ''))
+        depth, workers = daemon.history.depths.get(nsqd), daemon.config.workers
+        paused = f'{depth.paused} paused' if depth and depth.paused else ''
+        state = 'down' if not up else 'up' if up >= workers else f'{up} of {workers} workers'
+        waiting = f'{depth.waiting:,}' if depth else 'not known'
+        yield (nsqd, 'up' if up >= workers else 'down', state, waiting, in_flight,
+               '; '.join(filter(None, [error, paused])))
+
+
+def some_down(rows: Sequence[tuple[Any, ...]]) -> str:
+    """Which of the nsqds are not connected, where the queue is up all the same."""
+    down = [nsqd for nsqd, kind, *_ in rows if kind == 'down']
+    return f'{len(down)} of {len(rows)} nsqds are not connected' if down else ''
+
+
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 40, 356, 8, 112   # of a chart, in its units
+BAR_WIDTH = (PLOT_RIGHT - PLOT_LEFT) / SAMPLES
+
+
+def axis_end(most: float) -> float:
+    """The least 1, 2 or 5 times a power of ten that is not less than `most`."""
+    if most <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(most))
+    return next(power * step for step in (1, 2, 5, 10) if most <= power * step * (1 + 1e-9))
+
+
+def chart(name: str, title: str, kinds: tuple[str, ...], columns: Sequence[tuple[float, Sequence[float]]]) -> Chart:
+    """A chart of columns: (seconds before now, a value for each kind, stacked from below)."""
+    top = axis_end(max((sum(values) for _, values in columns), default=0))
+    span, bars = SAMPLES * SAMPLE_INTERVAL, []
+    for age, values in columns:
+        y, x = float(PLOT_BOTTOM), PLOT_RIGHT - (age / span) * (PLOT_RIGHT - PLOT_LEFT) - BAR_WIDTH
+        for kind, value in zip(kinds, values, strict=True):
+            height = (PLOT_BOTTOM - PLOT_TOP) * value / top
             y -= height
             if height:
-                yield Bar(kind, place * 10 + 1, y, height,
-                          f'{rfc3339(window.ended)[11:19]} {kind} {window.count[kind]}')
+                bars.append(Bar(kind, round(x, 1), round(y, 1), round(height, 1),
+                                f'{kind} {brief(value)}, {rounded(age)} ago'))
+    ticks = [(PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * part, brief(top * part)) for part in (0, 0.5, 1)]
+    times = [(round(PLOT_RIGHT - (PLOT_RIGHT - PLOT_LEFT) * part), f'-{rounded(span * part)}' if part else 'now')
+             for part in (1, 2 / 3, 1 / 3, 0)]
+    return Chart(name, title, kinds, bars, ticks, times, round(BAR_WIDTH - 0.4, 2))
+
+
+def rate_chart(history: History) -> Chart:
+    """What became of messages, a second."""
+    columns = []
+    for before, after in itertools.pairwise(history.samples):
+        seconds = after.time - before.time
+        columns.append((history.samples[-1].time - after.time,
+                        [(b - a) / seconds for a, b in zip(before.counts, after.counts, strict=True)]))
+    return chart('rates', 'Messages a second', CHARTED, columns)
+
+
+def depth_chart(history: History) -> Chart:
+    """What waits in the channel."""
+    columns = [(history.samples[-1].time - sample.time, [sample.waiting]) for sample in history.samples
+               if sample.nsqds]
+    return chart('depths', 'Messages that wait in the channel', ('waiting',), columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

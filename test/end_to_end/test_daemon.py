@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import datetime
 import fcntl
-import html
+import glob
 import itertools
 import json
 import os
@@ -16,7 +16,6 @@ import sqlite3
 import subprocess
 import threading
 import time
-import types
 
 import pytest
 
@@ -27,7 +26,7 @@ import xmsrv as xmsrv_module
 from flows import CHANNEL, TOPIC, bodies, ended, fill, numbers, passed
 from http_answers import figure, get
 from servers import wait_until
-from xmsrv import Schedule, Totals, page
+from xmsrv import Schedule
 
 
 def count(xmsrv, word):
@@ -42,9 +41,12 @@ def stopped(process, seconds=10):
 
 
 def children(process):
-    """The pids of its worker processes."""
-    found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]
+    """The pids of its worker processes: proc_pid_task_children(5), for it is asked hundreds of times a second."""
+    found = []
+    for path in glob.glob(f'/proc/{process.pid}/task/*/children'):
+        with contextlib.suppress(OSError), open(path) as file:   # a thread that has ended by now
+            found += map(int, file.read().split())
+    return sorted(found)
 
 
 class Systemd(proxies.Thread):
@@ -735,7 +737,7 @@ def down_in_the_log(xmsrv):
 def down_elsewhere(port, systemd):
     """The ends that STATUS, /readyz, the page (its marks and its text) and the metrics say are down: a set of each."""
     readyz, page, status = get(port, '/readyz'), get(port, '/')[1], systemd.fields('STATUS')[-1]
-    text = re.search('<p id="status">(.*?)</p>', page)[1]
+    text = re.search('<p id="status"[^>]*>(.*?)</p>', page)[1]
     figures = {'queue': 'xmsrv_connections{state="up"}', 'store': 'xmsrv_store_up',
                'dead letters': 'xmsrv_dead_letters_up'}
     down = [{end for end in ENDS if f'{end} unavailable' in status},
@@ -1047,6 +1049,52 @@ def test_counts_of_workers_are_not_doubled_between_two_configurations(nsqd, xmsr
     stopped(running)
 
 
+def depths(port):
+    """What /metrics says that waits, by nsqd."""
+    found = re.findall(r'^xmsrv_channel_depth\{nsqd="(.*)"\} (.*)$', get(port, '/metrics')[1], re.MULTILINE)
+    return {nsqd: float(depth) for nsqd, depth in found}
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_the_depth_of_the_channel_is_in_the_metrics_and_on_the_page(nsqds, xmsrv, workers):
+    """Of each nsqd whose HTTP side answers; messages flow all the same."""
+    first, second = nsqds(2)
+    fill(first, 500)
+    fill(second, 300, 500)
+    port = servers.free_ports()
+    xmsrv.configure([first, second], period='60s', workers=workers, nsq={'max-messages': 200},
+                    metrics={'listen': f'127.0.0.1:{port}', 'depth-interval': '200ms'})
+    running = xmsrv.start('daemon')
+    wait_until(lambda: 0 < sum(depths(port).values()) < 800, 'a window is over')
+    wait_until(lambda: sum(depths(port).values()) == 800 - len(xmsrv.rows()) and len(depths(port)) == 2,
+               'all that waits is in the metrics')
+    assert f'<b>{sum(depths(port).values()):.0f}</b>' in get(port, '/')[1]
+    second.pause(TOPIC, CHANNEL)
+    wait_until(lambda: '<td>channel paused</td>' in get(port, '/')[1], 'the page says that it is paused')
+    second.suspend()
+    wait_until(lambda: set(depths(port)) == {first.tcp}, 'nothing is said of an nsqd that does not answer')
+    second.resume()
+    wait_until(lambda: set(depths(port)) == {first.tcp, second.tcp}, 'it is back')
+    stopped(running)
+
+
+def test_the_depth_is_asked_of_the_nsqds_that_nsqlookupd_names_and_no_more_once_it_is_turned_off(
+        nsqds, nsqlookupd, xmsrv):
+    nsqd, = nsqds(1, lookupd=[nsqlookupd])
+    fill(nsqd, 50)
+    wait_until(lambda: nsqlookupd.producers(TOPIC), 'nsqlookupd knows it')
+    port, settings = servers.free_ports(), {'period': '60s', 'nsq': {'max-messages': 20}}
+    listens = {'listen': f'127.0.0.1:{port}', 'depth-interval': '200ms'}
+    xmsrv.configure(nsqlookupd, metrics=listens, **settings)
+    running = xmsrv.start('daemon')
+    wait_until(lambda: depths(port) == {nsqd.tcp: 30}, 'what waits is in the metrics')
+    xmsrv.configure(nsqlookupd, metrics=listens | {'depth-interval': '0'}, **settings)
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: depths(port) == {}, 'nobody asks any more')
+    assert 'not known' in get(port, '/')[1]
+    stopped(running)
+
+
 def connect(port, number=1):
     """So many connections to a port, as sockets."""
     return [socket.create_connection(('127.0.0.1', port), timeout=10) for _ in range(number)]
@@ -1249,19 +1297,6 @@ def test_a_reload_drops_no_scrape_and_takes_a_new_address(nsqd, xmsrv):
     stopped(running)
 
 
-def test_the_page_escapes_whatever_it_shows():
-    """The reason and detail of a dead letter, a status and a topic, each with all that HTML takes apart."""
-    nasty = '</td><i title="a" lang=\'b\'>&amp;{{ 1 }}'
-    total = Totals()
-    total.recent.append((1_700_000_000.5, 'schema', nasty))
-    shown = types.SimpleNamespace(
-        config=types.SimpleNamespace(nsq=types.SimpleNamespace(topic=nasty, channel='c')), total=lambda: total,
-        ends={'queue': True, 'store': False}, state=nasty, windows=[])
-    text = page(shown).decode()
-    assert '<i' not in text and text.count(html.escape(nasty)) == 4   # title, headline, status, detail
-    assert '<td>2023-11-14T22:13:20Z</td>' in text and 'class="down">store: down<' in text
-
-
 # ------------------------------------------------------------------------------------------------------ in a textfile
 
 def series(path, topic=TOPIC, channel=CHANNEL):
@@ -1334,6 +1369,20 @@ def test_a_message_from_the_future_has_no_lag(nsqd, xmsrv, workdir, changed):
     assert letter['age'] == 0
 
 
+def test_what_a_run_leaves_behind_is_in_its_textfile(nsqd, xmsrv, workdir):
+    path = workdir / 'x-msrv.prom'
+    depth = f'xmsrv_channel_depth{{nsqd="{nsqd.tcp}"}}'
+    fill(nsqd, 50)
+    xmsrv.once(nsqd, nsq={'max-messages': 20}, metrics={'textfile': path})
+    assert series(path)[depth] == 30
+    nsqd.stop()
+    xmsrv.run('once', expect=os.EX_UNAVAILABLE)
+    assert depth not in series(path)
+    nsqd.restart()
+    xmsrv.once(nsqd, nsq={'max-messages': 20}, metrics={'textfile': path, 'depth-interval': '0'})
+    assert len(xmsrv.rows()) == 40 and depth not in series(path)
+
+
 def test_a_textfile_of_a_run_that_found_nobody(nsqd, xmsrv, workdir):
     """The counts of the run before it are kept, and so is its success."""
     path = workdir / 'x-msrv.prom'
@@ -1390,7 +1439,10 @@ def test_a_failed_window_is_in_the_textfile(nsqd, xmsrv, workdir):
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is subscribed')
     with contextlib.closing(sqlite3.connect(xmsrv.database, isolation_level=None)) as database:
         database.execute('BEGIN IMMEDIATE')
+        running.send_signal(signal.SIGSTOP)   # so that all come at once, and are one batch
         nsqd.publish(TOPIC, bodies(5, 10))
+        wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['in_flight_count'] == 5, 'all are under way')
+        running.send_signal(signal.SIGCONT)
         ended(running, os.EX_TEMPFAIL, 30)
     written = series(path)
     assert written['xmsrv_windows_total{result="failed"}'] == 1

@@ -47,6 +47,12 @@ def test_figures_of_one_that_is_gone_are_its_counts():
     assert [when for when, _, _ in past.recent] == [3, 3, 4, 4, 5, 5, 6, 6, 7, 7]
 
 
+def test_what_only_a_newer_worker_counts_is_left_out():
+    snapshot = Figures().snapshot()
+    snapshot['samples'].append(['xmsrv_of_tomorrow_total', 'label', 3.0])
+    assert together([snapshot]).numbers == numbers(Figures())
+
+
 def test_a_reload_keeps_what_was_counted_and_when_all_was_well():
     figures = Figures()
     figures.add('xmsrv_received_total', 7)

@@ -361,6 +361,7 @@ class Process:
 
     def say(self, **fields):
         state = {'state': 'idle', 'seen': 0, 'healthy': True, 'windows': [], 'trouble': None,
+                 'failures': {}, 'connections': {},
                  'ends': dict.fromkeys(xmsrv.ENDS, True), 'figures': Figures().snapshot(), **fields}
         self.stdout.feed_data(json.dumps(state).encode() + b'\n')
 
