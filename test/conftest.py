@@ -99,7 +99,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f'skipped, which counts as failed here: {", ".join(skipped)}', red=True)
 
 
-# ----------------------------------------------------------------------------------------------- a line on the terminal
+# ------------------------------------------------------------------------------------ the order, and what is said of it
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
@@ -108,3 +108,9 @@ def pytest_configure(config):
     plain = config.get_verbosity() < 0 and not config.getoption('usepdb') and not hasattr(config, 'workerinput')
     if reporter and plain and sys.stdout.isatty():
         config.pluginmanager.register(progress.Progress(reporter), 'progress')
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Those that are slow come first: one that begins last would be waited for alone."""
+    items.sort(key=lambda item: item.get_closest_marker('slow') is None)

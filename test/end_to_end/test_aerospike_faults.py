@@ -45,6 +45,7 @@ def slow(cluster, seconds=0.05):
 
 # --------------------------------------------------------------------------------------------------- ends that we bring
 
+@pytest.mark.slow
 @pytest.mark.parametrize('part', range(5))
 def test_killed_at_random_moments_each_message_is_one_record(nsqds, xmsrv, standin, part):
     """Ten kills under load, then a window that runs to its end: five times, so 50 kills."""
@@ -138,6 +139,7 @@ def overloaded(server):
     server.judge = lambda write: None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('outage', [dead, hung, overloaded])
 def test_an_outage_longer_than_msg_timeout_is_survived_within_the_window(nsqds, xmsrv, standin, outage):
     """What is held is kept alive with TOUCH, nothing more is taken, and all is stored when the cluster is back."""
@@ -283,6 +285,7 @@ def test_nsqd_killed_and_restarted_in_mid_window(nsqds, xmsrv, standin):
     assert nsqd.left(TOPIC, CHANNEL) == 0
 
 
+@pytest.mark.slow
 def test_one_of_two_consumers_is_killed(nsqds, xmsrv, standin):
     """What the dead one held comes back after msg-timeout and is the other's."""
     nsqd = timed(nsqds(1, SHORT)[0])

@@ -81,6 +81,7 @@ def systemd(workdir, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- periods
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 3])
 def test_twenty_periods_of_ten(nsqd, xmsrv, workers):
     """500 messages wait: never more than 10 in a period, and none is skipped."""
@@ -157,7 +158,10 @@ def test_what_comes_beyond_n_is_kept_for_the_next_window(nsqds, xmsrv):
 
 # -------------------------------------------------------------------------------------------------------------- workers
 
-def test_workers_killed_ten_times_lose_nothing(nsqds, xmsrv):
+@pytest.mark.slow
+def test_workers_killed_ten_times_lose_nothing(nsqds, xmsrv, changed):
+    """Each killed in mid-flow; one that was up for a while is started again after a second, not later and later."""
+    changed('import xmsrv\nxmsrv.STAYS_UP = 0.5\n')
     nsqd, = nsqds(1, '--msg-timeout=1s')
     nsqd.create(TOPIC, CHANNEL)
     nsqd.lapse(TOPIC, CHANNEL)
@@ -210,6 +214,7 @@ def test_workers_end_with_their_parent(nsqd, xmsrv):
     wait_until(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in pids), 'they have ended')
 
 
+@pytest.mark.slow
 def test_a_daemon_whose_workers_do_not_stay_up_ends_with_70(nsqd, xmsrv, changed):
     changed('import sys\nif "worker" in sys.argv:\n    sys.exit("cannot run")\n')
     fill(nsqd, 0)
@@ -252,6 +257,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(nsqd, xmsrv, workdir, ch
     stopped(running)
 
 
+@pytest.mark.slow
 def test_workers_of_which_none_can_be_started_end_the_daemon(nsqd, xmsrv, changed):
     changed('import xmsrv\nxmsrv.own_command = lambda: ["/nonexistent/python"]\n')
     xmsrv.configure(nsqd, period='0', workers=2)
@@ -629,6 +635,7 @@ def test_a_boot_with_the_store_down_is_ready_and_says_so(nsqd, xmsrv, standin, s
     assert count(xmsrv, 'unavailable') == count(xmsrv, 'recovered after') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('period', ['0', '300ms'])
 def test_a_store_away_for_five_watchdog_intervals_ends_nothing(nsqd, xmsrv, standin, systemd, period, workers):
@@ -822,6 +829,7 @@ def test_a_lost_queue_is_no_success(nsqd, xmsrv):
     stopped(running)
 
 
+@pytest.mark.slow
 def test_one_connection_to_each_nsqd_after_outages_of_nsqlookupd(nsqds, nsqlookupd, xmsrv):
     nsqd, = nsqds(1, lookupd=[nsqlookupd])
     fill(nsqd, 5)
@@ -864,6 +872,7 @@ def beats_end(systemd):
     wait_until(silent, 'the watchdog is not fed any more', 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('who', ['daemon', 'worker'])
 def test_a_stuck_process_starves_the_watchdog(nsqd, xmsrv, systemd, who):
     fill(nsqd, 0)
@@ -874,6 +883,7 @@ def test_a_stuck_process_starves_the_watchdog(nsqd, xmsrv, systemd, who):
     beats_end(systemd)
 
 
+@pytest.mark.slow
 def test_a_store_call_that_never_ends_starves_the_watchdog(nsqd, xmsrv, systemd, changed):
     changed('import threading, xmsrv\nxmsrv.SqliteStore.write = lambda self, records: threading.Event().wait(600)\n'
             'xmsrv.SqliteStore.patience = 1.0\n')

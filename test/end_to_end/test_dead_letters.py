@@ -331,6 +331,7 @@ def test_a_file_that_another_has_locked_leaves_the_message_in_the_queue(nsqd, xm
     assert (count['stored'], count['requeued'], nsqd.left(TOPIC, CHANNEL)) == (5, 2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [os.mkdir, os.mkfifo, lambda path: path.symlink_to('/dev/full')],
                          ids=['directory', 'FIFO', 'device'])
 def test_a_file_that_cannot_be_written_leaves_the_message_in_the_queue(nsqd, xmsrv, workdir, make):

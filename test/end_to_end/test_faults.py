@@ -188,6 +188,7 @@ def test_what_was_on_its_way_at_the_end_goes_back_at_once(nsqd, xmsrv):
 
 # ------------------------------------------------------------------------------------------------- outages of the store
 
+@pytest.mark.slow
 def test_an_outage_longer_than_msg_timeout_is_survived_within_the_window(nsqds, xmsrv):
     """What is held is kept alive with TOUCH, nothing more is taken, and all is stored when the store is back."""
     nsqd, = nsqds(1, SHORT)
@@ -284,6 +285,7 @@ def test_nsqd_that_stands_still_for_a_while(nsqds, xmsrv):
     assert nsqd.left(TOPIC, CHANNEL) == 0
 
 
+@pytest.mark.slow
 def test_one_of_two_consumers_is_killed(nsqds, xmsrv):
     """What the dead one held comes back after msg-timeout and is the other's."""
     nsqd, = nsqds(1, SHORT)
@@ -375,6 +377,7 @@ def test_a_message_of_the_largest_size_reads_back_whole(nsqd, xmsrv):
     assert nsqd.left(TOPIC, CHANNEL) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_memory_stays_bounded_with_large_messages(nsqd, xmsrv):
     """2,000 messages of 300 KiB are 600 MB. Held are 32 MiB (max-held) and what one read brings beyond it, of which

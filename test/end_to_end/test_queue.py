@@ -437,6 +437,7 @@ def test_connection_without_heartbeats_is_given_up_for_just_that(meet):
         asyncio.run(meet(fake.tcp))
 
 
+@pytest.mark.slow
 def test_nsqd_that_falls_silent_is_given_up_for_want_of_a_heartbeat(xmsrv, nsqd):
     """After two of its own, 10 s each; then it comes back."""
     fill(nsqd, 0)
@@ -784,6 +785,7 @@ def test_error_that_ends_a_connection_is_said_and_the_window_goes_on(xmsrv, nsqd
 
 # ------------------------------------------------------------------------------------------- held for long, TOUCH, late
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('args', 'option'), [
     (['--msg-timeout=1s'], {}), (['--msg-timeout=3s'], {'msg-timeout': '1s'}),
 ], ids=str)
@@ -809,6 +811,7 @@ def cut_at_first_touch(event):
         raise ConnectionError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('args', 'judge'), [
     (['--msg-timeout=1s'], swallow_touch),
     (['--msg-timeout=1s'], cut_at_first_touch),
@@ -886,6 +889,7 @@ def test_identify_over_the_limits_is_tried_once_more_with_defaults(xmsrv, nsqds,
     assert 'trying with its own defaults' in warning
 
 
+@pytest.mark.slow
 def test_idle_connection_with_default_heartbeats_is_kept(xmsrv, nsqds):
     """nsqd's own default is a heartbeat each 30 s, three times what x-msrv asks for and was refused here."""
     nsqd, = nsqds(1, '--max-heartbeat-interval=5s')

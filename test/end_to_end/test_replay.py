@@ -667,6 +667,7 @@ def test_an_outage_leaves_the_rest_in_the_file(xmsrv, dead):
     assert (ids(xmsrv), path.read_bytes()) == ([0, 1, 2, 3], b'')
 
 
+@pytest.mark.slow
 def test_a_short_outage_is_waited_for(xmsrv, dead):
     """With backoff, as in a window."""
     path = dead(unfit(4), timeout='30s')

@@ -40,11 +40,15 @@ PR_SET_PDEATHSIG = 1      # linux/prctl.h
 
 
 def wait_until(condition, what, seconds=10):
-    """The first true value of `condition()`; AssertionError that names `what` after `seconds`. Only this sleeps."""
-    end = time.monotonic() + seconds
+    """The first true value of `condition()`; AssertionError that names `what` after `seconds`. Only this sleeps, longer
+    where it takes long to ask: the processors are for what is tested."""
+    asked = time.monotonic()
+    end = asked + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, f'waited {seconds} s in vain: {what}'
-        time.sleep(0.005)
+        now = time.monotonic()
+        assert now < end, f'waited {seconds} s in vain: {what}'
+        time.sleep(min(0.1, max(0.005, 2 * (now - asked))))
+        asked = time.monotonic()
     return value
 
 
