@@ -727,6 +727,7 @@ def test_the_full_file_needs_only_a_topic_an_address_and_a_namespace(xmsrv):
     xmsrv.write(re.sub(r'^# (\[\[\w+\]\]|[a-z-]+ =)$', r'\1', full.read_text(), flags=re.MULTILINE))
     assert xmsrv.path.read_text().count('\n[[tls]]\n') == 2
     needed.append(f'--set=aerospike.tls.ca-file={authority(xmsrv.directory)}')
+    needed += ['--set=record.key=id', '--set=record.delete.field=op', '--set=record.delete.values=d']
     assert xmsrv.run(*needed, 'check').stderr == ''
 
 

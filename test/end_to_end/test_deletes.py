@@ -342,6 +342,22 @@ def test_dead_letters_that_delete_can_be_replayed(nsqd, xmsrv, place):
     assert set(place.records()['a']) == {'gid', 'gts'} and place.records()['b']['text'] == 'newer'
 
 
+def test_the_example_of_orders_deletes_them(nsqd, xmsrv, cluster):
+    """With the message that stands there, before and after those that are older."""
+    path = servers.ROOT / 'etc' / 'x-msrv-orders.conf'
+    lines = path.read_text().splitlines()
+    older = [line[1:].strip() for line in lines if line.startswith('#   {')]
+    deletion, = [line[1:].strip() for line in lines if line.startswith('# {')]
+    nsqd.create(TOPIC, CHANNEL)
+    nsqd.publish(TOPIC, [older[0], deletion, *older, deletion.replace('A-17', 'B-18'), deletion.replace('order', 'n')])
+    more = {'nsq.nsqd-tcp-address': nsqd.tcp, 'state-dir': xmsrv.directory / 'state', 'aerospike.set': cluster.set,
+            'aerospike.hosts': cluster.address}
+    set_ = [f'--set={name}={value}' for name, value in more.items()]
+    counts = servers.summary(xmsrv.run('-c', path, *set_, 'once').stderr)
+    assert (counts['stored'] + counts['stale'], counts['deleted'], counts['dead']) == (3, 2, 1)
+    assert cluster.records() == {key: {'order_id': key, 'version': 3} for key in ('A-17', 'B-18')}
+
+
 # ---------------------------------------------------------------------------------------------------------------- check
 
 @pytest.mark.parametrize('delete, words', [
