@@ -7150,7 +7150,9 @@ fill:var(--faint)}svg line{stroke:var(--line)}.stored{fill:var(--bar)}.deleted{f
 .key.stored::before{background:var(--bar)}.key.deleted::before{background:var(--gone)}
 .key.dead::before{background:var(--dead)}
 .key.requeued::before{background:var(--bad)}.key.waiting::before{background:var(--depth)}
-#ends td{width:1%;white-space:nowrap}#ends td:last-child{width:auto;white-space:normal}"""
+#ends td:first-child{width:1%}#nsqds *{white-space:nowrap}#nsqds td:last-child{white-space:normal;min-width:9em}
+@media(max-width:36em){#letters tr{display:block;padding:.4em 0;border-bottom:1px solid var(--line)}
+#letters td{display:block;border:0;padding:0}}"""
 
 
 PAGE = """\
@@ -7161,7 +7163,7 @@ PAGE = """\
 <p id="status" class="{{ 'up' if all_up else 'down' }}">{{ status }}</p>
 <table id="ends">{% for end, state, begun, why in ends %}<tr>
 <td><span id="{{ end.replace(' ', '-') }}" class="{{ state }}">{{ end }}: {{ state }}</span></td>
-<td>since {{ begun }}</td><td>{{ why }}</td></tr>{% end %}</table>
+<td>since {{ begun }}{{ '; ' + why if why else '' }}</td></tr>{% end %}</table>
 <div class="tiles">{% for id, title, value, note in tiles %}
 <div id="{{ id }}"><small>{{ title }}</small><b>{{ value }}</b>
 <small>{{ note }}</small></div>{% end %}</div>

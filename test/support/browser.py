@@ -61,7 +61,8 @@ class Browser:
 
 ASKED = {   # JavaScript for what a test may ask of a page
     'html': 'document.documentElement.outerHTML', 'title': 'document.title',
-    'width': 'document.documentElement.scrollWidth', 'text': 'document.body.innerText',
+    'width': 'document.documentElement.scrollWidth', 'height': 'document.documentElement.scrollHeight',
+    'text': 'document.body.innerText',
     'background': 'getComputedStyle(document.body).backgroundColor',
     'fonts': 'Math.min(...[...document.querySelectorAll("text")].map(each => '
              '10 * each.getBoundingClientRect().height / each.getBBox().height))',

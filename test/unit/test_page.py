@@ -152,8 +152,8 @@ def test_the_page_escapes_whatever_it_shows():
 def test_the_page_says_since_when_and_why_an_end_is_down():
     daemon = Fake()
     daemon.ends['store'], daemon.failures = False, {'store': 'no answer of the cluster'}
-    assert re.fullmatch(r'queue: up since \S+Z \(0 s\) 1 of 1 nsqds are not connected '
-                        r'store: down since \S+Z \(0 s\) no answer of the cluster dead letters: up since \S+Z \(0 s\)',
+    assert re.fullmatch(r'queue: up since \S+Z \(0 s\); 1 of 1 nsqds are not connected '
+                        r'store: down since \S+Z \(0 s\); no answer of the cluster dead letters: up since \S+Z \(0 s\)',
                         shown(daemon, 'ends'))
     assert '<title>DOWN: x-msrv orders/x-msrv</title>' in page(daemon).decode()
     daemon.ends['store'] = True
