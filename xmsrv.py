@@ -2777,7 +2777,6 @@ MAX_ANSWER = 1 << 20        # bytes of an answer in the handshake: what is no ns
 HANDSHAKE_STEPS = 7         # at most: credentials, name, TCP, IDENTIFY, TLS, AUTH, SUB; each within connect-timeout
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
 LOOKUP_PATIENCE = 0.5       # seconds that a question waits for the other nsqlookupds once one has named nsqds
-DEPTH_REQUESTS = 8          # nsqds that are asked at a time for what waits
 HEARTBEAT = 10.0            # seconds; nsqd closes after two of its own unanswered, so do we
 DEFAULT_HEARTBEAT = 60.0    # seconds; of an nsqd that refused ours: half its --client-timeout, 30 as it comes
 HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_timeout': LOOKUP_TIMEOUT}
@@ -3343,15 +3342,17 @@ async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, Cha
     addresses = config.nsq.lookupd_http_address
     nsqds = (await look_up(addresses, topic, LOOKUP_PATIENCE))[0] if addresses else dict.fromkeys(
         config.nsq.nsqd_tcp_address)
-    turns, found = asyncio.Semaphore(DEPTH_REQUESTS), {}
+    found: dict[str, ChannelDepth] = {}
 
-    async def ask(address: Any, http_port: int | None) -> None:
-        async with turns:
-            stats = await topic_stats(address, http_port, topic, '&include_clients=false')
-        if stats is not None:
+    async def ask(address: Address, http_port: int | None) -> None:
+        stats = await topic_stats(address, http_port, topic, '&include_clients=false')
+        if stats is None:
+            return
+        with contextlib.suppress(AttributeError, KeyError, TypeError):   # another web server answers there
             paused = [name for name, each in (('topic', stats), ('channel', channel_stats(stats, channel)))
                       if each.get('paused')]
-            found[spelled(address)] = ChannelDepth(sum(depths(stats, channel)), ', '.join(paused))
+            in_topic, in_channel = depths(stats, channel)
+            found[spelled(address)] = ChannelDepth(in_topic + in_channel, ', '.join(paused))
     with contextlib.suppress(TimeoutError):   # who has answered by then has
         async with asyncio.timeout(LOOKUP_TIMEOUT):
             await asyncio.gather(*(ask(*each) for each in nsqds.items()))
