@@ -5,6 +5,10 @@ import sys
 
 # Before hypothesis is imported, so that its examples land there too.
 os.environ.setdefault('HYPOTHESIS_STORAGE_DIRECTORY', 'build/hypothesis')
+# The workers of one run after the other compile the tests once, and leave nothing beside the sources. What they start
+# hears nothing of it.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    sys.pycache_prefix, sys.dont_write_bytecode = os.path.abspath('build/pycache'), False
 
 import pytest
 
