@@ -156,8 +156,9 @@ image-tools:
 	[ -z "$$missing" ] || $(call apt,$$missing) || $(call stop,some tools are missing here: apt-get install$$missing)
 
 test-packages: venv nsq deb rpm guests image-tools build/schemas/.made  ## what the packages hold, reproducible builds, lintian; and both on booted systems
-	@for tool in lintian rpmlint mandoc cpio; do command -v $$tool >/dev/null || $(call apt,$$tool) \
-		|| $(call stop,no $$tool here: apt-get install $$tool); done
+	@missing=; for pair in lintian:lintian rpmlint:rpmlint mandoc:mandoc cpio:cpio uscan:devscripts autopkgtest:autopkgtest; do \
+		command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
+	[ -z "$$missing" ] || $(call apt,$$missing) || $(call stop,some tools are missing here: apt-get install$$missing)
 	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 2 --timeout 600 test/packages $(ARGS)
 
 # What boots Debian systems here: their roots, their repositories, Vagrant's syntax.

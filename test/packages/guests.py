@@ -27,8 +27,9 @@ RUNIT = ['runit', 'runit-run']
 KINDS = {'bookworm': ('bookworm', [*BOOTED, *RUNIT]), 'trixie': ('trixie', [*BOOTED, *RUNIT]),
          'testing': ('testing', BOOTED),
          'bookworm-dnf': ('bookworm', [*BOOTED, *RUNIT, 'dnf', 'rpm']),
-         # Not to boot: what Debian's image for containers has, and what the package asks for.
-         'slim': ('trixie', ['libc6', 'zlib1g', 'python3', 'systemd-standalone-sysusers'])}
+         # Not to boot: Debian's image for containers, what the package asks for, and what autopkgtest does.
+         'slim': ('trixie', ['libc6', 'zlib1g', 'python3', 'systemd-standalone-sysusers', 'systemd-standalone-tmpfiles',
+                             'apt-utils'])}
 CGROUPS = [path for path in (Path('/sys/fs/cgroup/unified'), Path('/sys/fs/cgroup/systemd'), Path('/sys/fs/cgroup'))
            if (path / 'cgroup.procs').exists()]
 PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'

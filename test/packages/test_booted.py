@@ -19,6 +19,13 @@ from documents import commands
 from servers import NSQ_TOOLS, ROOT
 
 pytestmark = pytest.mark.skipif(bool(guests.missing()), reason=guests.missing())
+NSQD_PACKAGE = f'''Package: nsqd
+Version: 1.3.0
+Architecture: {ARCH}
+Maintainer: nobody <nobody@example.org>
+Provides: ca-certificates
+Description: stands for a package that Debian has not
+'''
 PREVIOUS = '0.0.1'
 OLD_LAYOUT = 'b728d67'   # the last commit that had the program among its libraries, in /usr/lib/x-msrv
 ENOUGH = 130        # tests that verify.sh makes at least, on any system
@@ -129,6 +136,26 @@ def test_the_commands_of_the_documents(apt_repository):
                 for unit in re.findall(r'enable --now (\S+)', script):
                     assert guest.run('systemctl', 'is-active', unit) == 'active\n'
                     guest.run('systemctl', 'disable', '--now', '--quiet', unit)
+
+
+def test_autopkgtest(tmp_path):
+    """debian/tests, as Debian's CI runs them, where nsqd is a package; no systemd there, and no network needed."""
+    testbed, tree = tmp_path / 'testbed', tmp_path / 'tree'
+    run('cp', '-a', '--reflink=auto', guests.root('slim'), testbed)
+    (testbed / 'etc/apt/sources.list').write_text('')
+    nsqd = tmp_path / 'nsqd'
+    for path, text in (('DEBIAN/control', NSQD_PACKAGE), ('usr/bin/nsqd', '')):
+        (nsqd / path).parent.mkdir(parents=True)
+        (nsqd / path).write_text(text)
+    shutil.copy(NSQ_TOOLS / 'nsqd', nsqd / 'usr/bin')
+    run('dpkg-deb', '--build', nsqd, testbed / 'nsqd.deb')
+    run('chroot', testbed, 'dpkg', '--install', '/nsqd.deb')
+    shutil.copytree(ROOT / 'debian', tree / 'debian')
+    releases = stage.releases((ROOT / 'CHANGELOG.md').read_text())
+    (tree / 'debian/changelog').write_text(stage.debian_changelog(releases, 1))
+    (tree / 'debian/files').touch()   # as a tree that was built: autopkgtest builds nothing
+    said = run('autopkgtest', '--no-built-binaries', DEB, tree, '--', 'chroot', testbed)
+    assert re.search(r'^window +PASS$', said, re.MULTILINE), said
 
 
 # ------------------------------------------------------------------------------------------------------------------ rpm

@@ -80,12 +80,40 @@ def test_the_same_bytes_from_elsewhere_and_without_a_network(tmp_path):
             built.read_bytes()).digest(), built.name
 
 
-def test_lintian_has_nothing_to_say():
+def test_lintian_has_nothing_to_say(tmp_path):
     """Down to pedantic tags; each override says why."""
     root = ['--allow-root'] if os.geteuid() == 0 else []
     assert run('lintian', *root, '--pedantic', '--display-info', DEB) == ''
-    overrides = (ROOT / 'debian' / 'x-msrv.lintian-overrides').read_text()
-    assert not re.search(r'^[^#\n].*\n[^#]', overrides, re.MULTILINE) and overrides.startswith('#')
+    assert run('lintian', *root, '--pedantic', '--display-info', source_package(tmp_path)) == ''
+    for name in ('x-msrv.lintian-overrides', 'source/lintian-overrides'):
+        overrides = (ROOT / 'debian' / name).read_text()
+        assert not re.search(r'^[^#\n].*\n[^#]', overrides, re.MULTILINE) and overrides.startswith('#')
+
+
+def source_package(directory):
+    """The .dsc of the tree that the deb was built from."""
+    tree = directory / f'x-msrv-{VERSION}'
+    run(sys.executable, 'packaging/stage.py', ARCH, tree, cwd=ROOT)
+    run('tar', '--exclude=debian', '-czf', f'x-msrv_{VERSION}.orig.tar.gz', tree.name, cwd=directory)
+    run('dpkg-source', '-b', tree.name, cwd=directory)
+    return next(directory.glob('*.dsc'))
+
+
+def test_the_watch_file_finds_releases(tmp_path):
+    """Tags of a repository that stands for the one that it names."""
+    upstream, tree = tmp_path / 'upstream', tmp_path / 'x-msrv'
+    shutil.copytree(ROOT / 'debian', tree / 'debian')
+    releases = stage.releases((ROOT / 'CHANGELOG.md').read_text())
+    (tree / 'debian/changelog').write_text(stage.debian_changelog(releases, 1))
+    git = ('git', '-C', upstream, '-c', 'user.name=t', '-c', 'user.email=t')
+    run('git', 'init', '--quiet', upstream)
+    run(*git, 'commit', '--quiet', '--allow-empty', '--message', 'x')
+    for tag in (f'v{VERSION}', f'v{VERSION}.1', 'other'):
+        run(*git, 'tag', tag)
+    url = re.search(r'^https://\S+', (tree / 'debian/watch').read_text(), re.MULTILINE)[0]
+    instead = {'GIT_CONFIG_COUNT': '1', 'GIT_CONFIG_KEY_0': f'url.{upstream}.insteadOf', 'GIT_CONFIG_VALUE_0': url}
+    said = run('uscan', '--no-download', '--dehs', cwd=tree, env=os.environ | instead)
+    assert f'<upstream-version>{VERSION}.1</upstream-version>' in said
 
 
 def test_rpmlint_has_nothing_to_say():
