@@ -4100,7 +4100,7 @@ class AerospikeStore(Store):
         names = set().union(*sets.values())
         among = f' in {len(names)} of at most {MAX_SETS} sets' if self.record.set_field else ''
         line = (f'{self.where}: {len(versions)} node{"s" * (len(versions) > 1)}, server {versions_of(versions)}, '
-                f'{records} records{among} of at most {facts.get("max-record-size")} bytes, default-ttl '
+                f'{records} records of at most {facts.get("max-record-size")} bytes{among}, default-ttl '
                 f'{facts.get("default-ttl")}, nsup-period {facts["nsup-period"]}')
         if self.removes:
             line += f', {"" if self.removal["durable_delete"] else "no "}durable deletes'

@@ -34,7 +34,7 @@ LONGEST = 300               # seconds for the tests of one mutant, before they c
 NOTICED = {pytest.ExitCode.OK: False, pytest.ExitCode.TESTS_FAILED: True, pytest.ExitCode.INTERRUPTED: True}   # the last where the import fails
 
 # The tests that come first, by the section in which a mutant stands: most often it is killed by one of these.
-FIRST = {'message and mapping': ['mapping', 'deletion'], 'nsqd protocol': ['consumer'], 'stores': ['store_results', 'deletion'],
+FIRST = {'message and mapping': ['mapping', 'deletion', 'paths', 'sets_and_ttl', 'documents_and_types'], 'nsqd protocol': ['consumer'], 'stores': ['store_results', 'deletion'],
          'dead letters': ['letters'], 'batcher and breaker': ['batcher', 'schedule', 'runner'],
          'RDY and consumer': ['consumer', 'rdy'], 'window': ['window', 'runner'],
          'pipeline and once': ['schedule', 'pipeline', 'runner'], 'replay': ['letters'],
@@ -88,6 +88,13 @@ MUTANTS = (
            'value in [each for _, each in self.values]'),
     Mutant('all is required of a delete', 'rule.required and not partial', 'rule.required'),
     Mutant('a tombstone for ever', 'return Deletion(key, bins, moment, set_, rule.keep)', 'return Deletion(key, bins, moment, set_)'),
+    Mutant('a set of the server itself', 'if name.startswith(RESERVED_SET):', 'if False:'),
+    Mutant('a ttl of nothing', 'not 1 <= seconds <= MAX_TTL):', 'not 0 <= seconds <= MAX_TTL):'),
+    Mutant('a null inside is rejected by nobody', "if value is None and self.nulls == 'reject':", 'if False:'),
+    Mutant('nothing is taken out of its object', 'for steps in self.moved:', 'for steps in ():'),
+    Mutant('base64 in any spelling', "a2b_base64(data), newline=False) == data", "a2b_base64(data), newline=False) != b'x'"),
+    Mutant('an item beyond the end', 'step >= len(value):', 'step > len(value):'),
+    Mutant('what lies inside is unknown to nobody', 'elif inner and value.__class__ is dict:', 'elif False:'),
     Mutant('a time that is no integer', "if moment.__class__ is not int:\n            raise Unfit",
            'if moment is None:\n            raise Unfit'),
 
@@ -110,6 +117,8 @@ MUTANTS = (
            equivalent='unpack() keeps the rest of an unfinished frame for the next read: only slower with large frames'),
 
     # -- stores
+    Mutant('one key in all sets', 'return record.set or self.set, record.key', 'return self.set, record.key'),
+    Mutant('all sets wait for one that is full', 'if self.record.set_field and FULL_SET in', 'if False and FULL_SET in'),
     Mutant('22 is tried again', '(8, 20, 22, 80, 81, 82)', '(8, 20, 80, 81, 82)'),
     Mutant('a stop is a refusal', '(-2, 4, 12, 21)', '(-2, 4, 12, 21, 22)'),
     Mutant('permanent errors are tried again', "'refused'),   # the message's own", "'retry'),   # the message's own"),

@@ -161,18 +161,18 @@ def unpack_pairs(data, at, size):
 
 
 def look_into(data, call):
-    """The part of a list or map (msgpack) that a call asks for: a value by its key, in a context or not. None where
-    there is none; Refused with 4 for another call."""
+    """The part of a list or map (msgpack) that a call asks for: a value by its key, in a context or not. A nil where
+    there is no such key, None where the context is not there; Refused with 4 for another call."""
     context, call = call[1:] if call[0] == IN_CONTEXT else ([], call)
     if call[:2] != [GET_BY_KEY, VALUE] or len(call) != 3:
         raise Refused(BAD_REQUEST)
-    for kind, wanted in [*zip(context[::2], context[1::2], strict=True), (AT_KEY, call[2])]:
+    for kind, wanted in zip(context[::2], context[1::2], strict=True):
         if kind not in (AT_KEY, AT_INDEX):
             raise Refused(BAD_REQUEST)
         data = part_of(data, wanted, kind)
         if data is None:
             return None
-    return data
+    return (part_of(data, call[2], AT_KEY) or b'\xc0') if isinstance(unpack(data, 0)[0], dict) else None
 
 
 def part_of(data, wanted, kind):
@@ -494,7 +494,7 @@ def is_geometry(particle):
 
 
 def is_point(position):
-    longitude, latitude = position[:2]
+    longitude, latitude = position
     return isinstance(position, list) and abs(longitude) <= 180 and abs(latitude) <= 90
 
 

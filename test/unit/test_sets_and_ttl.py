@@ -192,7 +192,7 @@ def described(monkeypatch, sets, nsup=120, **record):
 def test_check_counts_the_sets_where_messages_name_them(monkeypatch):
     sets = SET.format('a', 0) + SET.format('b', 1)
     line, problems = described(monkeypatch, sets, **{'set-field': 't'})
-    assert '2 records in 2 of at most 4095 sets' in line
+    assert '2 records of at most 1048576 bytes in 2 of at most 4095 sets' in line
     words = 'the set b has reached its stop-writes-count of 1'
     assert [problem.partition(' test: ')[2] for problem in problems] == [words]
     assert '1 records of at most' in described(monkeypatch, sets)[0]
