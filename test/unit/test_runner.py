@@ -394,7 +394,8 @@ def with_team(monkeypatch, steps, workers=2, n=5, end=True, **sections):
             processes.append(Process(len(processes)))
             return processes[-1]
         monkeypatch.setattr(asyncio, 'create_subprocess_exec', start)
-        config = fakes.options(workers=str(workers), period='10s', nsq={'max-messages': str(n)}, **sections)
+        config = fakes.options(**{'period': '10s', 'workers': str(workers), 'nsq': {'max-messages': str(n)},
+                                  **sections})
         team = Team(types.SimpleNamespace(
             config=config, raw={'the': 'raw'}, arguments=types.SimpleNamespace(config='x', verbose=0, quiet=0),
             figures=Figures(), past=xmsrv.Totals(), note=lambda window: None,
@@ -543,3 +544,215 @@ def test_a_worker_hears_of_grants_a_reload_and_the_end_of_its_parent():
         await task
         assert flow.stopped == 1
     clock.run(main())
+
+
+def test_a_team_says_what_is_wrong_each_thing_once(monkeypatch):
+    async def steps(team, processes):
+        assert team.trouble == ''
+        for process in processes:
+            process.say(trouble='store unavailable: gone', ends={**dict.fromkeys(xmsrv.ENDS, True), 'store': False})
+        await asyncio.sleep(0.1)
+        assert team.trouble == 'store unavailable: gone'
+        assert team.ends == {'queue': True, 'store': False, 'dead letters': True}
+        processes[1].exit(1)
+        await asyncio.sleep(0.1)
+        assert team.trouble == 'worker 2 has ended; store unavailable: gone'
+        await asyncio.sleep(1)
+        processes[2].say()
+        processes[0].say()
+        await asyncio.sleep(0.1)
+        assert (team.trouble, all(team.ends.values())) == ('', True)
+    with_team(monkeypatch, steps)
+
+
+@pytest.mark.parametrize('line', [b'Traceback (most recent call last)\n', b'{}\n', b'[]\n', b'{"healthy": tr\n'])
+def test_a_worker_that_is_not_understood_is_killed_and_another_one_started(monkeypatch, line):
+    async def steps(team, processes):
+        processes[0].stdout.feed_data(line)
+        await asyncio.sleep(1.5)
+        assert (processes[0].signals, len(processes)) == (['kill'], 3)
+    with_team(monkeypatch, steps)
+
+
+def test_windows_of_workers_are_reported_with_their_counts(monkeypatch):
+    reports = []
+
+    async def steps(team, processes):
+        team.report = reports.append
+        window = {'count': {'stored': 3}, 'seconds': 1.5, 'ended': 7}
+        processes[0].say(windows=[window, window])
+        await asyncio.sleep(0.1)
+    with_team(monkeypatch, steps)
+    assert [(window.count, window.seconds, window.ended) for window in reports] == [({'stored': 3}, 1.5, 7)] * 2
+
+
+def test_delays_of_a_worker_grow_and_begin_anew_when_it_has_stayed_up(monkeypatch):
+    async def steps(team, processes):
+        starts, loop = [], asyncio.get_running_loop()
+        for life in (0.1, 0.1, 0.1, 0.1, 11, 0.1):
+            number = len(processes)
+            processes[-1].say()
+            await asyncio.sleep(life)
+            ended = loop.time()
+            processes[-1].exit(1)
+            while len(processes) == number:
+                await asyncio.sleep(0.01)
+            starts.append(loop.time() - ended)
+        assert starts[0] <= 1.1 < starts[2] <= starts[3] * 2 and 4 <= starts[3] <= 8.1
+        assert starts[4] <= 1.1 and starts[5] <= 2.1
+    with_team(monkeypatch, steps, workers=1)
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch):
+    async def steps(team, processes):
+        async def fails(*command, **options):
+            raise OSError(12, 'Cannot allocate memory')
+        start = asyncio.create_subprocess_exec
+        monkeypatch.setattr(asyncio, 'create_subprocess_exec', fails)
+        processes[0].exit(1)
+        await asyncio.sleep(2)
+        assert team.trouble.startswith('worker 1 has ended')
+        monkeypatch.setattr(asyncio, 'create_subprocess_exec', start)
+        await asyncio.sleep(30)
+        assert len(processes) == 3
+    with_team(monkeypatch, steps)
+
+
+def test_a_worker_is_this_module_again_with_the_same_file_and_without_systemd(monkeypatch):
+    seen = []
+
+    async def steps(team, processes):
+        async def start(*command, **options):
+            seen.append((command, options))
+            return Process(9)
+        monkeypatch.setattr(asyncio, 'create_subprocess_exec', start)
+        monkeypatch.setenv('NOTIFY_SOCKET', '/run/systemd/notify')
+        monkeypatch.setenv('WATCHDOG_USEC', '1')
+        monkeypatch.setenv('WATCHDOG_PID', '1')
+        team.arguments.verbose, team.arguments.quiet = 2, 1
+        member = xmsrv.Member(7)
+        await team.start(member)
+        assert member.process.lines == [{'raw': {'the': 'raw'}}]
+    with_team(monkeypatch, steps)
+    (command, options), = seen
+    assert command[-6:] == ('-c', 'x', '-v', '-v', '-q', 'worker') and 'import xmsrv' in command[-7]
+    assert not {'NOTIFY_SOCKET', 'WATCHDOG_USEC', 'WATCHDOG_PID'} & options['env'].keys()
+    assert options['env']['PATH'] == os.environ['PATH'] and options['start_new_session'] is True
+
+
+def test_how_a_process_ended_in_words():
+    assert (xmsrv.told(0), xmsrv.told(3), xmsrv.told(-9)) == ('exit status 0', 'exit status 3', 'killed by SIGKILL')
+
+
+def test_with_a_window_without_end_each_worker_has_a_grant_of_its_own(monkeypatch):
+    async def steps(team, processes):
+        one, two = processes
+        one.say()
+        await asyncio.sleep(0.1)
+        assert (one.grants(), two.grants()) == ([(0, 1)], [])
+        one.say(seen=1, state='busy')
+        two.say()
+        await asyncio.sleep(11)
+        assert two.grants() == [(0, 1)]     # it does not wait for the first
+    with_team(monkeypatch, steps, n=0, period='0')
+
+
+def test_a_share_of_nothing_is_no_grant(monkeypatch):
+    async def steps(team, processes):
+        for turn in range(3):
+            for process in processes:
+                process.say(seen=len(process.grants()))
+            await asyncio.sleep(10)
+            assert sum(len(process.grants()) for process in processes) == turn + 1
+        assert {len(process.grants()) for process in processes} == {1, 2}    # they take turns
+    with_team(monkeypatch, steps, n=1)
+
+
+def said(monkeypatch, steps):
+    """What a Worker says while `steps(worker)` run, as a list of dictionaries."""
+    lines = []
+    monkeypatch.setattr(xmsrv, 'write_all', lambda fd, data: lines.append((fd, json.loads(data))))
+
+    async def main():
+        worker = Worker(None)
+        worker.flow = types.SimpleNamespace(
+            gauges=lambda: [Figures()], healthy=lambda now: True, ends=dict.fromkeys(xmsrv.ENDS, True), trouble='x')
+        await steps(worker)
+    clock.run(main())
+    assert {fd for fd, _ in lines} <= {1}
+    return [line for _, line in lines]
+
+
+def test_a_worker_that_waits_for_its_grant_is_idle_and_says_so_at_once(monkeypatch):
+    async def steps(worker):
+        waiting = asyncio.ensure_future(worker.grant())
+        await asyncio.sleep(0)
+        assert worker.state is xmsrv.WorkerState.IDLE
+        worker.grants.put_nowait(4)
+        assert await waiting == 4
+    line, = said(monkeypatch, steps)
+    assert [line[name] for name in ('state', 'seen', 'healthy', 'windows', 'trouble')] == ['idle', 0, True, [], 'x']
+
+
+def test_a_worker_says_twice_a_second_how_it_is_and_tells_of_each_window_once(monkeypatch):
+    async def steps(worker):
+        talking = asyncio.ensure_future(worker.talk())
+        await asyncio.sleep(0.1)
+        worker.windows.append(types.SimpleNamespace(count={'stored': 1}, times=types.SimpleNamespace(seconds=2.0)))
+        await asyncio.sleep(1.5)
+        talking.cancel()
+    lines = said(monkeypatch, steps)
+    assert [[window['seconds'] for window in line['windows']] for line in lines] == [[], [2.0], [], []]
+    assert lines[0]['state'] == 'starting'
+
+
+# -- one process: what it tells of itself
+
+def test_figures_of_a_runner_follow_its_window_and_its_ends(monkeypatch):
+    async def steps(it):
+        it.queue.connections, it.queue.addresses = [1], [1, 2]
+        await it.window()
+        it.queue.send(1, 2)
+        await asyncio.sleep(0.1)
+        numbers = it.runner.gauges()[0].numbers
+        assert numbers[('xmsrv_messages_total', 'stored')] == 2
+        assert {numbers[(name,)] for name in xmsrv.UP.values()} == {1}
+        assert (numbers[('xmsrv_connections', 'up')], numbers[('xmsrv_connections', 'down')]) == (1, 1)
+        assert (xmsrv.SUCCESS,) in numbers
+        it.runner.health.fail('store', 'gone')
+        assert it.runner.gauges()[0].numbers[(xmsrv.UP['store'],)] == 0
+    Runner(monkeypatch, period='0').run(steps)
+
+
+def test_a_topic_that_nobody_has_yet_is_said_and_so_is_a_queue_without_connections(monkeypatch):
+    async def steps(it):
+        await it.window()
+        assert it.runner.trouble == ''
+        it.queue.connections = []
+        assert it.runner.trouble == 'queue unavailable: no nsqd is connected'
+        it.queue.addresses = []
+        assert it.runner.trouble == 'queue unavailable: no nsqd has the topic orders yet'
+        it.runner.health.fail('queue', 'refused')
+        assert it.runner.trouble == 'queue unavailable: refused'
+    Runner(monkeypatch).run(steps)
+
+
+def test_a_runner_that_is_told_to_end_before_it_runs_opens_nothing(monkeypatch):
+    it = Runner(monkeypatch)
+
+    async def main():
+        it.runner.leave()
+        assert await asyncio.wait_for(it.runner.run(), 1) == 0
+    clock.run(main())
+    assert it.opened == []
+
+
+def test_a_window_that_is_open_when_a_daemon_ends_is_told_how(monkeypatch):
+    async def steps(it):
+        window = await it.window()
+        it.queue.send(*range(20))
+        it.runner.stop()
+        await asyncio.sleep(1)
+        assert window.end_reason is End.SIGNAL and it.runner.task.done()
+    it = Runner(monkeypatch).run(steps)
+    assert len(it.queue.requeues) == 20 - len(it.queue.finished) > 0
