@@ -3611,6 +3611,8 @@ class SqliteStore(Store):
     def stored(self, records):
         """The bins stored in the places of `records`, by place."""
         places = {self.place(record) for record in records}
+        if not places:
+            return {}
         # A join, for with `("set", "key") IN (VALUES ...)` SQLite scans the whole table.
         query = ('SELECT "set", "key", bins FROM (VALUES ' + ','.join(['(?,?)'] * len(places)) +
                  ') CROSS JOIN records ON "set" = column1 AND "key" = column2')

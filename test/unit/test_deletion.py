@@ -301,6 +301,12 @@ def test_sqlite_keeps_a_tombstone_and_removes_a_removed_record(tmp_path):
         assert set(rows(tmp_path)) == {'k', 'n'}
 
 
+@pytest.mark.parametrize('mode', ['tombstone', 'remove'])
+def test_sqlite_takes_an_empty_batch(tmp_path, mode):
+    with sqlite_store(tmp_path, mode=mode) as store:
+        assert store.write([]) == []
+
+
 def test_sqlite_keeps_a_record_that_takes_the_place_of_a_tombstone(tmp_path):
     with sqlite_store(tmp_path) as store:
         assert store.write([delete('k', 1)]) == [DELETED]
