@@ -3470,7 +3470,7 @@ class SqliteStore(Store):
         self.columns = self.read_columns()
         if self.delete_mode == 'tombstone' and 'expires_at' not in self.columns:
             self.db.execute('ALTER TABLE records ADD COLUMN expires_at TEXT')
-            self.db.execute('CREATE INDEX IF NOT EXISTS tombstones ON records (expires_at) WHERE expires_at NOTNULL')
+            self.db.execute('CREATE INDEX IF NOT EXISTS records_end ON records (expires_at) WHERE expires_at NOTNULL')
             self.columns = self.read_columns()
         self.db.execute('SAVEPOINT trial')
         self.upsert([Record('', {}, None)])

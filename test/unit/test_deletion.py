@@ -348,4 +348,4 @@ def test_sqlite_drops_a_bounded_number_of_ended_tombstones_a_batch(tmp_path):
 def test_sqlite_drops_by_the_index(tmp_path):
     with sqlite_store(tmp_path) as store:
         plan = [row[-1] for row in store.db.execute(f'EXPLAIN QUERY PLAN {store.drop}', ('x',))]
-    assert sum('INDEX tombstones' in step for step in plan) == 2 and not any('TABLE' in step for step in plan)
+    assert sum('INDEX records_end' in step for step in plan) == 2 and not any('TABLE' in step for step in plan)
