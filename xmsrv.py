@@ -2783,6 +2783,7 @@ HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_tim
 FLUSH = 25                  # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 BUFFER = 64 * 1024          # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK = 0.025                # seconds between looks at RDY, idleness and TOUCH
+RDY_HEARD = 0.25            # seconds and a round trip after which an nsqd has heard of a lower RDY, which has no answer
 PUBLISH_TIMEOUT = 5.0       # seconds for nsqd to take a batch of dead letters
 CLOSE_TIMEOUT = 1.0         # seconds to wait for CLOSE_WAIT
 RESPONSE, ERROR, MESSAGE = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR, nsq.FRAME_TYPE_MESSAGE
@@ -3182,6 +3183,7 @@ class Subscription(Connection):
     rdy: what nsqd was last told. in_flight: messages without an answer yet; held_back: of them, those that wait for the
     window's end, by which RDY has to be higher. rdy_since: loop time since when it could have delivered.
     idle: it could for a while, and had nothing; a new RDY gives it a new chance. tried: the same, until a message.
+    unheard: messages that it may still send beyond RDY, for it may not have heard yet that RDY was lowered_at a time.
     """
 
     def __init__(self, address: Address, consumer: Any) -> None:
@@ -3189,6 +3191,7 @@ class Subscription(Connection):
         self.consumer = consumer
         self.rdy = self.in_flight = self.held_back = 0
         self.idle, self.tried, self.rdy_since = False, False, 0.0
+        self.unheard, self.lowered_at = 0, 0.0
         self.closed: asyncio.Event | None = None   # set by CLOSE_WAIT
 
     async def open(self) -> None:
@@ -3204,6 +3207,7 @@ class Subscription(Connection):
     def deliver(self, messages: list[Message]) -> None:
         """Hands messages on. Reading never stops: nsqd closes a connection to which it can't write."""
         self.rdy_since = self.heard
+        self.unheard = max(0, self.unheard - len(messages))
         self.consumer.receive(self, messages)
 
     def respond(self, kind: int, data: bytes) -> None:
@@ -3218,13 +3222,22 @@ class Subscription(Connection):
     def set_rdy(self, rdy: int) -> None:
         """Sends RDY when it changes."""
         if rdy != self.rdy:
+            now = asyncio.get_running_loop().time()
             if rdy > self.rdy:
-                self.rdy_since = asyncio.get_running_loop().time()
+                self.rdy_since = now
+                self.unheard = max(0, self.unheard_at(now) - (rdy - self.rdy))
+            else:
+                self.unheard = self.unheard_at(now) + max(0, self.rdy - self.in_flight - rdy)
+                self.lowered_at = now
             if not self.rdy:
                 self.idle = False
             log.debug('nsqd %s: RDY %d -> %d', self, self.rdy, rdy)
             self.rdy = rdy
             self.send(nsq.ready(rdy))
+
+    def unheard_at(self, now: float) -> int:
+        """`unheard`, which is over when nsqd has heard of its RDY."""
+        return self.unheard if now - self.lowered_at < RDY_HEARD + self.round_trip else 0
 
     async def close(self) -> None:
         """CLS, behind all answers; then reads until CLOSE_WAIT: closing at once loses the FINs on their way. Requeues
@@ -5058,7 +5071,19 @@ class Consumer:
         """Deals the budget out to the connections."""
         plenty = self.credit is not None and self.credit() > 2 * self.max_in_flight
         for connection, rdy in RdyAllocator.allocate(self.connections, self.budget, keep=not plenty):
-            connection.set_rdy(rdy)
+            raised = rdy > connection.rdy and not plenty
+            connection.set_rdy(min(rdy, self.most_rdy(connection)) if raised else rdy)
+
+    def most_rdy(self, connection) -> int:
+        """To what the RDY of a connection may be raised now. An nsqd that is slow looks like one that is idle: until it
+        has heard that its RDY is lower, it may still send what it had, so that is nobody else's.
+
+        Example: 10 may come, A has RDY 10 and is silent, so it is lowered to 1. B waits for RDY_HEARD, then it gets 9.
+        """
+        now = asyncio.get_running_loop().time()
+        others = sum([max(0, c.rdy - c.held_back) + c.unheard_at(now) for c in self.connections if c is not connection])
+        credit = self.credit() if self.credit else 0
+        return max(connection.rdy, credit + connection.held_back - others)
 
     @property
     def exhausted(self) -> bool:
@@ -5099,10 +5124,9 @@ class Consumer:
         for connection, group in grouped(messages, lambda message: message.conn):
             connection.in_flight -= len(group)
             connection.held_back -= sum([message.held_back for message in group])
+            connection.send(b''.join([command % message.id for message in group]))
             if connection.lost:
                 late += len(group)
-            else:
-                connection.send(b''.join([command % message.id for message in group]))
         self.held.total -= sum([len(message.body) for message in messages])
         self.late += late
         return late

@@ -106,6 +106,14 @@ def test_at_max_held_no_other_nsqd_may_send_either_and_that_at_once():
     with_consumer(steps, connections=2, **{'max-held': '1000'})
 
 
+def test_at_the_end_of_the_credit_no_other_nsqd_may_send_either():
+    async def steps(consumer, window, one, two):
+        consumer.held.size = 1
+        come(one, *range(10))    # more than its RDY: they crossed a lower one
+        assert (window.left, one.rdy, two.rdy) == (0, 0, 0)
+    with_consumer(steps, connections=2, credit=10)
+
+
 def test_what_comes_shows_that_the_nsqd_is_not_idle():
     async def steps(consumer, window, connection):
         consumer.mark_idle(asyncio.get_running_loop().time() + 1)
@@ -160,6 +168,18 @@ def test_an_answer_for_a_connection_that_is_gone_is_late():
         consumer.requeue(messages)
         assert (consumer.late, consumer.requeued, taken(two)) == (2, 1, ['REQ 0000000000000003 0'])
     with_consumer(steps, connections=2)
+
+
+def test_an_answer_that_finds_out_that_its_connection_is_gone_is_late_too():
+    async def steps(consumer, window, connection):
+        messages = come(connection, 1, 2)
+
+        def closed(data):
+            raise StreamClosedError
+        connection.stream.write = closed
+        consumer.finish(messages)
+        assert (consumer.late, connection.lost, consumer.in_flight) == (2, True, {})
+    with_consumer(steps)
 
 
 @pytest.mark.parametrize(('answer', 'late', 'requeued'), [
@@ -229,6 +249,29 @@ def test_touch_goes_on_between_windows_too():
     with_consumer(steps)
 
 
+def test_touch_begins_with_what_crosses_the_end_of_a_window():
+    async def steps(consumer, window, connection):
+        connection.msg_timeout = 4.0
+        consumer.stop()
+        consumer.tasks.start(consumer.tick())
+        await asyncio.sleep(100)       # nothing is in flight: it sleeps
+        come(connection, 1)
+        taken(connection)
+        await asyncio.sleep(3)
+        assert taken(connection) == ['TOUCH 0000000000000001']
+    with_consumer(steps)
+
+
+def test_rdy_by_bytes_counts_what_is_in_flight_and_not_held_back():
+    async def steps(consumer, window, connection):
+        consumer.held.size = 100
+        messages = come(connection, *range(4), body=b'x' * 100)
+        assert (consumer.held.room, consumer.budget) == (6, 10)
+        consumer.hold(messages[:3])
+        assert consumer.budget == 7
+    with_consumer(steps, credit=1000, **{'max-held': '1000'})
+
+
 def test_the_queue_is_idle_once_each_nsqd_could_deliver_for_a_while_and_did_not():
     async def steps(consumer, window, one, two):
         loop = asyncio.get_running_loop()
@@ -271,6 +314,71 @@ def test_an_idle_nsqd_is_found_by_the_tick_and_its_rdy_goes_to_the_others():
         await asyncio.sleep(0.2)
         assert consumer.idle_since
     with_consumer(steps, connections=2, credit=1000, **{'max-in-flight': '10'})
+
+
+async def near_the_end(consumer, one, two):
+    """Of 20 messages that may come, `one` has sent its 10, and `two` has been silent for long enough to be idle."""
+    assert (one.rdy, two.rdy) == (10, 10)
+    consumer.tasks.start(consumer.tick())
+    consumer.finish(come(one, *range(10)))
+    await asyncio.sleep(0.1)
+    assert (two.idle, one.rdy, two.rdy) == (True, 0, 1)
+
+
+def test_rdy_goes_to_another_nsqd_only_when_the_first_has_heard_that_it_lost_it():
+    """An nsqd that is slow and one that is idle look the same: what a slow one sends still fits into the window."""
+    async def steps(consumer, window, one, two):
+        await near_the_end(consumer, one, two)
+        await asyncio.sleep(0.15)
+        assert (one.rdy, two.rdy) == (0, 1)
+        consumer.finish(come(two, *range(10, 19)))   # it had not heard yet
+        await asyncio.sleep(0.02)
+        assert (window.left, one.rdy + two.rdy) == (1, 1)
+    with_consumer(steps, connections=2, credit=20)
+
+
+def test_an_nsqd_that_stays_silent_loses_its_rdy_soon():
+    async def steps(consumer, window, one, two):
+        await near_the_end(consumer, one, two)
+        while one.rdy < 9:
+            await asyncio.sleep(0.001)
+        assert 0.3 <= asyncio.get_running_loop().time() - 1000 < 0.36 and two.rdy == 1
+        consumer.finish(come(one, *range(20, 29)))
+        assert window.left == 1 and one.rdy + two.rdy <= 1
+        await asyncio.sleep(0.4)
+        assert one.rdy + two.rdy == 1
+    with_consumer(steps, connections=2, credit=20)
+
+
+def test_a_far_nsqd_hears_later():
+    async def steps(consumer, window, one, two):
+        two.round_trip = 0.5
+        await asyncio.sleep(0.5)
+        await near_the_end(consumer, one, two)
+        await asyncio.sleep(0.6)
+        assert one.rdy == 0
+        await asyncio.sleep(0.2)
+        assert one.rdy > 0
+    with_consumer(steps, connections=2, credit=20)
+
+
+def test_what_an_nsqd_has_not_heard_yet_holds_up_nobody_while_there_is_plenty():
+    async def steps(consumer, window, one, two):
+        consumer.tasks.start(consumer.tick())
+        for n in range(6):
+            consumer.finish(come(one, n))
+            await asyncio.sleep(0.02)
+        assert (one.rdy, two.rdy) == (9, 1)
+    with_consumer(steps, connections=2, credit=25, **{'max-in-flight': '10'})
+
+
+def test_an_nsqd_gets_back_at_once_what_it_may_not_have_heard_that_it_lost():
+    async def steps(consumer, window, one, two):
+        await near_the_end(consumer, one, two)
+        consumer.finish(come(two, 10))
+        consumer.on_credit_change()
+        assert (window.left, one.rdy, two.rdy, two.unheard) == (9, 0, 5, 4)
+    with_consumer(steps, connections=2, credit=20)
 
 
 def test_touch_follows_the_shortest_msg_timeout_of_all():
