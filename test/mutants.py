@@ -116,6 +116,31 @@ MUTANTS = (
     Mutant('each chunk is a whole frame', '            if missing > 0:\n', '            if False:\n',
            equivalent='unpack() keeps the rest of an unfinished frame for the next read: only slower with large frames'),
 
+    Mutant('limits that nsqd refuses are not asked again', "if not str(error).startswith('E_BAD_BODY'):", 'if True:'),
+    Mutant('TLS is left out', "        if tls:\n            await self.within('TLS', self.start_tls(tls))\n", ''),
+    Mutant('AUTH is left out', "        await self.within('AUTH', self.authenticate(secret))\n", ''),
+    Mutant('the name of the host is not verified', 'server_hostname=self.address[0])', 'server_hostname=None)'),
+    Mutant('a step without bound', 'async with asyncio.timeout(self.link.connect_timeout) as bound:', 'async with asyncio.timeout(None) as bound:'),
+    Mutant('a handshake that fails leaves its socket', '            await self.shake_hands(wishes)\n        except BaseException:\n            self.drop()', '            await self.shake_hands(wishes)\n        except BaseException:\n            pass'),
+    Mutant('TLS that fails leaves its socket', '                    twin.shutdown(socket.SHUT_RDWR)', '                    pass'),
+    Mutant('an answer of any size', 'if not 4 <= size <= MAX_ANSWER:', 'if False:'),
+    Mutant('heartbeats in the handshake', '                self.send(nsq.nop())\n            elif kind', '                pass\n            elif kind'),
+    Mutant('any answer to SUB', "await self.within('SUB', self.answer(b'OK'))", "await self.within('SUB', self.answer())"),
+    Mutant('the round trip is not measured', '        self.round_trip = asyncio.get_running_loop().time() - asked\n', ''),
+    Mutant('a publish without bound', 'timer = loop.call_later(PUBLISH_TIMEOUT,', 'timer = loop.call_later(1e6,'),
+    Mutant('an error of a publish reaches nobody', '            self.drop()\n            self.answered(error)\n', '            self.drop()\n'),
+    Mutant('a heartbeat is the answer to a publish', "        if kind == RESPONSE and data == b'OK':\n            self.answered()", '        if kind == RESPONSE:\n            self.answered()'),
+    Mutant('limits of nsqd that are not read', "self.max_rdy = self.info.get('max_rdy_count', 2500)", 'self.max_rdy = 2500'),
+    Mutant('TLS that nsqd wants is not told', "            if 'TLS required' in str(error):\n                raise", "            if False:\n                raise"),
+    Mutant('a 404 of any web server', "error.code == 404 and json.loads(error.response.body)['message'] == 'TOPIC_NOT_FOUND'", 'error.code == 404'),
+    Mutant('all nsqlookupds are waited for', '                timeout = patience\n', '                pass\n'),
+    Mutant('no nsqlookupd is waited for', 'if any(not question.exception() and question.result() for question in answered)', 'if answered'),
+    Mutant('one nsqlookupd that is down is all', 'if len(errors) == len(set(config.nsq.lookupd_http_address)):', 'if errors:'),
+    Mutant('a thread for each who asks', '        if not future:\n            future = self.lookups', '        if True:\n            future = self.lookups'),
+    Mutant('what a name server said is kept', '            self.lookups.pop(key)\n            future.set_result(found)', '            future.set_result(found)'),
+    Mutant('the depth at another nsqd', "['tcp_port'] != tcp_port:", "['tcp_port'] == -1:"),
+    Mutant('what waits in the topic is not counted', "return topic.get('depth', 0), channel_stats", 'return 0, channel_stats'),
+
     # -- stores
     Mutant('one key in all sets', 'return record.set or self.set, record.key', 'return self.set, record.key'),
     Mutant('all sets wait for one that is full', 'if self.record.set_field and FULL_SET in', 'if False and FULL_SET in'),
@@ -162,6 +187,20 @@ MUTANTS = (
     Mutant('a removal without its filter', "{**self.removal, 'expressions': policy['expressions']}", 'self.removal'),
     Mutant('a removal proves the form of writes', 'self.proven = self.proven or bool(others)', 'self.proven = True'),
 
+    Mutant('one of several hosts is not enough', 'if len(self.options.hosts) == 1:', 'if True:'),
+    Mutant('each copy of a record counts', "for facts in sets.values()) // copies", "for facts in sets.values())"),
+    Mutant('a set that is full is not named', '        if limit and sum(', '        if False and sum('),
+    Mutant('a ttl that is refused is not named', "namespace.get('nsup-period') == '0' and (", "namespace.get('nsup-period') == 'none' and ("),
+    Mutant('a batch-size over the limit is not named', 'if limit < self.batch_size]', 'if limit < 0]'),
+    Mutant('why a host failed is not said', "'; '.join(connect_log.reasons()) or shortened", 'shortened',
+           tests=end_to_end('test_aerospike', 'refused or unreachable or reach or tls')),
+    Mutant('a call without limit in the client', 'return min(INT32_MAX, max(50, int(seconds * 1000)))', 'return int(seconds * 1000)'),
+    Mutant('wide records beyond the deadline', 'if len(write.ops) > WIDE_RECORD and time.monotonic() < deadline:', 'if len(write.ops) > WIDE_RECORD:'),
+    Mutant('a stored time that cannot be read is stale', "return [Answer('retry', error.code, f'{self.where}: answer", "return [STALE] * len(records)\n            return [Answer('retry', error.code, f'{self.where}: answer"),
+    Mutant('SQLite: another table is found out late', "            self.upsert([Record('', {}, None)])   #", '            pass   #'),
+    Mutant('SQLite: what somebody else wrote is older', "if not isinstance(bins, dict):\n            return Answer", "if False:\n            return Answer"),
+    Mutant('SQLite: sets share their keys', 'WHERE "set" = ? AND "key" IN ({places})', 'WHERE ? IS NOT NULL AND "key" IN ({places})'),
+
     # -- dead letters
     Mutant('no fsync of the file', "            os.fsync(fd)\n        except OSError:", '            pass\n        except OSError:'),
     Mutant('no fsync of the directory', "        if not end:\n            sync_directory(os.path.dirname(filename))", '        if not end:\n            pass'),
@@ -190,6 +229,12 @@ MUTANTS = (
     Mutant('no answer is a refusal', 'refused = isinstance(error, QueueError)', 'refused = True'),
     Mutant('a letter has the time of its failure', "'timestamp': str(message.timestamp), 'time'", "'timestamp': str(time.time_ns()), 'time'"),
 
+    Mutant('a connection that was lost takes letters', 'if address not in self.connections or self.connections[address].lost:', 'if address not in self.connections:'),
+    Mutant('a connection that refused stays open', 'self.connections.pop(address).close()', 'self.connections.pop(address)'),
+    Mutant('a batch is halved while the run ends', 'if half and not self.closed and', 'if half and'),
+    Mutant('no advice for letters that are refused', "hint = '; a file in [dead-letter] would keep it' if refused", "hint = '' if refused"),
+    Mutant('a letter without a body', "            raise ValueError('no body')\n", '            pass\n'),
+
     # -- batcher and breaker
     Mutant('no byte limit of a batch', 'not messages or weight + len(self.pending[0].body) <= self.max_bytes', 'True'),
     Mutant('no record limit of a batch', 'while self.pending and len(messages) < self.size and', 'while self.pending and'),
@@ -209,6 +254,10 @@ MUTANTS = (
     Mutant('health is not told of the outage', "            self.health.fail(self.end, self.last_error, kind='batch')\n", ''),
     Mutant('health is not told of the recovery', "        self.health.recover(self.end)\n        if retry:", '        if retry:'),
     Mutant('a refused letter is an outage', "(result.outcome == 'unkept' and result.reason != 'refused')", "result.outcome == 'unkept'"),
+
+    Mutant('a store with a call under way is closed', '    if not executor.calls:\n', '    if True:\n'),
+    Mutant('the last error of a task', 'self.error = self.error or task.exception()', 'self.error = task.exception()'),
+    Mutant('a cancellation that is lost', '        while self.tasks:\n            for task in self.tasks:', '        if self.tasks:\n            for task in self.tasks:'),
 
     # -- RDY and consumer
     Mutant('RDY is raised before it is lowered', 'key=lambda pair: pair[1] - pair[0].rdy)', 'key=lambda pair: pair[0].rdy - pair[1])'),
@@ -241,6 +290,19 @@ MUTANTS = (
     Mutant('one nsqd of two is the queue', '            if not self.connections:\n                self.health', '            if True:\n                self.health'),
     Mutant('delays of REQ in seconds', "(b'REQ %%s %d\\n' % (delay * 1000), messages)", "(b'REQ %%s %d\\n' % delay, messages)"),
     Mutant('what is held back uses up RDY', '        rdys = [(c, share and share + c.held_back)', '        rdys = [(c, share)'),
+
+    Mutant('RDY goes to another at once', 'min(rdy, self.most_rdy(connection)) if raised else rdy)', 'rdy)'),
+    Mutant('a lower RDY is never heard', 'return self.unheard if now - self.lowered_at < RDY_HEARD + self.round_trip else 0', 'return self.unheard'),
+    Mutant('a far nsqd hears as soon', 'RDY_HEARD + self.round_trip else 0', 'RDY_HEARD else 0'),
+    Mutant('what came is still to come', 'self.unheard = max(0, self.unheard - len(messages))', 'pass'),
+    Mutant('nsqlookupd is not asked before a new attempt', '            if self.poller:\n                await self.poller.fresh_answer()\n', ''),
+    Mutant('an answer for a connection that is gone is in time', '            if connection.lost:\n                late += len(group)', '            if False:\n                late += len(group)'),
+    Mutant('RDY of others at the end of the credit', 'if budget == 0 or self.held.room', 'if self.held.room'),
+    Mutant('an nsqd that may not send is idle', '                connection.rdy_since = now\n', '                pass\n'),
+    Mutant('a tick that does not look for idle nsqds', '            self.mark_idle(now)\n            self.on_credit_change()', '            self.on_credit_change()'),
+    Mutant('the longest msg-timeout rules', 'min((c.msg_timeout for c in self.connections), default=60)', 'max((c.msg_timeout for c in self.connections), default=60)'),
+    Mutant('an nsqd that is back is not told', '        if backoff.tries:\n            log.info', '        if False:\n            log.info'),
+    Mutant('the first nsqd is not waited for', 'while addresses and not self.connections and not self.all_tried()', 'while addresses and not self.all_tried()'),
 
     # -- window
     Mutant('more than N', 'excess, messages = messages[left:], messages[:left]', 'excess, messages = [], messages'),
@@ -275,6 +337,16 @@ MUTANTS = (
     Mutant('memory of decoded messages is not given back', '        self.records.release(messages)\n', ''),
     Mutant('a message that is larger than the bound waits for ever', '(decoded < self.max_held or not decoded)', 'self.decoded + decoded_size(self.waiting[0].body) <= self.max_held'),
 
+    Mutant('a keeper that is away for a moment', "if result.reason == 'away' and message.attempts == 1", "if False and message.attempts == 1"),
+    Mutant('a keeper is waited for without end', 'message.attempts == 1 and message.received > young]', 'message.attempts == 1]'),
+    Mutant('a letter that comes again waits for its keeper', "result.reason == 'away' and message.attempts == 1 and", "result.reason == 'away' and"),
+    Mutant('a source that has ended is waited for', 'if exhausted or now - self.times.active', 'if now - self.times.active'),
+    Mutant('a daemon ends with its source', 'not self.pending_count and not self.limits.lasting\n', 'not self.pending_count\n'),
+    Mutant('what crosses the end is requeued', 'if self.end_reason not in (None, End.IDLE, End.TIMEOUT) or', 'if self.end_reason is not None or'),
+    Mutant('a window without an nsqd is well', "if self.limits.lasting and not self.pipeline.health.up('queue'):", 'if False:'),
+    Mutant('each batch says that the store takes nothing', '        if self.end_reason is not End.STORE_FAILED:\n            log', '        if True:\n            log'),
+    Mutant('requeued without a fault is no warning', "level = (logging.WARNING if slow and", 'level = (logging.WARNING if False and'),
+
     # -- pipeline and once
     Mutant('a removed lock file is trusted', 'return self.fd is not None and in_place(self.fd, self.path)', 'return self.fd is not None'),
     Mutant('no lock', 'self.fd = fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)', 'self.fd = fd = open_regular(self.path, os.O_RDWR | os.O_CREAT)'),
@@ -283,6 +355,18 @@ MUTANTS = (
     Mutant('the lock is not given back', '        yield\n    finally:\n        lock.release()', '        yield\n    finally:\n        pass'),
     Mutant('what is in flight at an error is not requeued', '        source.requeue(list(source.in_flight.values()))\n    await', '        pass\n    await'),
     Mutant('a store that stops is tried again', "'retry' if error.again else 'stop'", "'retry'"),
+
+    # -- replay
+    Mutant('the timeout of a pass counts from its start', 'return max(self.times.started, self.last_letter)', 'return self.times.started'),
+    Mutant('a batch that failed is progress', 'return max(self.times.started, self.last_letter)', 'return max(self.times.started, self.times.progress)'),
+    Mutant('letters that are left out are no progress', '        self.last_letter = asyncio.get_running_loop().time()\n        if not self.choice', '        if not self.choice'),
+    Mutant('a rate is not kept', '        await asyncio.sleep(begin - now)\n', ''),
+    Mutant('a rate without batches', 'min(batcher.size, max(1, choice.rate // 10)), 1', '1, 1'),
+    Mutant('letters of any reason', '(not self.reasons or header', '(True or header'),
+    Mutant('letters of any time', 'message.timestamp >= self.since', 'True'),
+    Mutant('what is no letter is asked for', '        except Unfit:\n            return False', '        except Unfit:\n            return True'),
+    Mutant('a look takes letters', '        chosen = self.chosen(messages)\n        self.source.hold(chosen)\n', '        chosen = self.chosen(messages)\n        self.source.finish(chosen)\n'),
+
 
     # -- daemon
     Mutant('a window that is late is made up for', 'self.begun = due if now - due <= ON_TIME else now', 'self.begun = max(due, 0)'),

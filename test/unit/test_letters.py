@@ -383,6 +383,8 @@ def test_the_last_lock_keeps_a_letter_that_is_appended_while_the_file_is_exchang
     rename, outcome = os.rename, []
 
     def slow(old, new):
+        with open(old, 'rb') as there:
+            assert there.read() == letter(2)    # by then it is written, not only buffered
         with pytest.raises(BlockingIOError):
             xmsrv.open_locked(str(path), os.O_RDWR | os.O_APPEND, 0)
         outcome.append('locked')

@@ -116,6 +116,34 @@ def test_a_pass_in_an_outage_ends_by_its_timeout(tmp_path):
     assert 10 <= window.times.seconds < 11
 
 
+def test_a_pass_over_nothing_ends_at_once_or_when_the_topic_is_idle(tmp_path):
+    window, _ = passed(path=file_of(tmp_path))
+    assert window.end_reason is End.IDLE and window.times.seconds < 0.2
+
+    async def nothing(window, queue):
+        queue.idle_since = asyncio.get_running_loop().time()
+    window, _ = passed(nothing)
+    assert window.end_reason is End.IDLE and window.times.seconds < 0.7
+
+    async def silent(window, queue):
+        pass
+    window, _ = passed(silent, timeout='3s')
+    assert window.end_reason is End.TIMEOUT and 3 <= window.times.seconds < 3.2
+
+
+def test_letters_that_fail_again_are_held_till_the_end_and_come_round_once():
+    held = []
+
+    async def steps(window, queue):
+        queue.hold = held.extend
+        queue.send(0, body=letter(0, body=b'{"n": '))
+        await asyncio.sleep(1)
+        assert ([message.n for message in held], queue.requeues, window.pending_count) == ([0], [], 0)
+        queue.idle_since = asyncio.get_running_loop().time()
+    window, _ = passed(steps)
+    assert window.source.requeues == [(0, 0)]
+
+
 def test_an_outage_in_the_middle_leaves_what_was_not_stored(tmp_path):
     path = file_of(tmp_path, *range(12))
     window, written = passed(path=path, write=lambda now: STORED if now < 2.5 else AWAY, seconds=1)
