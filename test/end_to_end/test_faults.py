@@ -55,7 +55,7 @@ def in_log(xmsrv, words):
 def test_killed_at_random_moments_each_message_is_one_record(nsqds, xmsrv, part):
     """Six kills with a slow store, then a window that runs to its end: five times, so 30 kills."""
     nsqd, = nsqds(1, SHORT)
-    prepared(xmsrv, nsqd, slow=3000)
+    prepared(xmsrv, nsqd, slow=3000, timeout='60s')   # which the last window may need where others use the processors
     nsqd.publish(TOPIC, bodies(25000))
     draw = random.Random()
     for subscribed in [False, True] * 3:   # any moment from the start on, or one at which it has something to lose
