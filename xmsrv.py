@@ -5074,7 +5074,7 @@ class Consumer:
             raised = rdy > connection.rdy and not plenty
             connection.set_rdy(min(rdy, self.most_rdy(connection)) if raised else rdy)
 
-    def most_rdy(self, connection) -> int:
+    def most_rdy(self, connection: Subscription) -> int:
         """To what the RDY of a connection may be raised now. An nsqd that is slow looks like one that is idle: until it
         has heard that its RDY is lower, it may still send what it had, so that is nobody else's.
 
