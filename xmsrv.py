@@ -3711,6 +3711,11 @@ def check_version(where, version):
         raise StoreDown(f'{where}: server {version} is too old: {".".join(map(str, MIN_SERVER))} or newer is needed')
 
 
+def refuses_ttl(namespace: dict[str, str]) -> bool:
+    """Whether a node refuses every ttl, by its facts of the namespace: nothing would expire there."""
+    return namespace.get('nsup-period') == '0' and namespace.get('allow-ttl-without-nsup') != 'true'
+
+
 def write_obstacles(ttl, namespace, set_, name='the set'):
     """Yields why a node forbids writes, by its facts of the namespace and of the set (dicts of info)."""
     if namespace.get('stop_writes') == 'true':
@@ -3724,24 +3729,21 @@ def write_obstacles(ttl, namespace, set_, name='the set'):
         if limit and sum(whole(set_, counter) for counter in counters) >= limit:
             yield f'{name} has reached its {option} of {limit}'
     default = whole(set_, 'default-ttl') or whole(namespace, 'default-ttl')
-    if (ttl or default) not in (0, NEVER) and namespace.get('nsup-period') == '0' and (
-            namespace.get('allow-ttl-without-nsup') != 'true'):
+    if (ttl or default) not in (0, NEVER) and refuses_ttl(namespace):
         source = '' if ttl else f' (default-ttl = {default})'
         yield f'a ttl is refused{source}, for nsup-period is 0 and allow-ttl-without-nsup is off'
 
 
 def tombstone_obstacles(keep: int | None, namespace: dict[str, str]) -> Iterator[str]:
     """Yields why a node refuses tombstones that end after `keep` seconds, by its facts of the namespace."""
-    if keep not in (None, NEVER) and namespace.get('nsup-period') == '0' and (
-            namespace.get('allow-ttl-without-nsup') != 'true'):
+    if keep not in (None, NEVER) and refuses_ttl(namespace):
         yield ('the tombstones of [[delete]] are refused, for keep is a ttl, nsup-period is 0 and '
                'allow-ttl-without-nsup is off: set nsup-period, or keep = never')
 
 
 def lasting_tombstones(keep: int | None, namespace: dict[str, str]) -> list[str]:
     """Says that a namespace takes tombstones and does not remove them when they have ended."""
-    if keep in (None, NEVER) or namespace.get('nsup-period') != '0' or (
-            namespace.get('allow-ttl-without-nsup') != 'true'):
+    if keep in (None, NEVER) or namespace.get('nsup-period') != '0' or refuses_ttl(namespace):
         return []
     return ['the tombstones of [[delete]] are not removed after keep, for nsup-period is 0: they fill the storage']
 

@@ -188,18 +188,18 @@ MUTANTS = (
     Mutant('a removal proves the form of writes', 'self.proven = self.proven or bool(others)', 'self.proven = True'),
 
     Mutant('one of several hosts is not enough', 'if len(self.options.hosts) == 1:', 'if True:'),
-    Mutant('each copy of a record counts', "for facts in sets.values()) // copies", "for facts in sets.values())"),
+    Mutant('each copy of a record counts', "for facts in node.values()) // copies", "for facts in node.values())"),
     Mutant('a set that is full is not named', '        if limit and sum(', '        if False and sum('),
-    Mutant('a ttl that is refused is not named', "namespace.get('nsup-period') == '0' and (", "namespace.get('nsup-period') == 'none' and ("),
+    Mutant('a ttl that is refused is not named', "return namespace.get('nsup-period') == '0' and", 'return False and'),
     Mutant('a batch-size over the limit is not named', 'if limit < self.batch_size]', 'if limit < 0]'),
     Mutant('why a host failed is not said', "'; '.join(connect_log.reasons()) or shortened", 'shortened',
            tests=end_to_end('test_aerospike', 'refused or unreachable or reach or tls')),
     Mutant('a call without limit in the client', 'return min(INT32_MAX, max(50, int(seconds * 1000)))', 'return int(seconds * 1000)'),
     Mutant('wide records beyond the deadline', 'if len(write.ops) > WIDE_RECORD and time.monotonic() < deadline:', 'if len(write.ops) > WIDE_RECORD:'),
     Mutant('a stored time that cannot be read is stale', "return [Answer('retry', error.code, f'{self.where}: answer", "return [STALE] * len(records)\n            return [Answer('retry', error.code, f'{self.where}: answer"),
-    Mutant('SQLite: another table is found out late', "            self.upsert([Record('', {}, None)])   #", '            pass   #'),
+    Mutant('SQLite: another table is found out late', "        self.upsert([Record('', {}, None)])\n", '        pass\n'),
     Mutant('SQLite: what somebody else wrote is older', "if not isinstance(bins, dict):\n            return Answer", "if False:\n            return Answer"),
-    Mutant('SQLite: sets share their keys', 'WHERE "set" = ? AND "key" IN ({places})', 'WHERE ? IS NOT NULL AND "key" IN ({places})'),
+    Mutant('SQLite: sets share their keys', 'return record.set or self.set, record.key', 'return self.set, record.key'),
 
     # -- dead letters
     Mutant('no fsync of the file', "            os.fsync(fd)\n        except OSError:", '            pass\n        except OSError:'),
