@@ -16,7 +16,7 @@ import pytest
 from guests import GUESTS, run
 from test_packages import VERSION
 
-from servers import PROGRAM, ROOT, spawn, wait_until
+from servers import PROGRAM, ROOT, free_ports, spawn, wait_until
 
 NEEDED = {'buildah': 'buildah', 'mmdebstrap': 'mmdebstrap', 'unshare': 'util-linux', 'nsenter': 'util-linux'}
 MISSING = ' '.join(sorted({package for tool, package in NEEDED.items() if not shutil.which(tool)}))
@@ -106,25 +106,18 @@ class Container:
                 return int(children[0])
         return None
 
-    def healthcheck(self):
-        """The exit status of the image's own."""
+    def healthcheck(self, listen):
+        """The exit status of the image's own check, of a daemon that listens there."""
         kind, *command = self.image.config['Healthcheck']['Test']
         assert kind == 'CMD'
+        environment = [*self.image.config['Env'], f'XMSRV__METRICS__LISTEN={listen}']
         return subprocess.run(['nsenter', '-t', str(self.pid()), '--mount', '--pid', '--root', '--wd=/', 'env', '-i',
-                               *self.image.config['Env'], *self.extra, *command], check=False).returncode
-
-    extra = ()
+                               *environment, *command], check=False).returncode
 
     def wait(self):
         """Its exit status; what it said."""
         status = self.process.wait(timeout=60)
         return status, self.output.read_text()
-
-
-def sqlite(nsqd, listen='127.0.0.1:0'):
-    """The environment of a pipeline into SQLite."""
-    return {'XMSRV__STORE': 'sqlite', 'XMSRV__NSQ__NSQD_TCP_ADDRESS': nsqd.tcp, 'XMSRV__NSQ__TOPIC': 'orders',
-            'XMSRV__METRICS__LISTEN': listen}
 
 
 def records(container):
@@ -137,7 +130,8 @@ def records(container):
 def test_the_image_runs_a_window_as_any_user_with_a_read_only_root(image, nsqd, tmp_path):
     """Configured by the environment alone; the log is JSON, one object a line."""
     nsqd.publish('orders', [f'{{"id": {each}}}' for each in range(5)])
-    container = Container(image, tmp_path, 'once', **sqlite(nsqd), XMSRV__NSQ__MAX_MESSAGES=3)
+    container = Container(image, tmp_path, 'once', XMSRV__STORE='sqlite', XMSRV__NSQ__NSQD_TCP_ADDRESS=nsqd.tcp,
+                          XMSRV__NSQ__TOPIC='orders', XMSRV__NSQ__MAX_MESSAGES=3)
     status, said = container.wait()
     assert status == 0, said
     summary = [json.loads(line) for line in said.splitlines()][-1]
@@ -152,15 +146,13 @@ def test_the_daemon_of_the_image_is_process_1_and_ends_on_sigterm(image, nsqd, t
     file = tmp_path / 'x-msrv.conf'
     file.write_text(f'store = sqlite\nperiod = 1s\n[nsq]\nnsqd-tcp-address = {nsqd.tcp}\ntopic = orders\n')
     nsqd.publish('orders', ['{"id": 1}', '{"id": 2}'])
-    listen = f'127.0.0.1:{nsqd.port + 20000}'
-    container = Container(image, tmp_path, file=file, XMSRV__METRICS__LISTEN=listen)
-    container.extra = [f'XMSRV__METRICS__LISTEN={listen}']
+    port = free_ports()
+    container = Container(image, tmp_path, file=file, XMSRV__METRICS__LISTEN=f'0.0.0.0:{port}')
     pid = wait_until(container.pid, 'the program is process 1')
     wait_until(lambda: nsqd.left('orders', 'x-msrv') == 0,
                'both messages are settled')
-    assert wait_until(lambda: container.healthcheck() == 0, 'it is healthy')
-    container.extra = ['XMSRV__METRICS__LISTEN=127.0.0.1:1']
-    assert container.healthcheck() == 1
+    wait_until(lambda: container.healthcheck(f'0.0.0.0:{port}') == 0, 'it is healthy')
+    assert container.healthcheck('0.0.0.0:1') == 1   # nothing answers there
     assert re.search(r'^NSpid:.*\t1$', Path(f'/proc/{pid}/status').read_text(), re.MULTILINE)
     os.kill(pid, signal.SIGTERM)
     status, said = container.wait()
