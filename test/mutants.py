@@ -11,15 +11,17 @@ and the mutant has to follow. So are tests that are not there: they fail on anyt
 """
 # ruff: noqa: E501 - what is replaced, and by what, is easier to compare in one line each
 import collections
+import concurrent.futures
 import functools
 import importlib
 import multiprocessing
-import multiprocessing.pool
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -427,13 +429,16 @@ def run_unit_tests(directory: Path, arguments: list[str]) -> typing.NoReturn:
 
 def unit_tests_notice(directory: Path, arguments: list[str]) -> bool:
     """Whether tests of the unit floor fail on the module in `directory`. Raises LookupError where there are none."""
-    process = multiprocessing.get_context('fork').Process(target=run_unit_tests, args=(directory, arguments))
-    process.start()
-    process.join(LONGEST)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-    return noticed(process.exitcode, arguments)
+    child, end, over = os.fork(), time.monotonic() + LONGEST, (0, 0)
+    if not child:
+        run_unit_tests(directory, arguments)
+    while not over[0] and time.monotonic() < end:
+        time.sleep(0.02)
+        over = os.waitpid(child, os.WNOHANG)
+    if not over[0]:
+        os.kill(child, signal.SIGKILL)
+        over = os.waitpid(child, 0)
+    return noticed(os.waitstatus_to_exitcode(over[1]), arguments)
 
 
 def end_to_end_tests_notice(directory: Path, arguments: Sequence[str]) -> bool:
@@ -444,11 +449,11 @@ def end_to_end_tests_notice(directory: Path, arguments: Sequence[str]) -> bool:
     return noticed(done.returncode, arguments)
 
 
-def noticed(status: int | None, arguments: Sequence[str]) -> bool:
-    """Whether tests failed, by pytest's exit status; below 0 it is the signal that ended it, as where memory ran out."""
-    if status is not None and status >= 0 and status not in NOTICED:
+def noticed(status: int, arguments: Sequence[str]) -> bool:
+    """Whether tests failed, by pytest's exit status; below 0 it is the signal that ended it, as where it hung."""
+    if status >= 0 and status not in NOTICED:
         raise LookupError(f'pytest {" ".join(arguments)} ended with {status}: no such tests')
-    return status is None or status < 0 or NOTICED[pytest.ExitCode(status)]
+    return status < 0 or NOTICED[pytest.ExitCode(status)]
 
 
 @functools.cache
@@ -463,7 +468,7 @@ def section_of(text: str, place: int) -> str:
     return names[-1] if names else ''
 
 
-def judge(mutant: Mutant, text: str, top: str) -> Verdict:
+def judge(text: str, top: str, mutant: Mutant) -> Verdict:
     """What becomes of a mutant. text: the module's. top: a directory for the copies."""
     if text.count(mutant.old) != 1:
         return Verdict(FAILED, f'its text stands in the module {text.count(mutant.old)} times', '')
@@ -491,12 +496,13 @@ def judge_copy(mutant: Mutant, directory: Path, first: Sequence[str]) -> tuple[s
 
 
 def judge_all(mutants: Sequence[Mutant]) -> list[Verdict]:
-    """Judges mutants, one on each processor that is for us at a time, and prints what became of each."""
+    """Judges mutants, one on each processor that is for us at a time, and prints what became of each. In processes, for
+    where there are threads a fork may find a lock that nobody gives back."""
     text, verdicts = MODULE.read_text(), []
-    with (tempfile.TemporaryDirectory(dir='build') as top,
-          multiprocessing.pool.ThreadPool(len(os.sched_getaffinity(0))) as pool):
-        for mutant, verdict in zip(mutants, pool.imap(lambda mutant: judge(mutant, text, str(Path(top).absolute())), mutants),
-                                   strict=True):
+    with (tempfile.TemporaryDirectory(dir='build') as top, concurrent.futures.ProcessPoolExecutor(
+            len(os.sched_getaffinity(0)), multiprocessing.get_context('fork')) as pool):
+        judged = pool.map(functools.partial(judge, text, str(Path(top).absolute())), mutants)
+        for mutant, verdict in zip(mutants, judged, strict=True):
             verdicts.append(verdict)
             print(f'{verdict.word:10} {mutant.name}' + (f' ({verdict.how})' if verdict.how else ''), flush=True)
     return verdicts
