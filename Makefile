@@ -148,7 +148,7 @@ build/schemas/.made: test/packages/schemas.txt
 	@touch $@.new && mv $@.new $@
 
 test-image: venv nsq deb image-tools build/schemas/.made  ## the image: built from nothing, a window in it; the examples for Kubernetes
-	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 2 --timeout 600 test/packages/test_image.py $(ARGS)
+	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 1 --timeout 600 test/packages/test_image.py $(ARGS)
 
 image-tools:
 	@missing=; for pair in buildah:buildah mmdebstrap:mmdebstrap unshare:util-linux; do \
