@@ -16,7 +16,8 @@ def records(namespace, where, count):
     """Records of the size of those that bench.py's messages become."""
     for number in range(count):
         key = f'{number:016x}-18eae15d30b97daa-c1609f13'
-        bins = {'id': number, 'price': number / 8, 'msg': 'm' * 40, 'gid': key}
+        bins = {'id': number, 'msg': f'Some message-{number}', 'price': 0.25,
+                'ext': [{'ext1': 'xxx'}, {'ext2': 42}], 'gid': key}
         ops = [{'op': aerospike.OPERATOR_WRITE, 'bin': name, 'val': value} for name, value in bins.items()]
         yield Write((namespace, where, key), ops)
 

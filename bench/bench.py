@@ -4,8 +4,10 @@
 The machine is shared with the nsqd that is read from, and noisy: ratios hold, absolute figures do not.
 """
 import argparse
+import contextlib
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -19,8 +21,12 @@ sys.path.insert(0, str(ROOT / 'test' / 'support'))
 from servers import PROGRAM, Nsqd, Xmsrv, spawn, summary, wait_until  # noqa: E402
 
 TOPIC = 'bench'
-LARGE = 1_000_000
+MANY = 1_000_000
 IDLE_SECONDS = 10
+STEADY_RATE, STEADY_SECONDS = 500, 10
+NSQDS = 100
+LARGE = ((1_000_000, 100), (25_000_000, 4))   # bytes of a message, how many of them
+MAX_LARGE = '--max-msg-size=30000000', '--max-body-size=30000000'
 
 
 class Cost:
@@ -41,9 +47,14 @@ class Cost:
 
 
 def body(number):
-    """A message of 80 bytes."""
-    start = json.dumps({'id': number, 'price': number / 8, 'msg': ''})[:-2]
-    return (start + 'm' * (78 - len(start)) + '"}').encode()
+    """A message of some 90 bytes, with a list of objects."""
+    return (b'{"id": %d, "msg": "Some message-%d", "price": 0.25, "ext": [{"ext1": "xxx"}, {"ext2": 42}]}'
+            % (number, number))
+
+
+def large_body(size):
+    """A message of so many bytes, all but a few of them in lines of 80."""
+    return json.dumps({'id': size, 'lines': ['m' * 80] * (size // 84)}).encode()
 
 
 def fill(nsqd, count):
@@ -113,10 +124,15 @@ class Cluster:
 def show(name, count, costs):
     """Prints the median of several runs; returns its messages a second."""
     rate = statistics.median(count / cost.seconds for cost in costs)
-    cpu = statistics.median(cost.cpu for cost in costs) / count * 100_000
+    cpu = statistics.median(cost.cpu for cost in costs) / count * 1e6
     memory = max(cost.memory for cost in costs)
-    print(f'{name:44} {rate:9,.0f} {cpu:10.2f} {memory:8.0f}', flush=True)
+    print(f'{name:44} {rate:9,.0f} {cpu:10.1f} {memory:8.0f}', flush=True)
     return rate
+
+
+def headline(name):
+    """Prints what stands above the rows of show()."""
+    print(f'\n{name:44} {"msg/s":>9} {"CPU us/msg":>10} {"peak MiB":>8}')
 
 
 def throughput(nsqd, directory, count, rounds, cluster=None):
@@ -128,7 +144,7 @@ def throughput(nsqd, directory, count, rounds, cluster=None):
         theirs.append(obvious(nsqd, directory, count, cluster))
         if cluster:
             bare.append(cluster.bare(directory, count))
-    print(f'\n{f"{count:,} messages of 80 bytes":44} {"msg/s":>9} {"CPU s/100k":>10} {"peak MiB":>8}')
+    headline(f'{count:,} messages of 90 bytes')
     a = show(f'(a) x-msrv once, {"aerospike" if cluster else "sqlite"}', count, ours)
     b = show(f'(b) pynsq Reader, {"one put" if cluster else "insert, commit per 100"}', count, theirs)
     if cluster:
@@ -140,7 +156,7 @@ def throughput(nsqd, directory, count, rounds, cluster=None):
 def show_bare(rate, cpu, bare):
     """Prints the bare client's medians, and x-msrv's messages a second and CPU microseconds a message beside them."""
     bare_rate, bare_cpu = map(statistics.median, zip(*bare, strict=True))
-    print(f'{"(c) bare client, batch_write of 500":44} {bare_rate:9,.0f} {bare_cpu / 10:10.2f}')
+    print(f'{"(c) bare client, batch_write of 500":44} {bare_rate:9,.0f} {bare_cpu:10.1f}')
     print(f'(a) / (c)  {rate / bare_rate:.2f}; CPU a message {cpu:.1f} us, of the bare client {bare_cpu:.1f} us, '
           f'ratio {cpu / bare_cpu:.2f}')
 
@@ -182,13 +198,69 @@ def start_to_exit(nsqd, directory, rounds, cluster=None):
         print(f'start to exit, {name:34} {statistics.median(cost.seconds for cost in costs):.2f} s')
 
 
-def large(nsqd, directory, memory, cluster=None):
+def many(nsqd, directory, memory, cluster=None):
     """Memory after ten times as many messages."""
-    fill(nsqd, LARGE)
-    print(f'\n{"ten times as many":44} {"msg/s":>9} {"CPU s/100k":>10} {"peak MiB":>8}')
-    cost = once(nsqd, directory, LARGE, cluster, **{'max-messages': LARGE})
-    show(f'(a) {LARGE:,} messages', LARGE, [cost])
+    fill(nsqd, MANY)
+    headline('ten times as many')
+    cost = once(nsqd, directory, MANY, cluster, **{'max-messages': MANY})
+    show(f'(a) {MANY:,} messages', MANY, [cost])
     print(f'memory grew by {cost.memory - memory:+.1f} MiB')
+
+
+def large(directory):
+    """Messages of 1 MB, and of 25 MB, to SQLite: a record in Aerospike is never so large."""
+    with Nsqd(directory, *MAX_LARGE) as nsqd:
+        headline('large messages')
+        for size, count in LARGE:
+            fill(nsqd, 0)
+            for _ in range(count):
+                nsqd.publish(TOPIC, large_body(size))
+            show(f'{count} messages of {size // 1_000_000} MB', count, [once(nsqd, directory, count)])
+
+
+def many_nsqds(directory, count):
+    """As many messages as before, but from 100 nsqds of one topic."""
+    with contextlib.ExitStack() as stack:
+        nsqds = [stack.enter_context(Nsqd(directory)) for _ in range(NSQDS)]
+        for nsqd in nsqds:
+            nsqd.create(TOPIC, 'x-msrv')
+            nsqd.publish(TOPIC, [body(number) for number in range(count // NSQDS)])
+        headline(f'{NSQDS} nsqds of one topic')
+        show(f'{count:,} messages, sqlite', count, [once(nsqds, directory, count, **{'max-messages': count})])
+
+
+def latency(directory, cluster=None):
+    """Milliseconds from the publication of a message to its FIN, as nsqd measures them, in streaming mode."""
+    with Nsqd(directory, '--e2e-processing-latency-percentile=0.5,0.99') as nsqd:
+        nsqd.create(TOPIC, 'x-msrv')
+        program = Xmsrv(tempfile.mkdtemp(dir=directory))
+        program.configure(nsqd, topic=TOPIC, period='0', **(cluster.emptied() if cluster else {}))
+        running = program.start('daemon')
+        try:
+            wait_until(lambda: nsqd.stats(TOPIC, 'x-msrv')['clients'], 'the daemon is subscribed', 30)
+            _, before = wakes(running.pid)
+            publish_steadily(nsqd)
+            wait_until(lambda: not nsqd.left(TOPIC, 'x-msrv'), 'all is stored', 30)
+            _, after = wakes(running.pid)
+        finally:
+            program.close()
+        channel, = json.loads(nsqd.request('GET', '/stats', format='json', topic=TOPIC))['topics'][0]['channels']
+        found = {each['quantile']: each['value'] / 1e6 for each in channel['e2e_processing_latency']['percentiles']}
+    print(f'latency at {STEADY_RATE} messages/s, {"aerospike" if cluster else "sqlite"}: p50 {found[0.5]:.1f} ms, '
+          f'p99 {found[0.99]:.1f} ms, CPU {(after - before) / STEADY_SECONDS:.1%}', flush=True)
+
+
+def publish_steadily(nsqd):
+    """Publishes one by one, evenly spread. nsqd's answers, of ten bytes each, stay unread in the socket."""
+    with socket.create_connection((nsqd.host, nsqd.port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(b'  V2')
+        begun = time.monotonic()
+        for number in range(STEADY_RATE * STEADY_SECONDS):
+            time.sleep(max(0.0, begun + number / STEADY_RATE - time.monotonic()))
+            data = body(number)
+            connection.sendall(b'PUB %s\n%s%s' % (TOPIC.encode(), len(data).to_bytes(4, 'big'), data))
+        wait_until(lambda: nsqd.stats(TOPIC)['topic_messages'] == STEADY_RATE * STEADY_SECONDS, 'all is published')
 
 
 def main():
@@ -202,7 +274,7 @@ def main():
     stores = {'sqlite': None, 'aerospike': options.aerospike and Cluster(options.aerospike, options.namespace)}
     (ROOT / 'build').mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='bench-', dir=ROOT / 'build') as directory, \
-            Nsqd(directory, f'--mem-queue-size={2 * LARGE}') as nsqd:
+            Nsqd(directory, f'--mem-queue-size={2 * MANY}') as nsqd:
         print(f'Python {sys.version.split()[0]}, {os.cpu_count()} cores, the servers on the same machine', flush=True)
         for name in [options.only] if options.only else stores:
             if name == 'aerospike' and not stores[name]:
@@ -210,8 +282,11 @@ def main():
                 continue
             memory = throughput(nsqd, directory, options.count, options.rounds, stores[name])
             start_to_exit(nsqd, directory, options.rounds, stores[name])
-            large(nsqd, directory, memory, stores[name])
+            many(nsqd, directory, memory, stores[name])
+            latency(directory, stores[name])
         idle_daemon(nsqd, directory)
+        many_nsqds(directory, options.count)
+        large(directory)
     if stores['aerospike']:
         stores['aerospike'].empty()
 
