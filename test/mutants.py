@@ -36,7 +36,8 @@ LONGEST = 300               # seconds for the tests of one mutant, before they c
 NOTICED = {pytest.ExitCode.OK: False, pytest.ExitCode.TESTS_FAILED: True, pytest.ExitCode.INTERRUPTED: True}   # the last where the import fails
 
 # The tests that come first, by the section in which a mutant stands: most often it is killed by one of these.
-FIRST = {'message and mapping': ['mapping', 'deletion', 'paths', 'sets_and_ttl', 'documents_and_types'], 'nsqd protocol': ['consumer'], 'stores': ['store_results', 'deletion'],
+FIRST = {'message and mapping': ['mapping', 'paths', 'sets_and_ttl', 'documents_and_types', 'deletion'],
+         'nsqd protocol': ['consumer'], 'stores': ['store_results', 'sets_and_ttl', 'deletion'],
          'dead letters': ['letters'], 'batcher and breaker': ['batcher', 'schedule', 'runner'],
          'RDY and consumer': ['consumer', 'rdy'], 'window': ['window', 'runner'],
          'pipeline and once': ['schedule', 'pipeline', 'runner'], 'replay': ['letters'],
