@@ -2634,8 +2634,9 @@ class Mapper:
         self.sources = [(name, source) for source, name in record.bins.items() if source not in top]
         self.moved = [source.steps for _, source in self.sources if isinstance(source, Path)] if (
             message.unknown_fields == 'drop' and not record.document_bin) else []
+        # Makes the bins of the fields; None where each is a bin of its own name, as mostly: a call less a message.
         self.layout = (self.document_bins if record.document_bin else self.mapped_bins if self.sources
-                       else self.flat_bins)
+                       else self.renamed_bins if self.renamed else None)
         self.topic = config.nsq.topic
         self.taken = {name for name in (self.id_bin, self.time_bin) if name} | set(record.bins.values())
         self.known: set[str] = set()   # names of bins that were found good: a cache, bounded
@@ -2654,7 +2655,12 @@ class Mapper:
         moment = self.time_of(fields, message) if self.time_bin else None
         set_ = self.set_of(fields) if self.set_field else None
         ttl = self.ttl_of(fields) if self.ttl_field else None
-        bins = self.layout(fields, message)
+        if self.layout:
+            bins = self.layout(fields, message)
+        else:
+            if not self.known.issuperset(fields):
+                self.look_at_names(fields)
+            bins = fields
         if self.id_bin:
             bins[self.id_bin] = key
         if self.time_bin:
@@ -2720,16 +2726,16 @@ class Mapper:
             raise Unfit('schema', f'{self.ttl_field.label}: a ttl is a whole number of seconds from 1 to {MAX_TTL}')
         return seconds
 
-    def flat_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
+    def renamed_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
         """The fields under the names that they have, or that [[bins]] gives them."""
         if not self.known.issuperset(fields):
             self.look_at_names(fields)
-        return {self.renamed.get(name, name): value for name, value in fields.items()} if self.renamed else fields
+        return {self.renamed.get(name, name): value for name, value in fields.items()}
 
     def mapped_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
-        """As flat_bins(), with what [[bins]] takes out of objects and of NSQ's metadata."""
+        """As renamed_bins(), with what [[bins]] takes out of objects and of NSQ's metadata."""
         found = self.values_of_sources(fields, message)
-        return self.flat_bins(fields, message) | found
+        return self.renamed_bins(fields, message) | found
 
     def document_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
         """The message as one map, and what [[bins]] names."""
