@@ -960,6 +960,7 @@ MAX_TTL = 3650 * 86400   # s: the longest that an Aerospike server takes
 MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store, so that a pipeline can move
 UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
+MAX_SOCKET_PATH = 107  # bytes: unix(7)
 CLIENT_CONNECTIONS = 100   # of the Aerospike client to each node: its own default (max_conns_per_node)
 VARIABLES = 'XMSRV__'  # how ours begin: Docker and Kubernetes make XMSRV_PORT and others for a service of that name
 SIZES = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
@@ -1107,6 +1108,33 @@ def address(value):
     except UnicodeError:
         raise ValueError('not a host name: a part of it is empty or over 63 characters') from None
     return match[2], int(match[3])
+
+
+def nsqd_address(value: Any) -> tuple[str, int]:
+    """As address(), or the path of a unix socket, with 0 for its port."""
+    if not text(value).startswith('/'):
+        found: tuple[str, int] = address(value)
+        return found
+    if '\0' in value or len(os.fsencode(value)) > MAX_SOCKET_PATH:
+        raise ValueError(f'not the path of a unix socket: at most {MAX_SOCKET_PATH} bytes, and no NUL')
+    return value, 0
+
+
+def lookupd_address(value: Any) -> str:
+    """`host:port`, or `https://host`, with or without a port, as the beginning of a URL."""
+    scheme, _, rest = (value if '://' in text(value) else f'http://{value}').partition('://')
+    if scheme not in ('http', 'https') or re.search(r'[?#\\]', rest):
+        raise ValueError('not host:port, nor https://host')
+    bare = scheme == 'https' and not re.search(r':[0-9]*$', rest.rpartition(']')[2])
+    return f'{scheme}://{spelled(address(rest + ":443" if bare else rest))}'
+
+
+def compression_name(value: Any) -> str:
+    """`none` or `deflate`."""
+    if value == 'snappy':
+        raise ValueError('snappy needs a library of machine code, which is not carried; deflate makes less of it')
+    chosen: str = one_of('none', 'deflate')(value)
+    return chosen
 
 
 def path(value):
@@ -1411,9 +1439,10 @@ OPTIONS = (
     Option('', 'store', 'aerospike', one_of('aerospike', 'sqlite'),
            'Where records go: to [aerospike], or for a first run to a file, [sqlite].'),
 
-    Option('nsq', 'nsqd-tcp-address', '', listed(address), 'host:port of each nsqd, separated by commas; or:'),
-    Option('nsq', 'lookupd-http-address', '', listed(address),
-           'host:port of each nsqlookupd (HTTP); one list, not both.'),
+    Option('nsq', 'nsqd-tcp-address', '', listed(nsqd_address),
+           'host:port of each nsqd, or the path of its unix socket, separated by commas; or:'),
+    Option('nsq', 'lookupd-http-address', '', listed(lookupd_address),
+           'host:port of each nsqlookupd (HTTP), or https://host:port; one list, not both.'),
     Option('nsq', 'topic', '', optional(topic_name), 'Topic to read. Must be set.'),
     Option('nsq', 'channel', 'x-msrv', topic_name, 'Channel of the topic; each channel gets every message once.'),
     Option('nsq', 'max-messages', '0', count, 'A window takes at most so many messages; 0: no limit.'),
@@ -1423,8 +1452,11 @@ OPTIONS = (
     Option('nsq', 'msg-timeout', '', optional(duration),
            'How long nsqd waits for an answer before it delivers again; empty: as nsqd is set.'),
     Option('nsq', 'connect-timeout', '5s', duration,
-           'Maximum duration of each step of a connection: name, TCP, IDENTIFY, TLS, AUTH, SUB.'),
-    Option('nsq', 'auth-secret-file', '', optional(secret_path), 'File with the secret for AUTH, or credential:NAME.'),
+           'Maximum duration of each step of a connection: name, TCP, IDENTIFY, TLS, deflate, AUTH, SUB.'),
+    Option('nsq', 'compression', 'none', compression_name,
+           'none, or for a far link deflate: what crosses between nsqd and here is compressed.'),
+    Option('nsq', 'auth-secret-file', '', optional(secret_path),
+           'File with the secret for AUTH, or credential:NAME; nsqlookupds with https:// get it, too.'),
     Option('nsq.tls', 'ca-file', '', optional(path), 'Authorities to trust, PEM; empty: those of the system.'),
     Option('nsq.tls', 'cert-file', '', optional(path), 'Client certificate, PEM.'),
     Option('nsq.tls', 'key-file', '', optional(secret_path), 'Its key, PEM, or credential:NAME.'),
@@ -2048,7 +2080,8 @@ def cross_warnings(config):
     """Yields what is no fault, but seldom meant."""
     if config.nsq.channel.endswith('#ephemeral') or (config.nsq.topic or '').endswith('#ephemeral'):
         yield '[nsq] an #ephemeral topic or channel: what is published between runs is lost'
-    if config.nsq.auth_secret_file and not config.nsq.tls:
+    local = config.nsq.nsqd_tcp_address and not any(port for _, port in config.nsq.nsqd_tcp_address)   # unix sockets
+    if config.nsq.auth_secret_file and not config.nsq.tls and not local:
         yield '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'
     if config.store == 'aerospike' and config.aerospike.user and not config.aerospike.tls:
         yield '[aerospike] user without [[tls]]: what proves the password crosses the network in the clear'
@@ -2163,8 +2196,10 @@ def is_ip_literal(host):
 
 
 def spelled(address):
-    """(host, port) as text, IPv6 in brackets."""
+    """(host, port) as text, IPv6 in brackets; of a unix socket its path."""
     host, port = address
+    if host.startswith('/'):
+        return host
     return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
 
 
@@ -2781,7 +2816,7 @@ class Mapper:
 
 CHUNK = 256 * 1024          # bytes a read
 MAX_ANSWER = 1 << 20        # bytes of an answer in the handshake: what is no nsqd would have us wait for gigabytes
-HANDSHAKE_STEPS = 7         # at most: credentials, name, TCP, IDENTIFY, TLS, AUTH, SUB; each within connect-timeout
+HANDSHAKE_STEPS = 8         # at most, each in connect-timeout: files, name, TCP, IDENTIFY, TLS, deflate, AUTH, SUB
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
 LOOKUP_PATIENCE = 0.5       # seconds that a question waits for the other nsqlookupds once one has named nsqds
 HEARTBEAT = 10.0            # seconds; nsqd closes after two of its own unanswered, so do we
@@ -2791,6 +2826,7 @@ FLUSH = 25                  # ms that nsqd may keep messages back: the least it 
 BUFFER = 64 * 1024          # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK = 0.025                # seconds between looks at RDY, idleness and TOUCH
 RDY_HEARD = 0.25            # seconds and a round trip after which an nsqd has heard of a lower RDY, which has no answer
+DEFLATE_LEVEL = 1           # of what is sent: FINs, whose ids hardly get smaller at any
 PUBLISH_TIMEOUT = 5.0       # seconds for nsqd to take a batch of dead letters
 CLOSE_TIMEOUT = 1.0         # seconds to wait for CLOSE_WAIT
 RESPONSE, ERROR, MESSAGE = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR, nsq.FRAME_TYPE_MESSAGE
@@ -2871,12 +2907,59 @@ def look_up_name(host: str, family: int, flags: int = 0) -> list[Any]:
     return socket.getaddrinfo(host, 0, family, socket.SOCK_STREAM, flags=flags)
 
 
+class DeflateStream:
+    """A stream with deflate on both ways, by the few methods of IOStream that a Connection uses. It is raw, without
+    zlib's header and checksum, as nsqd has it (compress/flate of Go)."""
+
+    def __init__(self, stream: IOStream) -> None:
+        self.stream = stream
+        self.deflater = zlib.compressobj(DEFLATE_LEVEL, wbits=-zlib.MAX_WBITS)
+        self.inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        self.inflated = b''                      # not read yet
+        self.deflated: bytes | None = None       # read and not inflated yet; None: all that came is inflated
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket below, for what it says of TLS."""
+        return self.stream.socket
+
+    def write(self, data: bytes) -> None:
+        """Writes all of it at once: nothing waits in the compressor."""
+        self.stream.write(self.deflater.compress(data) + self.deflater.flush(zlib.Z_SYNC_FLUSH))
+
+    async def read_bytes(self, size: int, partial: bool = False) -> bytes:
+        """So many bytes, or (partial) what is there of them, at least one. Raises QueueError for what is no deflate."""
+        while len(self.inflated) < (1 if partial else size):
+            self.inflated += await self.inflate_more()
+        data, self.inflated = self.inflated[:size], self.inflated[size:]
+        return data
+
+    async def inflate_more(self) -> bytes:
+        """At most CHUNK bytes of what came, else what comes next: a little deflated may be much inflated."""
+        if self.deflated is None:
+            self.deflated = await self.stream.read_bytes(CHUNK, partial=True)
+        try:
+            found = self.inflater.decompress(self.deflated, CHUNK)
+        except zlib.error as error:
+            raise QueueError(f'not what deflate makes: {error}') from None
+        if self.inflater.eof:
+            raise QueueError('the deflated stream has ended')
+        # A full answer may have left some of it inside, even where all of the input is used.
+        self.deflated = self.inflater.unconsumed_tail if len(found) == CHUNK else None
+        return found
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self.stream.close()
+
+
 class Link:
     """How every nsqd is reached, by the options of [nsq]."""
 
     def __init__(self, config: types.SimpleNamespace) -> None:
         self.tls_options, self.secret_file = config.nsq.tls, config.nsq.auth_secret_file
         self.msg_timeout, self.connect_timeout = config.nsq.msg_timeout, config.nsq.connect_timeout
+        self.compression = config.nsq.compression
 
     async def credentials(self) -> tuple[ssl.SSLContext | None, bytes | None]:
         """(ssl context, secret), as their files are now; None for what is not configured. Raises QueueError.
@@ -2900,7 +2983,8 @@ class Link:
         """What IDENTIFY says of every connection."""
         host = socket.gethostname()
         return {'client_id': host.partition('.')[0], 'hostname': host, 'user_agent': f'x-msrv/{__version__}',
-                'feature_negotiation': True, 'tls_v1': bool(self.tls_options)}
+                'feature_negotiation': True, 'tls_v1': bool(self.tls_options),
+                'deflate': self.compression == 'deflate'}
 
     def wishes(self) -> dict[str, int]:
         """What IDENTIFY asks for; nsqd refuses all of it when one value is over its limits."""
@@ -2952,16 +3036,18 @@ class Connection:
             raise
 
     async def shake_hands(self, wishes: dict[str, int]) -> None:
-        """IDENTIFY, then TLS, then AUTH, then SUB: no secret crosses before what was asked for is there."""
+        """IDENTIFY, TLS, deflate, AUTH, SUB: no secret crosses before what was asked for is there."""
         self.rest, self.lost = b'', False
         tls, secret = await self.within('the reading of certificates and secret', self.link.credentials())
-        await self.connect_tcp()
+        await (self.connect_tcp() if self.address[1] else self.connect_unix())
         asked = asyncio.get_running_loop().time()
         self.send(b'  V2' + nsq.identify({**self.link.identity(), **wishes}))
         self.info = self.parsed(await self.within('IDENTIFY', self.answer()))
         self.round_trip = asyncio.get_running_loop().time() - asked
         if tls:
             await self.within('TLS', self.start_tls(tls))
+        if self.link.compression == 'deflate':
+            await self.within('deflate', self.start_deflate())
         await self.within('AUTH', self.authenticate(secret))
         if self.topic:
             self.send(nsq.subscribe(self.topic, self.channel))
@@ -2988,6 +3074,11 @@ class Connection:
             raise QueueError(f'no connection in {self.link.connect_timeout:g} s') from None
         self.stream.set_nodelay(True)
 
+    async def connect_unix(self) -> None:
+        """A connection to the unix socket of an nsqd of this host."""
+        self.stream = IOStream(socket.socket(socket.AF_UNIX))
+        await self.within('unix socket', self.stream.connect(self.address[0]))
+
     @staticmethod
     def parsed(data: bytes) -> dict[str, Any]:
         """nsqd's answer to IDENTIFY as a dict."""
@@ -3001,18 +3092,26 @@ class Connection:
         return info
 
     async def start_tls(self, context: ssl.SSLContext) -> None:
-        """TLS with the host's name verified."""
+        """TLS with the host's name verified; over a unix socket that is localhost."""
         if not self.info.get('tls_v1'):
             raise QueueError('TLS is asked for, and this nsqd does not offer it')
         stream, self.stream = self.stream, None
         # tornado hands out the new stream only when it is good: the twin ends one that never gets there.
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
             try:
-                self.stream = await stream.start_tls(False, ssl_options=context, server_hostname=self.address[0])
+                self.stream = await stream.start_tls(
+                    False, ssl_options=context, server_hostname=self.address[0] if self.address[1] else 'localhost')
             except BaseException:
                 with contextlib.suppress(OSError):
                     twin.shutdown(socket.SHUT_RDWR)
                 raise
+        await self.answer(b'OK')
+
+    async def start_deflate(self) -> None:
+        """Deflate, in both directions. Nothing is sent before nsqd's OK: it might not be taken for deflated."""
+        if not self.info.get('deflate'):
+            raise QueueError('compression = deflate is asked for, and this nsqd does not offer it')
+        self.stream = DeflateStream(self.stream)
         await self.answer(b'OK')
 
     async def authenticate(self, secret: bytes | None) -> None:
@@ -3263,12 +3362,13 @@ def http_client(requests: int = 1) -> AsyncHTTPClient:
     return AsyncHTTPClient(force_instance=True, resolver=NameResolver(), max_clients=requests)
 
 
-async def look_up(addresses: Sequence[Address], topic: str,
-                  patience: float = math.inf) -> tuple[Nsqds, dict[Address, str]]:
+async def look_up(config: types.SimpleNamespace, topic: str,
+                  patience: float = math.inf) -> tuple[Nsqds, dict[str, str]]:
     """Asks all nsqlookupds for the nsqds of a topic, and waits for the others for at most `patience` seconds once one
     has named some. Returns ({(host, port): http port}, {address: error})."""
+    addresses, link = config.nsq.lookupd_http_address, Link(config)
     client = http_client(len(addresses))
-    questions = {asyncio.ensure_future(ask_lookupd(client, address, topic)): address for address in addresses}
+    questions = {asyncio.ensure_future(ask_lookupd(client, address, topic, link)): address for address in addresses}
     try:
         waiting, timeout = set(questions), None
         while waiting:
@@ -3285,7 +3385,7 @@ async def look_up(addresses: Sequence[Address], topic: str,
     return sort_answers(questions)
 
 
-def sort_answers(questions: Mapping[asyncio.Task[Nsqds], Address]) -> tuple[Nsqds, dict[Address, str]]:
+def sort_answers(questions: Mapping[asyncio.Task[Nsqds], str]) -> tuple[Nsqds, dict[str, str]]:
     """What nsqlookupds answered: {question: address} as ({(host, port): http port}, {address: error})."""
     found, errors = {}, {}
     for question, address in questions.items():
@@ -3298,17 +3398,35 @@ def sort_answers(questions: Mapping[asyncio.Task[Nsqds], Address]) -> tuple[Nsqd
     return found, errors
 
 
-async def ask_lookupd(client: AsyncHTTPClient, address: Address, topic: str) -> Nsqds:
+async def lookup_options(address: str, link: Link) -> dict[str, Any]:
+    """How an nsqlookupd is asked: by https:// with the certificates and the secret of [nsq], as nsqds are. The secret
+    never crosses in the clear, nor where an answer would lead it. Raises QueueError."""
+    if not address.startswith('https://'):
+        return HTTP_TIMEOUTS
+    try:
+        async with asyncio.timeout(LOOKUP_TIMEOUT):   # their files may be on a mount that hangs
+            context, secret = await link.credentials()
+    except TimeoutError:
+        raise QueueError('[nsq] a certificate or the secret: not read in time') from None
+    if secret and not re.fullmatch(rb'[!-~]+', secret):   # an error of the client's would show it
+        raise QueueError('[nsq] the secret: a header of HTTP takes printable ASCII without blanks')
+    headers = {'Authorization': f'Bearer {secret.decode()}'} if secret else {}
+    return {**HTTP_TIMEOUTS, 'ssl_options': context, 'headers': headers, 'follow_redirects': False}
+
+
+async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, link: Link) -> Nsqds:
     """The nsqds that one nsqlookupd names for a topic; none when it does not know the topic."""
     try:
-        response = await client.fetch(f'http://{spelled(address)}/lookup?topic={topic.replace("#", "%23")}',
-                                      **HTTP_TIMEOUTS)
+        response = await client.fetch(f'{address}/lookup?topic={topic.replace("#", "%23")}',
+                                      **await lookup_options(address, link))
         return {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
                 for p in json.loads(response.body)['producers']}
     except HTTPError as error:   # also a timeout, and an answer that breaks off
         if no_such_topic(error):
             return {}
         raise QueueError(f'{error}; nsqlookupd does not answer so' if error.code == 404 else str(error)) from None
+    except ssl.SSLError:   # a ValueError as well, of a certificate
+        raise
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise QueueError(f'not an answer of nsqlookupd: {error}') from None
 
@@ -3328,8 +3446,8 @@ async def find_nsqds(config: types.SimpleNamespace, topic: str, patience: float 
     one that is down costs nothing but a warning, which a ChangeLog of somebody who asks often (`news`) says once."""
     if config.nsq.nsqd_tcp_address:
         return dict.fromkeys(config.nsq.nsqd_tcp_address)
-    found, errors = await look_up(config.nsq.lookupd_http_address, topic, patience)
-    lines = [f'nsqlookupd {spelled(address)}: {error}' for address, error in errors.items()]
+    found, errors = await look_up(config, topic, patience)
+    lines = [f'nsqlookupd {address.removeprefix("http://")}: {error}' for address, error in errors.items()]
     if len(errors) == len(set(config.nsq.lookupd_http_address)):
         raise Unavailable('no nsqlookupd can be reached: ' + '; '.join(lines))
     if not found:
@@ -3386,6 +3504,8 @@ async def topic_stats(address: Address, http_port: int | None, topic: str,
     nsqlookupd names the HTTP port; else it is taken to be the next one (4150, 4151), if that one is the same nsqd's.
     """
     host, tcp_port = address
+    if not tcp_port:   # of a unix socket nobody knows which HTTP side belongs to it
+        return None
     base = f'http://{spelled((host, http_port or tcp_port + 1))}'
     client = http_client()
     try:
@@ -7507,6 +7627,8 @@ async def describe_nsqd(config: types.SimpleNamespace, address: Address, http_po
     parts = [f'nsqd {connection}: version {connection.info.get("version")}']
     if config.nsq.tls:
         parts += tls_facts(connection.stream.socket)
+    if config.nsq.compression != 'none':
+        parts.append(config.nsq.compression)
     await connection.leave()
     topic = await topic_stats(address, http_port, config.nsq.topic)
     return ', '.join([*parts, *describe_topic(topic, config.nsq.topic, config.nsq.channel)])

@@ -24,7 +24,9 @@ from xmsrv import (
     effective,
     environment_settings,
     field,
+    lookupd_address,
     main,
+    nsqd_address,
     open_regular,
     overlay,
     path,
@@ -211,6 +213,15 @@ def test_all_faults_are_reported_at_once(faults):
     (CLUSTER + 'user = writer\n', '[aerospike] user = writer: user and password-file go together'),
     (CLUSTER + 'password-file = {directory}/x-msrv.conf\n',
      '[aerospike] user = : user and password-file go together'),
+    (VALID + 'compression = snappy\n', '[nsq] compression = snappy: snappy needs a library of machine code, which is '
+     'not carried; deflate makes less of it'),
+    (VALID + 'compression = gzip\n', '[nsq] compression = gzip: not one of none, deflate'),
+    (VALID.replace('127.0.0.1:4150', '/' + 'x' * 107), f'[nsq] nsqd-tcp-address = /{"x" * 107}: not the path of a unix '
+     'socket: at most 107 bytes, and no NUL'),
+    (TOP + '[nsq]\ntopic = orders\nlookupd-http-address = ftp://a:21\n',
+     '[nsq] lookupd-http-address = ftp://a:21: not host:port, nor https://host'),
+    (TOP + '[nsq]\ntopic = orders\nlookupd-http-address = https://a/b\n',
+     '[nsq] lookupd-http-address = https://a/b: not host:port (IPv6 in brackets, [::1]:4150)'),
     (CLUSTER + '[[tls]]\n', '[aerospike] [[tls]] ca-file: missing: the client knows no authorities of its own'),
     # fields
     (VALID + '[message]\n[[fields]]\nid = int\n', "[message] [[fields]] id = int: no type 'int'; there are string, "
@@ -403,6 +414,8 @@ def test_no_command_runs_with_a_fault(xmsrv, command):
     VALID,
     TOP + '[nsq]\ntopic = orders\nlookupd-http-address = a:4161, b.example:4161, [2001:db8::1]:4161\n',
     TOP + '[nsq]\ntopic = orders\nnsqd-tcp-address = 192.0.2.1:1, [::1]:65535, [fe80::1%eth0]:4150,\n',
+    TOP + '[nsq]\ntopic = orders\nlookupd-http-address = https://a.example, a:4161, https://[2001:db8::1]:4161\n',
+    VALID.replace('127.0.0.1:4150', '/run/nsqd.sock, a:4150') + 'compression = deflate\n',
     VALID.replace('orders', 'x' * 59),
     VALID.replace('orders', 'x' * 64) + '[dead-letter]\ntopic = dead\n',
     VALID + '[dead-letter]\ntopic =\nfile = {directory}/dead\n',
@@ -853,6 +866,10 @@ def test_a_reader_that_goes_away_is_no_error(xmsrv):
     (size, '4096', 4096), (size, '64KiB', 65536), (size, '32MiB', 33554432), (size, '1GiB', 1 << 30),
     (size, '1.5KiB', 1536), (count, '0', 0), (positive, '1', 1),
     (address, 'nsqd.example:4150', ('nsqd.example', 4150)), (address, '192.0.2.1:1', ('192.0.2.1', 1)),
+    (nsqd_address, '/run/nsqd.sock', ('/run/nsqd.sock', 0)), (nsqd_address, 'a:1', ('a', 1)),
+    (lookupd_address, 'a:4161', 'http://a:4161'), (lookupd_address, 'http://[::1]:4161', 'http://[::1]:4161'),
+    (lookupd_address, 'https://a.example', 'https://a.example:443'), (lookupd_address, 'https://a:1', 'https://a:1'),
+    (lookupd_address, 'https://[::1]', 'https://[::1]:443'),
     (address, '[::1]:4150', ('::1', 4150)), (address, '[fe80::1%eth0]:65535', ('fe80::1%eth0', 65535)),
 ])
 def test_a_value_is_read(check, value, expected):
@@ -868,6 +885,9 @@ def test_a_value_is_read(check, value, expected):
     *((address, value) for value in ('', 'host', 'host:', ':4150', 'host:0', 'host:65536', 'host:-1', '::1:4150',
                                      '[::1]', '[::g]:1', '[]:1', '[1.2.3.4]:1', 'http://host:1', 'a b:1', 'u@host:1',
                                      'host:123456', 'host:\u0661')),
+    *((lookupd_address, value) for value in ('', 'a', 'http://a', 'https://', 'https://a:', 'https://a:0', 'https://u@a',
+                                             'https://a/', 'https://a?b', 'ftp://a:1', '://a:1', '/run/nsqd.sock')),
+    *((nsqd_address, value) for value in ('run/nsqd.sock', '/a\0b', '/' + '\u00e9' * 54, 'unix:/run/nsqd.sock')),
 ])
 def test_rubbish_is_refused(check, value):
     with pytest.raises(ValueError) as caught:

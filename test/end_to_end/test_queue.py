@@ -406,7 +406,8 @@ def test_large_message_arrives_beside_small_ones(xmsrv, nsqds):
 
 def shortlived(kind, address):
     """A connection that waits 1.2 s for a heartbeat."""
-    options = types.SimpleNamespace(tls=None, auth_secret_file='', msg_timeout=None, connect_timeout=5)
+    options = types.SimpleNamespace(tls=None, auth_secret_file='', msg_timeout=None, connect_timeout=5,
+                                    compression='none')
     host, _, port = address.rpartition(':')
     made = kind((host, int(port)), Link(types.SimpleNamespace(nsq=options)), TOPIC, CHANNEL)
     made.heartbeat = 0.1

@@ -39,12 +39,13 @@ class Proxy(Thread):
     connections that is known only where `settled` has the event's number: there all that was sent had been seen.
 
     `judge(event)` is called in between: False swallows it, bytes take its place, ConnectionError cuts its connection.
+    `size`: bytes that came from nsqds. What is encrypted or deflated goes through as it is.
     """
 
     def __init__(self, *nsqds, judge=lambda event: True):
         self.events, self.settled, self.judge = [], set(), judge
         self._selector = selectors.DefaultSelector()
-        self._made = 0
+        self._made = self.size = 0
         self.addresses = []
         for nsqd in nsqds:
             listener = socket.create_server(('127.0.0.1', 0))
@@ -100,6 +101,7 @@ class Proxy(Thread):
             if not data:
                 raise ConnectionError
             sink = pair.server if source is pair.client else pair.client
+            self.size += len(data) if source is pair.server else 0
             passed = []
             try:
                 for name, argument, raw in pair.units(source, data):
@@ -122,14 +124,14 @@ class _Pair:
     def __init__(self, number, client, server):
         self.number, self.client, self.server = number, client, server
         self.rest = {client: b'', server: b''}
-        self.greeted = self.encrypted = False
+        self.greeted = self.opaque = False
 
     def units(self, source, data):
         """Yields (name, argument, bytes) of each command or frame that is whole."""
         data = self.rest[source] + data
         while data:
-            if self.encrypted:
-                unit = ('encrypted', b'', len(data))
+            if self.opaque:
+                unit = ('opaque', b'', len(data))
             else:
                 unit = self._command(data) if source is self.client else self._frame(data)
             if not unit:
@@ -161,7 +163,7 @@ class _Pair:
         size, kind = struct.unpack('>Ii', data[:8])
         content = data[8:4 + size]
         if kind == 0 and content.startswith(b'{'):
-            self.encrypted = json.loads(content)['tls_v1']
+            self.opaque = json.loads(content)['tls_v1'] or json.loads(content)['deflate']
         return FRAMES[kind], content[10:26] if kind == 2 else content, 4 + size
 
 
@@ -246,13 +248,19 @@ class Says(Thread):
 
 
 class Web(Thread):
-    """An HTTP server on a free port: `answer(path)` gives (status, body)."""
+    """An HTTP server on a free port: `answer(path)` gives (status, body); with an ssl `context` by HTTPS. `headers`: of
+    each request that came."""
 
-    def __init__(self, answer):
+    def __init__(self, answer, context=None, more=()):
+        headers = self.headers = []
+
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                headers.append(dict(self.headers))
                 status, body = answer(self.path)
                 self.send_response(status)
+                for name, value in more:
+                    self.send_header(name, value)
                 self.send_header('Content-Length', str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -261,6 +269,8 @@ class Web(Thread):
                 pass
 
         self._server = http.server.HTTPServer(('127.0.0.1', 0), Handler)
+        if context:
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._server.timeout = 0.1
         self.address = f'127.0.0.1:{self._server.server_port}'
         super().__init__()

@@ -64,7 +64,7 @@ def test_identify_says_who_we_are_and_asks_for_what_a_window_needs(monkeypatch):
         assert json.loads(identify[17:]) == {
             'client_id': 'host', 'hostname': 'host.example.org', 'user_agent': f'x-msrv/{xmsrv.__version__}',
             'feature_negotiation': True, 'tls_v1': False, 'heartbeat_interval': 10000, 'output_buffer_timeout': 25,
-            'output_buffer_size': 65536, 'msg_timeout': 30000}
+            'output_buffer_size': 65536, 'msg_timeout': 30000, 'deflate': False}
     with_connection(monkeypatch, steps, **{'msg-timeout': '30s'})
 
 

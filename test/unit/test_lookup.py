@@ -9,9 +9,10 @@ import pytest
 from tornado.httpclient import HTTPError
 
 import clock
+import fakes
 import xmsrv
 
-FIRST, SECOND = ('127.0.0.1', 4161), ('127.0.0.1', 4171)
+FIRST, SECOND = 'http://127.0.0.1:4161', 'http://127.0.0.1:4171'
 NSQD = {('127.0.0.1', 4150): 4151}
 DOWN = 'nsqlookupd 127.0.0.1:4171: Connection refused'
 UNKNOWN = 'no nsqd has the topic orders yet'
@@ -102,9 +103,10 @@ def http_error(code, body=b''):
 def asked(monkeypatch, client, patience=math.inf, topic='orders'):
     """What look_up() finds at two nsqlookupds, and how many seconds it took."""
     monkeypatch.setattr(xmsrv, 'http_client', lambda requests=1: client)
+    config = fakes.options(nsq={'nsqd-tcp-address': '', 'lookupd-http-address': [FIRST, SECOND]})
 
     async def main():
-        found, errors = await xmsrv.look_up([FIRST, SECOND], topic, patience)
+        found, errors = await xmsrv.look_up(config, topic, patience)
         return found, errors, asyncio.get_running_loop().time() - 1000
     found, errors, seconds = clock.run(main())
     assert client.closed
