@@ -960,8 +960,8 @@ MAX_TTL = 3650 * 86400   # s: the longest that an Aerospike server takes
 MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store, so that a pipeline can move
 UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
+MAX_CONNECTIONS = 15000    # to a node: the most that a server takes of all its clients (proto-fd-max, as it comes)
 MAX_SOCKET_PATH = 107  # bytes: unix(7)
-CLIENT_CONNECTIONS = 100   # of the Aerospike client to each node: its own default (max_conns_per_node)
 VARIABLES = 'XMSRV__'  # how ours begin: Docker and Kubernetes make XMSRV_PORT and others for a service of that name
 SIZES = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
 
@@ -1014,6 +1014,14 @@ def positive(value):
     if not count(value):
         raise ValueError('at least 1')
     return int(value)
+
+
+def connection_count(value: Any) -> int:
+    """A number of connections, 1 to MAX_CONNECTIONS: more are no use, and the client counts them in 32 bits."""
+    number: int = positive(value)
+    if number > MAX_CONNECTIONS:
+        raise ValueError(f'at most {MAX_CONNECTIONS}')
+    return number
 
 
 def yes_no(value):
@@ -1506,6 +1514,17 @@ OPTIONS = (
     Option('aerospike', 'batch-size', '500', positive, 'Records a call at most.'),
     Option('aerospike', 'writers', '4', positive, 'Calls at a time at most.'),
     Option('aerospike', 'total-timeout', '2s', duration, 'How long a call may take.'),
+    Option('aerospike', 'services-alternate', 'no', yes_no,
+           "yes: the nodes are reached by their alternate addresses, as from outside of a NAT, of Docker's or of "
+           "Kubernetes' network."),
+    Option('aerospike', 'cluster-name', '', optional(text),
+           'Name of the cluster; a node that has another one is not connected to. Empty: any.'),
+    Option('aerospike', 'max-connections', '100', connection_count, 'Connections to each node at most.'),
+    Option('aerospike', 'send-key', 'yes', yes_no,
+           'yes: the key is stored with its record; no: only its hash, which takes less room and can never be undone.'),
+    Option('aerospike', 'auth-mode', 'internal', one_of('internal', 'external', 'pki'),
+           'internal: user and password of the cluster; external: of a directory (LDAP), with TLS; pki: the client '
+           'certificate of [[tls]] names the user.'),
     Option('aerospike', 'user', '', optional(text), 'User to log in as; empty: no log-in.'),
     Option('aerospike', 'password-file', '', optional(secret_path),
            "File with the user's password, or credential:NAME."),
@@ -1975,10 +1994,24 @@ def store_faults(config):
             yield Fault('aerospike', name, None, 'missing (or set store = sqlite, for a first run)')
     if options.set and len(options.set.encode()) > MAX_SET_NAME:
         yield Fault('aerospike', 'set', options.set, f'the topic has over {MAX_SET_NAME} bytes: name a set')
-    if bool(options.user) != bool(options.password_file):
-        yield Fault('aerospike', 'user', options.user or '', 'user and password-file go together')
+    yield from auth_faults(options)
     if options.tls and not options.tls.ca_file:
         yield Fault('aerospike.tls', 'ca-file', None, 'missing: the client knows no authorities of its own')
+
+
+def auth_faults(options: types.SimpleNamespace) -> Iterator[Fault]:
+    """Yields what is wrong between auth-mode, user, password-file and [[tls]] of [aerospike]."""
+    mode, tls = options.auth_mode, options.tls
+    if mode == 'pki' and (options.user or options.password_file):
+        yield Fault('aerospike', 'auth-mode', mode, 'the certificate names the user: neither user nor password-file')
+    elif bool(options.user) != bool(options.password_file):
+        yield Fault('aerospike', 'user', options.user or '', 'user and password-file go together')
+    if mode == 'pki' and not (tls and tls.cert_file):
+        yield Fault('aerospike', 'auth-mode', mode, 'it needs the client certificate: cert-file in [[tls]]')
+    if mode == 'external' and not (options.user and options.password_file):
+        yield Fault('aerospike', 'auth-mode', mode, 'it needs user and password-file')
+    if mode == 'external' and not tls:
+        yield Fault('aerospike', 'auth-mode', mode, 'it needs [[tls]]: the password itself crosses the network')
 
 
 def tls_faults(config):
@@ -2085,9 +2118,10 @@ def cross_warnings(config):
         yield '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'
     if config.store == 'aerospike' and config.aerospike.user and not config.aerospike.tls:
         yield '[aerospike] user without [[tls]]: what proves the password crosses the network in the clear'
-    if config.store == 'aerospike' and config.aerospike.writers > CLIENT_CONNECTIONS:
-        yield (f'[aerospike] writers = {config.aerospike.writers}: the client has {CLIENT_CONNECTIONS} connections to '
-               'each node, so calls beyond that fail and are tried again')
+    writers, connections = config.aerospike.writers, config.aerospike.max_connections
+    if config.store == 'aerospike' and writers > connections:
+        yield (f'[aerospike] writers = {writers}: max-connections = {connections} to each node, so calls beyond that '
+               'fail and are tried again')
     if config.dead_letter.discard:
         yield '[dead-letter] discard = yes: what can never become a record is thrown away'
     if os.path.exists(UNIT):
@@ -3806,6 +3840,10 @@ FORBIDDING = (8, 22)     # answers for which a node's own facts name the cause
 # 4,000 take 0.1 s and 32,767 take seconds (8.1, measured), for which the other records of a batch would have to wait.
 WIDE_RECORD = 4000
 MAX_SETS = 4095          # of a namespace, which never forgets one: AS_SET_MAX_COUNT of the server
+# A call has a thread for each node of its batch: with one too few the batch of a node that is well would wait for one
+# that hangs, longer than the call may take.
+NODES = 8                # the most that a cluster of the Community Edition has
+MAX_THREADS = 256
 MIN_SERVER = (6, 0)      # the first server that takes batches of writes
 INT32_MAX = 0x7FFFFFFF   # ms: the client counts them in 32 bits; what is over wraps round, and 0 would be no limit
 
@@ -3881,7 +3919,9 @@ class ConnectLog:
     The client has one log for the whole process, so it is turned off again.
     """
 
-    LINE = re.compile(r'Failed to (?:lookup|connect to seed) (\S+) (\d+)\. (?:AEROSPIKE_(\w+) ?)?(.*)', re.DOTALL)
+    LINE = re.compile(r'Failed to (lookup|connect to seed|connect to peer) (\S+) (\d+)\. (?:AEROSPIKE_(\w+) ?)?(.*)',
+                      re.DOTALL)
+    PEER = ' (an address that the cluster names; if it is of a network inside: services-alternate = yes)'
 
     def __init__(self, client_module):
         self.module, self.lines = client_module, []
@@ -3904,9 +3944,10 @@ class ConnectLog:
         for text in self.lines:
             match = self.LINE.match(text)
             if match:
-                host, port, code, rest = match.groups()
+                what, host, port, code, rest = match.groups()
                 why = '; '.join([*before, reason_of(code or '', rest)])
-                found.append(f'{spelled((host, port))}: {shortened(why, 300)}')
+                hint = self.PEER if what == 'connect to peer' else ''
+                found.append(f'{spelled((host, port))}: {shortened(why, 300)}{hint}')
             before = [] if match else [*before, text]
         return list(dict.fromkeys(found))
 
@@ -3916,6 +3957,8 @@ def reason_of(code, text):
     text = re.sub(r'(, | from )(\[\S+\]|[^\s:]+):\d+$', '', text).removeprefix('AEROSPIKE_' + code)
     text = re.sub(r'^Invalid hostname \S+: ', '', text)
     text = re.sub(r'^Socket \w+ error: (\d+)$', lambda found: os.strerror(int(found[1])), text)
+    text = re.sub("^Invalid node .* Expected cluster name '(.*)' Received '(.*)'$",
+                  r"its cluster-name is '\2', not '\1'", text, flags=re.DOTALL)
     if text.startswith('Invalid proto'):
         return 'what answers there is no Aerospike server'
     if code == 'ERR_TIMEOUT' and not text:
@@ -3959,7 +4002,8 @@ class AerospikeStore(Store):
         from aerospike_helpers.batch import records
         self.aerospike, self.batch, self.Write = aerospike, records, records.Write
         self.op = aerospike.OPERATOR_WRITE
-        self.policy = {'key': aerospike.POLICY_KEY_SEND, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
+        key = aerospike.POLICY_KEY_SEND if self.options.send_key else aerospike.POLICY_KEY_DIGEST
+        self.policy = {'key': key, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
                        'exists': getattr(aerospike, EXISTS[self.record.write]), 'ttl': self.record.ttl}
         self.filter = newest_wins(self.record.time_bin) if self.record.time_bin else None
         encoders = {'blob': binascii.a2b_base64, 'geojson': aerospike.GeoJSON}
@@ -4006,7 +4050,13 @@ class AerospikeStore(Store):
         options, tls = self.options, self.options.tls
         config = {'validate_keys': True, 'connect_timeout': milliseconds(options.total_timeout),
                   'hosts': [(*host, tls.name) if tls and tls.name else host for host in options.hosts],
-                  'policies': {'batch_write': self.policy}}
+                  'use_services_alternate': options.services_alternate,
+                  'max_conns_per_node': options.max_connections,
+                  'thread_pool_size': min(MAX_THREADS, NODES * options.writers),
+                  'policies': {'batch_write': self.policy,
+                               'auth_mode': getattr(self.aerospike, f'AUTH_{options.auth_mode.upper()}')}}
+        if options.cluster_name:
+            config['cluster_name'] = options.cluster_name
         if options.user:
             config.update(user=options.user, password=open_secret(options.password_file).decode())
         if tls:
@@ -4039,9 +4089,10 @@ class AerospikeStore(Store):
         raise StoreDown(f'{self.where}: no node says which edition it is, so whether it has durable deletes')
 
     def limits(self, deadline):
-        """The policy of one call that has to be back at `deadline` (monotonic)."""
+        """The policy of one call that has to be back at `deadline` (monotonic). concurrent: to all nodes at once; one
+        after the other takes half as long again with three."""
         left = milliseconds(deadline - time.monotonic())
-        return {'total_timeout': left, 'socket_timeout': left, 'max_retries': 0}
+        return {'total_timeout': left, 'socket_timeout': left, 'max_retries': 0, 'concurrent': True}
 
     # -- a batch's way
 

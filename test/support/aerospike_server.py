@@ -1,4 +1,4 @@
-"""A stand-in for an Aerospike server: one node, all data in memory, for tests and a laptop. Only the standard library.
+"""A stand-in for an Aerospike server: a node, all data in memory, for tests and a laptop. Only the standard library.
 
 The official client can't tell it from a server for what x-msrv asks of one: put, get, select, exists, remove, batches
 of reads and writes, filter expressions, a query of a whole set, info, and the log-in; and a look into a map by key.
@@ -65,7 +65,7 @@ NIL, INTEGER, FLOAT, STRING, BLOB, BOOL, MAP, LIST, GEOJSON = 0, 1, 2, 3, 4, 17,
 
 # Commands and fields of the log-in.
 AUTHENTICATE, LOGIN = 0, 20
-USER, TOKEN = 0, 5
+USER, CLEAR_PASSWORD, TOKEN = 0, 4, 5
 
 # What is asked for of one record. `ops`: a list of (op, bin name, the whole operation as it came).
 Request = collections.namedtuple('Request', 'info1 info2 info3 generation ttl namespace set filter key ops')
@@ -676,10 +676,12 @@ class Connection(threading.Thread):
 class AerospikeServer:
     """Has started when it was made, on a free port of its own where `port` is 0.
 
-    tls: an SSLContext of the server's side. users: name -> password; with them a log-in comes before all else. Set at
+    tls: an SSLContext of the server's side. users: name -> password; with them a log-in comes before all else; a log-in
+    without a name is that of the client certificate. node: its name. advertised: the address that it tells clients of,
+    where that is another than the one it has, which it tells those of that ask for the alternate one. Set at
     any time: nsup_period, default_ttl, allow_ttl_without_nsup, max_record_size, stop_writes, clock_skew_stop_writes,
-    build (its version), edition (ENTERPRISE takes durable deletes), batch_max_requests (which is only told), and what
-    goes wrong:
+    build (its version), edition (ENTERPRISE takes durable deletes), cluster_name, batch_max_requests (which is only
+    told), and what goes wrong:
 
     judge(write): called before each write of a record is done. None lets it be, an int is answered instead, Lost(code)
         is answered after it. `write` is a Write.
@@ -687,14 +689,16 @@ class AerospikeServer:
         and their connections closed without an answer. refuse_logins: the code that each log-in is answered with.
     """
 
-    def __init__(self, host='127.0.0.1', port=0, namespaces=('test',), tls=None, users=None, nsup_period=120):
+    def __init__(self, host='127.0.0.1', port=0, namespaces=('test',), tls=None, users=None, nsup_period=120,
+                 node=NODE, advertised=None):
         self.host, self.tls, self.users = host, tls, users
         self.nsup_period, self.default_ttl, self.allow_ttl_without_nsup = nsup_period, 0, False
         self.max_record_size = 1 << 20
         self.stop_writes = self.clock_skew_stop_writes = False
-        self.build, self.edition, self.batch_max_requests = BUILD, COMMUNITY, 0
+        self.build, self.edition, self.cluster_name, self.batch_max_requests = BUILD, COMMUNITY, CLUSTER, 0
         self.judge, self.delay, self.drop_answers, self.refuse_logins = None, 0, 0, None
         self.writes = 0
+        self.node, self.advertised, self.peers, self.partitions = node, advertised, (), range(PARTITIONS)
         self.namespaces = {name: Namespace(self) for name in namespaces}
         self.connections = set()
         self._token, self._started = os.urandom(16), time.monotonic()
@@ -870,20 +874,23 @@ class AerospikeServer:
         The password comes as a bcrypt hash, which the standard library can't make: any will do for a known user.
         """
         command, fields = body[2], read_fields(body, 16, body[3])[0]
-        code = self._login_code(command, fields)
+        code = self._login_code(connection, command, fields)
         connection.authenticated |= code == OK
         token = field(TOKEN, self._token) if code == OK and command == LOGIN else b''
         return frame(SECURITY, bytes((0, code, command, bool(token))), bytes(12), token)
 
-    def _login_code(self, command, fields):
+    def _login_code(self, connection, command, fields):
         if not self.users:
             return NO_SECURITY
         if command not in (LOGIN, AUTHENTICATE):
             return BAD_COMMAND
         if self.refuse_logins:
             return self.refuse_logins
-        if fields.get(USER, b'').decode(errors='replace') not in self.users:
+        user = fields[USER].decode(errors='replace') if USER in fields else certified(connection.sock)
+        if user not in self.users:
             return NO_USER
+        if fields.get(CLEAR_PASSWORD, self.users[user].encode()) != self.users[user].encode():
+            return BAD_CREDENTIAL
         if command == AUTHENTICATE and fields.get(TOKEN) != self._token:
             return NOT_AUTHENTICATED
         return OK
@@ -898,11 +905,13 @@ class AerospikeServer:
     def _info_of(self, line):
         command, _, rest = re.match('([^/:]*)([/:]?)(.*)', line).groups()
         known = {
-            'node': NODE, 'build': self.build, 'cluster-name': CLUSTER, 'status': 'ok', 'user-agent-set': 'ok',
-            'edition': self.edition, 'partition-generation': '0', 'peers-generation': '0',
-            'service-clear-std': self.address, 'service-tls-std': self.address, 'namespaces': ';'.join(self.namespaces)}
-        if command in ('peers-clear-std', 'peers-tls-std'):
-            return f'0,{self.port},[]'
+            'node': self.node, 'build': self.build, 'cluster-name': self.cluster_name, 'status': 'ok',
+            'user-agent-set': 'ok', 'edition': self.edition, 'partition-generation': '0', 'peers-generation': '0',
+            'service-clear-std': self.advertised or self.address, 'service-tls-std': self.advertised or self.address,
+            'service-clear-alt': self.address, 'service-tls-alt': self.address, 'namespaces': ';'.join(self.namespaces)}
+        if command in ('peers-clear-std', 'peers-tls-std', 'peers-clear-alt', 'peers-tls-alt'):
+            found = [(peer.node, command.endswith('-std') and peer.advertised or peer.address) for peer in self.peers]
+            return f'0,{self.port},[{",".join(f"[{node},,[{address}]]" for node, address in found)}]'
         made = {'replicas': self._replicas, 'statistics': self._statistics, 'namespace': self._namespace,
                 'sets': self._sets, 'set-config': self._set_config, 'truncate': self._truncate,
                 'get-config': self._get_config}
@@ -911,13 +920,15 @@ class AerospikeServer:
         return known.get(command, 'ERROR:4:unrecognized command')
 
     def _replicas(self, _):
-        """One node that owns all partitions."""
-        all_of_them = base64.b64encode(b'\xff' * (PARTITIONS // 8)).decode()
-        return ';'.join(f'{name}:0,1,{all_of_them}' for name in self.namespaces)
+        """Which partitions it owns, a bit for each; there is one copy of a record."""
+        bits = bytearray(PARTITIONS // 8)
+        for number in self.partitions:
+            bits[number // 8] |= 0x80 >> number % 8
+        return ';'.join(f'{name}:0,1,{base64.b64encode(bits).decode()}' for name in self.namespaces)
 
     def _statistics(self, _):
         return pairs({
-            'cluster_size': 1, 'cluster_integrity': True, 'cluster_is_member': True,
+            'cluster_size': 1 + len(self.peers), 'cluster_integrity': True, 'cluster_is_member': True,
             'uptime': int(time.monotonic() - self._started), 'client_connections': len(self.connections),
             'objects': sum(len(self._records(name)) for name in self.namespaces)})
 
@@ -925,7 +936,8 @@ class AerospikeServer:
         if name not in self.namespaces:
             return 'type=unknown'
         return pairs({
-            'ns_cluster_size': 1, 'effective_replication_factor': 1, 'objects': len(self._records(name)),
+            'ns_cluster_size': 1 + len(self.peers), 'effective_replication_factor': 1,
+            'objects': len(self._records(name)),
             'stop_writes': self.stop_writes, 'clock_skew_stop_writes': self.clock_skew_stop_writes,
             'allow-ttl-without-nsup': self.allow_ttl_without_nsup,
             'default-ttl': self.default_ttl, 'max-record-size': self.max_record_size, 'nsup-period': self.nsup_period,
@@ -967,6 +979,19 @@ class AerospikeServer:
 
     def _get_config(self, _):
         return pairs({'batch-max-requests': self.batch_max_requests, 'proto-fd-max': 15000})
+
+
+def form_cluster(*servers):
+    """Make one cluster of them, before any client comes: each owns its share of the partitions."""
+    for place, server in enumerate(servers):
+        server.peers = [peer for peer in servers if peer is not server]
+        server.partitions = range(place, PARTITIONS, len(servers))
+
+
+def certified(sock):
+    """The common name of a client certificate that was verified; None where there is none."""
+    subject = getattr(sock, 'getpeercert', dict)() or {}
+    return next((value for part in subject.get('subject', ()) for name, value in part if name == 'commonName'), None)
 
 
 def pairs(values):

@@ -6,7 +6,8 @@ import os
 
 import aerospike
 
-from aerospike_server import AerospikeServer
+import proxies
+from aerospike_server import AerospikeServer, form_cluster
 
 REAL = os.environ.get('XMSRV_TEST_AEROSPIKE')
 NAMESPACE = 'test'
@@ -14,10 +15,11 @@ sets = itertools.count()
 
 
 class Cluster:
-    """A set of one's own in a namespace, and a client that looks at it. server: the stand-in; None for a real one."""
+    """A set of one's own in a namespace, and a client that looks at it. server: the stand-in; None for a real one.
+    options: more of the client's own configuration."""
 
-    def __init__(self, address, server=None):
-        self.address, self.server = address, server
+    def __init__(self, address, server=None, **options):
+        self.address, self.server, self.options = address, server, options
         self.set = f'xmsrv-{os.getpid()}-{next(sets)}'
         self._client = None
 
@@ -26,7 +28,8 @@ class Cluster:
         """Connected when it is first asked for."""
         if not self._client:
             host, _, port = self.address.rpartition(':')
-            self._client = aerospike.client({'hosts': [(host.strip('[]'), int(port))], 'validate_keys': True})
+            self._client = aerospike.client({'hosts': [(host.strip('[]'), int(port))], 'validate_keys': True,
+                                             **self.options})
         return self._client
 
     def settings(self, **more):
@@ -74,6 +77,18 @@ def standin(**options):
     """A Cluster on a stand-in of its own."""
     with AerospikeServer(**options) as server, contextlib.closing(Cluster(server.address, server)) as cluster:
         yield cluster
+
+
+@contextlib.contextmanager
+def pair():
+    """A Cluster behind a NAT: two stand-ins, each with half of the partitions, whose advertised addresses refuse. The
+    second one is the only peer of its `server`."""
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(AerospikeServer(node=name, advertised=stack.enter_context(proxies.refusing())))
+                 for name in ('BB901000000FC02', 'BB902000000FC02')]
+        form_cluster(*nodes)
+        options = {'use_services_alternate': True}
+        yield stack.enter_context(contextlib.closing(Cluster(nodes[0].address, nodes[0], **options)))
 
 
 @contextlib.contextmanager
