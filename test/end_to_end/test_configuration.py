@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import servers
 from xmsrv import (
     OPTIONS,
+    TYPES,
     ConfigError,
     address,
     command_line_setting,
@@ -656,8 +657,7 @@ def test_a_fault_of_the_environment_names_its_variable_beside_those_of_the_file(
         'environment: XMSRV__TOPIC = orders: no such option; did you mean XMSRV__NSQ__TOPIC?',
         'environment: XMSRV__ = : no such option',
         'environment: XMSRV__MESSAGE__FIELDS__ = any: no such option; did you mean XMSRV__MESSAGE__FIELDS__NAME?',
-        "environment: XMSRV__MESSAGE__FIELDS__id = int: no type 'int'; there are string, integer, number, boolean, "
-        'list, object, any, base64, geojson',
+        "environment: XMSRV__MESSAGE__FIELDS__id = int: no type 'int'; there are " + ', '.join(TYPES),
         'environment: XMSRV__RECORD__TTL: store = sqlite keeps records for ever: leave it at default',
         'environment: XMSRV__DEAD_LETTER__FILE = /nonexistent/d: its directory is not there',
         f'{xmsrv.path}: [nsq] max-in-flight = 0: at least 1',
