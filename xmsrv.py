@@ -2400,12 +2400,12 @@ def json_scanner(**hooks: Any) -> Callable[[str, int], tuple[Any, int]]:
 
 class MemberCount:
     """Counts the members of the objects that json decodes; as object_hook it costs half of what an object_pairs_hook
-    does, for which json makes a tuple a member."""
+    does, for which json makes a tuple a member. doubtful: messages for which to count is not worth while."""
 
-    __slots__ = ('total',)
+    __slots__ = ('total', 'doubtful')
 
     def __init__(self) -> None:
-        self.total = 0
+        self.total = self.doubtful = 0
 
     def add(self, members: dict[str, Any]) -> dict[str, Any]:
         """An object has been decoded."""
@@ -2413,10 +2413,31 @@ class MemberCount:
         return members
 
 
+COUNTED_AGAIN = 1000        # messages after which members are counted again
 decoded_members = MemberCount()
 STRICT_NUMBERS = {'parse_float': finite, 'parse_constant': refuse}
 scan_counting = json_scanner(object_hook=decoded_members.add, **STRICT_NUMBERS)
 scan_unique = json_scanner(object_pairs_hook=unique, **STRICT_NUMBERS)
+
+
+def scan(text: str) -> tuple[Any, int]:
+    """The value at the beginning of a text, and where it ends; ValueError where a name comes twice.
+
+    Each member has a colon, so with as many decoded members as colons no name came twice: `{"a": 1, "a": 2}` has two
+    colons and one member. Colons in strings, `"12:30"`, leave that open; as the messages of a topic look alike, the
+    next ones then go the slower way at once.
+    """
+    if decoded_members.doubtful:
+        decoded_members.doubtful -= 1
+        return scan_unique(text, 0)
+    decoded_members.total = 0
+    found = scan_counting(text, 0)
+    if text.count(':') == decoded_members.total:
+        return found
+    decoded_members.doubtful = COUNTED_AGAIN
+    return scan_unique(text, 0)
+
+
 scan_marking = json_scanner(
     object_pairs_hook=unique_or_marked, parse_float=finite_or_marked, parse_int=integer_or_marked,
     parse_constant=lambda name: Marker('invalid-json', f'{name} is not JSON'))
@@ -2428,30 +2449,17 @@ def decode(body: bytes) -> dict[str, Any]:
     Raises Unfit. Most messages are proven harmless by a look at their bytes at C speed; the others are decoded
     again with markers and walked, which also finds the field to blame.
     """
-    if (92 not in body and LONG_NUMBER not in body.translate(DIGITS)   # 92: a backslash, of \u0000 or \ud800
+    if ((92 not in body or b'\\u' not in body)   # 92: a backslash; \u0000 or \ud800 would be bent
+            and LONG_NUMBER not in body.translate(DIGITS)
             and (len(body) <= 2 * MAX_DEPTH or body.count(b'[') + body.count(b'{') <= MAX_DEPTH)):
         try:
             text = body.strip(b' \t\r\n').decode()
-            decoded_members.total = 0
-            value, end = scan_counting(text, 0)
-            if not names_differ(body, decoded_members.total):
-                value, end = scan_unique(text, 0)
+            value, end = scan(text)
             if end == len(text) and value.__class__ is dict:
                 return value
         except (ValueError, StopIteration):
             pass   # decode_carefully says why
     return decode_carefully(body)
-
-
-def names_differ(body: bytes, members: int) -> bool:
-    """Whether it is sure that no object of a text without backslashes has a name twice, of which but one was decoded.
-
-    A name has a colon behind it, so with as many decoded members as colons none was lost: `{"a": 1, "a": 2}` has two
-    colons and one member. Strings with colons are told apart by the quote before the colon, `"time": "12:30"`, where
-    no blank stands between; what is still more than there are members, `"a": ":)"`, is left to scan_unique.
-    """
-    return body.count(b':') == members or (
-        body.count(b'":') == members and not any(blank in body for blank in (b' :', b'\t:', b'\n:', b'\r:')))
 
 
 COMPRESSIONS = {b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ': 'xz', b'BZh': 'bzip2', b'x\x9c': 'zlib'}
@@ -2480,26 +2488,28 @@ def decodes_as(body: bytes, encoding: str) -> bool:
 
 def decode_carefully(body: bytes) -> dict[str, Any]:
     """As decode(), at a third of the speed, with the path of what is wrong."""
-    encoding = foreign_encoding(body)
-    if encoding:
-        raise Unfit('invalid-json', encoding)
     try:
         text = body.strip(b' \t\r\n').decode()
         value, end = scan_marking(text, 0)
     except UnicodeDecodeError as error:
-        raise Unfit('invalid-json', f'not UTF-8 at byte {error.start}') from None
+        raise not_json(body, f'not UTF-8 at byte {error.start}') from None
     except StopIteration as error:
-        raise Unfit('invalid-json', f'a value expected at character {error.value}') from None
+        raise not_json(body, f'a value expected at character {error.value}') from None
     except json.JSONDecodeError as error:
-        raise Unfit('invalid-json', f'{error.msg.removesuffix(" at")} at character {error.pos}') from None
+        raise not_json(body, f'{error.msg.removesuffix(" at")} at character {error.pos}') from None
     except RecursionError:
         raise Unfit('unsupported-value', f'deeper than {MAX_DEPTH} levels') from None
     if end != len(text):
-        raise Unfit('invalid-json', f'more text after the value, at character {end}')
+        raise not_json(body, f'more text after the value, at character {end}')
     inspect(value, '', 1)
     if not isinstance(value, dict):
         raise Unfit('not-an-object', f'the message is {named_type(value)}, not an object')
     return value
+
+
+def not_json(body: bytes, detail: str) -> Unfit:
+    """The reason why a body is no JSON: its encoding or compression where that is what is wrong, else `detail`."""
+    return Unfit('invalid-json', foreign_encoding(body) or detail)
 
 
 def named_type(value: object) -> str:
