@@ -161,7 +161,7 @@ def test_a_call_under_way_leaves_the_store_open_and_holds_up_nobody():
     closed, hang = [], threading.Event()
 
     async def main(busy):
-        executor = StoreExecutor(1)
+        executor = StoreExecutor(2)    # so there is a thread in which it could be closed
         if busy:
             executor.submit(hang.wait, 20)
         await close_store(types.SimpleNamespace(close=lambda: closed.append(busy)), executor)

@@ -113,7 +113,10 @@ def test_both_forms_of_a_letter_read_back_as_the_same_message(body):
     assert filed(header, body).count(b'\n') == 1
 
 
-@pytest.mark.parametrize('broken', [b'', b'[]', b'{}', b'{"reason": "none"}', b'null', letter(1)[:-9],
+HEADER = b'{"reason": "schema", "id": "0123456789abcdef", "attempts": 1, "timestamp": "5"}'
+
+
+@pytest.mark.parametrize('broken', [b'', b'[]', b'{}', b'{"reason": "none"}', b'null', letter(1)[:-9], HEADER,
                                     letter(1, reason='other'), letter(1, timestamp='9' * 30), b'[' * 100000])
 def test_what_is_no_letter_is_said_to_be_none(broken):
     for read in (opened, unfiled):
