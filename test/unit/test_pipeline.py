@@ -130,7 +130,7 @@ def ran(monkeypatch, stopper=None, **sections):
     """Runs `once` on such a source and store. Returns (exit status, store, source, what systemd was told)."""
     stores.clear()
     told, sources = [], []
-    config = fakes.options(timeout='3s', idle_timeout='50ms', **sections)
+    config = fakes.options(timeout='60s', idle_timeout='50ms', **sections)
 
     def pipeline(config, store, figures, health):
         def new_source(tasks):
@@ -158,7 +158,7 @@ def test_once_is_one_window_and_its_figures(monkeypatch):
     assert total.number('xmsrv_messages_total', 'stored') == 5
     assert all(total.number(name) == 1 for name in xmsrv.UP.values())
     # what systemd may wait: each step of the handshake, the window, a call of the store, and some more
-    assert told == [{'EXTEND_TIMEOUT_USEC': int((8 * 5 + 3 + 5 + 5) * 1e6)}]
+    assert told == [{'EXTEND_TIMEOUT_USEC': int((8 * 5 + 60 + 5 + 5) * 1e6)}]
 
 
 def test_once_takes_at_most_n(monkeypatch):
@@ -190,4 +190,4 @@ def test_a_signal_ends_what_runs_and_what_is_opened():
     begun = time.monotonic()
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(main())
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 9    # the signal ended the wait of 10 s
