@@ -1,8 +1,9 @@
-"""x-msrv: JSON messages from an NSQ topic become records, at most N a window, none lost, none doubled, none bent.
+"""x-msrv: stores JSON messages of an NSQ topic as records, at most N a window; none is lost, duplicated or altered.
 
-One message flows through this module from top to bottom in the order of CONTRIBUTING.md's picture:
-Subscription.read -> Consumer.receive -> Window.accept -> Mapper.record -> Batcher -> Store.write -> Window.settle
--> Consumer.finish; a dead letter goes from Window.reject by a second Batcher to DeadLetters.keep, and joins it there.
+A message flows through this module from top to bottom, in the order of the picture in CONTRIBUTING.md:
+Subscription.read -> Consumer.on_messages -> Window.accept -> Mapper.build_record -> Batcher -> Store.write ->
+Window.settle -> Consumer.finish; a dead letter goes from Window.reject_invalid by a second Batcher to
+DeadLetterSink.write_dead_letters, and from there to Consumer.finish as well.
 """
 
 # ruff: noqa: E402 - the imports take a tenth of a second, in which a signal must find its handler
@@ -10,25 +11,26 @@ import os
 import signal
 import sys
 
-CALMLY_STOPPED = {'once', 'daemon', 'worker', 'replay'}   # commands that a signal ends with 0, as nothing was taken
+# commands that exit with 0 on a signal, as no message was taken
+COMMANDS_ENDED_BY_SIGNAL = {'once', 'daemon', 'worker', 'replay'}
 
 
 def exit_at_once(number: int, _: object) -> None:
-    """SIGTERM and SIGINT until a command has its own handler: there is nothing to finish yet. Without a handler the
-    process 1 of a container would not hear SIGTERM at all, and SIGINT would show where it was."""
-    os._exit(0 if CALMLY_STOPPED.intersection(sys.argv) else 128 + number)
+    """Handles both signals until a command installs its own handler: nothing has to be finished yet. Without a handler
+    the process 1 of a container would not hear SIGTERM at all, and SIGINT would show where it was."""
+    os._exit(0 if COMMANDS_ENDED_BY_SIGNAL.intersection(sys.argv) else 128 + number)
 
 
 def catch_early_signals() -> None:
-    """Has exit_at_once() handle what the parent process does not have ignored."""
+    """Installs exit_at_once() for each signal that the parent process did not set to be ignored."""
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, exit_at_once)
-    if 'daemon' in sys.argv or 'worker' in sys.argv:   # it has not read its file yet, so there is nothing to read again
+    if 'daemon' in sys.argv or 'worker' in sys.argv:   # the file is not read yet, so there is nothing to reload
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-# The program, not a test that imports it. Its own directory is called so, too, in the packages.
+# Only for the program, not for a test that imports the module.
 if os.path.basename(getattr(sys, 'argv', [''])[0]) == 'x-msrv' or __name__ == '__main__':
     catch_early_signals()
 
@@ -89,7 +91,7 @@ from tornado.tcpclient import TCPClient
 __version__ = '0.1.0'
 
 log = logging.getLogger('x-msrv')
-NOTICE = (logging.INFO + logging.WARNING) // 2   # what an operator wants to see of a run in which all is well
+NOTICE = (logging.INFO + logging.WARNING) // 2   # lines that an operator wants to see of a run without problems
 logging.addLevelName(NOTICE, 'NOTICE')
 
 Item = TypeVar('Item')
@@ -103,117 +105,116 @@ Key = TypeVar('Key')
 class Failure(Exception):
     """Ends the program with a line for the operator; `status` is the exit status, named after sysexits(3)."""
 
-    status = os.EX_SOFTWARE
+    exit_status = os.EX_SOFTWARE
 
 
 class UsageError(Failure):
     """Options of the command line that do not go together."""
 
-    status = os.EX_USAGE
+    exit_status = os.EX_USAGE
 
 
 class DataError(Failure):
     """A message that can never become a record, where that was the question."""
 
-    status = os.EX_DATAERR
+    exit_status = os.EX_DATAERR
 
 
-class Busy(Failure):
+class AlreadyRunning(Failure):
     """Another process runs with this configuration; nothing was taken."""
 
-    status = os.EX_TEMPFAIL
+    exit_status = os.EX_TEMPFAIL
 
 
 class ConfigError(Failure):
-    """The configuration has faults; the text has one line for each."""
+    """The configuration has faults: one line of text for each."""
 
-    status = os.EX_CONFIG
+    exit_status = os.EX_CONFIG
 
 
 class Unavailable(Failure):
     """The queue or the store can't be reached, or a file of the configuration is not there yet; nothing was taken."""
 
-    status = os.EX_UNAVAILABLE
+    exit_status = os.EX_UNAVAILABLE
 
 
 class OutputError(Failure):
-    """What was to be printed could not be written."""
+    """Standard output could not be written."""
 
-    status = os.EX_IOERR
-
-
-class ReaderGone(Exception):
-    """Nobody reads what is printed, as with `x-msrv config | head`: that is no failure."""
+    exit_status = os.EX_IOERR
 
 
-class StoreAway(Unavailable):
-    """It is the store's end that can't be reached, or fails."""
+class OutputClosed(Exception):
+    """The reader of standard output has gone, as with `x-msrv config | head`: not a failure."""
 
 
-class QueueError(Exception):
-    """An nsqd refused something or broke the protocol; its connection is of no more use."""
+class StoreUnavailable(Unavailable):
+    """The store can't be reached, or fails."""
 
 
-class StoreDown(Exception):
-    """The store took nothing of a batch. `again`: it may take it later; else the window has to stop."""
+class NsqdError(Exception):
+    """An nsqd refused a command or broke the protocol; its connection has to be closed."""
 
-    def __init__(self, text: str, again: bool = True) -> None:
+
+class StoreError(Exception):
+    """The store wrote no record of a batch. `retryable`: a later try may succeed; else the window has to stop."""
+
+    def __init__(self, text: str, retryable: bool = True) -> None:
         super().__init__(text)
-        self.again = again
+        self.retryable = retryable
 
 
-class Unfit(Exception):
+class InvalidMessage(Exception):
     """A message can never become a record: `reason` is one of REASONS, `detail` names the field and the rule."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f'{reason}: {detail}')
         self.reason = reason
-        self.detail = shortened(detail, 300)
+        self.detail = truncate_text(detail, 300)
 
 
 REASONS = ('invalid-json', 'not-an-object', 'schema', 'unsupported-value', 'bin-name', 'key', 'too-big', 'rejected')
 
 
-def shortened(text: str, length: int) -> str:
+def truncate_text(text: str, length: int) -> str:
     """`text`, cut to `length` characters: details quote field names, and those a sender may choose at any length."""
     return text if len(text) <= length else text[:length - 3] + '...'
 
 
-class Answer(NamedTuple):
-    """What became of one message at a store or a dead-letter keeper; Window.settle says what follows."""
+class WriteResult(NamedTuple):
+    """The result of one message at the store or the dead-letter sink; Window.settle does what follows from it."""
 
     outcome: str
     reason: Any = None   # a str, or the number that the store answered
     detail: Any = None   # a str, where the outcome has one
 
 
-STORED = Answer('stored')           # durably
-DELETED = Answer('deleted')         # durably: no record of that key is there, or its tombstone
-DUPLICATE = Answer('duplicate')     # the key was there, and write = create
-STALE = Answer('stale')             # the stored record of that key is newer
-DEAD = Answer('dead')               # durably kept as dead letter, or discarded by wish
-# and Answer('rejected', reason, detail): can never be stored
-# and Answer('refused', code, detail): not stored, and nobody knows yet whether the message is to blame
-# and Answer('busy', code, detail): not stored now; the store works
-# and Answer('retry', code, detail): not stored, or nobody knows, for the store does not work; it may later
-# and Answer('stop', code, detail): not stored; the window ends
-# and Answer('set-full', code, detail): the set of the record takes no new ones; other sets may
-# and Answer('unkept', reason, detail): a dead letter that can't be kept; reason: `away`, `refused` or `unknown`
-# and Answer('unsettled', None, detail): nobody knows what is wrong with the message; it comes again later
+STORED = WriteResult('stored')         # durably
+DELETED = WriteResult('deleted')       # durably: no record of that key is there, or its tombstone
+DUPLICATE = WriteResult('duplicate')   # the key was there, and write = create
+STALE = WriteResult('stale')           # the stored record of that key is newer
+DEAD = WriteResult('dead')             # durably kept as dead letter, or discarded by wish
+# and WriteResult('rejected', reason, detail): can never be stored and WriteResult('refused', code, detail): not stored,
+# and nobody knows yet whether the message is to blame and WriteResult('busy', code, detail): not stored now; the store
+# works and WriteResult('retry', code, detail): not stored, or nobody knows, for the store does not work; it may later
+# and WriteResult('stop', code, detail): not stored; the window ends and WriteResult('set-full', code, detail): the set
+# of the record takes no new ones; other sets may and WriteResult('unkept', reason, detail): a dead letter that can't be
+# kept; reason: `away`, `refused_keys` or `unknown` and WriteResult('unsettled', None, detail): nobody knows what is
+# wrong with the message; it comes again later
 
 
-def distinct(results: Sequence[Answer]) -> Sequence[Answer]:
-    """The different results of a batch; mostly it is one for all, which list.count() sees at C speed."""
+def distinct_results(results: Sequence[WriteResult]) -> Sequence[WriteResult]:
+    """The different results of a batch. Usually all are equal, which list.count() finds out at C speed."""
     return results[:1] if results.count(results[0]) == len(results) else list(dict.fromkeys(results))
 
 
-def rfc3339(seconds: float) -> str:
+def format_rfc3339(seconds: float) -> str:
     """Seconds since 1970 as `2026-11-24T03:44:00.123456Z`."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime('%Y-%m-%dT%H:%M:%S.%fZ')
 
 
-def grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> Iterable[tuple[Key, Sequence[Item]]]:
-    """Items in groups of one key, in their order, as (key, items)."""
+def group_by_key(items: Sequence[Item], key: Callable[[Item], Key]) -> Iterable[tuple[Key, Sequence[Item]]]:
+    """Groups items by key, in their order, as (key, items)."""
     keys = [key(item) for item in items]
     if len(set(keys)) < 2:   # as it mostly is
         return [(keys[0], items)] if keys else []
@@ -224,7 +225,7 @@ def grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> Iterable[tuple
 
 
 def require_regular(filename: str) -> None:
-    """Raises OSError where something stands there that is no regular file: a device, a pipe, a FIFO, a directory."""
+    """Raises OSError where the path is no regular file: a device, a pipe, a FIFO, a directory."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(filename).st_mode):
             raise OSError(errno.EINVAL, 'not a regular file', filename)
@@ -232,7 +233,7 @@ def require_regular(filename: str) -> None:
 
 def open_regular(filename: str, flags: int, mode: int = 0o640) -> int:
     """Opens a regular file. Returns its descriptor. Raises OSError; it never waits for the other end of a FIFO."""
-    require_regular(filename)   # for to open a device may already do something
+    require_regular(filename)   # opening a device may already have an effect
     fd = os.open(filename, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -241,10 +242,10 @@ def open_regular(filename: str, flags: int, mode: int = 0o640) -> int:
 
 
 OUTCOMES = ('received', 'stored', 'deleted', 'duplicate', 'stale', 'dead', 'requeued', 'late')
-# What follows for the message from each outcome: the method of Window that settle() calls.
+# The method of Window that settle() calls for each outcome.
 ACTIONS = {'stored': 'finish', 'deleted': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish',
-           'rejected': 'reject_for', 'retry': 'retry', 'busy': 'retry', 'refused': 'on_refused',
-           'stop': 'on_store_stop', 'unkept': 'on_unkept', 'unsettled': 'postpone',
+           'rejected': 'reject_by_store', 'retry': 'retry', 'busy': 'retry', 'refused': 'on_refused',
+           'stop': 'on_store_stop', 'unkept': 'on_unkept', 'unsettled': 'requeue_with_delay',
            'set-full': 'on_set_full'}
 
 
@@ -252,63 +253,63 @@ ACTIONS = {'stored': 'finish', 'deleted': 'finish', 'duplicate': 'finish', 'stal
 # log and systemd: where lines go, in which form, and what systemd is told
 # ---------------------------------------------------------------------------------------------------------------------
 
-JOURNAL = '/run/systemd/journal/socket'   # systemd.io/JOURNAL_NATIVE_PROTOCOL
+JOURNAL_SOCKET = '/run/systemd/journal/socket'   # systemd.io/JOURNAL_NATIVE_PROTOCOL
 PRIORITIES = {'DEBUG': 7, 'INFO': 6, 'NOTICE': 5, 'WARNING': 4, 'ERROR': 3, 'CRITICAL': 2}   # sd-daemon(3)
-STARTED = time.monotonic()  # not logging's relativeCreated, which falls when somebody sets the clock back
-FEW = 5                     # warnings and errors of a kind, in a row, before they are only counted
-MINUTE = 60.0               # seconds for which they are
-MORE = '%d more like this in the last minute: %s'
+STARTED_AT = time.monotonic()   # not logging's relativeCreated, which falls when somebody sets the clock back
+REPEATS_LOGGED = 5              # warnings and errors of a kind, in a row, before they are only counted
+REPEATS_INTERVAL = 60.0         # seconds for which they are
+REPEATS_TEMPLATE = '%d more like this in the last minute: %s'
 
-OUTPUT = 1                  # the descriptor of standard output
+STDOUT_FD = 1               # the descriptor of standard output
 
-SYSTEMD = ('NOTIFY_SOCKET', 'WATCHDOG_PID', 'WATCHDOG_USEC')   # only the parent tells systemd
+SYSTEMD_VARIABLES = ('NOTIFY_SOCKET', 'WATCHDOG_PID', 'WATCHDOG_USEC')   # only the parent tells systemd
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Writes all of `data`; the kernel may take it in pieces."""
+    """Writes all of `data`; the kernel may write only a part at a time."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view):]
 
 
 class Output(io.TextIOWrapper):
-    """Standard output. A write that fails is told apart from all other errors of input and output, and says so once."""
+    """Standard output. A failed write raises OutputError, unlike other errors of input and output, and only once."""
 
     def write(self, text: str) -> int:
-        """As print() does it. Raises OutputError, ReaderGone."""
-        return self.attempt(super().write, text)
+        """As print() does it. Raises OutputError, OutputClosed."""
+        return self.call_or_fail(super().write, text)
 
     def flush(self) -> None:
-        """Raises OutputError, ReaderGone."""
-        self.attempt(super().flush)
+        """Raises OutputError, OutputClosed."""
+        self.call_or_fail(super().flush)
 
     @staticmethod
-    def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls. After a failure all that is still to be written goes nowhere, else Python would try it again when it
-        exits, and end with a status of its own."""
+    def call_or_fail(call: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function. After a failure the rest of the output is dropped; else Python would write it again when it
+        exits, and exit with a status of its own."""
         try:
             return call(*arguments)
         except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, OUTPUT)
+            os.dup2(nowhere, STDOUT_FD)
             os.close(nowhere)
             if isinstance(error, BrokenPipeError):
-                raise ReaderGone from None
+                raise OutputClosed from None
             raise OutputError(f'standard output: {error.strerror}') from None
 
 
 def set_up_output() -> None:
-    """Has print() go by Output. What a terminal's encoding lacks is escaped; a file or a pipe gets UTF-8, as the
-    configuration is read, whatever the locale."""
+    """Makes print() use Output. Characters that the encoding of a terminal lacks are escaped; a file or a pipe gets
+    UTF-8, like the configuration, whatever the locale."""
     before = sys.stdout
-    if type(before) is io.TextIOWrapper and before.fileno() == OUTPUT:   # else it is closed, or somebody captures it
+    if type(before) is io.TextIOWrapper and before.fileno() == STDOUT_FD:   # else it is closed, or somebody captures it
         buffering, through = before.line_buffering, before.write_through
         encoding = before.encoding if before.isatty() else 'utf-8'
         sys.stdout = Output(before.detach(), encoding, 'backslashreplace', None, buffering, through)
 
 
 def watchdog_interval() -> float | None:
-    """Seconds from one WATCHDOG=1 to the next, half of what sd_watchdog_enabled(3) says; None: nobody waits for it."""
+    """Seconds between two WATCHDOG=1, half the interval of sd_watchdog_enabled(3); None without a watchdog."""
     microseconds = os.environ.get('WATCHDOG_USEC', '')
     if os.environ.get('WATCHDOG_PID', str(os.getpid())) != str(os.getpid()):
         return None
@@ -319,32 +320,32 @@ def watchdog_interval() -> float | None:
     return int(microseconds) / 2e6 or None
 
 
-class Notifier:
-    """sd_notify(3): tells systemd how things are; silent where it does not listen. interval: seconds in which it wants
-    to hear WATCHDOG=1, by half; None: never."""
+class SystemdNotifier:
+    """Sends the state of the service to systemd, by sd_notify(3); without systemd it sends nothing. watchdog_interval:
+    seconds between two WATCHDOG=1; None: none are expected."""
 
     def __init__(self) -> None:
         self.address = os.environ.get('NOTIFY_SOCKET', '')
-        self.interval = watchdog_interval()
+        self.watchdog_interval = watchdog_interval()
 
-    def say(self, **fields: object) -> None:
+    def send_fields(self, **fields: object) -> None:
         """Sends fields such as READY=1; a failure changes nothing."""
         if not self.address:
             return
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(0.1)   # a systemd that does not read must not stop us
+            sender.settimeout(0.1)   # a systemd that does not read must not block the service
             sender.connect('\0' + self.address[1:] if self.address[0] == '@' else self.address)
             sender.send('\n'.join(f'{name}={value}' for name, value in fields.items()).encode())
 
 
 class TextFormatter(logging.Formatter):
-    """`warning: text`, for a terminal or a file; what is said with -v has the seconds since the start."""
+    """`warning: text`, for a terminal or a file; debug lines (-v) begin with the seconds since the start."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
         line = super().format(record)
         if record.levelno == logging.DEBUG:
-            line = f'{time.monotonic() - STARTED:.3f} {line}'
+            line = f'{time.monotonic() - STARTED_AT:.3f} {line}'
         return line if record.levelno in (logging.INFO, NOTICE) else f'{record.levelname.lower()}: {line}'
 
 
@@ -358,7 +359,7 @@ class PriorityFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; `common` is in each, and the summary's counts are members of their own."""
+    """Formats a record as one JSON object a line; `common` is in each, and the counts of a summary are members."""
 
     def __init__(self, common: Mapping[str, object]) -> None:
         super().__init__()
@@ -366,7 +367,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
-        members = {'time': rfc3339(record.created), 'level': record.levelname.lower(), 'message': record.getMessage(),
+        members = {'time': format_rfc3339(record.created), 'level': record.levelname.lower(),
+                   'message': record.getMessage(),
                    **self.common, **getattr(record, 'fields', {})}
         if record.exc_info:
             members['traceback'] = self.formatException(record.exc_info)
@@ -374,53 +376,53 @@ class JsonFormatter(logging.Formatter):
 
 
 class JournalHandler(logging.StreamHandler[TextIO]):
-    """To the journal, a datagram of fields a record; `common` is in each. Lines with their priority go to stderr where
-    its socket is not there or refuses."""
+    """Sends each record to the journal as a datagram of fields, `common` among them. Where its socket is missing or
+    refuses, lines with their priority go to stderr."""
 
     def __init__(self, common: Mapping[str, object]) -> None:
         super().__init__()
-        self.common, self.plain = common, logging.Formatter()
+        self.common, self.plain_formatter = common, logging.Formatter()
         self.setFormatter(PriorityFormatter())
         # Made with the first entry: where there are no open files, lines still go to stderr.
         self.socket: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Sends a record; what can't be formatted is logging's to report. What is said before the file is read, or last
-        of all, goes to stderr: of a datagram from a process that has ended the journal no longer finds the unit."""
+        """Sends a record; logging reports one that can't be formatted. A record before the configuration is read, or
+        the last of the process, goes to stderr: the journal can't find the unit of a process that has ended."""
         try:
             if 'topic' not in self.common or getattr(record, 'last', False):
                 raise OSError('by way of stderr')
-            self.send(self.entry(record))
+            self.send_entry(self.build_entry(record))
         except OSError:
             super().emit(record)
         except Exception:
             self.handleError(record)
 
-    def entry(self, record: logging.LogRecord) -> bytes:
-        """A record as the journal takes it: the summary's counts and whatever else it has are fields XMSRV_..."""
+    def build_entry(self, record: logging.LogRecord) -> bytes:
+        """A record in the form of the journal: the counts of a summary and other fields become XMSRV_..."""
         fields = {**self.common, **getattr(record, 'fields', {})}
-        return journal_entry({'MESSAGE': self.plain.format(record), 'PRIORITY': PRIORITIES[record.levelname],
+        return journal_entry({'MESSAGE': self.plain_formatter.format(record), 'PRIORITY': PRIORITIES[record.levelname],
                               'SYSLOG_IDENTIFIER': 'x-msrv',
                               **{f'XMSRV_{name.upper()}': value for name, value in fields.items()}})
 
-    def send(self, entry: bytes) -> None:
-        """Sends a datagram. By name each time, so that a journal that was started anew gets it. Raises OSError."""
+    def send_entry(self, entry: bytes) -> None:
+        """Sends a datagram, to the path each time, so that a restarted journal receives it. Raises OSError."""
         self.socket = self.socket or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            self.socket.sendto(entry, JOURNAL)
+            self.socket.sendto(entry, JOURNAL_SOCKET)
         except OSError as error:
             if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
                 raise
             self.send_sealed(entry)
 
     def send_sealed(self, entry: bytes) -> None:
-        """What is too large for the socket goes as a file in memory, sealed, so that nobody changes it any more."""
+        """Sends an entry that is too large for the socket as a sealed file in memory."""
         fd = os.memfd_create('x-msrv', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             write_all(fd, entry)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS,
                         fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
-            self.socket.sendmsg([], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('i', fd))], 0, JOURNAL)
+            self.socket.sendmsg([], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('i', fd))], 0, JOURNAL_SOCKET)
         finally:
             os.close(fd)
 
@@ -432,7 +434,7 @@ class JournalHandler(logging.StreamHandler[TextIO]):
 
 
 def journal_entry(fields: Mapping[str, object]) -> bytes:
-    """Fields in the journal's form: `NAME=value`, or the name, the length and a value that has a newline in it."""
+    """Encodes fields for the journal: `NAME=value`, or name, length and value where the value has a newline."""
     lines = []
     for name, value in fields.items():
         data = str(value).encode('utf-8', 'backslashreplace')
@@ -441,9 +443,9 @@ def journal_entry(fields: Mapping[str, object]) -> bytes:
     return b''.join(lines)
 
 
-class Repeats(logging.Filter):
-    """Holds back warnings and errors that repeat: the first FEW of a kind (a template, or where it has no words of its
-    own the whole text) pass, the others are counted, and the count is said when the minute is over or at exit.
+class RateLimitFilter(logging.Filter):
+    """Suppresses repeated warnings and errors: the first REPEATS_LOGGED of a kind pass (the template, or without words
+    in it the whole text), the others are counted, and the count is logged after a minute or at exit.
 
     seen: kind -> (since when, how many, the last one). With -v all pass.
     """
@@ -454,44 +456,44 @@ class Repeats(logging.Filter):
         self.seen: dict[str, tuple[float, int, logging.LogRecord]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record passes."""
-        if record.levelno < logging.WARNING or record.msg == MORE or log.isEnabledFor(logging.DEBUG):
+        """True for a record that is logged."""
+        if record.levelno < logging.WARNING or record.msg == REPEATS_TEMPLATE or log.isEnabledFor(logging.DEBUG):
             return True
-        self.tell_old()
+        self.log_expired_counts()
         kind = record.msg if re.search('[a-z]{2}', record.msg) else record.getMessage()
         with self.lock:
             since, number, _ = self.seen.get(kind, (self.clock(), 0, record))
             number += 1
             self.seen[kind] = since, number, record
-        if number == FEW + 1:
+        if number == REPEATS_LOGGED + 1:
             self.set_timer()
-        return number <= FEW
+        return number <= REPEATS_LOGGED
 
     def set_timer(self) -> None:
-        """So that the count is said in time, though nothing else is; a thread, for there need not be a loop."""
-        timer = threading.Timer(MINUTE, self.tell_old)
+        """Logs the count in time, even without another line; in a thread, as an event loop may not exist."""
+        timer = threading.Timer(REPEATS_INTERVAL, self.log_expired_counts)
         timer.daemon = True
         timer.start()
 
-    def tell_old(self) -> None:
-        """Says the counts of which the minute is over."""
-        self.tell(self.clock() - MINUTE)
+    def log_expired_counts(self) -> None:
+        """Logs the counts whose minute is over."""
+        self.log_counts(self.clock() - REPEATS_INTERVAL)
 
-    def tell(self, until: float = math.inf) -> None:
-        """Says the counts that began until then, and forgets them."""
+    def log_counts(self, until: float = math.inf) -> None:
+        """Logs the counts that began before `until`, and removes them."""
         with self.lock:
             over = [self.seen.pop(kind) for kind, (since, *_) in list(self.seen.items()) if since <= until]
         for _, number, last in over:
-            if number > FEW:
-                log.log(last.levelno, MORE, number - FEW, last.getMessage())
+            if number > REPEATS_LOGGED:
+                log.log(last.levelno, REPEATS_TEMPLATE, number - REPEATS_LOGGED, last.getMessage())
 
 
-repeats = Repeats()
+rate_limit_filter = RateLimitFilter()
 
 
 class ChangeLog:
-    """A subject that is looked at again and again: what is said of it is a line when it differs from the last time, and
-    the same again is one with -v alone. With clear() the subject is well again: the same trouble is news then."""
+    """The log of a subject that is checked repeatedly: a line is logged when it differs from the last one, an equal one
+    only with -v. After clear() the same line is logged again."""
 
     def __init__(self) -> None:
         self.last = ''
@@ -503,12 +505,12 @@ class ChangeLog:
         self.last = text
 
     def clear(self) -> None:
-        """Nothing is wrong with the subject."""
+        """The subject has recovered."""
         self.last = ''
 
 
-def under_journal() -> bool:
-    """Whether stderr goes to the journal: systemd.exec(5), JOURNAL_STREAM."""
+def is_under_journal() -> bool:
+    """True when stderr goes to the journal: systemd.exec(5), JOURNAL_STREAM."""
     try:
         here = os.fstat(2)
     except OSError:   # it is closed
@@ -518,7 +520,7 @@ def under_journal() -> bool:
 
 def log_handler(log_format: str, common: Mapping[str, object]) -> logging.StreamHandler[TextIO]:
     """The handler for a format, and for what stderr is."""
-    if log_format == 'text' and under_journal():
+    if log_format == 'text' and is_under_journal():
         return JournalHandler(common)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter(common) if log_format == 'json' else TextFormatter())
@@ -530,16 +532,16 @@ def set_up_log(arguments: argparse.Namespace, log_format: str = 'text', **common
     for handler in log.handlers:
         handler.close()
     log.handlers, log.propagate = [log_handler(log_format, common)], False
-    log.addFilter(repeats)
+    log.addFilter(rate_limit_filter)
     log.setLevel(logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO)
-    logging.getLogger('tornado').setLevel(logging.CRITICAL)   # it reports again what is raised to us
+    logging.getLogger('tornado').setLevel(logging.CRITICAL)   # it would report again each error that it raises
 
 
 ENDS = ('queue', 'store', 'dead letters')
 
 
 class EndFailure(NamedTuple):
-    """Why an end fails, since which loop time, and what kind of failure it is."""
+    """The failure of an end: its text, the loop time since when, and its kind."""
 
     text: str
     since: float
@@ -547,16 +549,16 @@ class EndFailure(NamedTuple):
 
 
 class Health:
-    """What is up, what fails and since when: of the queue, the store and the keeper of dead letters (ENDS).
+    """The state of the queue, the store and the dead-letter sink (ENDS): which are up, which fail, and since when.
 
-    Whoever meets a failure says so here, and nowhere else; the log, STATUS, /readyz, the page and the metrics read it,
-    so that they agree.
+    Every failure is reported here and nowhere else. The log, STATUS, /readyz, the page and the metrics read it, so that
+    they agree.
     """
 
     def __init__(self) -> None:
         self.errors: dict[str, EndFailure] = {}
 
-    def fail(self, end: str, text: str, kind: str | None = None) -> None:
+    def report_failure(self, end: str, text: str, kind: str | None = None) -> None:
         """`end` fails, because of `text`. A failure of another kind than the last one is a warning again."""
         last = self.errors.get(end)
         failure = EndFailure(text, last.since if last else asyncio.get_running_loop().time(), kind or text)
@@ -565,20 +567,20 @@ class Health:
                 '' if end == 'dead letters' else ', consumption paused')
         self.errors[end] = failure
 
-    def recover(self, end: str) -> None:
+    def report_recovery(self, end: str) -> None:
         """`end` works, or works again."""
         failure = self.errors.pop(end, None)
         if failure:
             level = logging.INFO if end == 'queue' else logging.WARNING   # as for each nsqd that is back
             log.log(level, '%s recovered after %.1f s', end, asyncio.get_running_loop().time() - failure.since)
 
-    def up(self, end: str) -> bool:
-        """Whether no failure of `end` is known."""
+    def is_up(self, end: str) -> bool:
+        """True when no failure of `end` is known."""
         return end not in self.errors
 
     @property
-    def trouble(self) -> str | None:
-        """All failures in words, each with the end that fails; None when there is none."""
+    def failure_text(self) -> str | None:
+        """The text of all failures, each with its end; None without a failure."""
         return '; '.join(f'{end} unavailable: {self.errors[end].text}' for end in ENDS if end in self.errors) or None
 
 
@@ -588,9 +590,9 @@ class Health:
 
 Metric = collections.namedtuple('Metric', 'name kind labels help join', defaults=(sum,))
 
-# The one table of figures. join: what becomes of a gauge's values of several workers. No label takes a value that a
-# message could choose.
-METRICS = (
+# The one table of metrics. join: merges the values of a gauge from several workers. No label has a value that a message
+# could choose.
+METRIC_DEFINITIONS = (
     Metric('xmsrv_received_total', 'counter', (), 'Messages that came, those that came again too.'),
     Metric('xmsrv_messages_total', 'counter', ('outcome',), 'What became of them.'),
     Metric('xmsrv_dead_letters_total', 'counter', ('reason',), 'Messages that can never become a record.'),
@@ -612,25 +614,25 @@ METRICS = (
     Metric('xmsrv_worker_restarts_total', 'counter', (), 'Workers that ended and were started again.'),
     Metric('xmsrv_build_info', 'gauge', ('version',), 'Always 1.', max),
 )
-SUCCESS = 'xmsrv_last_success_timestamp_seconds'
-LASTING = (SUCCESS, 'xmsrv_build_info')                                    # gauges that a reload does not touch
-UP = {'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}   # of ENDS; of the queue: connections
-KINDS = {metric.name: metric for metric in METRICS}
-BOUNDS = {   # upper bounds of the buckets
+LAST_SUCCESS = 'xmsrv_last_success_timestamp_seconds'
+LASTING = (LAST_SUCCESS, 'xmsrv_build_info')                               # gauges that a reload does not touch
+UP_METRICS = {'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}   # of ENDS; of the queue: connections
+METRICS_BY_NAME = {metric.name: metric for metric in METRIC_DEFINITIONS}
+BUCKET_BOUNDS = {   # upper bounds of the buckets
     'xmsrv_store_batch_seconds': (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     'xmsrv_store_batch_records': (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
     'xmsrv_lag_seconds': (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 21600, 86400),
 }
-VALUES = {   # of the labels whose values are known beforehand
+LABEL_VALUES = {   # of the labels whose values are known beforehand
     'xmsrv_messages_total': [(outcome,) for outcome in OUTCOMES[1:]],
     'xmsrv_dead_letters_total': [(reason,) for reason in REASONS],
     'xmsrv_windows_total': [('done',), ('failed',)],
 }
-RECENT = 10   # dead letters that are shown
+RECENT_DEAD_LETTERS = 10   # dead letters that are shown
 LAG = 'xmsrv_lag_seconds'
 SUFFIXES = {'histogram': {'_bucket': ('le',), '_sum': (), '_count': ()}}   # else a series has the name of its metric
-# Each series by name: its metric, and its labels in the order in which a key of Totals has their values.
-SERIES = {metric.name + suffix: (metric, (*metric.labels, *more)) for metric in METRICS
+# Each series by name: its metric, and its labels in the order in which a key of MetricTotals has their values.
+SERIES = {metric.name + suffix: (metric, (*metric.labels, *more)) for metric in METRIC_DEFINITIONS
           for suffix, more in SUFFIXES.get(metric.kind, {'': ()}).items()}
 # {'samples': [[series, value of each label, number]], 'recent': [...]}, as JSON can say it
 Snapshot = dict[str, list[Any]]
@@ -661,154 +663,154 @@ class LagHistogram:
             zip(bounds, itertools.accumulate(self.counts), strict=True)))
 
 
-class Figures:
+class Metrics:
     """What this process counts, in prometheus_client's own metrics, each made when it is first needed: a gauge that
     nobody has set yet is not there. recent: of the latest dead letters (seconds since 1970, reason, detail)."""
 
     def __init__(self) -> None:
         self.registry = import_prometheus().CollectorRegistry()
         self.metrics: dict[str, Any] = {}
-        self.lag = LagHistogram(LAG, KINDS[LAG].help, BOUNDS[LAG])
+        self.lag = LagHistogram(LAG, METRICS_BY_NAME[LAG].help, BUCKET_BOUNDS[LAG])
         self.registry.register(self.lag)
-        self.recent: collections.deque[Any] = collections.deque(maxlen=RECENT)
-        for metric in METRICS:   # so that the first of anything can be seen as an increase
-            for value in VALUES.get(metric.name, [()]):
+        self.recent: collections.deque[Any] = collections.deque(maxlen=RECENT_DEAD_LETTERS)
+        for metric in METRIC_DEFINITIONS:   # so that the first of anything can be seen as an increase
+            for value in LABEL_VALUES.get(metric.name, [()]):
                 if metric.kind != 'gauge' and metric.name != LAG and len(value) == len(metric.labels):
-                    self.child(metric.name, *value)
-        self.set('xmsrv_build_info', 1, __version__)
+                    self.labelled_metric(metric.name, *value)
+        self.set_gauge('xmsrv_build_info', 1, __version__)
 
-    def child(self, name: str, *labels: str) -> Any:
+    def labelled_metric(self, name: str, *labels: str) -> Any:
         """The Counter, Gauge or Histogram with these values of its labels."""
         made = self.metrics.get(name)
         if made is None:
             import prometheus_client
-            metric = KINDS[name]
-            more = {'buckets': BOUNDS[name]} if metric.kind == 'histogram' else {}
+            metric = METRICS_BY_NAME[name]
+            more = {'buckets': BUCKET_BOUNDS[name]} if metric.kind == 'histogram' else {}
             made = self.metrics[name] = getattr(prometheus_client, metric.kind.capitalize())(
                 name, metric.help, metric.labels, registry=self.registry, **more)
         return made.labels(*labels) if labels else made
 
-    def add(self, name: str, number: float = 1, *labels: str) -> None:
+    def increment(self, name: str, number: float = 1, *labels: str) -> None:
         """Counts."""
-        self.child(name, *labels).inc(number)
+        self.labelled_metric(name, *labels).inc(number)
 
-    def set(self, name: str, number: float, *labels: str) -> None:
-        """What is so now."""
-        self.child(name, *labels).set(number)
+    def set_gauge(self, name: str, number: float, *labels: str) -> None:
+        """Sets a gauge."""
+        self.labelled_metric(name, *labels).set(number)
 
     # -- what is counted
 
-    def batch(self, records: int, seconds: float, answers: Sequence[Answer]) -> None:
-        """A call of the store."""
-        self.child('xmsrv_store_batch_seconds').observe(seconds)
-        self.child('xmsrv_store_batch_records').observe(records)
-        for answer in distinct(answers):
+    def record_batch(self, records: int, seconds: float, answers: Sequence[WriteResult]) -> None:
+        """Records one call of the store."""
+        self.labelled_metric('xmsrv_store_batch_seconds').observe(seconds)
+        self.labelled_metric('xmsrv_store_batch_records').observe(records)
+        for answer in distinct_results(answers):
             if answer.outcome in ('retry', 'stop'):
-                self.add('xmsrv_store_errors_total', answers.count(answer), str(answer.reason))
+                self.increment('xmsrv_store_errors_total', answers.count(answer), str(answer.reason))
 
-    def settled(self, answer: Answer, messages: list[Any], now: float) -> None:
-        """Messages that are finished, by the same answer."""
+    def add_settled(self, answer: WriteResult, messages: list[Any], now: float) -> None:
+        """Records messages that finished with the same result."""
         if answer is STORED or answer is DELETED:
             self.lag.observe_all([now - message.timestamp / 1e9 for message in messages])
         elif answer is DEAD:
             for message in messages:
-                self.add('xmsrv_dead_letters_total', 1, message.unfit.reason)
-                self.recent.append((now, message.unfit.reason, message.unfit.detail))
+                self.increment('xmsrv_dead_letters_total', 1, message.rejection.reason)
+                self.recent.append((now, message.rejection.reason, message.rejection.detail))
 
-    def follow(self, window: Any) -> None:
-        """What a window has counted since it was asked last. A REQ that nsqd refuses is late and no longer requeued;
-        what a counter has it keeps, so the next ones are not counted until both agree again."""
+    def sync_counts(self, window: Any) -> None:
+        """Adds the counts of a window since the last call. A REQ that nsqd refuses is late and no longer requeued; what
+        a counter has it keeps, so the next ones are not counted until both agree again."""
         count = window.count
         for outcome in OUTCOMES[1:]:
-            new = count[outcome] - window.followed[outcome]
+            new = count[outcome] - window.exported_counts[outcome]
             if new > 0:
-                self.add('xmsrv_messages_total', new, outcome)
-                window.followed[outcome] = count[outcome]
+                self.increment('xmsrv_messages_total', new, outcome)
+                window.exported_counts[outcome] = count[outcome]
 
-    def period(self, config: Any) -> None:
-        """The time from one window to the next."""
-        self.set('xmsrv_period_seconds', 0 if config.endless else max(config.period, config.timeout))
+    def set_period(self, config: Any) -> None:
+        """Sets the time between two windows."""
+        self.set_gauge('xmsrv_period_seconds', 0 if config.endless else max(config.period, config.timeout))
 
-    def ended(self, window: Any) -> None:
-        """A window has ended."""
-        self.follow(window)
-        self.add('xmsrv_windows_total', 1, 'failed' if window.failed else 'done')
+    def record_window(self, window: Any) -> None:
+        """Records the end of a window."""
+        self.sync_counts(window)
+        self.increment('xmsrv_windows_total', 1, 'failed' if window.failed else 'done')
         if not window.failed:
-            self.set(SUCCESS, time.time())
+            self.set_gauge(LAST_SUCCESS, time.time())
 
-    def holds(self, consumer: Any) -> None:
-        """What a consumer has, now."""
+    def record_consumer(self, consumer: Any) -> None:
+        """Sets the gauges of a consumer."""
         up = len(consumer.connections)
-        self.set('xmsrv_in_flight', len(consumer.in_flight))
-        self.set('xmsrv_connections', up, 'up')
-        self.set('xmsrv_connections', max(0, len(consumer.addresses) - up), 'down')
+        self.set_gauge('xmsrv_in_flight', len(consumer.in_flight))
+        self.set_gauge('xmsrv_connections', up, 'up')
+        self.set_gauge('xmsrv_connections', max(0, len(consumer.addresses) - up), 'down')
 
-    def depths(self, waiting: Mapping[str, int]) -> None:
+    def set_depths(self, waiting: Mapping[str, int]) -> None:
         """What waits on each nsqd, now; one that does not say so, or is no longer asked, has none."""
         if 'xmsrv_channel_depth' in self.metrics:
             self.metrics['xmsrv_channel_depth'].clear()
         for nsqd, depth in waiting.items():
-            self.set('xmsrv_channel_depth', depth, nsqd)
+            self.set_gauge('xmsrv_channel_depth', depth, nsqd)
 
-    def unavailable(self, error: Unavailable) -> None:
-        """A window could not even begin."""
-        self.add('xmsrv_windows_total', 1, 'failed')
-        self.set('xmsrv_store_up', int(not isinstance(error, StoreAway)))
-        self.nothing_up()
+    def record_unavailable(self, error: Unavailable) -> None:
+        """Records a window that could not begin."""
+        self.increment('xmsrv_windows_total', 1, 'failed')
+        self.set_gauge('xmsrv_store_up', int(not isinstance(error, StoreUnavailable)))
+        self.record_disconnected()
 
-    def nothing_up(self) -> None:
-        """No nsqd is connected; those that were are down."""
+    def record_disconnected(self) -> None:
+        """Records that no nsqd is connected."""
         up = self.registry.get_sample_value('xmsrv_connections', {'state': 'up'}) or 0
-        self.add('xmsrv_connections', up, 'down')
-        self.set('xmsrv_connections', 0, 'up')
-        self.set('xmsrv_in_flight', 0)
+        self.increment('xmsrv_connections', up, 'down')
+        self.set_gauge('xmsrv_connections', 0, 'up')
+        self.set_gauge('xmsrv_in_flight', 0)
 
     def forget_gauges(self) -> None:
         """What was so then need not be so now; what was counted stays, and when all was well."""
-        for name in [name for name in self.metrics if KINDS[name].kind == 'gauge' and name not in LASTING]:
+        for name in [name for name in self.metrics if METRICS_BY_NAME[name].kind == 'gauge' and name not in LASTING]:
             self.registry.unregister(self.metrics.pop(name))
 
-    def snapshot(self) -> Snapshot:
+    def take_snapshot(self) -> Snapshot:
         """All of it, for another process."""
         return {'samples': samples_of(self.registry.collect()), 'recent': list(self.recent)}
 
 
-class UnreadMetric:
+class NullMetric:
     """A Counter, Gauge or Histogram that counts nothing."""
 
-    def labels(self, *values: str) -> 'UnreadMetric':
+    def labels(self, *values: str) -> 'NullMetric':
         """The same, for it has none."""
         return self
 
-    def ignore(self, number: float = 1) -> None:
+    def ignore_value(self, number: float = 1) -> None:
         """Counts nothing."""
 
-    inc = set = observe = ignore
+    inc = set = observe = ignore_value
 
 
-class UnreadFigures(Figures):
+class NullMetrics(Metrics):
     """Figures of a run that writes them nowhere: to import prometheus_client takes 10 ms, a tenth of a short run."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, Any] = {}
-        self.lag = LagHistogram(LAG, KINDS[LAG].help, BOUNDS[LAG])
-        self.recent = collections.deque(maxlen=RECENT)
+        self.lag = LagHistogram(LAG, METRICS_BY_NAME[LAG].help, BUCKET_BOUNDS[LAG])
+        self.recent = collections.deque(maxlen=RECENT_DEAD_LETTERS)
 
-    def child(self, name: str, *labels: str) -> UnreadMetric:
+    def labelled_metric(self, name: str, *labels: str) -> NullMetric:
         """One that counts nothing."""
-        return UnreadMetric()
+        return NullMetric()
 
-    def nothing_up(self) -> None:
+    def record_disconnected(self) -> None:
         """Nobody asks how many there were."""
 
 
 def samples_of(families: Iterable[Any]) -> list[list[Any]]:
-    """The samples of what prometheus_client calls families, as a Snapshot has them: those of METRICS."""
+    """The samples of what prometheus_client calls families, as a Snapshot has them: those of METRIC_DEFINITIONS."""
     return [[sample.name, *(sample.labels[label] for label in SERIES[sample.name][1]), sample.value]
             for family in families for sample in family.samples if sample.name in SERIES]
 
 
-class Totals:
+class MetricTotals:
     """Figures of several processes, or of one run after the other, as one. numbers: by (series, value of each label).
     recent: as Figures have it. constant: labels that every series gets."""
 
@@ -817,7 +819,7 @@ class Totals:
         self.numbers: dict[tuple[str, ...], float] = {}
         self.recent: list[tuple[Any, ...]] = []
 
-    def merge(self, snapshot: Snapshot, gauges: bool = True) -> None:
+    def merge_snapshot(self, snapshot: Snapshot, gauges: bool = True) -> None:
         """Takes in what a process counted. A worker that was started after an upgrade may count more than we know."""
         for *labelled, number in snapshot['samples']:
             key = tuple(labelled)
@@ -828,13 +830,13 @@ class Totals:
                 self.numbers[key] = (there or 0) + number
             elif gauges:
                 self.numbers[key] = number if there is None else metric.join((there, number))
-        self.recent = sorted([*self.recent, *map(tuple, snapshot['recent'])])[-RECENT:]
+        self.recent = sorted([*self.recent, *map(tuple, snapshot['recent'])])[-RECENT_DEAD_LETTERS:]
 
-    def snapshot(self) -> Snapshot:
+    def take_snapshot(self) -> Snapshot:
         """All of it, to be merged with others."""
         return {'samples': [[*key, number] for key, number in self.numbers.items()], 'recent': self.recent}
 
-    def number(self, *key: str) -> float:
+    def value_of(self, *key: str) -> float:
         """The value of a series, 0 where it is not there."""
         return self.numbers.get(key, 0)
 
@@ -842,26 +844,26 @@ class Totals:
         """Yields the families, as prometheus_client asks for them."""
         from prometheus_client import core
         families = {metric.name: core.Metric(metric.name.removesuffix('_total'), metric.help, metric.kind)
-                    for metric in METRICS}
+                    for metric in METRIC_DEFINITIONS}
         for (name, *values), number in self.numbers.items():
             metric, labels = SERIES[name]
             families[metric.name].add_sample(name, {**dict(zip(labels, values, strict=True)), **self.constant}, number)
         yield from families.values()
 
 
-def together(snapshots: Iterable[Snapshot], constant: Mapping[str, str] | None = None) -> Totals:
+def merge_metrics(snapshots: Iterable[Snapshot], constant: Mapping[str, str] | None = None) -> MetricTotals:
     """Figures of several processes as one."""
-    total = Totals(constant)
+    total = MetricTotals(constant)
     for snapshot in snapshots:
-        total.merge(snapshot)
+        total.merge_snapshot(snapshot)
     return total
 
 
-def exposition(figures: Totals, process: bool = False) -> bytes:
+def format_exposition(metrics: MetricTotals, process: bool = False) -> bytes:
     """Figures in Prometheus' text format; where that is wished with those of this process (CPU, memory)."""
     import prometheus_client
     registry = prometheus_client.CollectorRegistry()
-    registry.register(figures)
+    registry.register(metrics)
     if process:
         prometheus_client.ProcessCollector(registry=registry)
     text: bytes = prometheus_client.generate_latest(registry)
@@ -878,21 +880,21 @@ def import_prometheus() -> Any:
     return prometheus_client
 
 
-def write_textfile(filename: str, figures: Figures, constant: Mapping[str, str]) -> None:
+def write_textfile(filename: str, metrics: Metrics, constant: Mapping[str, str]) -> None:
     """Writes the figures for node_exporter: whole or not at all, readable for everybody, and with what the runs before
     counted. A failure is worth a warning, no more: the messages are stored."""
     filename = os.path.realpath(filename)   # a link to the file stays one
-    total = together([figures.snapshot()], constant)
+    total = merge_metrics([metrics.take_snapshot()], constant)
     try:
-        total.merge(carried_over(filename, constant))
+        total.merge_snapshot(read_previous_counts(filename, constant))
     except Exception as error:   # anything may stand there
-        log.warning('%s: not figures of x-msrv, they begin anew: %s', filename, error)
+        log.warning('%s: not a textfile of x-msrv, its counters start from 0: %s', filename, error)
     beside = f'{filename}.{os.getpid()}'
     try:
         require_regular(filename)   # what stands there by now is never replaced by a file
         with open(open_regular(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 'wb') as file:
             os.fchmod(file.fileno(), 0o644)
-            file.write(exposition(total))
+            file.write(format_exposition(total))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, filename)
@@ -902,7 +904,7 @@ def write_textfile(filename: str, figures: Figures, constant: Mapping[str, str])
             os.unlink(beside)
 
 
-def carried_over(filename: str, constant: Mapping[str, str]) -> Snapshot:
+def read_previous_counts(filename: str, constant: Mapping[str, str]) -> Snapshot:
     """The counts in the file that have the labels `constant`, and its last success: those of earlier runs of this
     pipeline. Counts of another topic or channel are left out, with a warning. Raises anything for what is no such
     file."""
@@ -912,7 +914,7 @@ def carried_over(filename: str, constant: Mapping[str, str]) -> Snapshot:
     everything = [sample for family in families for sample in family.samples if sample.name in SERIES]
     own = [sample for sample in everything if constant.items() <= sample.labels.items()]
     if len(own) < len(everything):
-        log.warning('%s: replaces the figures of another topic or channel: each pipeline needs a file of its own',
+        log.warning('%s: replaces the metrics of another topic or channel: each pipeline needs its own textfile',
                     filename)
     return {'samples': lasting_samples(own), 'recent': []}
 
@@ -930,9 +932,10 @@ def lasting_samples(samples: Iterable[Any]) -> list[list[Any]]:
             values['le'] = floatToGoString(values['le'])
         if metric.kind != 'gauge':
             kept[(sample.name, *values.values())] = sample.value
-        elif metric.name == SUCCESS:   # one in the future was written under a wrong clock: the alerts would be silent
-            kept[(SUCCESS,)] = min(sample.value, time.time())
-    for name, bounds in BOUNDS.items():   # other bounds are of another version
+        # one in the future was written under a wrong clock: the alerts would be silent
+        elif metric.name == LAST_SUCCESS:
+            kept[(LAST_SUCCESS,)] = min(sample.value, time.time())
+    for name, bounds in BUCKET_BOUNDS.items():   # other bounds are of another version
         buckets = {key for key in kept if key[0] == f'{name}_bucket'}
         if buckets != {(f'{name}_bucket', floatToGoString(bound)) for bound in [*bounds, math.inf]}:
             kept = {key: number for key, number in kept.items() if SERIES[key[0]][0].name != name}
@@ -952,160 +955,160 @@ def read_textfile(filename: str) -> list[Any]:
 
 DEFAULT_FILE = '/etc/x-msrv/x-msrv.conf'
 STATE_DIR = '/var/lib/x-msrv'
-UNIT = '/usr/lib/systemd/system/x-msrv.service'   # there where a package is installed
-USER = 'x-msrv'       # that the packages make
-MAX_NAME = 64         # characters of a topic or channel: nsq internal/protocol/names.go
-MAX_SET_NAME = 63     # bytes: AS_SET_NAME_MAX_SIZE of the Aerospike server, less its NUL; kept for every store
+UNIT_FILE = '/usr/lib/systemd/system/x-msrv.service'   # there where a package is installed
+SERVICE_USER = 'x-msrv'   # that the packages make
+MAX_NAME = 64             # characters of a topic or channel: nsq internal/protocol/names.go
+MAX_SET_NAME = 63         # bytes: AS_SET_NAME_MAX_SIZE of the Aerospike server, less its NUL; kept for every store
 MAX_TTL = 3650 * 86400   # s: the longest that an Aerospike server takes
 MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store, so that a pipeline can move
-UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
-NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
+TIME_UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
+TTL_NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
 MAX_CONNECTIONS = 15000    # to a node: the most that a server takes of all its clients (proto-fd-max, as it comes)
 MAX_SOCKET_PATH = 107  # bytes: unix(7)
 VARIABLES = 'XMSRV__'  # how ours begin: Docker and Kubernetes make XMSRV_PORT and others for a service of that name
-SIZES = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
+SIZE_UNITS = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
 
 
-def text(value):
-    """Any one value."""
+def single_value(value):
+    """A single value, not a list."""
     if not isinstance(value, str):
         raise ValueError('one value, not a list (quote it if it holds a comma)')
     return value
 
 
-def number(value, units, example):
+def parse_quantity(value, units, example):
     """`value` as digits and a unit out of `units`, in the smallest of them."""
-    match = re.fullmatch(r'([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)', text(value))
+    match = re.fullmatch(r'([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)', single_value(value))
     if not match or match[2] not in units:
         raise ValueError(f'not {example}')
     return float(match[1]) * units[match[2]]
 
 
-def duration(value):
+def parse_duration(value):
     """`500ms`, `10s`, `5m`, `30d` as seconds, a thousandth at least."""
-    seconds = number(value, UNITS, 'a duration such as 500ms, 10s, 5m, 1h, 30d')
-    if seconds < UNITS['ms']:
+    seconds = parse_quantity(value, TIME_UNITS, 'a duration such as 500ms, 10s, 5m, 1h, 30d')
+    if seconds < TIME_UNITS['ms']:
         raise ValueError('at least 1ms')
     return seconds
 
 
-def period(value):
+def parse_period(value):
     """A duration, or 0: one window after the other."""
-    return 0.0 if re.fullmatch('0[a-z]*', text(value)) else duration(value)
+    return 0.0 if re.fullmatch('0[a-z]*', single_value(value)) else parse_duration(value)
 
 
-def size(value):
+def parse_size(value):
     """`64KiB`, `32MiB` as bytes, more than none."""
-    count = int(number(value, SIZES, 'a size such as 4096, 64KiB, 32MiB'))
+    count = int(parse_quantity(value, SIZE_UNITS, 'a size such as 4096, 64KiB, 32MiB'))
     if not count:
-        raise ValueError('more than nothing, please')
+        raise ValueError('must be greater than 0')
     return count
 
 
-def count(value):
+def parse_count(value):
     """A whole number, 0 or more."""
-    if not re.fullmatch('[0-9]{1,18}', text(value)):
+    if not re.fullmatch('[0-9]{1,18}', single_value(value)):
         raise ValueError('not a whole number')
     return int(value)
 
 
-def positive(value):
+def parse_positive(value):
     """A whole number, 1 or more."""
-    if not count(value):
+    if not parse_count(value):
         raise ValueError('at least 1')
     return int(value)
 
 
 def connection_count(value: Any) -> int:
     """A number of connections, 1 to MAX_CONNECTIONS: more are no use, and the client counts them in 32 bits."""
-    number: int = positive(value)
+    number: int = parse_positive(value)
     if number > MAX_CONNECTIONS:
         raise ValueError(f'at most {MAX_CONNECTIONS}')
     return number
 
 
-def yes_no(value):
+def parse_yes_no(value):
     """`yes` or `no` as a bool."""
     return one_of('yes', 'no')(value) == 'yes'
 
 
 def one_of(*words):
     """A validator that takes one of `words`."""
-    def check(value):
+    def check_word(value):
         if value not in words:
             raise ValueError('not one of ' + ', '.join(words))
         return value
-    return check
+    return check_word
 
 
-def optional(check):
-    """A validator that takes nothing (as None), or what `check` takes."""
+def optional_value(check):
+    """A validator of an empty value (None), or of a value that `check` accepts."""
     return lambda value: None if value == '' else check(value)
 
 
-def listed(check):
-    """A validator of a list, or of a single value that stands for a list of one; nothing is an empty list."""
-    def check_all(value):
+def list_of(check):
+    """A validator of a list; a single value is a list of one, an empty value an empty list."""
+    def check_items(value):
         if isinstance(value, dict):
             raise ValueError('an option, not a section')
         return [check(item) for item in ([value] if isinstance(value, str) else value) if item != '']
-    return check_all
+    return check_items
 
 
-def topic_name(value):
+def parse_topic(value):
     """A name that nsqd takes for a topic."""
-    if not re.fullmatch(r'[.a-zA-Z0-9_-]+(#ephemeral)?', text(value)):
+    if not re.fullmatch(r'[.a-zA-Z0-9_-]+(#ephemeral)?', single_value(value)):
         raise ValueError('not a name for NSQ: letters, digits, . _ - and at the end perhaps #ephemeral')
     if len(value) > MAX_NAME:
         raise ValueError(f'{len(value)} characters; NSQ takes {MAX_NAME} at most')
     return value
 
 
-def dead_topic(value):
+def parse_dead_letter_topic(value):
     """`$topic.dead`, for the topic that is read with `.dead`, or a topic's name."""
-    return value if value == '$topic.dead' else topic_name(value)
+    return value if value == '$topic.dead' else parse_topic(value)
 
 
-def bin_name(value):
+def parse_bin_name(value):
     """The name of a bin, at most MAX_BIN_NAME bytes."""
-    if not text(value) or '\0' in value:
+    if not single_value(value) or '\0' in value:
         raise ValueError('not a name for a bin')
     if len(value.encode()) > MAX_BIN_NAME:
         raise ValueError(f'{len(value.encode())} bytes; a bin name has {MAX_BIN_NAME} at most')
     return value
 
 
-def aerospike_name(most):
+def aerospike_name_parser(most):
     """A validator of a namespace or set: at most `most` bytes, and nothing that the info protocol takes apart."""
-    def check(value):
-        if not re.fullmatch(r'[^\s:;,]+', text(value)):
+    def check_name(value):
+        if not re.fullmatch(r'[^\s:;,]+', single_value(value)):
             raise ValueError('not a name for Aerospike: no white space and none of : ; ,')
         if len(value.encode()) > most:
             raise ValueError(f'{len(value.encode())} bytes; Aerospike takes {most} at most')
         return value
-    return check
+    return check_name
 
 
-def time_to_live(value):
-    """`default` as 0, `never` as NEVER, a duration as whole seconds: what the Aerospike client takes for them."""
+def parse_ttl(value):
+    """`default` as 0, `never` as TTL_NEVER, a duration as whole seconds: what the Aerospike client takes for them."""
     if value in ('default', 'never'):
-        return 0 if value == 'default' else NEVER
-    seconds = number(value, UNITS, 'default, never or a duration such as 1h, 30d')
+        return 0 if value == 'default' else TTL_NEVER
+    seconds = parse_quantity(value, TIME_UNITS, 'default, never or a duration such as 1h, 30d')
     if not 1 <= seconds <= MAX_TTL or seconds % 1:
         raise ValueError('a whole number of seconds, from 1s to 3650d')
     return int(seconds)
 
 
 def time_to_keep(value):
-    """`never` as NEVER, or a duration as whole seconds."""
+    """`never` as TTL_NEVER, or a duration as whole seconds."""
     if value == 'default':
         raise ValueError('never, or a duration such as 1h, 30d')
-    return time_to_live(value)
+    return parse_ttl(value)
 
 
-def address(value):
+def parse_address(value):
     """`host:port`, `192.0.2.1:4150` or `[2001:db8::1]:4150` as (host, port)."""
-    match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:\[\]/@]+)):([0-9]{1,5})', text(value))
+    match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:\[\]/@]+)):([0-9]{1,5})', single_value(value))
     if not match or not 0 < int(match[3]) < 65536:
         raise ValueError('not host:port (IPv6 in brackets, [::1]:4150)')
     if match[1]:
@@ -1120,8 +1123,8 @@ def address(value):
 
 def nsqd_address(value: Any) -> tuple[str, int]:
     """As address(), or the path of a unix socket, with 0 for its port."""
-    if not text(value).startswith('/'):
-        found: tuple[str, int] = address(value)
+    if not single_value(value).startswith('/'):
+        found: tuple[str, int] = parse_address(value)
         return found
     if '\0' in value or len(os.fsencode(value)) > MAX_SOCKET_PATH:
         raise ValueError(f'not the path of a unix socket: at most {MAX_SOCKET_PATH} bytes, and no NUL')
@@ -1130,11 +1133,11 @@ def nsqd_address(value: Any) -> tuple[str, int]:
 
 def lookupd_address(value: Any) -> str:
     """`host:port`, or `https://host`, with or without a port, as the beginning of a URL."""
-    scheme, _, rest = (value if '://' in text(value) else f'http://{value}').partition('://')
+    scheme, _, rest = (value if '://' in single_value(value) else f'http://{value}').partition('://')
     if scheme not in ('http', 'https') or re.search(r'[?#\\]', rest):
         raise ValueError('not host:port, nor https://host')
     bare = scheme == 'https' and not re.search(r':[0-9]*$', rest.rpartition(']')[2])
-    return f'{scheme}://{spelled(address(rest + ":443" if bare else rest))}'
+    return f'{scheme}://{format_address(parse_address(rest + ":443" if bare else rest))}'
 
 
 def compression_name(value: Any) -> str:
@@ -1145,23 +1148,23 @@ def compression_name(value: Any) -> str:
     return chosen
 
 
-def path(value):
+def parse_path(value):
     """A path; `~` is the home directory."""
-    if not text(value):
-        raise ValueError('a path, please')
+    if not single_value(value):
+        raise ValueError('a path must not be empty')
     if '\0' in value:
-        raise ValueError('a NUL is in no path')
+        raise ValueError('must not contain NUL')
     expanded = os.path.expanduser(value)
     ours = value.partition('/')[0] == '~'
     if value.startswith('~') and (not os.path.isabs(expanded) or ours and os.environ.get('HOME') == ''):
-        raise ValueError('there is no home directory for ~ here: write it out')
+        raise ValueError('no home directory to replace ~ with: write the whole path')
     return expanded
 
 
-def secret_path(value):
+def parse_secret_path(value):
     """The path of a secret or a key; `credential:NAME` is systemd's credential of that name."""
-    if not text(value).startswith('credential:'):
-        return path(value)
+    if not single_value(value).startswith('credential:'):
+        return parse_path(value)
     directory = os.environ.get('CREDENTIALS_DIRECTORY')
     if not directory:
         name = value.partition(':')[2]
@@ -1170,23 +1173,23 @@ def secret_path(value):
     return os.path.join(directory, value.partition(':')[2])
 
 
-def said(check):
-    """`check` for voluptuous, which would keep the sentence of a ValueError to itself."""
-    def checked(value):
+def as_invalid(check):
+    """Makes a ValueError of `check` a vol.Invalid: voluptuous would drop its message."""
+    def check_value(value):
         try:
             return check(value)
         except vol.Invalid:
             raise
         except ValueError as error:
             raise vol.Invalid(str(error)) from None
-    return checked
+    return check_value
 
 
-def joined(where: str, step: str | int) -> str:
+def join_path(where: str, step: str | int) -> str:
     """The path of a member or element: `ext[0].n`; names that are no plain, short words are quoted, in ASCII."""
     if isinstance(step, int):
         return f'{where}[{step}]'
-    name = step if re.fullmatch(r'[\w-]{1,40}', step, re.ASCII) else json.dumps(shortened(step, 40))
+    name = step if re.fullmatch(r'[\w-]{1,40}', step, re.ASCII) else json.dumps(truncate_text(step, 40))
     return f'{where}.{name}' if where else name
 
 
@@ -1209,7 +1212,7 @@ class Path:
     @classmethod
     def parse(cls, value: object) -> 'Path':
         """A path of the configuration. Raises ValueError with the rule that it breaks."""
-        written = text(value)
+        written = single_value(value)
         if written.startswith('$'):
             raise ValueError(f'no path begins with $; the field of this name is written \\{written}')
         rest, steps = written.removeprefix('\\') if written.startswith('\\$') else written, []
@@ -1222,7 +1225,7 @@ class Path:
             steps.append(int(token[3]) if token[3] else re.sub(r'\\(.)', r'\1', token[2]))
             at = token.end()
         if not steps:
-            raise ValueError('a path, please')
+            raise ValueError('a path must not be empty')
         return cls(written, tuple(steps))
 
     def descend(self, document: dict[str, Any], missing: Any = None) -> Any:
@@ -1240,13 +1243,13 @@ class Path:
     @property
     def label(self) -> str:
         """The path as details of dead letters have it."""
-        return functools.reduce(joined, self.steps, '')
+        return functools.reduce(join_path, self.steps, '')
 
     def parents(self) -> Iterator[tuple['Path', str]]:
         """Yields each path on the way to this one, with the type that its value has where this one leads on."""
         for end, step in enumerate(self.steps[1:], 1):
             steps = self.steps[:end]
-            yield Path(functools.reduce(joined, steps, ''), steps), 'list' if isinstance(step, int) else 'object'
+            yield Path(functools.reduce(join_path, steps, ''), steps), 'list' if isinstance(step, int) else 'object'
 
     def leads_to(self, other: 'Path') -> bool:
         """Whether the other path is this one, or lies inside the value at this one."""
@@ -1285,9 +1288,9 @@ def bin_source(value: str) -> 'str | Path':
     return value if value in METADATA else Path.parse(value)
 
 
-def subsection(name, check):
+def subsection_of(name, check):
     """A validator of a free subsection: each line's name by `name`, its value by `check`, all faults at once."""
-    return vol.Schema({said(name): said(check)})
+    return vol.Schema({as_invalid(name): as_invalid(check)})
 
 
 def is_base64(value: object) -> bool:
@@ -1299,7 +1302,7 @@ def is_base64(value: object) -> bool:
         return False
 
 
-TYPES = {
+TYPE_CHECKS = {
     'string': lambda value: isinstance(value, str),
     'integer': lambda value: isinstance(value, int) and not isinstance(value, bool),
     'number': lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
@@ -1310,7 +1313,7 @@ TYPES = {
     'base64': is_base64,
     'geojson': lambda value: isinstance(value, (dict, str)),   # MessageSchema looks into it
 }
-SCALARS = {'string': str, 'integer': int, 'number': float}
+SCALAR_TYPES = {'string': str, 'integer': int, 'number': float}
 
 
 class FieldRule(NamedTuple):
@@ -1321,15 +1324,15 @@ class FieldRule(NamedTuple):
     required: bool = False
 
 
-def of_type(name):
+def type_validator(name):
     """A voluptuous validator: the value is of the JSON type `name`; nothing is converted."""
-    fits, rule = TYPES[name], f'not {"an" if name[0] in "aeiou" else "a"} {name}'
+    fits, rule = TYPE_CHECKS[name], f'not {"an" if name[0] in "aeiou" else "a"} {name}'
 
-    def check(value):
+    def check_type(value):
         if not fits(value):
             raise vol.Invalid(rule)
         return value
-    return check
+    return check_type
 
 
 def all_of(checks):
@@ -1341,10 +1344,10 @@ def all_of(checks):
     return checks[0] if len(checks) == 1 else check
 
 
-def as_scalar(rule, word, kind):
+def parse_scalar(rule, word, kind):
     """A word of a rule as a string, integer or (finite) number."""
     try:
-        value = SCALARS[kind](word)
+        value = SCALAR_TYPES[kind](word)
     except ValueError:
         value = math.nan
     if kind != 'string' and not math.isfinite(value):
@@ -1362,28 +1365,28 @@ def rule_limit(rule, bound, kind):
     string in base64 stands for."""
     if kind in ('any', 'boolean', 'geojson'):
         raise ValueError(f'{rule} does not fit the type {kind}')
-    limit = as_scalar(rule, bound, kind if kind == 'number' else 'integer')
+    limit = parse_scalar(rule, bound, kind if kind == 'number' else 'integer')
     measure = (lambda value: value) if kind in ('number', 'integer') else blob_size if kind == 'base64' else len
     what = 'value' if kind in ('number', 'integer') else 'length'
 
-    def check(value):
+    def check_limit(value):
         if measure(value) < limit if rule == 'min' else measure(value) > limit:
             raise vol.Invalid(f'{what} {"under" if rule == "min" else "over"} {bound}')
         return value
-    return check
+    return check_limit
 
 
 def rule_one_of(rule, words, kind):
     """`one-of a|b|c`: the value is one of them."""
-    if kind not in SCALARS:
+    if kind not in SCALAR_TYPES:
         raise ValueError(f'{rule} does not fit the type {kind}')
-    allowed = {as_scalar(rule, word.strip(), kind) for word in words.split('|')}
+    allowed = {parse_scalar(rule, word.strip(), kind) for word in words.split('|')}
 
-    def check(value):
+    def check_choice(value):
         if value not in allowed:
             raise vol.Invalid(f'not one of {words}')
         return value
-    return check
+    return check_choice
 
 
 def rule_match(rule, pattern, kind):
@@ -1395,33 +1398,35 @@ def rule_match(rule, pattern, kind):
     except re.error as error:
         raise ValueError(f'{rule} {pattern}: {error}') from None
 
-    def check(value):
+    def check_match(value):
         if not regex.fullmatch(value):
             raise vol.Invalid(f'does not match {pattern}')
         return value
-    return check
+    return check_match
 
 
-RULES = {'min': rule_limit, 'max': rule_limit, 'one-of': rule_one_of, 'match': rule_match}
+RULE_VALIDATORS = {'min': rule_limit, 'max': rule_limit, 'one-of': rule_one_of, 'match': rule_match}
 
 
-def field(value):
+def parse_field(value):
     """A line of [[fields]], `integer, required, min 1`, as a FieldRule."""
     if isinstance(value, dict):
         raise ValueError('an option, not a section')
     kind, *rules = [value] if isinstance(value, str) else value or ['']
-    if kind not in TYPES:
-        raise ValueError(f'no type {kind!r}; there are ' + ', '.join(TYPES))
+    if kind not in TYPE_CHECKS:
+        raise ValueError(f'no type {kind!r}; there are ' + ', '.join(TYPE_CHECKS))
     for before, rule in zip(['', *rules], rules, strict=False):   # first, for a rule cut at its comma is often none
-        if rule != 'required' and rule.partition(' ')[0] not in RULES:
-            raise ValueError(f'no rule {rule!r}; there are required, ' + ', '.join(RULES) + comma_hint(before, rule))
-    checks = [of_type(kind), *(parse_rule(rule, kind) for rule in rules if rule != 'required')]
+        if rule != 'required' and rule.partition(' ')[0] not in RULE_VALIDATORS:
+            raise ValueError(f'no rule {rule!r}; there are required, ' + ', '.join(RULE_VALIDATORS)
+                             + comma_hint(before, rule))
+    checks = [type_validator(kind), *(parse_rule(rule, kind) for rule in rules if rule != 'required')]
     return FieldRule(kind, all_of(checks), 'required' in rules)
 
 
 def comma_hint(before, rest):
-    """A hint to quote a rule that its comma may have cut in two: `before`, a rule with an argument, and `rest`."""
-    return f'; quote a rule that holds a comma: "{before},{rest}"' if before.partition(' ')[0] in RULES else ''
+    """A hint to quote a rule that its comma may have cut in two: `before`, a rule with an argument, and `buffer`."""
+    return (f'; quote a rule that holds a comma: "{before},{rest}"' if before.partition(' ')[0] in RULE_VALIDATORS
+            else '')
 
 
 def parse_rule(rule, kind):
@@ -1429,7 +1434,7 @@ def parse_rule(rule, kind):
     name, _, argument = rule.partition(' ')
     if not argument.strip():
         raise ValueError(f'{name} needs an argument (quote the rule if it has a # in it)')
-    return RULES[name](name, argument.strip(), kind)
+    return RULE_VALIDATORS[name](name, argument.strip(), kind)
 
 
 Option = collections.namedtuple('Option', 'section name default check help')
@@ -1437,119 +1442,118 @@ Option = collections.namedtuple('Option', 'section name default check help')
 # The one table of options: schema, defaults, the sample file, `check` and the manual are made from it.
 # A default of None: the section is only there when the file has it.
 OPTIONS = (
-    Option('', 'state-dir', STATE_DIR, path, 'Directory of what must outlive a run; made when missing.'),
-    Option('', 'timeout', '10s', duration, 'A window takes messages for at most this long.'),
-    Option('', 'idle-timeout', '500ms', duration, 'A window ends early when the queue has been idle for this long.'),
-    Option('', 'period', '10s', period,
-           'The daemon starts a window every so long; 0: one after the other, or without max-messages one for ever.'),
-    Option('', 'workers', '1', positive, 'Processes of the daemon that share max-messages; for more than one core.'),
+    Option('', 'state-dir', STATE_DIR, parse_path, 'State directory (lock, SQLite file); created if missing.'),
+    Option('', 'timeout', '10s', parse_duration, 'Maximum duration of a window.'),
+    Option('', 'idle-timeout', '500ms', parse_duration,
+           'A window ends early when the queue has been idle for this long.'),
+    Option('', 'period', '10s', parse_period,
+           'The daemon starts a window every period; 0: one after the other, or without max-messages one endless '
+           'window.'),
+    Option('', 'workers', '1', parse_positive,
+           'Processes of the daemon that share max-messages; for more than one core.'),
     Option('', 'log-format', 'text', one_of('text', 'json'), 'text, or json: an object a line.'),
     Option('', 'store', 'aerospike', one_of('aerospike', 'sqlite'),
            'Where records go: to [aerospike], or for a first run to a file, [sqlite].'),
-
-    Option('nsq', 'nsqd-tcp-address', '', listed(nsqd_address),
+    Option('nsq', 'nsqd-tcp-address', '', list_of(nsqd_address),
            'host:port of each nsqd, or the path of its unix socket, separated by commas; or:'),
-    Option('nsq', 'lookupd-http-address', '', listed(lookupd_address),
+    Option('nsq', 'lookupd-http-address', '', list_of(lookupd_address),
            'host:port of each nsqlookupd (HTTP), or https://host:port; one list, not both.'),
-    Option('nsq', 'topic', '', optional(topic_name), 'Topic to read. Must be set.'),
-    Option('nsq', 'channel', 'x-msrv', topic_name, 'Channel of the topic; each channel gets every message once.'),
-    Option('nsq', 'max-messages', '0', count, 'A window takes at most so many messages; 0: no limit.'),
-    Option('nsq', 'max-in-flight', '2500', positive, 'Messages held at a time, over all nsqds together.'),
-    Option('nsq', 'max-held', '32MiB', size,
-           'Memory that the messages in flight may take, decoded; above, no more are asked for.'),
-    Option('nsq', 'msg-timeout', '', optional(duration),
-           'How long nsqd waits for an answer before it delivers again; empty: as nsqd is set.'),
-    Option('nsq', 'connect-timeout', '5s', duration,
+    Option('nsq', 'topic', '', optional_value(parse_topic), 'Topic to read. Must be set.'),
+    Option('nsq', 'channel', 'x-msrv', parse_topic, 'Channel of the topic; each channel gets every message once.'),
+    Option('nsq', 'max-messages', '0', parse_count, 'Maximum messages per window; 0: no limit.'),
+    Option('nsq', 'max-in-flight', '2500', parse_positive, 'Maximum messages in flight, over all nsqds together.'),
+    Option('nsq', 'max-held', '32MiB', parse_size,
+           'Maximum memory of the decoded messages in flight; above it, RDY is 0.'),
+    Option('nsq', 'msg-timeout', '', optional_value(parse_duration),
+           'Time after which nsqd delivers an unanswered message again; empty: as nsqd is set.'),
+    Option('nsq', 'connect-timeout', '5s', parse_duration,
            'Maximum duration of each step of a connection: name, TCP, IDENTIFY, TLS, deflate, AUTH, SUB.'),
     Option('nsq', 'compression', 'none', compression_name,
            'none, or for a far link deflate: what crosses between nsqd and here is compressed.'),
-    Option('nsq', 'auth-secret-file', '', optional(secret_path),
+    Option('nsq', 'auth-secret-file', '', optional_value(parse_secret_path),
            'File with the secret for AUTH, or credential:NAME; nsqlookupds with https:// get it, too.'),
-    Option('nsq.tls', 'ca-file', '', optional(path), 'Authorities to trust, PEM; empty: those of the system.'),
-    Option('nsq.tls', 'cert-file', '', optional(path), 'Client certificate, PEM.'),
-    Option('nsq.tls', 'key-file', '', optional(secret_path), 'Its key, PEM, or credential:NAME.'),
-
+    Option('nsq.tls', 'ca-file', '', optional_value(parse_path),
+           'Authorities to trust, PEM; empty: those of the system.'),
+    Option('nsq.tls', 'cert-file', '', optional_value(parse_path), 'Client certificate, PEM.'),
+    Option('nsq.tls', 'key-file', '', optional_value(parse_secret_path), 'Its key, PEM, or credential:NAME.'),
     Option('message', 'unknown-fields', 'keep', one_of('keep', 'drop', 'reject'),
-           'What becomes of fields that [[fields]] does not name.'),
+           'Fields that [[fields]] does not name: kept, dropped, or a reason for a dead letter.'),
     Option('message', 'nulls', 'omit', one_of('omit', 'reject'), 'A null at the top: no bin, or a dead letter.'),
-    Option('message', 'fields', None, subsection(Path.parse, field),
-           'A line a field, PATH = TYPE, RULE...; types: ' + ' '.join(TYPES) + '; rules: required, min N, max N, '
+    Option('message', 'fields', None, subsection_of(Path.parse, parse_field),
+           'A line a field, PATH = TYPE, RULE...; types: ' + ' '.join(TYPE_CHECKS) + '; rules: required, min N, max N, '
            'one-of A|B, match REGEX.'),
-
     Option('record', 'key', '$id', path_or('$id'),
            'Key of the record: $id, or the PATH of a field that is never the same for two messages.'),
-    Option('record', 'id-bin', 'gid', optional(bin_name), 'Bin that holds the key; empty: none.'),
-    Option('record', 'time-bin', 'gts', optional(bin_name),
+    Option('record', 'id-bin', 'gid', optional_value(parse_bin_name), 'Bin that holds the key; empty: none.'),
+    Option('record', 'time-bin', 'gts', optional_value(parse_bin_name),
            'With a field as key: the bin with the time by which the newest message wins.'),
     Option('record', 'time', '$timestamp', path_or('$timestamp'),
            'That time: when it was published (ns), or the PATH of an integer field.'),
     Option('record', 'write', 'replace', one_of('replace', 'create', 'update'),
            'replace: the newest wins; create: the first wins; update: bins are merged (with $id only).'),
-    Option('record', 'ttl', 'default', time_to_live,
+    Option('record', 'ttl', 'default', parse_ttl,
            'How long a record stays after its last write: default, as the namespace has it; never, for ever; or a '
            'duration of whole seconds, up to 3650d.'),
-    Option('record', 'ttl-field', '', optional(Path.parse),
+    Option('record', 'ttl-field', '', optional_value(Path.parse),
            'PATH of an integer field, the seconds that its record stays after that write; absent or null: ttl.'),
-    Option('record', 'set-field', '', optional(Path.parse),
+    Option('record', 'set-field', '', optional_value(Path.parse),
            'PATH of a string field that names the set of its record; empty: all go to set of the store.'),
-    Option('record', 'document-bin', '', optional(bin_name),
+    Option('record', 'document-bin', '', optional_value(parse_bin_name),
            'Bin for the whole message as one map, with names of any length; only [[bins]] makes others. Empty: each '
            'field has its bin.'),
-    Option('record', 'bins', None, subsection(bin_source, bin_name),
+    Option('record', 'bins', None, subsection_of(bin_source, parse_bin_name),
            'A line a field, PATH = BIN; all others keep their names. Also ' + ', '.join(METADATA) + '.'),
-
-    Option('record.delete', 'field', '', optional(Path.parse), 'PATH of the field that says that a record is deleted.'),
-    Option('record.delete', 'values', '', listed(text),
+    Option('record.delete', 'field', '', optional_value(Path.parse),
+           'PATH of the field that says that a record is deleted.'),
+    Option('record.delete', 'values', '', list_of(single_value),
            'It is, where the field has one of these values: strings, integers, true, false or null.'),
     Option('record.delete', 'mode', 'tombstone', one_of('tombstone', 'remove'),
            'tombstone: key and time stay, so that an older message that comes late changes nothing; remove: nothing '
            'stays.'),
     Option('record.delete', 'keep', '7d', time_to_keep,
            'How long a tombstone stays: longer than any message can be late.'),
-
-    Option('aerospike', 'hosts', '', listed(address),
-           'host:port of some nodes, separated by commas; they name the others. Must be set.'),
-    Option('aerospike', 'namespace', '', optional(aerospike_name(31)), 'Namespace of the records. Must be set.'),
-    Option('aerospike', 'set', '', optional(aerospike_name(MAX_SET_NAME)), 'Set of the records; empty: the topic.'),
-    Option('aerospike', 'batch-size', '500', positive, 'Records a call at most.'),
-    Option('aerospike', 'writers', '4', positive, 'Calls at a time at most.'),
-    Option('aerospike', 'total-timeout', '2s', duration, 'How long a call may take.'),
-    Option('aerospike', 'services-alternate', 'no', yes_no,
+    Option('aerospike', 'hosts', '', list_of(parse_address),
+           'Seed nodes, host:port, separated by commas. Must be set.'),
+    Option('aerospike', 'namespace', '', optional_value(aerospike_name_parser(31)),
+           'Namespace of the records. Must be set.'),
+    Option('aerospike', 'set', '', optional_value(aerospike_name_parser(MAX_SET_NAME)),
+           'Set of the records; empty: the topic.'),
+    Option('aerospike', 'batch-size', '500', parse_positive, 'Maximum records per call.'),
+    Option('aerospike', 'writers', '4', parse_positive, 'Maximum concurrent calls.'),
+    Option('aerospike', 'total-timeout', '2s', parse_duration, 'Maximum duration of a call.'),
+    Option('aerospike', 'services-alternate', 'no', parse_yes_no,
            "yes: the nodes are reached by their alternate addresses, as from outside of a NAT, of Docker's or of "
            "Kubernetes' network."),
-    Option('aerospike', 'cluster-name', '', optional(text),
+    Option('aerospike', 'cluster-name', '', optional_value(single_value),
            'Name of the cluster; a node that has another one is not connected to. Empty: any.'),
     Option('aerospike', 'max-connections', '100', connection_count, 'Connections to each node at most.'),
-    Option('aerospike', 'send-key', 'yes', yes_no,
+    Option('aerospike', 'send-key', 'yes', parse_yes_no,
            'yes: the key is stored with its record; no: only its hash, which takes less room and can never be undone.'),
     Option('aerospike', 'auth-mode', 'internal', one_of('internal', 'external', 'pki'),
            'internal: user and password of the cluster; external: of a directory (LDAP), with TLS; pki: the client '
            'certificate of [[tls]] names the user.'),
-    Option('aerospike', 'user', '', optional(text), 'User to log in as; empty: no log-in.'),
-    Option('aerospike', 'password-file', '', optional(secret_path),
+    Option('aerospike', 'user', '', optional_value(single_value), 'User to log in as; empty: no log-in.'),
+    Option('aerospike', 'password-file', '', optional_value(parse_secret_path),
            "File with the user's password, or credential:NAME."),
-    Option('aerospike.tls', 'ca-file', '', optional(path),
+    Option('aerospike.tls', 'ca-file', '', optional_value(parse_path),
            'Authorities to trust, PEM. Must be set: the client brings an OpenSSL of its own, which knows none.'),
-    Option('aerospike.tls', 'cert-file', '', optional(path), 'Client certificate, PEM.'),
-    Option('aerospike.tls', 'key-file', '', optional(secret_path), 'Its key, PEM, or credential:NAME.'),
-    Option('aerospike.tls', 'name', '', optional(text),
+    Option('aerospike.tls', 'cert-file', '', optional_value(parse_path), 'Client certificate, PEM.'),
+    Option('aerospike.tls', 'key-file', '', optional_value(parse_secret_path), 'Its key, PEM, or credential:NAME.'),
+    Option('aerospike.tls', 'name', '', optional_value(single_value),
            "Name that the nodes' certificates are for; empty: each host's own."),
-
-    Option('sqlite', 'path', 'records.sqlite', path, 'Database file; a relative path starts at state-dir.'),
-    Option('sqlite', 'set', '', optional(text), 'Value of the column "set"; empty: the topic.'),
-
-    Option('dead-letter', 'topic', '$topic.dead', optional(dead_topic),
+    Option('sqlite', 'path', 'records.sqlite', parse_path, 'Database file; a relative path starts at state-dir.'),
+    Option('sqlite', 'set', '', optional_value(single_value), 'Value of the column "set"; empty: the topic.'),
+    Option('dead-letter', 'topic', '$topic.dead', optional_value(parse_dead_letter_topic),
            'Topic for messages that can never become a record; empty: none.'),
-    Option('dead-letter', 'file', '', optional(path),
-           'File for them, where there is no topic or it refuses; JSON lines.'),
-    Option('dead-letter', 'discard', 'no', yes_no, 'yes: they are thrown away.'),
-
-    Option('metrics', 'listen', '', optional(address),
+    Option('dead-letter', 'file', '', optional_value(parse_path),
+           'File for dead letters without a topic, or refused by it; JSON lines.'),
+    Option('dead-letter', 'discard', 'no', parse_yes_no, 'yes: dead letters are discarded.'),
+    Option('metrics', 'listen', '', optional_value(parse_address),
            'host:port at which the daemon answers /metrics, /healthz, /readyz and a page to look at; empty: nowhere.'),
-    Option('metrics', 'depth-interval', '10s', period,
+    Option('metrics', 'depth-interval', '10s', parse_period,
            'Interval between looks at the depth of the channel, at the HTTP side of each nsqd, for the page and the '
            'figures; 0: none. A run of `once` looks at its end, where it has a textfile.'),
-    Option('metrics', 'textfile', '', optional(path),
+    Option('metrics', 'textfile', '', optional_value(parse_path),
            'File that `once` writes the same figures to, NAME.prom in the directory of node_exporter; empty: none.'),
 )
 # Only on when the file has them, and what they turn on.
@@ -1557,7 +1561,7 @@ SUBSECTIONS = {'nsq.tls': 'turns TLS on', 'aerospike.tls': 'turns TLS on', 'reco
 
 
 class FaultKind(enum.Enum):
-    """What a fault is a fault of, on which the exit status and the daemon's patience depend."""
+    """The kind of a fault: it decides the exit status, and whether the daemon waits."""
 
     TEXT = 'the text of the configuration, which no time mends'
     UNAVAILABLE = 'something that the text names, and that may yet come'
@@ -1565,14 +1569,14 @@ class FaultKind(enum.Enum):
 
 class Fault(collections.namedtuple('Fault', 'section option value rule kind variable',
                                    defaults=(FaultKind.TEXT, ''))):
-    """One fault of the configuration: where it is, what stands there, the rule that it breaks, and its FaultKind.
-    variable: the variable of the environment that brought the value; none for the file and --set."""
+    """A fault of the configuration: its place, the value, the rule that it breaks, and its FaultKind. variable: the
+    variable of the environment that brought the value; none for the file and --set."""
 
     def __str__(self):
         parts = self.section.split('.') if self.section else []
         where = ''.join('[' * depth + part + ']' * depth + ' ' for depth, part in enumerate(parts, 1))
         shown = ', '.join(self.value) if isinstance(self.value, list) else self.value
-        given = f' = {shortened(str(shown), 200)}' if self.value is not None else ''
+        given = f' = {truncate_text(str(shown), 200)}' if self.value is not None else ''
         return f'{f"environment: {self.variable}" if self.variable else where + self.option}{given}: {self.rule}'
 
     @property
@@ -1591,7 +1595,7 @@ def configuration_schema():
             key = vol.Optional(part) if off else vol.Optional(part, default=dict)
             node = node.setdefault(key, {})
         key = vol.Optional(option.name) if option.default is None else vol.Optional(option.name, default=option.default)
-        node[key] = option.check if option.default is None else said(option.check)
+        node[key] = option.check if option.default is None else as_invalid(option.check)
     return vol.Schema(tree)
 
 
@@ -1609,41 +1613,41 @@ def read_file(filename, settings=()):
     except (OSError, UnicodeError) as error:
         raise ConfigError(f'{filename}: {getattr(error, "strerror", None) or error}') from None
     faults = []
-    raw.walk(lambda section, name: faults.extend(cut_short(text, section, name)))
+    raw.walk(lambda section, name: faults.extend(unquoted_comments(text, section, name)))
     if faults:
         raise ConfigError('\n'.join(f'{filename}: {fault}' for fault in faults))
     raw = raw.dict()
     for setting in settings:
-        overlay(raw, setting)
+        apply_setting(raw, setting)
     return raw
 
 
-def cut_short(text, section, name):
-    """Yields a Fault for a value that a # in it may have cut short: configobj takes all from there for a remark.
+def unquoted_comments(text, section, name):
+    """Yields a Fault for a value that a # may have cut: configobj reads the rest of the line as a comment.
 
     After a value in quotes it is one, and where the option takes no value with a # in it: `timeout = 5s # a remark`.
     """
     comment, value = section.inline_comments.get(name), section[name]
     end = value[-1] if isinstance(value, list) and value else value
     where = f'{section.parent.name}.{section.name}' if section.depth > 1 else section.name or ''
-    if not comment or not isinstance(end, str) or not takes_hash(where, name, end):
+    if not comment or not isinstance(end, str) or not may_contain_hash(where, name, end):
         return
     line = re.search(rf'^\s*["\']?{re.escape(name)}["\']?\s*=[^\n]*?({re.escape(end)}[ \t]*{re.escape(comment)})\s*$',
                      text, re.MULTILINE)
     if line:
-        yield Fault(where, name, line[1], 'quote the value: without quotes its # begins a remark')
+        yield Fault(where, name, line[1], 'quote the value: without quotes, # starts a comment')
 
 
-def takes_hash(section, name, value):
-    """Whether an option might mean a value that goes on with a #."""
+def may_contain_hash(section, name, value):
+    """True when an option accepts a value that continues with a #."""
     for option in OPTIONS:
         if (option.section, option.name) == (section, name):
-            return any(accepts(option.check, value + more) for more in ('#', '#ephemeral'))
+            return any(is_accepted_by(option.check, value + more) for more in ('#', '#ephemeral'))
     return any(option.default is None and f'{option.section}.{option.name}' == section for option in OPTIONS)
 
 
-def accepts(check, value):
-    """Whether a validator takes a value."""
+def is_accepted_by(check, value):
+    """True when a validator accepts a value."""
     try:
         check(value)
     except ValueError:
@@ -1713,13 +1717,13 @@ def nearest_variable(variable: str) -> str:
     return f'; did you mean {close[0]}?' if close else ''
 
 
-def overrides(arguments: argparse.Namespace) -> list[Setting]:
+def read_overrides(arguments: argparse.Namespace) -> list[Setting]:
     """What is laid over the file, the stronger last: the environment, then --set. Raises ConfigError."""
     given = [command_line_setting(text) for text in arguments.set_before + arguments.set_after]
     return environment_settings(os.environ) + given
 
 
-def overlay(raw: dict[str, Any], setting: Setting) -> None:
+def apply_setting(raw: dict[str, Any], setting: Setting) -> None:
     """Lays one Setting over the raw sections; its value is read as the file's are. Raises ConfigError."""
     *sections, option = setting.path
     for section in sections:
@@ -1744,7 +1748,7 @@ def split_name(name: str) -> list[str]:
     return name.split('.')
 
 
-def validate(raw):
+def validate_sections(raw):
     """Raw sections as (typed sections, faults): every fault at once, the typed sections without what is at fault."""
     schema, faults = configuration_schema(), []
     while True:
@@ -1752,28 +1756,30 @@ def validate(raw):
             return schema(raw), faults
         except vol.MultipleInvalid as error:
             for fault in error.errors:
-                faults.append(as_fault(raw, fault))
-                cut_out(raw, fault.path)
+                faults.append(fault_from_error(raw, fault))
+                remove_path(raw, fault.path)
 
 
-def as_fault(raw, error):
+def fault_from_error(raw, error):
     """A voluptuous error about `raw` as a Fault, with the nearest known name for an unknown one."""
     *sections, option = [str(part) for part in error.path]
     value = functools.reduce(lambda node, part: node.get(part, {}), sections, raw).get(option)
     section, rule = '.'.join(sections), error.msg
     if rule == 'extra keys not allowed' and isinstance(value, dict):
         depth = len(sections) + 1
-        return Fault(section, '[' * depth + option + ']' * depth, None, 'no such section' + nearest(section, option))
+        return Fault(section, '[' * depth + option + ']' * depth, None,
+                     'no such section' + nearest_name_hint(section, option))
     if rule == 'extra keys not allowed':
         rule = 'no such option'
     elif rule == 'expected a dictionary':
         rule = 'a section, not an option'
     elif isinstance(value, dict):
         return Fault(section, option, None, 'an option, not a section')
-    return Fault(section, option, value, rule + (nearest(section, option) if rule == 'no such option' else ''))
+    return Fault(section, option, value,
+                 rule + (nearest_name_hint(section, option) if rule == 'no such option' else ''))
 
 
-def nearest(section, option):
+def nearest_name_hint(section, option):
     """A hint at the known name that is most like `option`, or at the section in which it is known; else nothing."""
     names = {o.name for o in OPTIONS if o.section == section} | {o.section.split('.')[-1] for o in OPTIONS if o.section}
     close = difflib.get_close_matches(option, names, 1)
@@ -1783,49 +1789,49 @@ def nearest(section, option):
     return f'; did you mean {close[0]}?' if close else ''
 
 
-def cut_out(raw, path):
-    """Takes the value at `path` out of the raw sections."""
+def remove_path(raw, path):
+    """Removes the value at `path` from the raw sections."""
     for part in path[:-1]:
         raw = raw[part]
     raw.pop(path[-1], None)
 
 
-def namespace(sections):
+def to_namespace(sections):
     """Typed sections as an object: `config.nsq.max_messages`. Free subsections stay dicts."""
     free = {option.name for option in OPTIONS if option.default is None}
     return types.SimpleNamespace(**{
-        name.replace('-', '_'): namespace(value) if isinstance(value, dict) and name not in free else value
+        name.replace('-', '_'): to_namespace(value) if isinstance(value, dict) and name not in free else value
         for name, value in sections.items()})
 
 
-def load(filename, settings=()):
-    """The configuration of `filename` with `settings` laid over, as (config, faults, warnings): see typed()."""
-    return typed(read_file(filename, settings))
+def read_config(filename, settings=()):
+    """The configuration of `filename` with `settings` laid over, as (config, faults, warnings): see build_config()."""
+    return build_config(read_file(filename, settings))
 
 
-def typed(raw):
+def build_config(raw):
     """Raw sections as (config, faults, warnings).
 
     `config` has a value for each option, the derived ones filled in; with faults it is fit for no run.
     """
-    sections, faults = validate(copy.deepcopy(raw))
+    sections, faults = validate_sections(copy.deepcopy(raw))
     at_fault = {(fault.section, fault.option) for fault in faults}
     if ('nsq', 'lookupd-http-address') in at_fault:
         at_fault.add(('nsq', 'nsqd-tcp-address'))   # the one fault that stands for either
-    config = namespace(sections)
+    config = to_namespace(sections)
     config.nsq.tls = getattr(config.nsq, 'tls', None)
     config.aerospike.tls = getattr(config.aerospike, 'tls', None)
     config.message.fields = getattr(config.message, 'fields', {})
     config.record.bins = getattr(config.record, 'bins', {})
     config.record.delete = getattr(config.record, 'delete', None)
-    derive(config)
+    derive_options(config)
     faults += [fault for fault in cross_faults(config)
                if not at_fault & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
     return config, faults, list(cross_warnings(config))
 
 
-def derive(config):
-    """Fills in what depends on other options."""
+def derive_options(config):
+    """Sets the options that depend on other options."""
     record, dead = config.record, config.dead_letter
     config.sqlite.path = os.path.join(config.state_dir, config.sqlite.path)
     config.sqlite.set = config.sqlite.set or config.nsq.topic
@@ -1838,7 +1844,7 @@ def derive(config):
 
 
 def cross_faults(config):
-    """Yields the faults that only show between options."""
+    """Yields the faults of combinations of options."""
     nsq_, dead = config.nsq, config.dead_letter
     if not nsq_.topic:
         yield Fault('nsq', 'topic', None, 'missing; name the topic to read')
@@ -1855,19 +1861,20 @@ def cross_faults(config):
 
 
 def dead_letter_faults(nsq_, dead):
-    """Yields what is wrong with [dead-letter]."""
+    """Yields the faults of [dead-letter]."""
     if not (dead.topic or dead.file or dead.discard):
-        yield Fault('dead-letter', 'topic', None, 'no topic and no file: say discard = yes if they may be thrown away')
+        yield Fault('dead-letter', 'topic', None, 'no topic and no file: set discard = yes to discard dead letters')
     if dead.discard and (dead.topic or dead.file):
-        yield Fault('dead-letter', 'discard', 'yes', 'with a topic or a file nothing is thrown away: one or the other')
+        yield Fault('dead-letter', 'discard', 'yes', 'cannot be combined with a topic or a file')
     if dead.topic and len(dead.topic) > MAX_NAME:
         yield Fault('dead-letter', 'topic', dead.topic, f'{len(dead.topic)} characters; NSQ takes {MAX_NAME} at most')
     if dead.topic and dead.topic == nsq_.topic:
-        yield Fault('dead-letter', 'topic', dead.topic, 'the topic that is read: its dead letters would come back')
+        yield Fault('dead-letter', 'topic', dead.topic,
+                    'must not be the topic that is read: its dead letters would be consumed again')
 
 
 def mapping_faults(config):
-    """Yields what is wrong between [message] and [record]."""
+    """Yields the faults between [message] and [record]."""
     message, record = config.message, config.record
     yield from unknown_paths(message, record)
     yield from conflicting_types(message.fields)
@@ -1957,13 +1964,14 @@ def delete_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
 def impossible_values(message: types.SimpleNamespace, delete: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the values of [[delete]] that the rule of its field takes from no message."""
     for word in delete.values:
-        if word != 'null' and not any(takes(message.fields[delete.field].check, value) for value in readings_of(word)):
+        if word != 'null' and not any(is_accepted(message.fields[delete.field].check, value)
+                                      for value in readings_of(word)):
             yield Fault('record.delete', 'values', word, f'never comes: [[fields]] says otherwise of {delete.field}')
     if 'null' in delete.values and message.nulls == 'reject' and len(delete.field.steps) == 1:
         yield Fault('record.delete', 'values', 'null', 'never comes: [message] has nulls = reject')
 
 
-def takes(check: Callable[[Any], Any], value: object) -> bool:
+def is_accepted(check: Callable[[Any], Any], value: object) -> bool:
     """Whether a rule of [[fields]] takes a value."""
     try:
         check(value)
@@ -1981,7 +1989,7 @@ def readings_of(word: str) -> list[Any]:
 
 
 def store_faults(config):
-    """Yields what is wrong with the store that is chosen; the section of another is not looked at."""
+    """Yields the faults of the chosen store; the sections of other stores are not checked."""
     options = config.aerospike
     if config.store == 'sqlite':
         if config.record.ttl:
@@ -2015,7 +2023,7 @@ def auth_faults(options: types.SimpleNamespace) -> Iterator[Fault]:
 
 
 def tls_faults(config):
-    """Yields a key without its certificate, which nobody would be shown."""
+    """Yields a Fault for a key without its certificate, which would never be presented."""
     for section in ('nsq', 'aerospike') if config.store == 'aerospike' else ('nsq',):
         tls = getattr(config, section).tls
         if tls and tls.key_file and not tls.cert_file:
@@ -2023,14 +2031,14 @@ def tls_faults(config):
 
 
 def environment_faults(config):
-    """Yields what is wrong with the files that the text names. The daemon asks again and again, in a thread."""
+    """Yields the faults of the files that the configuration names. The daemon repeats this in a thread."""
     yield from path_faults(config)
     yield from unreadable_files(config)
 
 
 def path_faults(config):
-    """Yields what is wrong with the paths that are written. One that leads to a device or a FIFO is a fault of the
-    text. Directories are missing where nobody makes them: the store and the lock make theirs."""
+    """Yields the faults of the paths that are written to. A device or a FIFO is a fault of the text. A missing
+    directory is a fault unless x-msrv creates it, as the store and the lock do."""
     if os.path.exists(config.state_dir) and not os.path.isdir(config.state_dir):
         yield Fault('', 'state-dir', config.state_dir, 'not a directory')
     if config.store == 'sqlite' and os.path.exists(config.sqlite.path) and not os.path.isfile(config.sqlite.path):
@@ -2053,12 +2061,12 @@ def unreadable_files(config):
         if options.tls:
             files += [(f'{name}.tls', option, getattr(options.tls, option.replace('-', '_')))
                       for option in ('ca-file', 'cert-file', 'key-file')]
-        faults = [fault for file in files for fault in unreadable(*file)]
-        yield from faults or unloadable(name, options.tls)
+        faults = [fault for file in files for fault in secret_file_faults(*file)]
+        yield from faults or certificate_faults(name, options.tls)
 
 
-def unreadable(section, option, filename):
-    """Yields a Fault for a file that is named and can't be read, or has nothing in it."""
+def secret_file_faults(section, option, filename):
+    """Yields a Fault for a file that can't be read, or is empty."""
     try:
         if filename and not open_secret(filename):
             raise ValueError('empty')
@@ -2067,8 +2075,8 @@ def unreadable(section, option, filename):
         yield Fault(section, option, filename, rule, FaultKind.UNAVAILABLE)
 
 
-def unloadable(section, tls):
-    """Yields a Fault for certificates that can be read and are none, or do not fit together."""
+def certificate_faults(section, tls):
+    """Yields a Fault for certificates that do not load, or do not match."""
     try:
         if tls:
             tls_context(tls)
@@ -2077,8 +2085,8 @@ def unloadable(section, tls):
 
 
 def address_faults(listen):
-    """Yields a Fault for an address of `listen` that is none of this host's. Whether its port is taken is not asked: a
-    daemon that runs with the same configuration has it."""
+    """Yields a Fault for an address of `listen` that this host does not have. A port in use is no fault: a running
+    daemon with the same configuration has it."""
     if not listen:
         return
     try:
@@ -2086,7 +2094,7 @@ def address_faults(listen):
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind(found)
     except OSError as error:
-        yield Fault('metrics', 'listen', spelled(listen), error.strerror, FaultKind.UNAVAILABLE)
+        yield Fault('metrics', 'listen', format_address(listen), error.strerror, FaultKind.UNAVAILABLE)
 
 
 def open_secret(filename):
@@ -2106,7 +2114,7 @@ def tls_context(tls):
 
 def no_passphrase():
     """Instead of OpenSSL's question on the terminal."""
-    raise ValueError('the key is encrypted: there is nobody to ask for its passphrase')
+    raise ValueError('the key is encrypted: x-msrv cannot ask for its passphrase')
 
 
 def cross_warnings(config):
@@ -2124,12 +2132,12 @@ def cross_warnings(config):
                'fail and are tried again')
     if config.dead_letter.discard:
         yield '[dead-letter] discard = yes: what can never become a record is thrown away'
-    if os.path.exists(UNIT):
-        yield from beyond_the_unit(config)
+    if os.path.exists(UNIT_FILE):
+        yield from sandbox_warnings(config)
 
 
-def beyond_the_unit(config):
-    """Yields a warning for each path that the packages' units may not write to."""
+def sandbox_warnings(config):
+    """Yields a warning for each path that the packaged units may not write to."""
     paths = {'state-dir': config.state_dir, '[dead-letter] file': config.dead_letter.file,
              '[metrics] textfile': config.metrics.textfile}
     if config.store == 'sqlite':
@@ -2142,25 +2150,25 @@ def beyond_the_unit(config):
                    f'x-msrv (or x-msrv-daemon), with [Service] and ReadWritePaths={directory}')
 
 
-def sample():
+def sample_config():
     """The full sample file: every option at its default, its help above it."""
     lines, section = ['# x-msrv: every option at its default.'], ''
     for option in OPTIONS:
         if option.section != section:
             section = option.section
-            lines += ['', *headline(section)]
+            lines += ['', *sample_section(section)]
         lines += ['', *textwrap.wrap(option.help, 110, initial_indent='# ', subsequent_indent='# ')]
         lines.append(sample_line(option))
     return '\n'.join(lines) + '\n'
 
 
 def sample_line(option):
-    """The line of one option in the sample; what would turn something on is commented out."""
+    """The line of one option in the sample; a line that would enable a feature is commented out."""
     line = f'[[{option.name}]]' if option.default is None else f'{option.name} = {option.default}'
     return ('# ' if option.default is None or option.section in SUBSECTIONS else '') + line.rstrip()
 
 
-def headline(section):
+def sample_section(section):
     """The lines that open a section in the sample."""
     outer, _, inner = section.partition('.')
     return [f'# [[{inner}]] {SUBSECTIONS[section]}.', f'# [[{inner}]]'] if inner else [f'[{outer}]']
@@ -2179,7 +2187,7 @@ class PrintedConfig(configobj.ConfigObj):   # type: ignore[misc]  # it has no hi
         return str(self._get_single_quote(value)) % value if quoted == value and re.search(cut, quoted) else quoted
 
 
-def effective(raw: dict[str, Any], settings: Sequence[Setting] | None = None) -> str:
+def dump_config(raw: dict[str, Any], settings: Sequence[Setting] | None = None) -> str:
     """Raw sections with the defaults filled in, as the text of a file; a secret is only ever named by its file. With
     the settings that were laid over the file, a remark above each value that is not the default: where it comes from.
 
@@ -2222,14 +2230,14 @@ def remark_origin(target: configobj.Section, option: 'Option', settings: Sequenc
 
 
 def is_ip_literal(host):
-    """Whether a host is an IP address, which needs no resolver."""
+    """True for an IP address, which needs no resolver."""
     try:
         return bool(ipaddress.ip_address(host))
     except ValueError:
         return False
 
 
-def spelled(address):
+def format_address(address):
     """(host, port) as text, IPv6 in brackets; of a unix socket its path."""
     host, port = address
     if host.startswith('/'):
@@ -2237,43 +2245,44 @@ def spelled(address):
     return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
 
 
-def reread(arguments):
-    """The configuration of the command line as (raw sections, config, faults): see faultless(). Raises ConfigError."""
-    raw = read_file(arguments.config, overrides(arguments))
-    return raw, *faultless(arguments, raw)
+def load_config(arguments):
+    """The configuration of the command line as (raw sections, config, faults): see validated_config(). Raises
+    ConfigError."""
+    raw = read_file(arguments.config, read_overrides(arguments))
+    return raw, *validated_config(arguments, raw)
 
 
-def faultless(arguments, raw):
+def validated_config(arguments, raw):
     """Raw sections as (config, faults), where all faults are FaultKind.UNAVAILABLE and of what the command uses.
     Raises ConfigError with a line for each fault, of whatever kind, when the text has any."""
-    config, faults, warnings = typed(raw)
+    config, faults, warnings = build_config(raw)
     faults = unknown_variables(os.environ) + faults
     if any(fault.kind is FaultKind.TEXT for fault in faults):
-        raise ConfigError(lines_of(arguments, faults))
+        raise ConfigError(format_faults(arguments, faults))
     if arguments.command == 'check':
-        set_up_log_of(config, arguments)
+        set_up_configured_log(config, arguments)
         for warning in warnings:
             log.warning('%s: %s', arguments.config, warning)
         faults += address_faults(config.metrics.listen)
-    return config, [fault for fault in faults if uses(arguments, fault)]
+    return config, [fault for fault in faults if is_fault_of_command(arguments, fault)]
 
 
-def uses(arguments, fault):
-    """Whether a command uses what a fault is about."""
+def is_fault_of_command(arguments, fault):
+    """True when a command uses the option of a fault."""
     if arguments.command in ('config', 'completion') or getattr(arguments, 'message', None) is not None:
         return False
     return fault.option != 'textfile' or arguments.command in ('once', 'check')   # only `once` writes it
 
 
-def lines_of(arguments, faults):
+def format_faults(arguments, faults):
     """Faults for the operator, a line each, with the file or the variable of the environment."""
-    variables = {setting.path: setting.variable for setting in overrides(arguments)}
+    variables = {setting.path: setting.variable for setting in read_overrides(arguments)}
     named = [fault._replace(variable=fault.variable or variables.get(fault.path, '')) for fault in faults]
     return '\n'.join(str(fault) if fault.variable else f'{arguments.config}: {fault}' for fault in named)
 
 
-def set_up_log_of(config, arguments):
-    """From here on the log is as the configuration wants it."""
+def set_up_configured_log(config, arguments):
+    """Sets up the log by the configuration."""
     set_up_log(arguments, config.log_format, topic=config.nsq.topic, channel=config.nsq.channel)
 
 
@@ -2286,7 +2295,7 @@ MAX_DEPTH = 64              # levels; a map or list of 65 is stored by Aerospike
 # it would write a part of 65,537 bins without an error. Kept for every store, as MAX_BIN_NAME.
 MAX_BINS = 32767
 INT64 = range(-1 << 63, 1 << 63)
-DIGITS = bytes.maketrans(b'123456789', b'000000000')
+DIGITS_TO_ZERO = bytes.maketrans(b'123456789', b'000000000')
 LONG_NUMBER = b'0' * 19     # shorter runs of digits are inside 64 bit
 
 
@@ -2294,13 +2303,14 @@ class Message:
     """One delivery of a message by an nsqd.
 
     id: 16 hex digits, bytes. timestamp: when it was published, ns since 1970, by that nsqd's clock. attempts:
-    deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (the id
-    alone is not unique between nsqds, nor between topics of one). record: what Mapper made of it. unfit: why it can
-    never be one. touched: loop time at which nsqd last (re)started its msg-timeout; received: at which it came.
-    held_back: it waits for the window's end. size: bytes that it takes once decoded, at most.
+    deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (the id alone is not
+    unique between nsqds, nor between topics of one). record: what Mapper made of it. rejection: why it can never be
+    one. touched_at: loop time at which nsqd last (re)started its msg-timeout; received_at: at which it came. held_back:
+    it waits for the window's end. size: bytes that it takes once decoded, at most.
     """
 
-    __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'unfit', 'touched', 'received',
+    __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'rejection', 'touched_at',
+                 'received_at',
                  'held_back', 'size')
 
     def __init__(self, conn: Any, id: bytes, timestamp: int, attempts: int, body: bytes, now: float = 0.0) -> None:
@@ -2311,8 +2321,8 @@ class Message:
         self.body = body
         self.key = (b'%b-%x-%x' % (id, timestamp, zlib.crc32(body))).decode('ascii', 'replace')
         self.record: Record | None = None
-        self.unfit: Unfit | None = None
-        self.touched = self.received = now
+        self.rejection: InvalidMessage | None = None
+        self.touched_at = self.received_at = now
         self.held_back = False
         self.size = 0
 
@@ -2341,15 +2351,15 @@ class Deletion(Record):
     __slots__ = ()
 
 
-class Marker:
-    """Stands in a decoded value for what strict JSON does not allow, until inspect() has found its path."""
+class InvalidValue:
+    """Replaces a value that strict JSON does not allow, until check_value() has found its path."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
         self.detail = detail
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as dict; ValueError where a name comes twice."""
     members = dict(pairs)
     if len(members) != len(pairs):
@@ -2357,15 +2367,15 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def unique_or_marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def mark_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as dict, with a Marker under each name that comes twice."""
     members: dict[str, Any] = {}
     for name, value in pairs:
-        members[name] = value if name not in members else Marker('invalid-json', 'the name comes twice')
+        members[name] = value if name not in members else InvalidValue('invalid-json', 'the name comes twice')
     return members
 
 
-def finite(digits: str) -> float:
+def parse_finite(digits: str) -> float:
     """A JSON number with a point or exponent as the nearest double; ValueError beyond the largest."""
     value = float(digits)
     if math.isinf(value):
@@ -2373,21 +2383,21 @@ def finite(digits: str) -> float:
     return value
 
 
-def finite_or_marked(digits: str) -> float | Marker:
-    """As finite(), with a Marker for what is beyond."""
+def parse_finite_or_mark(digits: str) -> float | InvalidValue:
+    """Like parse_finite(), with a Marker for a number beyond the largest double."""
     try:
-        return finite(digits)
+        return parse_finite(digits)
     except ValueError as error:
-        return Marker('unsupported-value', f'number {error}')
+        return InvalidValue('unsupported-value', f'number {error}')
 
 
-def integer_or_marked(digits: str) -> int | Marker:
+def parse_integer_or_mark(digits: str) -> int | InvalidValue:
     """A JSON integer, with a Marker for one outside signed 64 bit, at any length."""
     value = int(digits) if len(digits) <= 20 else 1 << 64
-    return value if value in INT64 else Marker('unsupported-value', 'integer outside 64 bit')
+    return value if value in INT64 else InvalidValue('unsupported-value', 'integer outside 64 bit')
 
 
-def refuse(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
     """NaN and the infinities, which json would take."""
     raise ValueError(f'{name} is not JSON')
 
@@ -2415,12 +2425,12 @@ class MemberCount:
 
 COUNTED_AGAIN = 1000        # messages after which members are counted again
 decoded_members = MemberCount()
-STRICT_NUMBERS = {'parse_float': finite, 'parse_constant': refuse}
+STRICT_NUMBERS = {'parse_float': parse_finite, 'parse_constant': refuse_constant}
 scan_counting = json_scanner(object_hook=decoded_members.add, **STRICT_NUMBERS)
-scan_unique = json_scanner(object_pairs_hook=unique, **STRICT_NUMBERS)
+scan_unique = json_scanner(object_pairs_hook=reject_duplicates, **STRICT_NUMBERS)
 
 
-def scan(text: str) -> tuple[Any, int]:
+def parse_strict(text: str) -> tuple[Any, int]:
     """The value at the beginning of a text, and where it ends; ValueError where a name comes twice.
 
     Each member has a colon, so with as many decoded members as colons no name came twice: `{"a": 1, "a": 2}` has two
@@ -2438,28 +2448,28 @@ def scan(text: str) -> tuple[Any, int]:
     return scan_unique(text, 0)
 
 
-scan_marking = json_scanner(
-    object_pairs_hook=unique_or_marked, parse_float=finite_or_marked, parse_int=integer_or_marked,
-    parse_constant=lambda name: Marker('invalid-json', f'{name} is not JSON'))
+parse_lenient = json_scanner(
+    object_pairs_hook=mark_duplicates, parse_float=parse_finite_or_mark, parse_int=parse_integer_or_mark,
+    parse_constant=lambda name: InvalidValue('invalid-json', f'{name} is not JSON'))
 
 
-def decode(body: bytes) -> dict[str, Any]:
-    """The bytes of a message as a dict, strictly: UTF-8, one object, each name once, nothing that a store would bend.
+def decode_message(body: bytes) -> dict[str, Any]:
+    """Decodes a message strictly: UTF-8, one object, each name once, no value that a store would alter.
 
-    Raises Unfit. Most messages are proven harmless by a look at their bytes at C speed; the others are decoded
-    again with markers and walked, which also finds the field to blame.
+    Raises InvalidMessage. Most messages are checked on their bytes at C speed. The others are decoded again with
+    markers and walked, which finds the path of the fault.
     """
     if ((92 not in body or b'\\u' not in body)   # 92: a backslash; \u0000 or \ud800 would be bent
-            and LONG_NUMBER not in body.translate(DIGITS)
+            and LONG_NUMBER not in body.translate(DIGITS_TO_ZERO)
             and (len(body) <= 2 * MAX_DEPTH or body.count(b'[') + body.count(b'{') <= MAX_DEPTH)):
         try:
             text = body.strip(b' \t\r\n').decode()
-            value, end = scan(text)
+            value, end = parse_strict(text)
             if end == len(text) and value.__class__ is dict:
                 return value
         except (ValueError, StopIteration):
             pass   # decode_carefully says why
-    return decode_carefully(body)
+    return decode_with_path(body)
 
 
 COMPRESSIONS = {b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ': 'xz', b'BZh': 'bzip2', b'x\x9c': 'zlib'}
@@ -2473,24 +2483,24 @@ def foreign_encoding(body: bytes) -> str | None:
     encoding = json.detect_encoding(body)   # from the mark or, without one, from the zero bytes
     if encoding == 'utf-8-sig':
         return 'the body begins with a byte order mark (EF BB BF); JSON text has none'
-    if encoding == 'utf-8' or (len(encoding) > len('utf-16') and not decodes_as(body, encoding)):
+    if encoding == 'utf-8' or (len(encoding) > len('utf-16') and not is_decodable_as(body, encoding)):
         return None
     return f'the body is {encoding[:6].upper()}, not UTF-8'
 
 
-def decodes_as(body: bytes, encoding: str) -> bool:
-    """Whether the body is text in this encoding, so that binary data with some zero bytes is not taken for it."""
+def is_decodable_as(body: bytes, encoding: str) -> bool:
+    """True when the body is text in this encoding, so that binary data with zero bytes is not mistaken for it."""
     try:
         return '\0' not in body.decode(encoding)
     except UnicodeError:
         return False
 
 
-def decode_carefully(body: bytes) -> dict[str, Any]:
-    """As decode(), at a third of the speed, with the path of what is wrong."""
+def decode_with_path(body: bytes) -> dict[str, Any]:
+    """Like decode_message(), at a third of the speed, with the path of the fault."""
     try:
         text = body.strip(b' \t\r\n').decode()
-        value, end = scan_marking(text, 0)
+        value, end = parse_lenient(text, 0)
     except UnicodeDecodeError as error:
         raise not_json(body, f'not UTF-8 at byte {error.start}') from None
     except StopIteration as error:
@@ -2498,53 +2508,53 @@ def decode_carefully(body: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise not_json(body, f'{error.msg.removesuffix(" at")} at character {error.pos}') from None
     except RecursionError:
-        raise Unfit('unsupported-value', f'deeper than {MAX_DEPTH} levels') from None
+        raise InvalidMessage('unsupported-value', f'deeper than {MAX_DEPTH} levels') from None
     if end != len(text):
         raise not_json(body, f'more text after the value, at character {end}')
-    inspect(value, '', 1)
+    check_value(value, '', 1)
     if not isinstance(value, dict):
-        raise Unfit('not-an-object', f'the message is {named_type(value)}, not an object')
+        raise InvalidMessage('not-an-object', f'the message is {type_name(value)}, not an object')
     return value
 
 
-def not_json(body: bytes, detail: str) -> Unfit:
+def not_json(body: bytes, detail: str) -> InvalidMessage:
     """The reason why a body is no JSON: its encoding or compression where that is what is wrong, else `detail`."""
-    return Unfit('invalid-json', foreign_encoding(body) or detail)
+    return InvalidMessage('invalid-json', foreign_encoding(body) or detail)
 
 
-def named_type(value: object) -> str:
+def type_name(value: object) -> str:
     """The JSON type of a value, with its article."""
     names = {list: 'a list', str: 'a string', bool: 'a boolean', int: 'a number', float: 'a number', type(None): 'null'}
     return names.get(value.__class__, 'an object')
 
 
-def inspect(value: object, where: str, depth: int) -> None:
-    """Raises Unfit for the first thing in `value` that can't be kept exactly; `where` is its path."""
+def check_value(value: object, where: str, depth: int) -> None:
+    """Raises InvalidMessage for the first thing in `value` that can't be kept exactly; `where` is its path."""
     if value.__class__ is str:
-        inspect_string(value, where)
-    elif isinstance(value, Marker):
-        raise Unfit(value.reason, blamed(where, value.detail))
+        check_string(value, where)
+    elif isinstance(value, InvalidValue):
+        raise InvalidMessage(value.reason, with_path(where, value.detail))
     elif isinstance(value, (dict, list)):
         if depth > MAX_DEPTH:
-            raise Unfit('unsupported-value', blamed(where, f'deeper than {MAX_DEPTH} levels'))
+            raise InvalidMessage('unsupported-value', with_path(where, f'deeper than {MAX_DEPTH} levels'))
         for step, item in (value.items() if isinstance(value, dict) else enumerate(value)):
-            inner = joined(where, step)
+            inner = join_path(where, step)
             if isinstance(step, str):
-                inspect_string(step, inner)
-            inspect(item, inner, depth + 1)
+                check_string(step, inner)
+            check_value(item, inner, depth + 1)
 
 
-def inspect_string(value: str, where: str) -> None:
-    """Raises Unfit for a string or name that Aerospike cuts (NUL) or refuses (lone surrogate)."""
+def check_string(value: str, where: str) -> None:
+    """Raises InvalidMessage for a string or name that Aerospike cuts (NUL) or refuses (lone surrogate)."""
     if '\0' in value:
-        raise Unfit('unsupported-value', blamed(where, 'NUL character'))
+        raise InvalidMessage('unsupported-value', with_path(where, 'NUL character'))
     if not value.isascii() and re.search('[\ud800-\udfff]', value):
-        raise Unfit('unsupported-value', blamed(where, 'lone surrogate'))
+        raise InvalidMessage('unsupported-value', with_path(where, 'lone surrogate'))
 
 
-def blamed(where: str, rule: str) -> str:
+def with_path(where: str, rule: str) -> str:
     """The detail for a path and the rule broken there; a path of any length leaves the rule in sight."""
-    return f'{shortened(where, 200)}: {rule}' if where else rule
+    return f'{truncate_text(where, 200)}: {rule}' if where else rule
 
 
 # Names that are known: each one of an object, with the names inside it, or None where all of its value is known.
@@ -2563,7 +2573,7 @@ def known_names(fields: Iterable[Path]) -> Names:
     return names
 
 
-def prune(fields: dict[str, Any], names: Names) -> dict[str, Any]:
+def drop_unknown_fields(fields: dict[str, Any], names: Names) -> dict[str, Any]:
     """The fields that are known; an object of which nothing is known is gone, too."""
     kept = {}
     for name, value in fields.items():
@@ -2571,7 +2581,7 @@ def prune(fields: dict[str, Any], names: Names) -> dict[str, Any]:
         if inner is None or inner is not UNKNOWN and value.__class__ is not dict:
             kept[name] = value
         elif inner is not UNKNOWN:
-            pruned = prune(value, inner)
+            pruned = drop_unknown_fields(value, inner)
             if pruned:
                 kept[name] = pruned
     return kept
@@ -2585,18 +2595,18 @@ def unknown_fields(fields: dict[str, Any], names: Names, where: str = '') -> Ite
     for name, value in fields.items():
         inner = names.get(name, UNKNOWN)
         if inner is UNKNOWN:
-            yield joined(where, name)
+            yield join_path(where, name)
         elif inner and value.__class__ is dict:
-            yield from unknown_fields(value, inner, joined(where, name))
+            yield from unknown_fields(value, inner, join_path(where, name))
 
 
 def check_geojson(value: object) -> None:
     """Raises vol.Invalid for what is no object with a `type`, nor the text of one. The geometry itself is for the
     server to judge."""
     try:
-        found = decode(value.encode()) if isinstance(value, str) else value
-    except Unfit as unfit:
-        raise vol.Invalid(f'not GeoJSON: {unfit.detail}') from None
+        found = decode_message(value.encode()) if isinstance(value, str) else value
+    except InvalidMessage as rejection:
+        raise vol.Invalid(f'not GeoJSON: {rejection.detail}') from None
     if not isinstance(found, dict) or not isinstance(found.get('type'), str):
         raise vol.Invalid('not GeoJSON: an object with a type, or its text')
 
@@ -2622,15 +2632,15 @@ class MessageSchema:
 
     def __init__(self, message: types.SimpleNamespace, partial: bool = False) -> None:
         fields = message.fields
-        implied = {path: FieldRule(kind, of_type(kind)) for path, kinds in parent_types(fields).items()
+        implied = {path: FieldRule(kind, type_validator(kind)) for path, kinds in parent_types(fields).items()
                    for kind in kinds if path not in fields or fields[path].kind in OPEN_TYPES}
         self.rules = [(path.get, path.label, check_geojson if rule.kind == 'geojson' else rule.check,
                        rule.required and not partial)
                       for path, rule in (*fields.items(), *implied.items())]
         self.unknown, self.names = message.unknown_fields, known_names(fields)
 
-    def apply(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields that are kept. Raises Unfit with the first three faults."""
+    def apply_schema(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields that are kept. Raises InvalidMessage with the first three faults."""
         faults = []
         for get, label, check, required in self.rules:
             value = get(fields)
@@ -2644,8 +2654,8 @@ class MessageSchema:
         if self.unknown == 'reject':
             faults += [f'{where}: unknown field' for where in unknown_fields(fields, self.names)]
         if faults:
-            raise Unfit('schema', '; '.join(sorted(faults)[:3]))
-        return prune(fields, self.names) if self.unknown == 'drop' else fields
+            raise InvalidMessage('schema', '; '.join(sorted(faults)[:3]))
+        return drop_unknown_fields(fields, self.names) if self.unknown == 'drop' else fields
 
 
 def too_many_bins(number: int) -> str:
@@ -2653,7 +2663,7 @@ def too_many_bins(number: int) -> str:
     return f'{number} bins, with id-bin and time-bin; a record has at most {MAX_BINS}'
 
 
-CHECK_SET = aerospike_name(MAX_SET_NAME)
+CHECK_SET = aerospike_name_parser(MAX_SET_NAME)
 RESERVED_SET = '<ERO~'      # how the names of sets begin that the server keeps for itself: it answers 16 to a write
 
 
@@ -2717,19 +2727,19 @@ class Mapper:
         self.layout = (self.document_bins if record.document_bin else self.mapped_bins if self.sources
                        else self.renamed_bins if self.renamed else None)
         self.topic = config.nsq.topic
-        self.taken = {name for name in (self.id_bin, self.time_bin) if name} | set(record.bins.values())
-        self.known: set[str] = set()   # names of bins that were found good: a cache, bounded
+        self.reserved_bins = {name for name in (self.id_bin, self.time_bin) if name} | set(record.bins.values())
+        self.checked_names: set[str] = set()   # names of bins that were found good: a cache, bounded
         self.deletion = DeletionRule(record.delete, message) if record.delete else None
 
-    def record(self, message: Message) -> Record:
-        """The Record of `message`; raises Unfit."""
-        fields = decode(message.body)
+    def build_record(self, message: Message) -> Record:
+        """The Record of `message`; raises InvalidMessage."""
+        fields = decode_message(message.body)
         if self.deletion and self.deletion.applies_to(fields):
             return self.deletion_of(fields, message, self.deletion)
         if None in fields.values():
             fields = self.without_nulls(fields)
         if self.schema:
-            fields = self.schema.apply(fields)
+            fields = self.schema.apply_schema(fields)
         key = self.key_of(fields) if self.key else message.key
         moment = self.time_of(fields, message) if self.time_bin else None
         set_ = self.set_of(fields) if self.set_field else None
@@ -2737,24 +2747,24 @@ class Mapper:
         if self.layout:
             bins = self.layout(fields, message)
         else:
-            if not self.known.issuperset(fields):
-                self.look_at_names(fields)
+            if not self.checked_names.issuperset(fields):
+                self.check_bin_names(fields)
             bins = fields
         if self.id_bin:
             bins[self.id_bin] = key
         if self.time_bin:
             bins[self.time_bin] = moment
         if not 0 < len(bins) <= MAX_BINS:
-            raise Unfit('unsupported-value', too_many_bins(len(bins)) if bins else 'no field to store')
+            raise InvalidMessage('unsupported-value', too_many_bins(len(bins)) if bins else 'no field to store')
         return Record(key, bins, moment, set_, ttl)
 
     def deletion_of(self, fields: dict[str, Any], message: Message, rule: 'DeletionRule') -> Deletion:
         """The Deletion that a message asks for: it needs key and time, and of its other fields only what it has is
-        checked. Raises Unfit."""
+        checked. Raises InvalidMessage."""
         if None in fields.values():
             fields = self.without_nulls(fields)
         if rule.schema:
-            fields = rule.schema.apply(fields)
+            fields = rule.schema.apply_schema(fields)
         key, moment = self.key_of(fields), self.time_of(fields, message)
         set_ = self.set_of(fields) if self.set_field else None
         bins = {self.id_bin: key, self.time_bin: moment} if self.id_bin else {self.time_bin: moment}
@@ -2765,7 +2775,7 @@ class Mapper:
         document are inside a map, and stay."""
         if self.nulls == 'reject':
             name = next(name for name, value in fields.items() if value is None)
-            raise Unfit('schema', f'{joined("", name)}: null')
+            raise InvalidMessage('schema', f'{join_path("", name)}: null')
         return fields if self.document_bin else {name: value for name, value in fields.items() if value is not None}
 
     def key_of(self, fields: dict[str, Any]) -> str | int:
@@ -2775,7 +2785,7 @@ class Mapper:
         if key.__class__ is int or key.__class__ is str and key:
             return key
         rule = 'missing' if key is None else 'a key is a string, not empty, or an integer'
-        raise Unfit('key', f'{path.label}: {rule}')
+        raise InvalidMessage('key', f'{path.label}: {rule}')
 
     def time_of(self, fields: dict[str, Any], message: Message) -> int:
         """The time by which the newest message of a key wins."""
@@ -2783,7 +2793,7 @@ class Mapper:
             return message.timestamp
         moment = self.time.get(fields)
         if moment.__class__ is not int:
-            raise Unfit('schema', f'{self.time.label}: not an integer, and it is the time of the message')
+            raise InvalidMessage('schema', f'{self.time.label}: not an integer, and it is the time of the message')
         return moment
 
     def set_of(self, fields: dict[str, Any]) -> str:
@@ -2796,19 +2806,20 @@ class Mapper:
                 raise ValueError('a set of the server itself')
             return CHECK_SET(name)
         except ValueError as error:
-            raise Unfit('schema', f'{self.set_field.label}: {error}') from None
+            raise InvalidMessage('schema', f'{self.set_field.label}: {error}') from None
 
     def ttl_of(self, fields: dict[str, Any]) -> int | None:
         """Seconds that the record stays after this write; None: as the configuration has it."""
         seconds = self.ttl_field.get(fields)
         if seconds is not None and (seconds.__class__ is not int or not 1 <= seconds <= MAX_TTL):
-            raise Unfit('schema', f'{self.ttl_field.label}: a ttl is a whole number of seconds from 1 to {MAX_TTL}')
+            raise InvalidMessage('schema',
+                                 f'{self.ttl_field.label}: a ttl is a whole number of seconds from 1 to {MAX_TTL}')
         return seconds
 
     def renamed_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
         """The fields under the names that they have, or that [[bins]] gives them."""
-        if not self.known.issuperset(fields):
-            self.look_at_names(fields)
+        if not self.checked_names.issuperset(fields):
+            self.check_bin_names(fields)
         return {self.renamed.get(name, name): value for name, value in fields.items()}
 
     def mapped_bins(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
@@ -2825,16 +2836,17 @@ class Mapper:
         object, else it stays there, too. A null is no bin, as at the top."""
         found = {}
         for name, source in self.sources:
-            value = self.metadata(source, message) if isinstance(source, str) else source.descend(fields, UNKNOWN)
+            value = (self.message_metadata(source, message) if isinstance(source, str)
+                     else source.descend(fields, UNKNOWN))
             if value is None and self.nulls == 'reject':
-                raise Unfit('schema', f'{source.label}: null')
+                raise InvalidMessage('schema', f'{source.label}: null')
             if value is not None and value is not UNKNOWN:
                 found[name] = value
         for steps in self.moved:
             take_out(fields, steps, self.schema.names)   # type: ignore[union-attr]  # `drop` needs [[fields]]
         return found
 
-    def metadata(self, source: str, message: Message) -> str | int:
+    def message_metadata(self, source: str, message: Message) -> str | int:
         """What NSQ says of a message, by the name that [[bins]] has for it."""
         if source == '$nsqd':
             return str(message.conn)
@@ -2842,48 +2854,50 @@ class Mapper:
             return self.topic
         return message.attempts if source == '$attempts' else message.timestamp
 
-    def look_at_names(self, fields: dict[str, Any]) -> None:
-        """Raises Unfit for a field that can't have a bin of its name."""
+    def check_bin_names(self, fields: dict[str, Any]) -> None:
+        """Raises InvalidMessage for a field that can't have a bin of its name."""
         for name in fields:
             if name in self.renamed:
                 continue
-            if name in self.taken:
-                raise Unfit('bin-name', f'{joined("", name)}: this bin belongs to id-bin, time-bin or another field')
+            if name in self.reserved_bins:
+                raise InvalidMessage('bin-name',
+                                     f'{join_path("", name)}: this bin belongs to id-bin, time-bin or another field')
             if len(name.encode()) > MAX_BIN_NAME:
-                raise Unfit('bin-name', f'{joined("", name)}: over {MAX_BIN_NAME} bytes')
-        self.known = self.known.union(fields) if len(self.known) < 10000 else set(fields)
+                raise InvalidMessage('bin-name', f'{join_path("", name)}: over {MAX_BIN_NAME} bytes')
+        self.checked_names = self.checked_names.union(fields) if len(self.checked_names) < 10000 else set(fields)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # nsqd protocol: one connection, and what nsqlookupd says
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHUNK = 256 * 1024          # bytes a read
-MAX_ANSWER = 1 << 20        # bytes of an answer in the handshake: what is no nsqd would have us wait for gigabytes
+READ_SIZE = 256 * 1024      # bytes a read
+MAX_RESPONSE = 1 << 20      # bytes of an answer in the handshake: what is no nsqd would have us wait for gigabytes
 HANDSHAKE_STEPS = 8         # at most, each in connect-timeout: files, name, TCP, IDENTIFY, TLS, deflate, AUTH, SUB
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
-LOOKUP_PATIENCE = 0.5       # seconds that a question waits for the other nsqlookupds once one has named nsqds
-HEARTBEAT = 10.0            # seconds; nsqd closes after two of its own unanswered, so do we
+LOOKUP_GRACE = 0.5          # seconds that a question waits for the other nsqlookupds once one has named nsqds
+HEARTBEAT_INTERVAL = 10.0   # seconds; nsqd closes after two of its own unanswered, so do we
 DEFAULT_HEARTBEAT = 60.0    # seconds; of an nsqd that refused ours: half its --client-timeout, 30 as it comes
 HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_timeout': LOOKUP_TIMEOUT}
-FLUSH = 25                  # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
-BUFFER = 64 * 1024          # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
-TICK = 0.025                # seconds between looks at RDY, idleness and TOUCH
-RDY_HEARD = 0.25            # seconds and a round trip after which an nsqd has heard of a lower RDY, which has no answer
-DEFLATE_LEVEL = 1           # of what is sent: FINs, whose ids hardly get smaller at any
-PUBLISH_TIMEOUT = 5.0       # seconds for nsqd to take a batch of dead letters
-CLOSE_TIMEOUT = 1.0         # seconds to wait for CLOSE_WAIT
+OUTPUT_BUFFER_TIMEOUT = 25       # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
+OUTPUT_BUFFER_SIZE = 64 * 1024   # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
+TICK_INTERVAL = 0.025            # seconds between looks at RDY, idleness and TOUCH
+# seconds and a round trip after which an nsqd has heard of a lower RDY, which has no answer
+RDY_HEARD = 0.25
+DEFLATE_LEVEL = 1                # of what is sent: FINs, whose ids hardly get smaller at any
+PUBLISH_TIMEOUT = 5.0            # seconds for nsqd to take a batch of dead letters
+CLOSE_TIMEOUT = 1.0              # seconds to wait for CLOSE_WAIT
 RESPONSE, ERROR, MESSAGE = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR, nsq.FRAME_TYPE_MESSAGE
-FRAME = struct.Struct('>ii')            # size of what follows, frame type
-HEAD = struct.Struct('>iiqH16s')        # of a message: size, type, timestamp, attempts, id
-REFUSED_ANSWERS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')   # not fatal: nsqd has delivered it again
-UNREACHABLE = (OSError, QueueError, asyncio.TimeoutError, UnicodeError)   # the last: a name that is none
+FRAME_HEADER = struct.Struct('>ii')          # size of what follows, frame type
+MESSAGE_HEADER = struct.Struct('>iiqH16s')   # of a message: size, type, timestamp, attempts, id
+LATE_ERRORS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')       # not fatal: nsqd has delivered it again
+UNREACHABLE = (OSError, NsqdError, asyncio.TimeoutError, UnicodeError)    # the last: a name that is none
 Address = tuple[str, int]               # host, port
 Nsqds = dict[Address, int | None]       # address -> HTTP port, where nsqlookupd has named it
 
 
-def explained(error: BaseException | None) -> str:
-    """An exception of a connection as a few words."""
+def describe_error(error: BaseException | None) -> str:
+    """Describes an exception of a connection in a few words."""
     cause = getattr(error, 'real_error', None) or error
     if isinstance(cause, asyncio.TimeoutError):
         return 'no answer in time'
@@ -2909,21 +2923,22 @@ class NameResolver(Resolver):
         try:
             found = look_up_name(host, family, socket.AI_NUMERICHOST)   # an IP address, which needs no name server
         except socket.gaierror:
-            found = await asyncio.wrap_future(self.lookup(host, family))
+            found = await asyncio.wrap_future(self.start_lookup(host, family))
         return [(family, (sockaddr[0], port, *sockaddr[2:])) for family, _, _, _, sockaddr in found]
 
-    def lookup(self, host: str, family: int) -> concurrent.futures.Future[list[Any]]:
-        """The Future of the thread that asks for `host`; of what it finds nothing is kept when it ends."""
+    def start_lookup(self, host: str, family: int) -> concurrent.futures.Future[list[Any]]:
+        """The Future of the thread that looks up `host`; its result is not cached."""
         key = host, family
         future = self.lookups.get(key)
         if not future:
             future = self.lookups[key] = concurrent.futures.Future()
             future.set_running_or_notify_cancel()   # who no longer waits does not cancel it for the others
-            threading.Thread(target=self.run, args=(future, key), daemon=True).start()   # daemon: no exit waits for it
+            # daemon: no exit waits for it
+            threading.Thread(target=self.run_lookup, args=(future, key), daemon=True).start()
         return future   # by now the thread may have ended
 
-    def run(self, future: concurrent.futures.Future[list[Any]], key: tuple[str, int]) -> None:
-        """In the thread: asks."""
+    def run_lookup(self, future: concurrent.futures.Future[list[Any]], key: tuple[str, int]) -> None:
+        """Looks the name up, in the thread."""
         try:
             found = look_up_name(*key)
         except (OSError, UnicodeError) as error:
@@ -2947,7 +2962,7 @@ class ResolvedName(Resolver):
 
 
 def look_up_name(host: str, family: int, flags: int = 0) -> list[Any]:
-    """What getaddrinfo says of a name, for any port. Raises OSError, or UnicodeError for what can be no name."""
+    """The result of getaddrinfo for a name, for any port. Raises OSError, or UnicodeError for what can be no name."""
     return socket.getaddrinfo(host, 0, family, socket.SOCK_STREAM, flags=flags)
 
 
@@ -2972,24 +2987,24 @@ class DeflateStream:
         self.stream.write(self.deflater.compress(data) + self.deflater.flush(zlib.Z_SYNC_FLUSH))
 
     async def read_bytes(self, size: int, partial: bool = False) -> bytes:
-        """So many bytes, or (partial) what is there of them, at least one. Raises QueueError for what is no deflate."""
+        """So many bytes, or (partial) what is there of them, at least one. Raises NsqdError for what is no deflate."""
         while len(self.inflated) < (1 if partial else size):
             self.inflated += await self.inflate_more()
         data, self.inflated = self.inflated[:size], self.inflated[size:]
         return data
 
     async def inflate_more(self) -> bytes:
-        """At most CHUNK bytes of what came, else what comes next: a little deflated may be much inflated."""
+        """At most READ_SIZE bytes of what came, else what comes next: a little deflated may be much inflated."""
         if self.deflated is None:
-            self.deflated = await self.stream.read_bytes(CHUNK, partial=True)
+            self.deflated = await self.stream.read_bytes(READ_SIZE, partial=True)
         try:
-            found = self.inflater.decompress(self.deflated, CHUNK)
+            found = self.inflater.decompress(self.deflated, READ_SIZE)
         except zlib.error as error:
-            raise QueueError(f'not what deflate makes: {error}') from None
+            raise NsqdError(f'not what deflate makes: {error}') from None
         if self.inflater.eof:
-            raise QueueError('the deflated stream has ended')
+            raise NsqdError('the deflated stream has ended')
         # A full answer may have left some of it inside, even where all of the input is used.
-        self.deflated = self.inflater.unconsumed_tail if len(found) == CHUNK else None
+        self.deflated = self.inflater.unconsumed_tail if len(found) == READ_SIZE else None
         return found
 
     def close(self) -> None:
@@ -2997,16 +3012,16 @@ class DeflateStream:
         self.stream.close()
 
 
-class Link:
-    """How every nsqd is reached, by the options of [nsq]."""
+class ConnectionOptions:
+    """The options of [nsq] that hold for every connection to an nsqd."""
 
     def __init__(self, config: types.SimpleNamespace) -> None:
         self.tls_options, self.secret_file = config.nsq.tls, config.nsq.auth_secret_file
         self.msg_timeout, self.connect_timeout = config.nsq.msg_timeout, config.nsq.connect_timeout
         self.compression = config.nsq.compression
 
-    async def credentials(self) -> tuple[ssl.SSLContext | None, bytes | None]:
-        """(ssl context, secret), as their files are now; None for what is not configured. Raises QueueError.
+    async def load_credentials(self) -> tuple[ssl.SSLContext | None, bytes | None]:
+        """(ssl context, secret), as their files are now; None for what is not configured. Raises NsqdError.
 
         Certificates and secrets are replaced while a daemon runs (cert-manager, vault), so each attempt reads them
         anew; in a thread, for to load the system's authorities takes 50 ms.
@@ -3016,129 +3031,130 @@ class Link:
         return await asyncio.to_thread(self.read_credentials)
 
     def read_credentials(self) -> tuple[ssl.SSLContext | None, bytes | None]:
-        """The same, in its thread."""
+        """Reads the credentials, in a thread."""
         try:
             return (tls_context(self.tls_options) if self.tls_options else None,
                     open_secret(self.secret_file) if self.secret_file else None)
         except (OSError, ValueError) as error:
-            raise QueueError(f'[nsq] a certificate or the secret: {error}') from None
+            raise NsqdError(f'[nsq] a certificate or the secret: {error}') from None
 
-    def identity(self) -> dict[str, Any]:
-        """What IDENTIFY says of every connection."""
+    def identity_fields(self) -> dict[str, Any]:
+        """The fields of IDENTIFY that are the same for every connection."""
         host = socket.gethostname()
         return {'client_id': host.partition('.')[0], 'hostname': host, 'user_agent': f'x-msrv/{__version__}',
                 'feature_negotiation': True, 'tls_v1': bool(self.tls_options),
                 'deflate': self.compression == 'deflate'}
 
-    def wishes(self) -> dict[str, int]:
-        """What IDENTIFY asks for; nsqd refuses all of it when one value is over its limits."""
-        wishes = {'heartbeat_interval': int(HEARTBEAT * 1000), 'output_buffer_timeout': FLUSH,
-                  'output_buffer_size': BUFFER}
+    def requested_features(self) -> dict[str, int]:
+        """The features that IDENTIFY requests; nsqd refuses all of them when one value exceeds its limits."""
+        wishes = {'heartbeat_interval': int(HEARTBEAT_INTERVAL * 1000), 'output_buffer_timeout': OUTPUT_BUFFER_TIMEOUT,
+                  'output_buffer_size': OUTPUT_BUFFER_SIZE}
         if self.msg_timeout:
             wishes['msg_timeout'] = int(self.msg_timeout * 1000)
         return wishes
 
 
 class Connection:
-    """One TCP connection to an nsqd, from the handshake to CLOSE_WAIT.
+    """A TCP connection to an nsqd, from the handshake to CLOSE_WAIT.
 
     pynsq's AsyncConn has a callback and an object a message, checks no host name and sends secrets over what TLS
     was asked for and not obtained; here only its commands and names are used. `info` is nsqd's answer to IDENTIFY.
     """
 
-    def __init__(self, address: Address, link: Link, topic: str | None = None, channel: str | None = None) -> None:
+    def __init__(self, address: Address, link: ConnectionOptions, topic: str | None = None,
+                 channel: str | None = None) -> None:
         self.address, self.link, self.topic, self.channel = address, link, topic, channel
         self.stream: Any = None   # an IOStream, once it is connected
         self.info: dict[str, Any] = {}
-        self.lost = False
-        self.rest = b''          # of the last read: an unfinished frame
-        self.heard = 0.0         # loop time of the last read
+        self.is_closed = False
+        self.buffer = b''        # of the last read: an unfinished frame
+        self.last_read = 0.0     # loop time of the last read
         self.last_data = 0.0     # loop time of the last read that had a message, or a part of one
         self.round_trip = 0.0    # seconds from a command to its answer, as the handshake had it
-        self.heartbeat = HEARTBEAT
+        self.heartbeat_interval = HEARTBEAT_INTERVAL
 
     def __str__(self) -> str:
-        return spelled(self.address)
+        return format_address(self.address)
 
     async def open(self) -> None:
         """Connects, up to the subscription where a topic is given. Raises one of UNREACHABLE."""
         try:
-            await self.connect(self.link.wishes())
-        except QueueError as error:
+            await self.connect(self.link.requested_features())
+        except NsqdError as error:
             if not str(error).startswith('E_BAD_BODY'):
                 raise
-            log.warning('nsqd %s: %s; trying with its own defaults', self, error)
-            self.heartbeat = DEFAULT_HEARTBEAT
+            log.warning('nsqd %s: %s; retrying IDENTIFY with the defaults of nsqd', self, error)
+            self.heartbeat_interval = DEFAULT_HEARTBEAT
             await self.connect({})
 
     async def connect(self, wishes: dict[str, int]) -> None:
-        """Shakes hands; what fails leaves no socket behind."""
+        """Performs the handshake; a failure leaves no socket open."""
         try:
-            await self.shake_hands(wishes)
+            await self.perform_handshake(wishes)
         except BaseException:
-            self.drop()
+            self.close_socket()
             raise
 
-    async def shake_hands(self, wishes: dict[str, int]) -> None:
+    async def perform_handshake(self, wishes: dict[str, int]) -> None:
         """IDENTIFY, TLS, deflate, AUTH, SUB: no secret crosses before what was asked for is there."""
-        self.rest, self.lost = b'', False
-        tls, secret = await self.within('the reading of certificates and secret', self.link.credentials())
+        self.buffer, self.is_closed = b'', False
+        tls, secret = await self.limit_step('the reading of certificates and secret', self.link.load_credentials())
         await (self.connect_tcp() if self.address[1] else self.connect_unix())
         asked = asyncio.get_running_loop().time()
-        self.send(b'  V2' + nsq.identify({**self.link.identity(), **wishes}))
-        self.info = self.parsed(await self.within('IDENTIFY', self.answer()))
+        self.send_command(b'  V2' + nsq.identify({**self.link.identity_fields(), **wishes}))
+        self.info = self.parse_info(await self.limit_step('IDENTIFY', self.read_response()))
         self.round_trip = asyncio.get_running_loop().time() - asked
         if tls:
-            await self.within('TLS', self.start_tls(tls))
+            await self.limit_step('TLS', self.start_tls(tls))
         if self.link.compression == 'deflate':
-            await self.within('deflate', self.start_deflate())
-        await self.within('AUTH', self.authenticate(secret))
+            await self.limit_step('deflate', self.start_deflate())
+        await self.limit_step('AUTH', self.authenticate(secret))
         if self.topic:
-            self.send(nsq.subscribe(self.topic, self.channel))
-            await self.within('SUB', self.answer(b'OK'))
-        self.heard = asyncio.get_running_loop().time()
+            self.send_command(nsq.subscribe(self.topic, self.channel))
+            await self.limit_step('SUB', self.read_response(b'OK'))
+        self.last_read = asyncio.get_running_loop().time()
 
-    async def within(self, step: str, awaitable: Awaitable[Item]) -> Item:
-        """What a step of the handshake gives. Raises QueueError where that takes longer than connect-timeout."""
+    async def limit_step(self, step: str, awaitable: Awaitable[Item]) -> Item:
+        """Awaits a step of the handshake. Raises NsqdError when it takes longer than connect-timeout."""
         try:
             async with asyncio.timeout(self.link.connect_timeout) as bound:
                 return await awaitable
         except TimeoutError:
             if not bound.expired():   # the kernel has given up first
                 raise
-            raise QueueError(f'{step}: no answer in {self.link.connect_timeout:g} s') from None
+            raise NsqdError(f'{step}: no answer in {self.link.connect_timeout:g} s') from None
 
     async def connect_tcp(self) -> None:
         """A TCP connection to the first address of the name that takes one, of either family."""
-        found = await self.within('name server', NameResolver().resolve(*self.address))
+        found = await self.limit_step('name server', NameResolver().resolve(*self.address))
         try:   # tornado's own bound: it closes the sockets of all attempts
             self.stream = await TCPClient(ResolvedName(found)).connect(
                 *self.address, timeout=self.link.connect_timeout)
         except TimeoutError:
-            raise QueueError(f'no connection in {self.link.connect_timeout:g} s') from None
+            raise NsqdError(f'no connection in {self.link.connect_timeout:g} s') from None
         self.stream.set_nodelay(True)
 
     async def connect_unix(self) -> None:
         """A connection to the unix socket of an nsqd of this host."""
         self.stream = IOStream(socket.socket(socket.AF_UNIX))
-        await self.within('unix socket', self.stream.connect(self.address[0]))
+        await self.limit_step('unix socket', self.stream.connect(self.address[0]))
 
     @staticmethod
-    def parsed(data: bytes) -> dict[str, Any]:
+    def parse_info(data: bytes) -> dict[str, Any]:
         """nsqd's answer to IDENTIFY as a dict."""
         try:
             info = json.loads(data)
         except (ValueError, RecursionError):
             info = None
         limits = ('max_rdy_count', 'msg_timeout', 'max_msg_timeout', 'output_buffer_timeout')
-        if not isinstance(info, dict) or not all(TYPES['integer'](info.get(name, 0)) for name in limits):
-            raise QueueError(f'not an answer of nsqd: {shortened(ascii(data), 60)}')
+        if not isinstance(info, dict) or not all(TYPE_CHECKS['integer'](info.get(name, 0)) for name in limits):
+            raise NsqdError(f'not an answer of nsqd: {truncate_text(ascii(data), 60)}')
         return info
 
     async def start_tls(self, context: ssl.SSLContext) -> None:
         """TLS with the host's name verified; over a unix socket that is localhost."""
         if not self.info.get('tls_v1'):
-            raise QueueError('TLS is asked for, and this nsqd does not offer it')
+            raise NsqdError('TLS is configured, but this nsqd does not offer it')
         stream, self.stream = self.stream, None
         # tornado hands out the new stream only when it is good: the twin ends one that never gets there.
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
@@ -3149,127 +3165,128 @@ class Connection:
                 with contextlib.suppress(OSError):
                     twin.shutdown(socket.SHUT_RDWR)
                 raise
-        await self.answer(b'OK')
+        await self.read_response(b'OK')
 
     async def start_deflate(self) -> None:
         """Deflate, in both directions. Nothing is sent before nsqd's OK: it might not be taken for deflated."""
         if not self.info.get('deflate'):
-            raise QueueError('compression = deflate is asked for, and this nsqd does not offer it')
+            raise NsqdError('compression = deflate is asked for, and this nsqd does not offer it')
         self.stream = DeflateStream(self.stream)
-        await self.answer(b'OK')
+        await self.read_response(b'OK')
 
     async def authenticate(self, secret: bytes | None) -> None:
-        """AUTH with the secret, where there is one. Raises QueueError where only one side wants it."""
+        """AUTH with the secret, where there is one. Raises NsqdError where only one side wants it."""
         if secret and not self.info.get('auth_required'):
-            raise QueueError('auth is asked for, and this nsqd does not do it')
+            raise NsqdError('auth-secret-file is set, but this nsqd does not use AUTH')
         if not secret and self.info.get('auth_required'):
-            raise QueueError('AUTH required by this nsqd, and auth-secret-file is not set')
+            raise NsqdError('AUTH required by this nsqd, but auth-secret-file is not set')
         if secret:
-            self.send(nsq.protocol.auth(secret))
-            await self.answer()
+            self.send_command(nsq.protocol.auth(secret))
+            await self.read_response()
 
-    async def answer(self, expected: bytes | None = None) -> bytes:
-        """The next response's bytes, in the handshake. Raises QueueError for an error of nsqd."""
+    async def read_response(self, expected: bytes | None = None) -> bytes:
+        """The next response's bytes, in the handshake. Raises NsqdError for an error of nsqd."""
         while True:
-            size, kind = FRAME.unpack(await self.stream.read_bytes(8))
-            if not 4 <= size <= MAX_ANSWER:
-                raise QueueError('not an nsqd: its answer is no frame')
+            size, kind = FRAME_HEADER.unpack(await self.stream.read_bytes(8))
+            if not 4 <= size <= MAX_RESPONSE:
+                raise NsqdError('not an nsqd: its response is not a frame')
             data = await self.stream.read_bytes(size - 4)
             if kind == RESPONSE and data == b'_heartbeat_':
-                self.send(nsq.nop())
+                self.send_command(nsq.nop())
             elif kind != RESPONSE or (expected and data != expected):
-                raise QueueError(data.decode('utf-8', 'replace'))
+                raise NsqdError(data.decode('utf-8', 'replace'))
             else:
                 return data
 
-    def send(self, data: bytes) -> None:
-        """Writes; a connection that is lost is found so by its reader."""
-        if not self.lost:
+    def send_command(self, data: bytes) -> None:
+        """Sends a command. The reader notices a closed connection."""
+        if not self.is_closed:
             try:
                 self.stream.write(data)
             except StreamClosedError:
-                self.lost = True
+                self.is_closed = True
 
-    async def read(self) -> None:
-        """Hands over what comes, until the connection ends; then raises why."""
+    async def read_messages(self) -> None:
+        """Delivers messages until the connection ends; then raises the reason."""
         while True:
-            messages = self.unpack(await self.read_frames())
-            if messages or self.rest:
-                self.last_data = self.heard
+            messages = self.unpack_frames(await self.read_frames())
+            if messages or self.buffer:
+                self.last_data = self.last_read
             if messages:
                 self.deliver(messages)
 
     async def read_frames(self) -> bytes:
-        """What comes next, with all of the frame that has begun. Its chunks are joined once: to join each with those
-        before it costs the square of a large frame's size, and nsqd gives up a write after a heartbeat."""
-        chunks = [self.rest]
-        missing = 4 + FRAME.unpack_from(self.rest)[0] - len(self.rest) if len(self.rest) >= FRAME.size else 0
+        """Reads on to the end of the frame that has begun. The chunks are joined once: joining each to the ones before
+        costs the square of the size of a large frame, and nsqd gives up a write after a heartbeat."""
+        chunks = [self.buffer]
+        missing = (4 + FRAME_HEADER.unpack_from(self.buffer)[0] - len(self.buffer)
+                   if len(self.buffer) >= FRAME_HEADER.size else 0)
         while True:
             chunks.append(await self.read_chunk())
             missing -= len(chunks[-1])
             if missing > 0:
-                self.last_data = self.heard
+                self.last_data = self.last_read
             else:
-                return b''.join(chunks) if self.rest else chunks[1]
+                return b''.join(chunks) if self.buffer else chunks[1]
 
     async def read_chunk(self) -> bytes:
-        """The next bytes. Raises QueueError where none come, for two heartbeats and a second."""
-        silence = 2 * self.heartbeat + 1
+        """The next bytes. Raises NsqdError when none arrive for two heartbeats and a second."""
+        silence = 2 * self.heartbeat_interval + 1
         try:
             async with asyncio.timeout(silence) as bound:
-                chunk = await self.stream.read_bytes(CHUNK, partial=True)
+                chunk = await self.stream.read_bytes(READ_SIZE, partial=True)
         except TimeoutError:
             if not bound.expired():   # the kernel has given up first
                 raise
-            raise QueueError(f'no heartbeat for {silence:g} s') from None
-        self.heard = asyncio.get_running_loop().time()
+            raise NsqdError(f'no heartbeat for {silence:g} s') from None
+        self.last_read = asyncio.get_running_loop().time()
         return chunk
 
-    def unpack(self, data: bytes) -> list[Message]:
-        """The messages of all whole frames in `data`; other frames are answered on the way."""
-        messages, at, end, now = [], 0, len(data), self.heard
-        unpack_frame, unpack_head, body = FRAME.unpack_from, HEAD.unpack_from, HEAD.size
+    def unpack_frames(self, data: bytes) -> list[Message]:
+        """The messages of all complete frames in `data`; other frames are handled at once."""
+        messages, at, end, now = [], 0, len(data), self.last_read
+        unpack_frame, unpack_head, body = FRAME_HEADER.unpack_from, MESSAGE_HEADER.unpack_from, MESSAGE_HEADER.size
         while end - at >= 8:
             size, kind = unpack_frame(data, at)
             after = at + 4 + size
             if size < (body - 4 if kind == MESSAGE else 4):
-                raise QueueError('a frame of a size that there is not')
+                raise NsqdError('invalid frame size')
             if after > end:
                 break
             if kind == MESSAGE:
                 _, _, timestamp, attempts, id = unpack_head(data, at)
                 messages.append(Message(self, id, timestamp, attempts, data[at + body:after], now))
             else:
-                self.respond(kind, data[at + 8:after])
+                self.on_response(kind, data[at + 8:after])
             at = after
-        self.rest = data[at:]
+        self.buffer = data[at:]
         return messages
 
-    def respond(self, kind: int, data: bytes) -> None:
-        """Takes a response or error of nsqd."""
+    def on_response(self, kind: int, data: bytes) -> None:
+        """Handles a response or an error of nsqd."""
         if kind == RESPONSE and data == b'_heartbeat_':
-            self.send(nsq.nop())
+            self.send_command(nsq.nop())
         elif kind == ERROR:
-            raise QueueError(data.decode('utf-8', 'replace'))
+            raise NsqdError(data.decode('utf-8', 'replace'))
 
     def deliver(self, messages: list[Message]) -> None:
-        """Takes messages; only a Subscription asks for any."""
+        """Handles messages; only a Subscription receives any."""
 
-    async def leave(self) -> None:
-        """Ends a connection without a subscription. Raises QueueError where nsqd wants TLS: it says so only when it
-        answers a command, and CLS is one that changes nothing."""
-        self.send(b'CLS\n')
+    async def close_unsubscribed(self) -> None:
+        """Closes a connection without a subscription. Raises NsqdError when nsqd requires TLS: it reports that only in
+        response to a command, and CLS changes nothing."""
+        self.send_command(b'CLS\n')
         try:
-            await self.within('CLS', self.answer(b'CLOSE_WAIT'))
-        except QueueError as error:
+            await self.limit_step('CLS', self.read_response(b'CLOSE_WAIT'))
+        except NsqdError as error:
             if 'TLS required' in str(error):
                 raise
         finally:
-            self.drop()
+            self.close_socket()
 
-    def drop(self) -> None:
+    def close_socket(self) -> None:
         """Closes the socket at once."""
-        self.lost = True
+        self.is_closed = True
         if self.stream:
             self.stream.close()
 
@@ -3280,7 +3297,7 @@ class Publisher(Connection):
     async def open(self) -> None:
         """Connects and starts to read the answers."""
         await super().open()
-        self.waiting: asyncio.Future[None] | None = None   # while an MPUB is without its answer
+        self.pending_answer: asyncio.Future[None] | None = None   # while an MPUB is without its answer
         self.reader = asyncio.ensure_future(self.read_answers())
         log.debug('nsqd %s: connected, for dead letters in %s', self, self.topic)
 
@@ -3289,60 +3306,60 @@ class Publisher(Connection):
         every error takes the connection with it, and its text may get lost on the way, so one PUB behind another
         would leave open which of them were taken."""
         loop = asyncio.get_running_loop()
-        self.waiting = loop.create_future()
-        self.send(nsq.mpub(self.topic, bodies))
-        timer = loop.call_later(PUBLISH_TIMEOUT, self.answered, TimeoutError())
+        self.pending_answer = loop.create_future()
+        self.send_command(nsq.mpub(self.topic, bodies))
+        timer = loop.call_later(PUBLISH_TIMEOUT, self.resolve_answer, TimeoutError())
         try:
-            await self.waiting
+            await self.pending_answer
         finally:
             timer.cancel()
 
     async def read_answers(self) -> None:
-        """Reads until the connection ends, and fails what still waits with the reason."""
+        """Reads until the connection ends, and fails a pending MPUB with the reason."""
         try:
-            await self.read()
+            await self.read_messages()
         except UNREACHABLE as error:
-            log.debug('nsqd %s: %s; the connection for dead letters', self, explained(error))
-            self.drop()
-            self.answered(error)
+            log.debug('nsqd %s: %s; dead-letter connection closed', self, describe_error(error))
+            self.close_socket()
+            self.resolve_answer(error)
 
-    def answered(self, error: BaseException | None = None) -> None:
-        """Ends the wait for the answer."""
-        if self.waiting and not self.waiting.done():
+    def resolve_answer(self, error: BaseException | None = None) -> None:
+        """Sets the result of the pending MPUB."""
+        if self.pending_answer and not self.pending_answer.done():
             if error:
-                self.waiting.set_exception(error)
+                self.pending_answer.set_exception(error)
             else:
-                self.waiting.set_result(None)
+                self.pending_answer.set_result(None)
 
-    def respond(self, kind: int, data: bytes) -> None:
+    def on_response(self, kind: int, data: bytes) -> None:
         """OK is the answer to the MPUB."""
         if kind == RESPONSE and data == b'OK':
-            self.answered()
+            self.resolve_answer()
         else:
-            super().respond(kind, data)
+            super().on_response(kind, data)
 
     def close(self) -> None:
-        """Closes; nothing published is without its answer."""
+        """Closes the connection; no MPUB is pending."""
         self.reader.cancel()
-        self.drop()
+        self.close_socket()
 
 
 class Subscription(Connection):
     """A connection that receives messages.
 
-    rdy: what nsqd was last told. in_flight: messages without an answer yet; held_back: of them, those that wait for the
-    window's end, by which RDY has to be higher. rdy_since: loop time since when it could have delivered.
-    idle: it could for a while, and had nothing; a new RDY gives it a new chance. tried: the same, until a message.
-    unheard: messages that it may still send beyond RDY, for it may not have heard yet that RDY was lowered_at a time.
+    rdy: the last RDY sent. in_flight: number of messages without an answer. held_back: how many of them wait for the
+    window's end; RDY is raised by as many. rdy_since: loop time since when nsqd could have delivered. idle: no message
+    arrived for a while though RDY was above 0; reset by a new RDY. proven_idle: the same, reset by a message. unheard:
+    messages that it may still send beyond RDY, for it may not have heard yet that RDY was lowered_at a time.
     """
 
     def __init__(self, address: Address, consumer: Any) -> None:
         super().__init__(address, consumer.link, consumer.topic, consumer.channel)
         self.consumer = consumer
         self.rdy = self.in_flight = self.held_back = 0
-        self.idle, self.tried, self.rdy_since = False, False, 0.0
+        self.idle, self.proven_idle, self.rdy_since = False, False, 0.0
         self.unheard, self.lowered_at = 0, 0.0
-        self.closed: asyncio.Event | None = None   # set by CLOSE_WAIT
+        self.close_wait: asyncio.Event | None = None   # set by CLOSE_WAIT
 
     async def open(self) -> None:
         """Connects and reads nsqd's limits."""
@@ -3350,24 +3367,24 @@ class Subscription(Connection):
         self.max_rdy = self.info.get('max_rdy_count', 2500)
         self.msg_timeout = self.info.get('msg_timeout', 60000) / 1000
         self.max_msg_timeout = self.info.get('max_msg_timeout', 900000) / 1000
-        self.silence = 2 * self.info.get('output_buffer_timeout', 250) / 1000
+        self.idle_delay = 2 * self.info.get('output_buffer_timeout', 250) / 1000
         log.debug('nsqd %s: connected, version %s, RDY at most %d, msg-timeout %g s', self, self.info.get('version'),
                   self.max_rdy, self.msg_timeout)
 
     def deliver(self, messages: list[Message]) -> None:
-        """Hands messages on. Reading never stops: nsqd closes a connection to which it can't write."""
-        self.rdy_since = self.heard
+        """Passes messages to the consumer. Reading never stops: nsqd closes a connection that it can't write to."""
+        self.rdy_since = self.last_read
         self.unheard = max(0, self.unheard - len(messages))
-        self.consumer.receive(self, messages)
+        self.consumer.on_messages(self, messages)
 
-    def respond(self, kind: int, data: bytes) -> None:
+    def on_response(self, kind: int, data: bytes) -> None:
         """A refused FIN, REQ or TOUCH is late, no error: what was stored stays stored, the redelivery rewrites it."""
-        if kind == ERROR and data.startswith(REFUSED_ANSWERS):
+        if kind == ERROR and data.startswith(LATE_ERRORS):
             self.consumer.on_refused(self, data)
-        elif data == b'CLOSE_WAIT' and self.closed:
-            self.closed.set()
+        elif data == b'CLOSE_WAIT' and self.close_wait:
+            self.close_wait.set()
         else:
-            super().respond(kind, data)
+            super().on_response(kind, data)
 
     def set_rdy(self, rdy: int) -> None:
         """Sends RDY when it changes."""
@@ -3383,34 +3400,35 @@ class Subscription(Connection):
                 self.idle = False
             log.debug('nsqd %s: RDY %d -> %d', self, self.rdy, rdy)
             self.rdy = rdy
-            self.send(nsq.ready(rdy))
+            self.send_command(nsq.ready(rdy))
 
     def unheard_at(self, now: float) -> int:
         """`unheard`, which is over when nsqd has heard of its RDY."""
         return self.unheard if now - self.lowered_at < RDY_HEARD + self.round_trip else 0
 
     async def close(self) -> None:
-        """CLS, behind all answers; then reads until CLOSE_WAIT: closing at once loses the FINs on their way. Requeues
-        what was on its way to us, else it would come again only after msg-timeout; nsqd takes a REQ behind CLS."""
-        self.closed = asyncio.Event()
-        self.send(b'CLS\n')
+        """Sends CLS behind all answers and reads until CLOSE_WAIT: closing at once would lose the FINs under way.
+        Requeues messages that still arrive, so that they are redelivered now and not after msg-timeout; nsqd accepts
+        REQ after CLS."""
+        self.close_wait = asyncio.Event()
+        self.send_command(b'CLS\n')
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.closed.wait(), CLOSE_TIMEOUT)
+            await asyncio.wait_for(self.close_wait.wait(), CLOSE_TIMEOUT)
         self.consumer.requeue([message for message in self.consumer.in_flight.values() if message.conn is self])
-        self.drop()
+        self.close_socket()
         log.debug('nsqd %s: disconnected', self)
 
 
 def http_client(requests: int = 1) -> AsyncHTTPClient:
-    """A client for so many requests at a time, whose names delay nobody else; to be closed."""
+    """An HTTP client for `requests` at a time, whose name lookups delay no other; the caller closes it."""
     return AsyncHTTPClient(force_instance=True, resolver=NameResolver(), max_clients=requests)
 
 
 async def look_up(config: types.SimpleNamespace, topic: str,
                   patience: float = math.inf) -> tuple[Nsqds, dict[str, str]]:
-    """Asks all nsqlookupds for the nsqds of a topic, and waits for the others for at most `patience` seconds once one
-    has named some. Returns ({(host, port): http port}, {address: error})."""
-    addresses, link = config.nsq.lookupd_http_address, Link(config)
+    """Asks all nsqlookupds for the nsqds of a topic. Once one has named some, it waits for the others for at most
+    `patience` seconds. Returns ({(host, port): http port}, {address: error})."""
+    addresses, link = config.nsq.lookupd_http_address, ConnectionOptions(config)
     client = http_client(len(addresses))
     questions = {asyncio.ensure_future(ask_lookupd(client, address, topic, link)): address for address in addresses}
     try:
@@ -3426,39 +3444,39 @@ async def look_up(config: types.SimpleNamespace, topic: str,
             question.cancel()
         await asyncio.gather(*questions, return_exceptions=True)
         client.close()
-    return sort_answers(questions)
+    return sort_lookup_answers(questions)
 
 
-def sort_answers(questions: Mapping[asyncio.Task[Nsqds], str]) -> tuple[Nsqds, dict[str, str]]:
-    """What nsqlookupds answered: {question: address} as ({(host, port): http port}, {address: error})."""
+def sort_lookup_answers(questions: Mapping[asyncio.Task[Nsqds], str]) -> tuple[Nsqds, dict[str, str]]:
+    """Sorts the answers of nsqlookupds, {question: address}, into ({(host, port): http port}, {address: error})."""
     found, errors = {}, {}
     for question, address in questions.items():
         if question.cancelled():
             errors[address] = 'no answer yet'
         elif isinstance(question.exception(), UNREACHABLE):
-            errors[address] = explained(question.exception())
+            errors[address] = describe_error(question.exception())
         else:
             found.update(question.result())
     return found, errors
 
 
-async def lookup_options(address: str, link: Link) -> dict[str, Any]:
+async def lookup_options(address: str, link: ConnectionOptions) -> dict[str, Any]:
     """How an nsqlookupd is asked: by https:// with the certificates and the secret of [nsq], as nsqds are. The secret
-    never crosses in the clear, nor where an answer would lead it. Raises QueueError."""
+    never crosses in the clear, nor where an answer would lead it. Raises NsqdError."""
     if not address.startswith('https://'):
         return HTTP_TIMEOUTS
     try:
         async with asyncio.timeout(LOOKUP_TIMEOUT):   # their files may be on a mount that hangs
-            context, secret = await link.credentials()
+            context, secret = await link.load_credentials()
     except TimeoutError:
-        raise QueueError('[nsq] a certificate or the secret: not read in time') from None
+        raise NsqdError('[nsq] a certificate or the secret: not read in time') from None
     if secret and not re.fullmatch(rb'[!-~]+', secret):   # an error of the client's would show it
-        raise QueueError('[nsq] the secret: a header of HTTP takes printable ASCII without blanks')
+        raise NsqdError('[nsq] the secret: a header of HTTP takes printable ASCII without blanks')
     headers = {'Authorization': f'Bearer {secret.decode()}'} if secret else {}
     return {**HTTP_TIMEOUTS, 'ssl_options': context, 'headers': headers, 'follow_redirects': False}
 
 
-async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, link: Link) -> Nsqds:
+async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, link: ConnectionOptions) -> Nsqds:
     """The nsqds that one nsqlookupd names for a topic; none when it does not know the topic."""
     try:
         response = await client.fetch(f'{address}/lookup?topic={topic.replace("#", "%23")}',
@@ -3468,15 +3486,15 @@ async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, link: L
     except HTTPError as error:   # also a timeout, and an answer that breaks off
         if no_such_topic(error):
             return {}
-        raise QueueError(f'{error}; nsqlookupd does not answer so' if error.code == 404 else str(error)) from None
+        raise NsqdError(f'{error}; nsqlookupd does not answer so' if error.code == 404 else str(error)) from None
     except ssl.SSLError:   # a ValueError as well, of a certificate
         raise
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise QueueError(f'not an answer of nsqlookupd: {error}') from None
+        raise NsqdError(f'not an answer of nsqlookupd: {error}') from None
 
 
 def no_such_topic(error: HTTPError) -> bool:
-    """Whether an HTTPError is nsqlookupd's own answer for a topic that it does not know: every web server has a 404."""
+    """True for the response of nsqlookupd to an unknown topic; any other web server may answer 404 as well."""
     try:
         body = error.response.body if error.response else b''
         return error.code == 404 and json.loads(body)['message'] == 'TOPIC_NOT_FOUND'
@@ -3486,8 +3504,8 @@ def no_such_topic(error: HTTPError) -> bool:
 
 async def find_nsqds(config: types.SimpleNamespace, topic: str, patience: float = math.inf,
                      news: ChangeLog | None = None) -> Nsqds:
-    """The nsqds to ask for a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers;
-    one that is down costs nothing but a warning, which a ChangeLog of somebody who asks often (`news`) says once."""
+    """The nsqds of a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers; when some
+    do not, logs a warning, by the ChangeLog `news` of a repeated lookup only once."""
     if config.nsq.nsqd_tcp_address:
         return dict.fromkeys(config.nsq.nsqd_tcp_address)
     found, errors = await look_up(config, topic, patience)
@@ -3505,10 +3523,11 @@ async def find_nsqds(config: types.SimpleNamespace, topic: str, patience: float 
 
 
 async def total_depth(config: types.SimpleNamespace, topic: str, channel: str) -> int | None:
-    """The messages that wait for a channel on all nsqds, or None where one does not say."""
+    """The number of messages that wait for a channel on all nsqds; None when an nsqd does not report it."""
     nsqds = await find_nsqds(config, topic)
     stats = await asyncio.gather(*(topic_stats(address, http_port, topic) for address, http_port in nsqds.items()))
-    return None if None in stats else sum(sum(depths(each, channel)) for each in stats if each is not None)
+    return (None if None in stats
+            else sum(sum(topic_and_channel_depth(each, channel)) for each in stats if each is not None))
 
 
 class ChannelDepth(NamedTuple):
@@ -3522,7 +3541,7 @@ async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, Cha
     """What waits for a channel on each nsqd that says so, by address as text. An nsqd or nsqlookupd that does not
     answer is left out without a word: the consumer has one for it."""
     addresses = config.nsq.lookupd_http_address
-    nsqds = (await look_up(addresses, topic, LOOKUP_PATIENCE))[0] if addresses else dict.fromkeys(
+    nsqds = (await look_up(addresses, topic, LOOKUP_GRACE))[0] if addresses else dict.fromkeys(
         config.nsq.nsqd_tcp_address)
     found: dict[str, ChannelDepth] = {}
 
@@ -3533,24 +3552,25 @@ async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, Cha
         with contextlib.suppress(AttributeError, KeyError, TypeError):   # another web server answers there
             paused = [name for name, each in (('topic', stats), ('channel', channel_stats(stats, channel)))
                       if each.get('paused')]
-            in_topic, in_channel = depths(stats, channel)
-            found[spelled(address)] = ChannelDepth(in_topic + in_channel, ', '.join(paused))
+            in_topic, in_channel = topic_and_channel_depth(stats, channel)
+            found[format_address(address)] = ChannelDepth(in_topic + in_channel, ', '.join(paused))
     with contextlib.suppress(TimeoutError):   # who has answered by then has
         async with asyncio.timeout(LOOKUP_TIMEOUT):
             await asyncio.gather(*(ask(*each) for each in nsqds.items()))
-    return {spelled(address): found[spelled(address)] for address in nsqds if spelled(address) in found}
+    return {format_address(address): found[format_address(address)] for address in nsqds
+            if format_address(address) in found}
 
 
 async def topic_stats(address: Address, http_port: int | None, topic: str,
                       query: str = '') -> dict[str, Any] | None:
-    """What an nsqd counts of a topic: {} where it has no such topic, None when its HTTP side can't be found.
+    """The statistics of a topic on an nsqd: {} without such a topic, None when its HTTP port can't be found.
 
     nsqlookupd names the HTTP port; else it is taken to be the next one (4150, 4151), if that one is the same nsqd's.
     """
     host, tcp_port = address
     if not tcp_port:   # of a unix socket nobody knows which HTTP side belongs to it
         return None
-    base = f'http://{spelled((host, http_port or tcp_port + 1))}'
+    base = f'http://{format_address((host, http_port or tcp_port + 1))}'
     client = http_client()
     try:
         info = await client.fetch(f'{base}/info', **HTTP_TIMEOUTS)
@@ -3567,11 +3587,11 @@ async def topic_stats(address: Address, http_port: int | None, topic: str,
 
 
 def channel_stats(topic: dict[str, Any], channel: str) -> dict[str, Any]:
-    """What topic_stats() has of a channel: {} where there is no such channel."""
+    """The statistics of a channel, of topic_stats(): {} without such a channel."""
     return next((stats for stats in topic.get('channels') or () if stats['channel_name'] == channel), {})
 
 
-def depths(topic: dict[str, Any], channel: str) -> tuple[int, int]:
+def topic_and_channel_depth(topic: dict[str, Any], channel: str) -> tuple[int, int]:
     """The messages that wait for a channel: in the topic, from where they go to all its channels, and in the channel.
 
     A channel gets what is in the topic when it is made: without any channel, all messages wait there.
@@ -3583,31 +3603,30 @@ def depths(topic: dict[str, Any], channel: str) -> tuple[int, int]:
 # stores
 # ---------------------------------------------------------------------------------------------------------------------
 
-THREADS = 'x-msrv'           # how the names of threads begin that may hang in a call: see leave_stuck_calls
+THREAD_PREFIX = 'x-msrv'     # how the names of threads begin that may hang in a call: see leave_stuck_calls
 
 
 class Store:
-    """The shape of a store, and the one that stores nothing. All methods block: they run in the threads of a pool,
-    `writers` at a time.
+    """The interface of a store; by itself a store that stores nothing. All methods block: they run in `writers`
+    threads.
 
-    batch_size: records a call at most. patience: seconds after which a call has returned, unless it hangs.
+    batch_size: maximum records per call. call_timeout: seconds within which a call returns, unless it hangs.
     """
 
     batch_size = 500
     writers = 1
-    patience = 5.0
+    call_timeout = 5.0
 
     def open(self):
-        """Connects. Raises StoreDown."""
+        """Connects. Raises StoreError."""
 
     def write(self, records):
-        """Writes the records, each whole or not at all, durably. Returns an Answer for each. Raises StoreDown when
+        """Writes the records, each whole or not at all, durably. Returns an Answer for each. Raises StoreError when
         none of them was written."""
-        raise StoreDown('no store', again=False)
+        raise StoreError('no store', retryable=False)
 
-    def describe(self):
-        """What is at the other end, for `check --connect`: a line, and what is wrong with it as a list of lines.
-        Raises StoreDown."""
+    def describe_contents(self):
+        """Describes the store for `check --connect`: a line, and a list of problems. Raises StoreError."""
         return 'no store', []
 
     def close(self):
@@ -3628,17 +3647,19 @@ class SqliteStore(Store):
     def __init__(self, config):
         self.path, self.set = config.sqlite.path, config.sqlite.set
         self.mode, self.time_bin, self.set_field = config.record.write, config.record.time_bin, config.record.set_field
-        self.judged = bool(self.time_bin) or self.mode != 'replace'   # else each record is written, whatever is there
+        # else each record is written, whatever is there
+        self.needs_read = bool(self.time_bin) or self.mode != 'replace'
         self.delete_mode = config.record.delete and config.record.delete.mode
         self.columns = ()        # of the table, once it is open
         self.db = None
 
     def open(self):
-        """Opens or makes the file; fails when it can't be written to."""
-        with self.complaints():
+        """Opens or creates the file; raises StoreError when it can't be written to."""
+        with self.sqlite_errors():
             os.makedirs(os.path.dirname(self.path), mode=0o750, exist_ok=True)
             require_regular(self.path)
-            self.db = sqlite3.connect(self.path, timeout=self.patience, isolation_level=None, check_same_thread=False)
+            self.db = sqlite3.connect(self.path, timeout=self.call_timeout, isolation_level=None,
+                                      check_same_thread=False)
             self.db.execute('PRAGMA journal_mode = WAL')
             self.db.execute('PRAGMA synchronous = FULL')
             self.db.execute(self.table)
@@ -3666,23 +3687,24 @@ class SqliteStore(Store):
         return tuple(row[1] for row in self.db.execute('PRAGMA table_info (records)'))
 
     @contextlib.contextmanager
-    def complaints(self):
-        """Turns what SQLite and the file system say into StoreDown: a lock may pass, nothing else does."""
+    def sqlite_errors(self):
+        """Raises StoreError for errors of SQLite and the file system; only a locked database is worth a retry."""
         try:
             yield
         except (sqlite3.Error, OSError) as error:
             if self.db and self.db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
                     self.db.execute('ROLLBACK')
-            raise StoreDown(f'sqlite {self.path}: {error}', again='locked' in str(error)) from error
+            raise StoreError(f'sqlite {self.path}: {error}', retryable='locked' in str(error)) from error
 
     def write(self, records):
-        """One transaction. With newest-wins, create or update each record is judged against what is stored; BEGIN
-        IMMEDIATE holds the file's write lock, so nothing comes between the look and the write."""
-        with self.complaints():
+        """Writes a batch in one transaction. With newest-wins, create or update each record is compared with the stored
+        one; BEGIN IMMEDIATE holds the write lock of the file, so that nothing is written between the comparison and the
+        write."""
+        with self.sqlite_errors():
             self.db.execute('BEGIN IMMEDIATE')
             self.drop_expired()
-            answers = self.judge(records) if self.judged else [STORED] * len(records)
+            answers = self.merge_stored(records) if self.needs_read else [STORED] * len(records)
             self.carry_out(records, answers)
             self.db.execute('COMMIT')
             if not os.path.samestat(os.stat(self.path), self.file):   # with WAL, SQLite goes on in what nobody can find
@@ -3690,8 +3712,8 @@ class SqliteStore(Store):
         return answers
 
     def upsert(self, records):
-        """Writes all in one statement: the interpreter lock is let go once, not once a row (each time it may take
-        5 ms to come back while the loop decodes: 400 rows/s instead of 90,000, measured)."""
+        """Writes all rows in one statement: the interpreter lock is released once and not for each row. To get it back
+        may take 5 ms while the loop decodes: 400 rows/s instead of 90,000, measured."""
         if not records:
             return
         if 'expires_at' in self.columns:
@@ -3699,7 +3721,7 @@ class SqliteStore(Store):
             return
         # An upsert takes no key twice.
         if self.set_field:
-            places = {self.place(record): self.to_json(record.bins) for record in records}
+            places = {self.set_and_key(record): self.to_json(record.bins) for record in records}
             row, rows = '(?,?,?)', [(*place, bins) for place, bins in places.items()]
         else:
             row, rows = '(?1,?,?)', list({record.key: self.to_json(record.bins) for record in records}.items())
@@ -3707,54 +3729,54 @@ class SqliteStore(Store):
             'INSERT INTO records SELECT column1, column2, column3, ?2 FROM (VALUES ' + ','.join([row] * len(rows)) +
             ') WHERE true ON CONFLICT ("set", "key")'
             ' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at',
-            (self.set, rfc3339(time.time()), *itertools.chain.from_iterable(rows)))
+            (self.set, format_rfc3339(time.time()), *itertools.chain.from_iterable(rows)))
 
-    def place(self, record):
+    def set_and_key(self, record):
         """The set and the key of a record."""
         return record.set or self.set, record.key
 
     def upsert_with_expiry(self, records: list[Record]) -> None:
         """As upsert(), in a table that has tombstones: each with its end, and a record without one."""
         rows = {place: (*place, self.to_json(record.bins), self.end_of(record))
-                for place, record in zip(map(self.place, records), records, strict=True)}
+                for place, record in zip(map(self.set_and_key, records), records, strict=True)}
         self.db.execute(
             'INSERT INTO records SELECT column1, column2, column3, ?1, column4 FROM (VALUES ' +
             ','.join(['(?,?,?,?)'] * len(rows)) + ') WHERE true ON CONFLICT ("set", "key")'
             ' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at, expires_at = excluded.expires_at',
-            (rfc3339(time.time()), *itertools.chain.from_iterable(rows.values())))
+            (format_rfc3339(time.time()), *itertools.chain.from_iterable(rows.values())))
 
     @staticmethod
     def end_of(record: Record) -> str | None:
         """When a tombstone ends, as text that compares like the time; None for a record, which stays."""
         if not isinstance(record, Deletion):
             return None
-        return 'never' if record.ttl == NEVER else rfc3339(time.time() + (record.ttl or 0))
+        return 'never' if record.ttl == TTL_NEVER else format_rfc3339(time.time() + (record.ttl or 0))
 
     def drop_expired(self) -> None:
         """Removes tombstones that have ended; a bounded number, for the batch behind it waits. Until its turn comes one
         still holds off older messages."""
         if 'expires_at' in self.columns:
-            self.db.execute(self.drop, (rfc3339(time.time()),))
+            self.db.execute(self.drop, (format_rfc3339(time.time()),))
 
-    def carry_out(self, records: list[Record], answers: list[Answer]) -> None:
+    def carry_out(self, records: list[Record], answers: list[WriteResult]) -> None:
         """Writes the records and tombstones that nothing newer stands against, and removes what is to be removed."""
         judged, removed = list(zip(records, answers, strict=True)), set()
         if self.delete_mode == 'remove':
-            removed = {self.place(record) for record, answer in judged if answer is DELETED}
+            removed = {self.set_and_key(record) for record, answer in judged if answer is DELETED}
         self.upsert([record for record, answer in judged
-                     if answer is STORED and not (removed and self.place(record) in removed)
+                     if answer is STORED and not (removed and self.set_and_key(record) in removed)
                      or answer is DELETED and not removed])
-        for set_, places in grouped(list(removed), lambda place: place[0]):
+        for set_, places in group_by_key(list(removed), lambda place: place[0]):
             self.db.execute(f'DELETE FROM records WHERE "set" = ? AND "key" IN ({",".join("?" * len(places))})',
                             (set_, *(key for _, key in places)))
 
-    def judge(self, records):
-        """An Answer for each record; a record that is to be written is changed to what shall stand there then.
+    def merge_stored(self, records):
+        """The result of each record. In update mode the stored bins are merged into the record.
 
         What is removed leaves no time behind, by which an older message of the same batch could be told: so removals
         come after all else.
         """
-        there, order = self.stored(records), range(len(records))
+        there, order = self.read_stored(records), range(len(records))
         if self.delete_mode == 'remove':
             order = sorted(order, key=lambda at: isinstance(records[at], Deletion))
         answers = [STORED] * len(records)
@@ -3762,14 +3784,14 @@ class SqliteStore(Store):
             answers[at] = self.judge_record(records[at], there)
         return answers
 
-    def judge_record(self, record: Record, there: dict[tuple[str, str | int], Any]) -> Answer:
+    def judge_record(self, record: Record, there: dict[tuple[str, str | int], Any]) -> WriteResult:
         """The Answer for one record, and in `there` what is stored after it."""
-        place = self.place(record)
-        answer = self.verdict(record, there[place]) if place in there else STORED
+        place = self.set_and_key(record)
+        answer = self.compare_stored(record, there[place]) if place in there else STORED
         if answer is STORED and self.mode == 'update':
             record.bins = {**there.get(place, {}), **record.bins}
             if len(record.bins) > MAX_BINS:
-                answer = Answer('rejected', 'unsupported-value', too_many_bins(len(record.bins)))
+                answer = WriteResult('rejected', 'unsupported-value', too_many_bins(len(record.bins)))
         if answer is not STORED:
             return answer
         there[place] = record.bins
@@ -3779,43 +3801,44 @@ class SqliteStore(Store):
             del there[place]
         return DELETED
 
-    def verdict(self, record, bins):
-        """The Answer for a record whose key is there, with `bins`."""
+    def compare_stored(self, record, bins):
+        """The result of a record whose key is stored already, with `bins`."""
         if self.mode == 'create':
             return DUPLICATE
         if not isinstance(bins, dict):
-            return Answer('rejected', 'rejected', 'the stored bins are no JSON object, so nothing can be said of them')
+            return WriteResult('rejected', 'rejected',
+                               'the stored bins are no JSON object, so nothing can be said of them')
         if self.mode == 'update' or self.time_bin not in bins:
             return STORED
         moment = bins[self.time_bin]
-        if not TYPES['integer'](moment):
-            return Answer('rejected', 'rejected', f'the stored {self.time_bin} is no integer, so neither is newer')
+        if not TYPE_CHECKS['integer'](moment):
+            return WriteResult('rejected', 'rejected', f'the stored {self.time_bin} is no integer, so neither is newer')
         return STALE if moment > record.time else STORED
 
-    def stored(self, records):
+    def read_stored(self, records):
         """The bins stored in the places of `records`, by place."""
-        places = {self.place(record) for record in records}
+        places = {self.set_and_key(record) for record in records}
         if not places:
             return {}
-        # A join, for with `("set", "key") IN (VALUES ...)` SQLite scans the whole table.
+        # A join, for with `("set", "key") IN (LABEL_VALUES ...)` SQLite scans the whole table.
         query = ('SELECT "set", "key", bins FROM (VALUES ' + ','.join(['(?,?)'] * len(places)) +
                  ') CROSS JOIN records ON "set" = column1 AND "key" = column2')
         rows = self.db.execute(query, [*itertools.chain.from_iterable(places)])
-        return {(set_, key): self.parsed(bins) for set_, key, bins in rows}
+        return {(set_, key): self.parse_bins(bins) for set_, key, bins in rows}
 
     @staticmethod
-    def parsed(bins):
-        """The bins of a row, or what else somebody wrote there."""
+    def parse_bins(bins):
+        """The bins of a row; the raw value when it is no JSON."""
         try:
             return json.loads(bins)
         except (ValueError, TypeError, RecursionError):
             return bins
 
-    def describe(self):
+    def describe_contents(self):
         """Path, number of records, SQLite's version."""
         tombstone = 'expires_at' if 'expires_at' in self.columns else 'NULL'
         query = f'SELECT count(*), count({tombstone}), count(DISTINCT "set") FROM records'
-        with self.complaints():
+        with self.sqlite_errors():
             found = self.db.execute(query if self.set_field else query + ' WHERE "set" = ?',
                                     () if self.set_field else (self.set,))
             number, tombstones, sets = found.fetchone()
@@ -3829,25 +3852,27 @@ class SqliteStore(Store):
             self.db.close()
 
 
-# What an answer of the cluster means for its record (the names: aerospike.exception), in the order of its weight.
-ANSWERS = {
+# The outcome of each answer of the cluster (names: aerospike.exception), the most severe first.
+OUTCOMES_BY_CODE = {
     **dict.fromkeys((8, 20, 22, 80, 81, 82), 'stop'),   # full, no namespace, forbidden, not allowed
     **dict.fromkeys((-15, -14, -10, -8, 7, 9, 11, 18), 'retry'),   # no answer, time, load, the cluster
     **dict.fromkeys((14, 28, 120), 'busy'),   # this record alone
-    **dict.fromkeys((-2, 4, 12, 21), 'refused'),   # the message's own fault, or that of all: AerospikeStore.refused
+    **dict.fromkeys((-2, 4, 12, 21), 'refused'),   # the message's own fault, or that of a policy for all messages
     0: 'stored', 5: 'duplicate', 13: 'too-big', 27: 'filtered', 160: 'no-geometry',
 }
-JUDGED = ('stored', 'duplicate', 'filtered')   # answers that a write only gets where its form is right
-ADVICE = {8: 'make room', 9: 'see whether the nodes are overloaded or gone', 18: 'the disks are too slow for the load',
-          20: 'see namespace in [aerospike]',
-          22: 'a stop-writes limit of the set, clock skew between the nodes, or a ttl where nsup-period is 0; '
+FORM_ACCEPTED = ('stored', 'duplicate', 'filtered')   # answers that only a well-formed write gets
+ADVICE_BY_CODE = {8: 'make room', 9: 'see whether the nodes are overloaded or gone',
+                  18: 'the disks are too slow for the load',
+                  20: 'see namespace in [aerospike]',
+                  22: 'a stop-writes limit of the set, clock skew between the nodes, or a ttl where nsup-period is 0; '
               'x-msrv check --connect names it',
-          80: 'see user in [aerospike]', 81: 'give the user the role read-write', 82: 'the whitelist lacks this host'}
-NOT_FOUND = 2            # no record of that key
-FULL_SET = 22            # the answer to a new record of a set at its limit, and to some more
-FORBIDDING = (8, 22)     # answers for which a node's own facts name the cause
-# Bins above which a record goes in a call of its own: the server compares the name of each bin with all before it, so
-# 4,000 take 0.1 s and 32,767 take seconds (8.1, measured), for which the other records of a batch would have to wait.
+                  80: 'see user in [aerospike]', 81: 'give the user the role read-write',
+                  82: 'the whitelist lacks this host'}
+NOT_FOUND = 2                # no record of that key
+FULL_SET = 22                # the answer to a new record of a set at its limit, and to some more
+FORBIDDING_CODES = (8, 22)   # answers whose cause the statistics of the nodes name
+# A record with more bins gets a call of its own: the server compares the name of each bin with all before it, so that
+# 4,000 bins take 0.1 s and 32,767 take seconds (8.1, measured), and the other records of the batch would have to wait.
 WIDE_RECORD = 4000
 MAX_SETS = 4095          # of a namespace, which never forgets one: AS_SET_MAX_COUNT of the server
 # A call has a thread for each node of its batch: with one too few the batch of a node that is well would wait for one
@@ -3858,32 +3883,32 @@ MIN_SERVER = (6, 0)      # the first server that takes batches of writes
 INT32_MAX = 0x7FFFFFFF   # ms: the client counts them in 32 bits; what is over wraps round, and 0 would be no limit
 
 
-def milliseconds(seconds):
+def to_milliseconds(seconds):
     """Seconds as the client takes a limit: whole milliseconds, never 0 (which is no limit) nor over its 32 bits."""
     return min(INT32_MAX, max(50, int(seconds * 1000)))
 
 
-def facts_of(text, separator):
+def parse_facts(text, separator):
     """`a=1;b=true`, an answer to an info question, as a dict."""
     return dict(fact.partition('=')[::2] for fact in text.strip(';').split(separator))
 
 
 def sets_of(text: str, name: str) -> dict[str, dict[str, str]]:
     """The answer to `sets/NAMESPACE` as the facts of each set by its name; that to one set has no name in it."""
-    found = [facts_of(each, ':') for each in text.split(';') if each]
+    found = [parse_facts(each, ':') for each in text.split(';') if each]
     return {facts.get('set', name): facts for facts in found}
 
 
-def whole(facts, name):
-    """A fact that is a whole number; 0 where a server does not have it."""
+def integer_fact(facts, name):
+    """A fact as an integer; 0 when the server does not have it."""
     return int(facts[name]) if facts.get(name, '').isdecimal() else 0
 
 
 def check_version(where, version):
-    """Raises StoreDown for a server (`5.7.0.8`) below MIN_SERVER; a version of another form is taken as new enough."""
+    """Raises StoreError for a server (`5.7.0.8`) below MIN_SERVER; a version of another form is taken as new enough."""
     numbers = re.match(r'(\d+)\.(\d+)', version)
     if numbers and tuple(map(int, numbers.groups())) < MIN_SERVER:
-        raise StoreDown(f'{where}: server {version} is too old: {".".join(map(str, MIN_SERVER))} or newer is needed')
+        raise StoreError(f'{where}: server {version} is too old: {".".join(map(str, MIN_SERVER))} or newer is needed')
 
 
 def refuses_ttl(namespace: dict[str, str]) -> bool:
@@ -3892,7 +3917,7 @@ def refuses_ttl(namespace: dict[str, str]) -> bool:
 
 
 def write_obstacles(ttl, namespace, set_, name='the set'):
-    """Yields why a node forbids writes, by its facts of the namespace and of the set (dicts of info)."""
+    """Yields the reasons why a node forbids writes, from its facts of the namespace and the set (dicts of info)."""
     if namespace.get('stop_writes') == 'true':
         yield 'the namespace stops writes (stop_writes): a limit of its storage or memory is reached'
     if namespace.get('clock_skew_stop_writes') == 'true':
@@ -3900,33 +3925,33 @@ def write_obstacles(ttl, namespace, set_, name='the set'):
     used = {'stop-writes-count': ('objects',),
             'stop-writes-size': ('data_used_bytes', 'memory_data_bytes', 'device_data_bytes')}   # the latter up to 6.4
     for option, counters in used.items():
-        limit = whole(set_, option)
-        if limit and sum(whole(set_, counter) for counter in counters) >= limit:
+        limit = integer_fact(set_, option)
+        if limit and sum(integer_fact(set_, counter) for counter in counters) >= limit:
             yield f'{name} has reached its {option} of {limit}'
-    default = whole(set_, 'default-ttl') or whole(namespace, 'default-ttl')
-    if (ttl or default) not in (0, NEVER) and refuses_ttl(namespace):
+    default = integer_fact(set_, 'default-ttl') or integer_fact(namespace, 'default-ttl')
+    if (ttl or default) not in (0, TTL_NEVER) and refuses_ttl(namespace):
         source = '' if ttl else f' (default-ttl = {default})'
         yield f'a ttl is refused{source}, for nsup-period is 0 and allow-ttl-without-nsup is off'
 
 
 def tombstone_obstacles(keep: int | None, namespace: dict[str, str]) -> Iterator[str]:
     """Yields why a node refuses tombstones that end after `keep` seconds, by its facts of the namespace."""
-    if keep not in (None, NEVER) and refuses_ttl(namespace):
+    if keep not in (None, TTL_NEVER) and refuses_ttl(namespace):
         yield ('the tombstones of [[delete]] are refused, for keep is a ttl, nsup-period is 0 and '
                'allow-ttl-without-nsup is off: set nsup-period, or keep = never')
 
 
 def lasting_tombstones(keep: int | None, namespace: dict[str, str]) -> list[str]:
     """Says that a namespace takes tombstones and does not remove them when they have ended."""
-    if keep in (None, NEVER) or namespace.get('nsup-period') != '0' or refuses_ttl(namespace):
+    if keep in (None, TTL_NEVER) or namespace.get('nsup-period') != '0' or refuses_ttl(namespace):
         return []
     return ['the tombstones of [[delete]] are not removed after keep, for nsup-period is 0: they fill the storage']
 
 
 class ConnectLog:
-    """Collects what the client logs while it connects: its exceptions say `Failed to connect`, not which host nor why.
+    """Collects the log lines of the client while it connects: its exceptions name neither the host nor the reason.
 
-    The client has one log for the whole process, so it is turned off again.
+    The client has one log for the whole process, so it is disabled again.
     """
 
     LINE = re.compile(r'Failed to (lookup|connect to seed|connect to peer) (\S+) (\d+)\. (?:AEROSPIKE_(\w+) ?)?(.*)',
@@ -3938,32 +3963,32 @@ class ConnectLog:
 
     def __enter__(self):
         self.module.set_log_level(self.module.LOG_LEVEL_WARN)
-        self.module.set_log_handler(self.collect)
+        self.module.set_log_handler(self.on_client_line)
         return self
 
     def __exit__(self, *exception):
         self.module.set_log_handler(None)
 
-    def collect(self, level, function, path, line, text):
+    def on_client_line(self, level, function, path, line, text):
         """Takes one line."""
         self.lines.append(text)
 
-    def reasons(self):
-        """`host:port: why` of each host that failed, or nothing where the client did not say."""
+    def failed_hosts(self):
+        """`host:port: reason` of each host that failed, as far as the client logged it."""
         found, before = [], []   # before: what TLS says comes in lines of its own, ahead of the host's
         for text in self.lines:
             match = self.LINE.match(text)
             if match:
                 what, host, port, code, rest = match.groups()
-                why = '; '.join([*before, reason_of(code or '', rest)])
+                why = '; '.join([*before, connect_reason(code or '', rest)])
                 hint = self.PEER if what == 'connect to peer' else ''
-                found.append(f'{spelled((host, port))}: {shortened(why, 300)}{hint}')
+                found.append(f'{format_address((host, port))}: {truncate_text(why, 300)}{hint}')
             before = [] if match else [*before, text]
         return list(dict.fromkeys(found))
 
 
-def reason_of(code, text):
-    """The reason in the client's line about a host: without the address, which comes twice, and in words."""
+def connect_reason(code, text):
+    """The reason in a line of the client about a host, in words and without the repeated address."""
     text = re.sub(r'(, | from )(\[\S+\]|[^\s:]+):\d+$', '', text).removeprefix('AEROSPIKE_' + code)
     text = re.sub(r'^Invalid hostname \S+: ', '', text)
     text = re.sub(r'^Socket \w+ error: (\d+)$', lambda found: os.strerror(int(found[1])), text)
@@ -3985,11 +4010,11 @@ def names_of_answers() -> dict[int, str]:
 
 
 class AerospikeStore(Store):
-    """Records in an Aerospike cluster: a batch_write a call, each record judged by its own answer.
+    """Stores records in an Aerospike cluster: one batch_write per call, each record with its own answer.
 
-    The client's own retries are off: the window's are the only ones, so that its backoff and TOUCH hold. It is used in
-    the threads of the pool alone. proven: a write of this run was right in its form, so one that is refused has itself
-    to blame.
+    The retries of the client are off: only the window retries, with its backoff and TOUCH. It is used only in the
+    threads of the executor. write_accepted: the cluster accepted a write in this run, so a later refusal is the fault
+    of the record, not of a policy.
     """
 
     def __init__(self, config):
@@ -3997,31 +4022,31 @@ class AerospikeStore(Store):
         self.options, self.record = options, config.record
         self.namespace, self.set = options.namespace, options.set
         self.batch_size, self.writers = options.batch_size, options.writers
-        self.patience = options.total_timeout + 0.5
+        self.call_timeout = options.total_timeout + 0.5
         place = self.namespace if config.record.set_field else f'{self.namespace}.{self.set}'
-        self.where = f'aerospike {", ".join(map(spelled, options.hosts))}: {place}'
-        self.client, self.proven = None, False
+        self.where = f'aerospike {", ".join(map(format_address, options.hosts))}: {place}'
+        self.client, self.write_accepted = None, False
         self.advice = {}   # code -> what the nodes named as its cause
         self.encoders = typed_bins(config)   # type of a bin, by its name; open() puts the functions in
         impossible = ({5} if self.record.write != 'create' else set()) | ({27} if not self.record.time_bin else set())
-        self.answers = {code: outcome for code, outcome in ANSWERS.items() if code not in impossible}
+        self.outcomes_by_code = {code: outcome for code, outcome in OUTCOMES_BY_CODE.items() if code not in impossible}
 
     def open(self):
-        """Connects, after any fork. Imports the client here: no other store needs it."""
+        """Connects. The client is imported here, as no other store needs it."""
         import aerospike
         from aerospike_helpers.batch import records
         self.aerospike, self.batch, self.Write = aerospike, records, records.Write
         self.op = aerospike.OPERATOR_WRITE
         key = aerospike.POLICY_KEY_SEND if self.options.send_key else aerospike.POLICY_KEY_DIGEST
         self.policy = {'key': key, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
-                       'exists': getattr(aerospike, EXISTS[self.record.write]), 'ttl': self.record.ttl}
-        self.filter = newest_wins(self.record.time_bin) if self.record.time_bin else None
+                       'exists': getattr(aerospike, EXISTS_POLICIES[self.record.write]), 'ttl': self.record.ttl}
+        self.filter = newest_wins_filter(self.record.time_bin) if self.record.time_bin else None
         encoders = {'blob': binascii.a2b_base64, 'geojson': aerospike.GeoJSON}
         self.encoders = {name: encoders.get(kind, kind) for name, kind in self.encoders.items()}
         self.connect()
         versions = {}
-        with contextlib.suppress(StoreDown):   # nodes that are too busy to say their version are no reason to stop
-            versions = self.ask('build', time.monotonic() + self.options.total_timeout)
+        with contextlib.suppress(StoreError):   # nodes that are too busy to say their version are no reason to stop
+            versions = self.query_info('build', time.monotonic() + self.options.total_timeout)
         for version in versions.values():
             check_version(self.where, version)
         if self.removes:
@@ -4030,20 +4055,20 @@ class AerospikeStore(Store):
         log.debug('%s: connected', self.where)
 
     def connect(self):
-        """Connects the client. Raises StoreDown, with the reason for each host."""
+        """Connects the client. Raises StoreError, with the reason for each host."""
         with ConnectLog(self.aerospike) as connect_log:
             try:
-                self.client = self.connected(self.client_config())
+                self.client = self.connect_client(self.client_config())
             except (OSError, ValueError) as error:   # a secret that was there when the file was checked
-                raise StoreDown(f'{self.where}: {self.options.password_file}: '
-                                f'{getattr(error, "strerror", None) or error}') from None
+                raise StoreError(f'{self.where}: {self.options.password_file}: '
+                                 f'{getattr(error, "strerror", None) or error}') from None
             except self.aerospike.exception.AerospikeError as error:
-                reason = '; '.join(connect_log.reasons()) or shortened(str(error.msg), 200)
-                raise StoreDown(f'{self.where}: {self.named(error.code)}: {reason}') from None
+                reason = '; '.join(connect_log.failed_hosts()) or truncate_text(str(error.msg), 200)
+                raise StoreError(f'{self.where}: {self.describe_code(error.code)}: {reason}') from None
 
-    def connected(self, config):
-        """A client that is connected. It refuses a cluster of which it finds one node and misses one of the hosts (of
-        two nodes, when one is down): then one node is enough."""
+    def connect_client(self, config):
+        """Returns a connected client. The client refuses a cluster when one of two hosts is down and it finds only one
+        node: then one node is enough."""
         try:
             return self.aerospike.client(config)
         except self.aerospike.exception.AerospikeError:
@@ -4058,7 +4083,7 @@ class AerospikeStore(Store):
     def client_config(self):
         """The client's own configuration; it refuses a name that it does not know (validate_keys)."""
         options, tls = self.options, self.options.tls
-        config = {'validate_keys': True, 'connect_timeout': milliseconds(options.total_timeout),
+        config = {'validate_keys': True, 'connect_timeout': to_milliseconds(options.total_timeout),
                   'hosts': [(*host, tls.name) if tls and tls.name else host for host in options.hosts],
                   'use_services_alternate': options.services_alternate,
                   'max_conns_per_node': options.max_connections,
@@ -4075,67 +4100,67 @@ class AerospikeStore(Store):
                 config['tls'].update(certfile=tls.cert_file, keyfile=tls.key_file or tls.cert_file)
         return config
 
-    def named(self, code):
-        """An answer's code by its name, and what to do about it."""
+    def describe_code(self, code):
+        """The name of an answer's code, with advice."""
         name = names_of_answers().get(code, 'not known to the client')
-        advice = self.advice.get(code) or ADVICE.get(code)
+        advice = self.advice.get(code) or ADVICE_BY_CODE.get(code)
         return f'{code} {name}' + (f' ({advice})' if advice else '')
 
-    def look_for_cause(self, codes, deadline):
-        """Asks the nodes for the cause of the forbidding answers among `codes`, so that the advice names that one."""
-        for code in set(codes).intersection(FORBIDDING):
+    def ask_for_cause(self, codes, deadline):
+        """Asks the nodes for the cause of the forbidding answers among `codes`, so that the advice names it."""
+        for code in set(codes).intersection(FORBIDDING_CODES):
             self.advice[code] = None   # what held for an earlier batch may be over
-            with contextlib.suppress(StoreDown):
-                self.advice[code] = '; '.join(self.obstacles(deadline))
+            with contextlib.suppress(StoreError):
+                self.advice[code] = '; '.join(self.find_obstacles(deadline))
 
     def takes_durable_deletes(self) -> bool:
         """Whether all nodes have durable deletes, after which none that starts anew finds the record again. The
-        Community Edition refuses them. Raises StoreDown."""
+        Community Edition refuses them. Raises StoreError."""
         for question in ('release', 'edition'):   # from 8.1 on, and before
-            with contextlib.suppress(StoreDown):
-                editions = self.ask(question, time.monotonic() + self.options.total_timeout).values()
+            with contextlib.suppress(StoreError):
+                editions = self.query_info(question, time.monotonic() + self.options.total_timeout).values()
                 if all('Edition' in edition for edition in editions):
                     return not any('Community' in edition for edition in editions)
-        raise StoreDown(f'{self.where}: no node says which edition it is, so whether it has durable deletes')
+        raise StoreError(f'{self.where}: no node says which edition it is, so whether it has durable deletes')
 
-    def limits(self, deadline):
+    def call_policy(self, deadline):
         """The policy of one call that has to be back at `deadline` (monotonic). concurrent: to all nodes at once; one
         after the other takes half as long again with three."""
-        left = milliseconds(deadline - time.monotonic())
+        left = to_milliseconds(deadline - time.monotonic())
         return {'total_timeout': left, 'socket_timeout': left, 'max_retries': 0, 'concurrent': True}
 
     # -- a batch's way
 
     def write(self, records):
-        """Outages come as answers, not as exceptions."""
+        """Writes a batch. An outage is a result, not an exception."""
         deadline = time.monotonic() + self.options.total_timeout
-        writes = [self.as_write(record) for record in records]
+        writes = [self.build_write(record) for record in records]
         removals = [write for write in writes if self.is_removal(write)] if self.removes else []
         others = [write for write in writes if not self.is_removal(write)] if removals else writes
         if max([len(record.bins) for record in records], default=0) > WIDE_RECORD:
-            self.call_apart(others, deadline)
+            self.send_wide_apart(others, deadline)
         elif others or not removals:
-            self.call(others, deadline)
+            self.send_batch(others, deadline)
         if removals:
             self.call_removals(removals, others, deadline)
         if any(write.result for write in writes):
-            return self.judge(records, writes, deadline)
-        self.proven = self.proven or bool(others)   # a removal is right in any form
+            return self.resolve_results(records, writes, deadline)
+        self.write_accepted = self.write_accepted or bool(others)   # a removal is right in any form
         return [self.success_of(record) for record in records] if self.record.delete else [STORED] * len(writes)
 
-    def judge(self, records: list[Record], writes: list[Any], deadline: float) -> list[Answer]:
-        """An Answer for each record of a batch of which not all were simply stored."""
+    def resolve_results(self, records: list[Record], writes: list[Any], deadline: float) -> list[WriteResult]:
+        """The result of each record of a batch in which not all records were simply stored."""
         outcomes = [self.outcome_of(write) for write in writes]
-        self.proven = self.proven or any(outcome in JUDGED and not self.is_removal(write)
-                                         for outcome, write in zip(outcomes, writes, strict=True))
+        self.write_accepted = self.write_accepted or any(outcome in FORM_ACCEPTED and not self.is_removal(write)
+                                                         for outcome, write in zip(outcomes, writes, strict=True))
         if 'stop' in outcomes:
-            self.look_for_cause((write.result for write in writes), deadline)
-        answers = [self.success_of(record) if outcome == 'stored' else self.answer(outcome, write)
+            self.ask_for_cause((write.result for write in writes), deadline)
+        answers = [self.success_of(record) if outcome == 'stored' else self.build_result(outcome, write)
                    for record, outcome, write in zip(records, outcomes, writes, strict=True)]
         if self.record.set_field and FULL_SET in [write.result for write in writes]:
             self.spare_other_sets(writes, answers, deadline)
         filtered = [place for place, outcome in enumerate(outcomes) if outcome == 'filtered']
-        for place, answer in zip(filtered, self.compare([records[at] for at in filtered], deadline), strict=True):
+        for place, answer in zip(filtered, self.read_filtered([records[at] for at in filtered], deadline), strict=True):
             answers[place] = answer
         return answers
 
@@ -4154,33 +4179,34 @@ class AerospikeStore(Store):
         return write.__class__ is self.batch.Remove
 
     def outcome_of(self, write: Any) -> str:
-        """What the answer to a write means, by ANSWERS. Where nothing was there to remove, all is as it should be."""
+        """What the answer to a write means, by OUTCOMES_BY_CODE. Where nothing was there to remove, all is as it should
+        be."""
         if write.result == NOT_FOUND and self.is_removal(write):
             return 'stored'
-        return self.answers.get(write.result, 'unknown')
+        return self.outcomes_by_code.get(write.result, 'unknown')
 
     @staticmethod
-    def success_of(record: Record) -> Answer:
+    def success_of(record: Record) -> WriteResult:
         """The Answer for a record whose write was done."""
         return DELETED if isinstance(record, Deletion) else STORED
 
-    def spare_other_sets(self, writes: list[Any], answers: list[Answer], deadline: float) -> None:
+    def spare_other_sets(self, writes: list[Any], answers: list[WriteResult], deadline: float) -> None:
         """Changes the answers for records of a set that is full: they come again later, and no other set's wait."""
         full = self.full_sets(deadline)
         for at, write in enumerate(writes):
             if write.result == FULL_SET and write.key[1] in full:
                 text = f'{self.where}: answer {FULL_SET}: {full[write.key[1]]}; its messages are requeued with a delay'
-                answers[at] = Answer('set-full', FULL_SET, text)
+                answers[at] = WriteResult('set-full', FULL_SET, text)
 
     def full_sets(self, deadline: float) -> dict[str, str]:
         """What the nodes say of each set that takes no new record, by its name; nothing where none answers."""
         sets: dict[str, dict[str, dict[str, str]]] = {}
-        with contextlib.suppress(StoreDown):
-            _, sets = self.facts(deadline)
+        with contextlib.suppress(StoreError):
+            _, sets = self.read_facts(deadline)
         return {name: text for node in sets.values() for name, facts in node.items()
                 for text in write_obstacles(0, {}, facts, f'the set {name}')}
 
-    def as_write(self, record):
+    def build_write(self, record):
         """A record as the client takes it; without newest-wins its policy is the client's own default."""
         write, policy = self.op, None
         if self.filter:
@@ -4199,34 +4225,34 @@ class AerospikeStore(Store):
                     op['val'] = self.encoders[op['bin']](op['val'])
         return self.Write((self.namespace, record.set or self.set, record.key), ops, None, policy)
 
-    def call(self, writes, deadline):
-        """Writes, and leaves the answer's code in each write. What the client refuses to send it refuses as a whole:
-        then each half goes by itself, until the culprit is alone."""
+    def send_batch(self, writes, deadline):
+        """Writes a batch and sets the code of each answer. The client refuses a batch as a whole: then each half is
+        sent by itself, until the record that it refuses is alone."""
         try:
-            batch = self.client.batch_write(self.batch.BatchRecords(writes), self.limits(deadline))
+            batch = self.client.batch_write(self.batch.BatchRecords(writes), self.call_policy(deadline))
             if batch.result and not any(write.result for write in writes):   # never seen: an error that is nobody's
-                self.leave(writes, batch.result)
+                self.set_result(writes, batch.result)
         except Exception as error:   # whatever it raises, nothing was written
             code, half = getattr(error, 'code', -2), len(writes) // 2
-            if not half or self.answers.get(code) == 'retry':
-                self.leave(writes, code)
+            if not half or self.outcomes_by_code.get(code) == 'retry':
+                self.set_result(writes, code)
             elif time.monotonic() > deadline:
-                self.leave(writes, -15)
+                self.set_result(writes, -15)
             else:
-                self.call(writes[:half], deadline)
-                self.call(writes[half:], deadline)
+                self.send_batch(writes[:half], deadline)
+                self.send_batch(writes[half:], deadline)
 
-    def call_apart(self, writes, deadline):
-        """As call(), but the wide records after the others and one by one, so that a slow one delays only itself. Those
-        that the deadline leaves no time for are not sent, and get the answer of a call that timed out."""
+    def send_wide_apart(self, writes, deadline):
+        """Like call(), but wide records are sent last and one by one, so that a slow one delays only itself. Records
+        that the deadline leaves no time for are not sent and get the answer of a timeout."""
         others = [write for write in writes if len(write.ops) <= WIDE_RECORD]
         if others:
-            self.call(others, deadline)
+            self.send_batch(others, deadline)
         for write in writes:
             if len(write.ops) > WIDE_RECORD and time.monotonic() < deadline:
-                self.call([write], deadline)
+                self.send_batch([write], deadline)
             elif len(write.ops) > WIDE_RECORD:
-                self.leave([write], -15)
+                self.set_result([write], -15)
 
     def call_removals(self, removals: list[Any], others: list[Any], deadline: float) -> None:
         """Removes, after the other writes of the batch: what is removed leaves no time behind, by which an older record
@@ -4237,95 +4263,99 @@ class AerospikeStore(Store):
             write.result = waiting.get(write.key, 0)
         due = [write for write in removals if not write.result]
         if due:
-            self.call(due, deadline)
+            self.send_batch(due, deadline)
 
     @staticmethod
-    def leave(writes, code):
-        """The same answer for all."""
+    def set_result(writes, code):
+        """Sets the same answer for all writes."""
         for write in writes:
             write.result = code
 
-    def answer(self, outcome, write):
-        """The Answer for what is not simply stored."""
+    def build_result(self, outcome, write):
+        """The result of a record that was not simply stored."""
         code = write.result
-        text = f'{self.where}: answer {self.named(code)}' + (', perhaps written' if write.in_doubt else '')
+        text = f'{self.where}: answer {self.describe_code(code)}' + (', perhaps written' if write.in_doubt else '')
         if outcome == 'retry' and not self.is_removal(write) and len(write.ops) > WIDE_RECORD:
             text += f'; a record of {len(write.ops)} bins takes the server long: see total-timeout'
         if outcome == 'duplicate':
             return DUPLICATE
         if outcome == 'too-big':
-            return Answer('rejected', 'too-big', f'answer {self.named(code)}')
+            return WriteResult('rejected', 'too-big', f'answer {self.describe_code(code)}')
         if outcome == 'no-geometry':
             names = [op['bin'] for op in write.ops if isinstance(op['val'], self.aerospike.GeoJSON)]
-            return Answer('rejected', 'rejected', f'answer {self.named(code)}: no geometry in {", ".join(names)}')
-        if outcome == 'refused' and self.proven:
-            return Answer('rejected', 'rejected', f'answer {self.named(code)}')
+            return WriteResult('rejected', 'rejected',
+                               f'answer {self.describe_code(code)}: no geometry in {", ".join(names)}')
+        if outcome == 'refused' and self.write_accepted:
+            return WriteResult('rejected', 'rejected', f'answer {self.describe_code(code)}')
         if outcome == 'refused':
-            return Answer('refused', code, f'{text}, and no write of this run has succeeded yet')
+            return WriteResult('refused', code, f'{text}, and no write of this run has succeeded yet')
         if outcome == 'unknown':
-            log.error('%s; its messages are tried again, and requeued at the end', text)
-        return Answer(outcome if outcome in ('stop', 'busy') else 'retry', code, text)
+            log.error('%s; its messages are retried, and requeued when the window ends', text)
+        return WriteResult(outcome if outcome in ('stop', 'busy') else 'retry', code, text)
 
-    def compare(self, records, deadline):
-        """An Answer for each of the records that the cluster filtered out, by the time that is stored: one of another
-        type filters out as well, and one that is gone or older by now is for another try."""
+    def read_filtered(self, records, deadline):
+        """The result of each record that the filter rejected, by the stored time. A stored time of the wrong type also
+        fails the filter: rejected. If the record has changed since, retry."""
         if not records:
             return []
         keys = [(self.namespace, record.set or self.set, record.key) for record in records]
         try:
-            found = self.client.batch_read(keys, [self.record.time_bin], self.limits(deadline)).batch_records
+            found = self.client.batch_read(keys, [self.record.time_bin], self.call_policy(deadline)).batch_records
         except self.aerospike.exception.AerospikeError as error:
-            return [Answer('retry', error.code, f'{self.where}: answer {self.named(error.code)}')] * len(records)
-        return [self.verdict(record, there) for record, there in zip(records, found, strict=True)]
+            return [WriteResult('retry', error.code,
+                                f'{self.where}: answer {self.describe_code(error.code)}')] * len(records)
+        return [self.resolve_filtered(record, there) for record, there in zip(records, found, strict=True)]
 
-    def verdict(self, record, there):
-        """The Answer for one of them."""
+    def resolve_filtered(self, record, there):
+        """The result of one record that the filter rejected."""
         stored = there.record[2].get(self.record.time_bin) if there.result == 0 else None
-        if TYPES['integer'](stored) and stored > record.time:
+        if TYPE_CHECKS['integer'](stored) and stored > record.time:
             return STALE
         if there.result == NOT_FOUND and self.removes:
             return STALE   # what was newer has been removed since: to write this now would undo that
-        if stored is None or TYPES['integer'](stored):
-            return Answer('retry', there.result, f'{self.where}: the record changed meanwhile')
-        return Answer('rejected', 'rejected', f'the stored {self.record.time_bin} is no integer, so neither is newer')
+        if stored is None or TYPE_CHECKS['integer'](stored):
+            return WriteResult('retry', there.result, f'{self.where}: the record changed meanwhile')
+        return WriteResult('rejected', 'rejected',
+                           f'the stored {self.record.time_bin} is no integer, so neither is newer')
 
     # -- what is at the other end
 
-    def describe(self):
-        """Nodes, version, records, and what the namespace says of ttl and the size of a record; and what is wrong."""
-        versions = self.ask('build')
-        namespaces, sets = self.facts()
+    def describe_contents(self):
+        """Describes nodes, version, records, ttl and record size of the namespace, and its problems."""
+        versions = self.query_info('build')
+        namespaces, sets = self.read_facts()
         if not any('nsup-period' in facts for facts in namespaces.values()):
-            names = next(iter(self.ask('namespaces').values())).replace(';', ', ')
+            names = next(iter(self.query_info('namespaces').values())).replace(';', ', ')
             problem = f'{self.where}: no such namespace; there are {names}'
-            return f'{self.where}: server {versions_of(versions)}', [problem]
+            return f'{self.where}: server {join_versions(versions)}', [problem]
         facts = next(facts for facts in namespaces.values() if 'nsup-period' in facts)
-        copies = whole(facts, 'effective_replication_factor') or 1
-        records = sum(whole(facts, 'objects') for node in sets.values() for facts in node.values()) // copies
+        copies = integer_fact(facts, 'effective_replication_factor') or 1
+        records = sum(integer_fact(facts, 'objects') for node in sets.values() for facts in node.values()) // copies
         names = set().union(*sets.values())
         among = f' in {len(names)} of at most {MAX_SETS} sets' if self.record.set_field else ''
-        line = (f'{self.where}: {len(versions)} node{"s" * (len(versions) > 1)}, server {versions_of(versions)}, '
+        line = (f'{self.where}: {len(versions)} node{"s" * (len(versions) > 1)}, server {join_versions(versions)}, '
                 f'{records} records of at most {facts.get("max-record-size")} bytes{among}, default-ttl '
                 f'{facts.get("default-ttl")}, nsup-period {facts["nsup-period"]}')
         if self.removes:
             line += f', {"" if self.removal["durable_delete"] else "no "}durable deletes'
         full = [f'the namespace has {MAX_SETS} sets: a message that names a new one can never be stored']
-        problems = [*self.obstacles(), *self.batch_limits(), *lasting_tombstones(self.keep_of_tombstones, facts),
+        problems = [*self.find_obstacles(), *self.batch_limits(), *lasting_tombstones(self.keep_of_tombstones, facts),
                     *(full if among and len(names) >= MAX_SETS else [])]
         return line, [f'{self.where}: {problem}' for problem in problems]
 
     def batch_limits(self):
-        """The fault of a batch-size that a server does not take, where it may be asked."""
+        """The fault of a batch-size above the limit of the server, as far as the server reports it."""
         texts = ()
-        with contextlib.suppress(StoreDown):
-            texts = self.ask('get-config:context=service').values()
-        limits = {whole(facts_of(text, ';'), 'batch-max-requests') for text in texts} - {0}   # 0: without limit
+        with contextlib.suppress(StoreError):
+            texts = self.query_info('get-config:context=service').values()
+        # 0: without limit
+        limits = {integer_fact(parse_facts(text, ';'), 'batch-max-requests') for text in texts} - {0}
         return [f'batch-size = {self.batch_size} is over batch-max-requests = {limit} of the server'
                 for limit in sorted(limits)[:1] if limit < self.batch_size]
 
-    def obstacles(self, deadline=None):
-        """Why writes are forbidden, each once for all nodes. Raises StoreDown."""
-        namespaces, sets = self.facts(deadline)
+    def find_obstacles(self, deadline=None):
+        """The reasons why writes are forbidden, each once for all nodes. Raises StoreError."""
+        namespaces, sets = self.read_facts(deadline)
         ttl = 1 if self.record.ttl_field else self.record.ttl   # what fields name is some ttl
         causes = [obstacle for node, facts in namespaces.items()
                   for name, set_ in sets.get(node, {}).items() or [(self.set, {})]
@@ -4338,25 +4368,25 @@ class AerospikeStore(Store):
         """How a set is named to the operator, where there may be several."""
         return [f'the set {name}'] if self.record.set_field else []
 
-    def facts(self, deadline=None):
+    def read_facts(self, deadline=None):
         """What each node says of the namespace, and of each set that records may go to, by node and name. Raises
-        StoreDown."""
-        namespaces = self.ask(f'namespace/{self.namespace}', deadline)
+        StoreError."""
+        namespaces = self.query_info(f'namespace/{self.namespace}', deadline)
         one = '' if self.record.set_field else f'/{self.set}'
-        sets = self.ask(f'sets/{self.namespace}{one}', deadline)
-        return ({node: facts_of(text, ';') for node, text in namespaces.items()},
+        sets = self.query_info(f'sets/{self.namespace}{one}', deadline)
+        return ({node: parse_facts(text, ';') for node, text in namespaces.items()},
                 {node: sets_of(text, self.set) for node, text in sets.items()})
 
-    def ask(self, question, deadline=None):
-        """What each node that answers says to an info question, by node; deadline: monotonic. Raises StoreDown."""
-        policy = {'timeout': milliseconds(deadline - time.monotonic())} if deadline else None
+    def query_info(self, question, deadline=None):
+        """The answer of each node to an info request, by node; deadline: monotonic. Raises StoreError."""
+        policy = {'timeout': to_milliseconds(deadline - time.monotonic())} if deadline else None
         try:
             answers = self.client.info_all(question, policy)
         except self.aerospike.exception.AerospikeError as error:
-            raise StoreDown(f'{self.where}: {self.named(error.code)}') from None
+            raise StoreError(f'{self.where}: {self.describe_code(error.code)}') from None
         found = {node: answer.strip() for node, (error, answer) in answers.items() if not error and answer is not None}
         if not found:
-            raise StoreDown(f'{self.where}: no node answers')
+            raise StoreError(f'{self.where}: no node answers')
         return found
 
     def close(self):
@@ -4365,17 +4395,17 @@ class AerospikeStore(Store):
             self.client.close()
 
 
-def versions_of(versions):
+def join_versions(versions):
     """The versions of the nodes, each once."""
     return ' and '.join(dict.fromkeys(versions.values()))
 
 
-EXISTS = {'replace': 'POLICY_EXISTS_CREATE_OR_REPLACE', 'create': 'POLICY_EXISTS_CREATE',
-          'update': 'POLICY_EXISTS_IGNORE'}
+EXISTS_POLICIES = {'replace': 'POLICY_EXISTS_CREATE_OR_REPLACE', 'create': 'POLICY_EXISTS_CREATE',
+                   'update': 'POLICY_EXISTS_IGNORE'}
 
 
-def newest_wins(time_bin):
-    """The filter by which the newest message of a key wins: written where the stored time is absent or not newer.
+def newest_wins_filter(time_bin):
+    """The filter for newest-wins: a record is written when the stored time is absent or not newer.
 
     The compiled expression, which is a list, as what comes before and after the one item that differs from record to
     record: compiling costs 8 us a record, putting the item in its place 0.2.
@@ -4390,77 +4420,80 @@ STORES = {'aerospike': AerospikeStore, 'sqlite': SqliteStore}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dead letters: what can never become a record, kept with the reason
+# dead letters: messages that can never become a record, kept with the reason
 # ---------------------------------------------------------------------------------------------------------------------
 
 REPLAY_CHANNEL = 'x-msrv-replay'
-LOCK_TIMEOUT = 5.0          # seconds for another process to be done with the file
-LETTERS = 100               # dead letters a call
-LETTERS_PATIENCE = 20.0     # seconds that a call for them may take: connecting, a publish or two, the file's lock
-LETTER_BYTES = 4 << 20      # of their bodies: nsqd takes 5 MiB a request (--max-body-size)
-HISTORY = 20                # former failures that a letter in a file keeps: a nightly replay must not swell it for ever
-Letter = tuple[dict[str, Any], Message]   # its header, and the message that it was
-ReadLetter = Callable[[bytes], Letter]    # opened() or unfiled()
+LOCK_TIMEOUT = 5.0                  # seconds for another process to be done with the file
+DEAD_LETTER_BATCH = 100             # dead letters a call
+# seconds that a call for them may take: connecting, a publish or two, the file's lock
+DEAD_LETTER_TIMEOUT = 20.0
+DEAD_LETTER_BATCH_BYTES = 4 << 20   # of their bodies: nsqd takes 5 MiB a request (--max-body-size)
+# former failures that a dead letter in a file keeps: a nightly replay must not grow it for ever
+MAX_HISTORY = 20
+DeadLetter = tuple[dict[str, Any], Message]         # its header, and the message that it was
+DeadLetterDecoder = Callable[[bytes], DeadLetter]   # opened_at() or decode_line()
 
 
-def envelope(message: Message, key: str | int | None, unfit: Unfit, topic: str, channel: str) -> dict[str, Any]:
+def build_envelope(message: Message, key: str | int | None, rejection: InvalidMessage, topic: str,
+                   channel: str) -> dict[str, Any]:
     """The header of a dead letter, as a dict for JSON. The timestamp (ns) is a string: many tools round numbers."""
-    return {'reason': unfit.reason, 'detail': unfit.detail, 'key': key, 'topic': topic, 'channel': channel,
+    return {'reason': rejection.reason, 'detail': rejection.detail, 'key': key, 'topic': topic, 'channel': channel,
             'nsqd': str(message.conn), 'id': message.id.decode('ascii', 'replace'), 'attempts': message.attempts,
-            'timestamp': str(message.timestamp), 'time': rfc3339(time.time())}
+            'timestamp': str(message.timestamp), 'time': format_rfc3339(time.time())}
 
 
-def enveloped(header: dict[str, Any], body: bytes) -> bytes:
+def encode_topic(header: dict[str, Any], body: bytes) -> bytes:
     """A dead letter for a topic: a line of JSON, then the body's own bytes, so that it is hardly larger than them."""
     return json.dumps(header).encode() + b'\n' + body
 
 
-def opened(letter: bytes) -> Letter:
-    """A dead letter from a topic as (header, the Message it was); raises Unfit for anything else."""
+def decode_topic(letter: bytes) -> DeadLetter:
+    """A dead letter from a topic as (header, the Message it was); raises InvalidMessage for anything else."""
     line, newline, body = letter.partition(b'\n')
-    with foreign_refused():
+    with as_invalid_message():
         header = json.loads(line)
         if not newline:
             raise ValueError('no body')
-        return header, first_message(header, body)
+        return header, original_message(header, body)
 
 
-def unfiled(line: bytes) -> Letter:
-    """A dead letter from a file, as opened() gives one from a topic."""
-    with foreign_refused():
+def decode_line(line: bytes) -> DeadLetter:
+    """A dead letter from a file, as opened_at() gives one from a topic."""
+    with as_invalid_message():
         header = json.loads(line)
         text = header.pop('body', None)
         body = base64.b64decode(header.pop('body_base64'), validate=True) if text is None else text.encode()
-        return header, first_message(header, body)
+        return header, original_message(header, body)
 
 
 @contextlib.contextmanager
-def foreign_refused() -> Iterator[None]:
-    """Turns what can go wrong with something that anybody may have written into Unfit."""
+def as_invalid_message() -> Iterator[None]:
+    """Raises InvalidMessage for any fault of a dead letter, which anybody may have written."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise Unfit('invalid-json', f'not a dead letter of x-msrv: {type(error).__name__}: {error}') from None
+        raise InvalidMessage('invalid-json', f'not a dead letter of x-msrv: {type(error).__name__}: {error}') from None
 
 
-def first_message(header: dict[str, Any], body: bytes) -> Message:
+def original_message(header: dict[str, Any], body: bytes) -> Message:
     """The Message that became a dead letter with this header."""
     message = Message(str(header.get('nsqd') or ''), header['id'].encode('ascii'), int(header['timestamp']),
                       int(header['attempts']), body)
     if header['reason'] not in REASONS or message.timestamp not in INT64:
-        raise ValueError('no such reason, or no such time')
+        raise ValueError('unknown reason or invalid timestamp')
     return message
 
 
-def failed_again(header: dict[str, Any], unfit: Unfit) -> dict[str, Any]:
-    """The header of a letter that failed again: today's reason, and the former ones in `history`, the oldest first."""
+def with_history(header: dict[str, Any], rejection: InvalidMessage) -> dict[str, Any]:
+    """The header of a dead letter that failed again: the new reason, and the former ones in `history`, oldest first."""
     history = header.get('history')
     former = {name: header.get(name) for name in ('time', 'reason', 'detail')}
-    return {**header, 'reason': unfit.reason, 'detail': unfit.detail, 'time': rfc3339(time.time()),
-            'history': [*(history if isinstance(history, list) else ()), former][-HISTORY:]}
+    return {**header, 'reason': rejection.reason, 'detail': rejection.detail, 'time': format_rfc3339(time.time()),
+            'history': [*(history if isinstance(history, list) else ()), former][-MAX_HISTORY:]}
 
 
-def filed(header: dict[str, Any], body: bytes) -> bytes:
+def encode_line(header: dict[str, Any], body: bytes) -> bytes:
     """A dead letter for a file: a line of JSON with the body as text or base64."""
     try:
         kept = {'body': body.decode()}
@@ -4474,12 +4507,12 @@ def append_durably(filename: str, lines: Sequence[bytes]) -> None:
     fd = open_locked(filename, os.O_RDWR | os.O_CREAT | os.O_APPEND, LOCK_TIMEOUT)
     try:
         end = os.fstat(fd).st_size
-        torn = end and os.pread(fd, 1, end - 1) != b'\n'   # a writer was killed in mid-line: its message comes again
+        torn = end and os.pread(fd, 1, end - 1) != b'\n'   # a writer was killed in mid-line: its message is redelivered
         try:
             write_all(fd, (b'\n' if torn else b'') + b''.join(lines))
             os.fsync(fd)
         except OSError:
-            with contextlib.suppress(OSError):   # a torn line is mended above; the first error is the one to report
+            with contextlib.suppress(OSError):   # the next writer ends a torn line; report the first error
                 os.ftruncate(fd, end)
             raise
         if not end:
@@ -4496,8 +4529,8 @@ def open_locked(filename: str, flags: int, seconds: float) -> int:
     while True:
         fd = open_regular(filename, flags)
         try:
-            lock(fd, seconds)
-            if in_place(fd, filename):
+            lock_file(fd, seconds)
+            if is_in_place(fd, filename):
                 return fd
         except BaseException:
             os.close(fd)
@@ -4505,16 +4538,16 @@ def open_locked(filename: str, flags: int, seconds: float) -> int:
         os.close(fd)
 
 
-def in_place(fd: int, filename: str) -> bool:
-    """Whether an open file is still the one of that name."""
+def is_in_place(fd: int, filename: str) -> bool:
+    """True when the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(filename))
     except FileNotFoundError:
         return False
 
 
-def lock(fd: int, seconds: float) -> None:
-    """Locks a file against other writers. Raises OSError when it stays locked for so long."""
+def lock_file(fd: int, seconds: float) -> None:
+    """Locks a file against other writers. Raises OSError when it is still locked after `seconds`."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -4534,91 +4567,92 @@ def sync_directory(directory: str) -> None:
         os.close(fd)
 
 
-class DeadLetters:
-    """Keeps dead letters: in the topic, by a second connection to the nsqd that delivered the message, for every
-    error of PUB closes its connection; what the topic refuses goes to the file, when there is one."""
+class DeadLetterSink:
+    """Keeps dead letters in the topic, by a second connection to the nsqd that delivered the message (every error of
+    PUB closes its connection). Dead letters that the topic refuses go to the file, if one is set."""
 
-    def __init__(self, config: types.SimpleNamespace, link: Link) -> None:
+    def __init__(self, config: types.SimpleNamespace, link: ConnectionOptions) -> None:
         options = config.dead_letter
         self.topic, self.file, self.discard = options.topic, options.file, options.discard
         self.source = config.nsq.topic, config.nsq.channel
-        self.by_id = config.record.key == '$id'
+        self.key_is_id = config.record.key == '$id'
         self.link = link
         self.connections: dict[Address, Publisher] = {}
-        self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f'{THREADS}-letters')
+        self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f'{THREAD_PREFIX}-letters')
         self.closed = False
 
-    def header(self, message: Message) -> dict[str, Any]:
+    def build_header(self, message: Message) -> dict[str, Any]:
         """The header of a message's dead letter, with the record's key where it is known."""
-        assert message.unfit, 'only a message that can never become a record is a dead letter'
-        key = message.record.key if message.record else message.key if self.by_id else None
-        return envelope(message, key, message.unfit, *self.source)
+        assert message.rejection, 'only a message that can never become a record is a dead letter'
+        key = message.record.key if message.record else message.key if self.key_is_id else None
+        return build_envelope(message, key, message.rejection, *self.source)
 
-    async def keep(self, messages: list[Message]) -> list[Answer]:
-        """Keeps the messages, each with its `unfit`. Returns DEAD, or Answer('unkept', ...), for each."""
+    async def write_dead_letters(self, messages: list[Message]) -> list[WriteResult]:
+        """Keeps the messages, each with its `rejection`. Returns DEAD, or WriteResult('unkept', ...), for each."""
         for message in messages if log.isEnabledFor(logging.DEBUG) else ():
-            fields = {'outcome': 'dead', 'reason': message.unfit and message.unfit.reason}
-            log.debug('dead letter %s: %s', message.key, message.unfit, extra={'fields': fields})
+            fields = {'outcome': 'dead', 'reason': message.rejection and message.rejection.reason}
+            log.debug('dead letter %s: %s', message.key, message.rejection, extra={'fields': fields})
         if self.discard:
             return [DEAD] * len(messages)
-        unkept = dict.fromkeys(messages, Answer('unkept', 'refused', 'neither a topic nor a file is configured'))
+        unkept = dict.fromkeys(messages, WriteResult('unkept', 'refused', 'neither a topic nor a file is configured'))
         if self.topic:
-            groups = grouped(messages, lambda message: message.conn.address)
+            groups = group_by_key(messages, lambda message: message.conn.address)
             unkept = {message: result for refused in await asyncio.gather(*(
-                self.publish(address, list(group)) for address, group in groups)) for message, result in refused}
+                self.publish_batch(address, list(group)) for address, group in groups)) for message, result in refused}
         if unkept and self.file:
-            unkept = await self.write(list(unkept))
+            unkept = await self.append_to_file(list(unkept))
         return [unkept.get(message, DEAD) for message in messages]
 
-    async def publish(self, address: Address, messages: list[Message]) -> list[tuple[Message, Answer]]:
-        """Publishes dead letters to one nsqd. Returns (message, result) for each that it did not take: where it refuses
-        a batch, each half goes by itself, until the culprit is alone."""
+    async def publish_batch(self, address: Address, messages: list[Message]) -> list[tuple[Message, WriteResult]]:
+        """Publishes dead letters to one nsqd. Returns (message, result) for each that it did not accept. When nsqd
+        refuses a batch, each half is published by itself, until the refused one is alone."""
         try:
-            publisher = await self.publisher(address)
+            publisher = await self.open_publisher(address)
         except UNREACHABLE as error:
-            text = f'nsqd {spelled(address)}: {explained(error)}'
-            log.warning('dead letters: nsqd %s: %s', spelled(address), explained(error))
-            return [(message, Answer('unkept', 'away', text)) for message in messages]
+            text = f'nsqd {format_address(address)}: {describe_error(error)}'
+            log.warning('dead letters: nsqd %s: %s', format_address(address), describe_error(error))
+            return [(message, WriteResult('unkept', 'away', text)) for message in messages]
         try:
-            await publisher.publish([enveloped(self.header(m), m.body) for m in messages])
+            await publisher.publish([encode_topic(self.build_header(m), m.body) for m in messages])
         except UNREACHABLE as error:
             self.connections.pop(address).close()
             half = len(messages) // 2
             if half and not self.closed and not isinstance(error, asyncio.TimeoutError):
-                return await self.publish(address, messages[:half]) + await self.publish(address, messages[half:])
-            return self.unpublished(messages, publisher, error)
+                return (await self.publish_batch(address, messages[:half])
+                        + await self.publish_batch(address, messages[half:]))
+            return self.unpublished_results(messages, publisher, error)
         return []
 
-    def unpublished(self, messages: list[Message], publisher: Publisher,
-                    error: BaseException) -> list[tuple[Message, Answer]]:
-        """What follows where nsqd did not take dead letters: (message, result) for each."""
-        refused = isinstance(error, QueueError)   # else nobody knows whether nsqd has taken them
+    def unpublished_results(self, messages: list[Message], publisher: Publisher,
+                            error: BaseException) -> list[tuple[Message, WriteResult]]:
+        """The result of dead letters that nsqd did not accept: (message, result) for each."""
+        refused = isinstance(error, NsqdError)   # else it is unknown whether nsqd accepted them
         hint = '; a file in [dead-letter] would keep it' if refused and not self.file else ''
-        text = f'nsqd {publisher}: {explained(error)}'
+        text = f'nsqd {publisher}: {describe_error(error)}'
         log.warning('dead letter %s: %s%s', messages[0].key, text, hint)
-        return [(message, Answer('unkept', 'refused' if refused else 'unknown', text)) for message in messages]
+        return [(message, WriteResult('unkept', 'refused' if refused else 'unknown', text)) for message in messages]
 
-    async def publisher(self, address: Address) -> Publisher:
-        """The connection that publishes to the nsqd at `address`. It subscribes at RDY 0, so that the channel for
-        replay exists: else the first nsq_tail would take everything."""
-        if address not in self.connections or self.connections[address].lost:
+    async def open_publisher(self, address: Address) -> Publisher:
+        """The connection that publishes to the nsqd at `address`. It subscribes at RDY 0, so that the replay channel
+        exists; else the first nsq_tail would consume everything."""
+        if address not in self.connections or self.connections[address].is_closed:
             publisher = Publisher(address, self.link, self.topic, REPLAY_CHANNEL)
             await publisher.open()
             self.connections[address] = publisher
         return self.connections[address]
 
-    async def write(self, messages: list[Message]) -> dict[Message, Answer]:
-        """Appends dead letters to the file. Returns a result for each that could not be: {message: result}."""
-        lines = [filed(self.header(m), m.body) for m in messages]
+    async def append_to_file(self, messages: list[Message]) -> dict[Message, WriteResult]:
+        """Appends dead letters to the file. Returns {message: result} of those that could not be appended."""
+        lines = [encode_line(self.build_header(m), m.body) for m in messages]
         try:
             await asyncio.get_running_loop().run_in_executor(self.pool, append_durably, self.file, lines)
         except OSError as error:
             log.error('dead letters: %s: %s', self.file, error.strerror)
-            return dict.fromkeys(messages, Answer('unkept', 'away', f'{self.file}: {error.strerror}'))
+            return dict.fromkeys(messages, WriteResult('unkept', 'away', f'{self.file}: {error.strerror}'))
         return {}
 
     def close(self) -> None:
-        """Closes the connections; what has no answer by now will have none."""
+        """Closes the connections; a publish without an answer stays without."""
         self.closed = True
         for publisher in self.connections.values():
             publisher.close()
@@ -4630,29 +4664,29 @@ class DeadLetters:
 # ---------------------------------------------------------------------------------------------------------------------
 
 BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
-HALVED_AT = 3               # failures of a whole batch before it is halved
-NO_VERDICT = {'stop', 'refused'}   # outcomes that do not show whether the store takes records
-WriteBatch = Callable[[list[Message]], Awaitable[list[Answer]]]        # messages -> a result each
-SettleBatch = Callable[[list[Message], list[Answer]], list[Message]]   # messages, results -> the messages to retry
+FAILURES_TO_HALVE = 3       # failures of a whole batch before it is halved
+INCONCLUSIVE = {'stop', 'refused'}   # outcomes that do not show whether the store accepts records
+WriteBatch = Callable[[list[Message]], Awaitable[list[WriteResult]]]        # messages -> a result each
+SettleBatch = Callable[[list[Message], list[WriteResult]], list[Message]]   # messages, results -> the messages to retry
 
 
 class Backoff:
     """Growing delays with jitter, in seconds."""
 
     def __init__(self, first: float, most: float) -> None:
-        self.first, self.most, self.tries = first, most, 0
+        self.first, self.longest, self.tries = first, most, 0
 
-    def next(self) -> float:
+    def next_delay(self) -> float:
         """The next delay."""
         self.tries += 1
-        return min(self.most, self.first * 2 ** min(self.tries - 1, 20)) * random.uniform(0.5, 1)
+        return min(self.longest, self.first * 2 ** min(self.tries - 1, 20)) * random.uniform(0.5, 1)
 
-    def reset(self) -> None:
+    def reset_delay(self) -> None:
         """Starts anew."""
         self.tries = 0
 
 
-class Crew:
+class BackgroundTasks:
     """Background tasks. The first that fails leaves its exception in `error`; `wake` is set whenever one ends."""
 
     def __init__(self) -> None:
@@ -4664,19 +4698,19 @@ class Crew:
         """Starts a task."""
         task = asyncio.ensure_future(coroutine)
         self.tasks.add(task)
-        task.add_done_callback(self.ended)
+        task.add_done_callback(self.on_task_end)
         return task
 
-    def ended(self, task: asyncio.Task[Any]) -> None:
-        """Keeps what a task failed with."""
+    def on_task_end(self, task: asyncio.Task[Any]) -> None:
+        """Keeps the exception of a failed task."""
         self.tasks.discard(task)
         if not task.cancelled() and task.exception():
             self.error = self.error or task.exception()
         self.wake.set()
 
     async def cancel(self) -> None:
-        """Ends all tasks, however often that takes: before Python 3.12 wait_for loses a cancellation that comes
-        together with what it waits for (github.com/python/cpython/issues/86296)."""
+        """Cancels all tasks, repeatedly: before Python 3.12 wait_for loses a cancellation that arrives together with
+        its result (github.com/python/cpython/issues/86296)."""
         while self.tasks:
             for task in self.tasks:
                 task.cancel()
@@ -4684,7 +4718,7 @@ class Crew:
 
 
 class BreakerState(enum.Enum):
-    """CLOSED: batches go. OPEN: none goes. HALF_OPEN: one at a time goes, to find out."""
+    """CLOSED: batches start. OPEN: no batch starts. HALF_OPEN: one batch at a time starts, as a probe."""
 
     CLOSED = 'closed'
     OPEN = 'open'
@@ -4692,29 +4726,30 @@ class BreakerState(enum.Enum):
 
 
 class Breaker:
-    """The circuit breaker in front of the store or of the keeper of dead letters.
+    """The circuit breaker in front of the store or the dead-letter sink.
 
-    Example: the store dies. The batch under way fails: OPEN, for 0.1 s. Then HALF_OPEN: one batch goes, fails: OPEN for
-    0.2 s, 0.4 s, ... 5 s at most. The store is back: the next probe succeeds: CLOSED, and all batches go again.
+    Example: the store dies. The batch under way fails: OPEN, for 0.1 s. Then HALF_OPEN: one batch is sent as a probe
+    and fails: OPEN for 0.2 s, 0.4 s, ... 5 s at most. The store is up again: the next probe succeeds: CLOSED, and
+    batches start as before.
     """
 
     def __init__(self, state: BreakerState = BreakerState.CLOSED) -> None:
         self.state, self.backoff = state, Backoff(0.1, 5)
 
     def on_failure(self) -> float:
-        """A whole batch failed. Returns the seconds until the next may probe."""
+        """Opens after a whole batch failed. Returns the seconds until the next probe."""
         self.state = BreakerState.OPEN
-        return self.backoff.next()
+        return self.backoff.next_delay()
 
     def on_delay_over(self) -> None:
-        """The next batch may probe."""
+        """Lets the next batch probe."""
         if self.state is BreakerState.OPEN:
             self.state = BreakerState.HALF_OPEN
 
     def on_success(self) -> None:
-        """The other end took a batch, or a part of it."""
+        """Closes after the other end accepted a batch, or a part of it."""
         self.state = BreakerState.CLOSED
-        self.backoff.reset()
+        self.backoff.reset_delay()
 
 
 class Batch:
@@ -4726,17 +4761,18 @@ class Batch:
     def __init__(self, messages: list[Message], failures: int = 0, accepted_before: int = 0, tries: int = 0) -> None:
         self.messages, self.failures, self.accepted_before, self.tries = messages, failures, accepted_before, tries
 
-    def halved(self) -> list['Batch']:
-        """Both halves as batches of the same history; itself when it can't be halved, or need not be yet."""
+    def halves_if_due(self) -> list['Batch']:
+        """Both halves, with the same history; the batch itself when it has one message, or has not failed often
+        enough."""
         middle = len(self.messages) // 2
-        if not middle or self.failures < HALVED_AT:
+        if not middle or self.failures < FAILURES_TO_HALVE:
             return [self]
         return [Batch(part, self.failures, self.accepted_before)
                 for part in (self.messages[:middle], self.messages[middle:])]
 
 
 class Batcher:
-    """Messages wait here for their batch: it owns what is pending, the batches under way and the breaker.
+    """Collects messages into batches: it owns the pending messages, the batches under way and the breaker.
 
     A batch closes when it is full, and at once when none is under way: a lone message does not wait, and under load
     batches fill while the one before them is written. A batch that fails as a whole opens the breaker, and from its
@@ -4755,7 +4791,7 @@ class Batcher:
     call_timeout: seconds after which a call has returned, unless it hangs.
     """
 
-    def __init__(self, end: str, tasks: Crew, health: Health, write: WriteBatch, settle: SettleBatch,
+    def __init__(self, end: str, tasks: BackgroundTasks, health: Health, write: WriteBatch, settle: SettleBatch,
                  limits: tuple[int, int], writers: int, call_timeout: float) -> None:
         self.end, self.tasks, self.health, self.write, self.settle = end, tasks, health, write, settle
         (self.size, self.max_bytes), self.writers, self.call_timeout = limits, writers, call_timeout
@@ -4765,50 +4801,51 @@ class Batcher:
         self.calls: list[float] = []         # loop times at which those under way began
         self.accepted = 0                    # batches that the other end took, at least in part
         self.last_error = ''
-        self.breaker = Breaker(BreakerState.CLOSED if health.up(end) else BreakerState.HALF_OPEN)
+        self.breaker = Breaker(BreakerState.CLOSED if health.is_up(end) else BreakerState.HALF_OPEN)
         self.stopped = False                 # nothing goes any more
 
     @property
-    def failing(self) -> bool:
-        """Whether the breaker is not closed."""
+    def is_failing(self) -> bool:
+        """True unless the breaker is closed."""
         return self.breaker.state is not BreakerState.CLOSED
 
     @property
-    def full(self) -> bool:
-        """Whether a whole batch is pending."""
+    def is_full(self) -> bool:
+        """True when a full batch is pending."""
         return len(self.pending) >= self.size or self.pending_bytes >= self.max_bytes
 
     @property
-    def at_rest(self) -> bool:
-        """Whether nothing is under way, nor goes by itself: what is left waits for the end of a delay."""
-        return not self.calls and (self.stopped or self.failing or not (self.pending or self.retries))
+    def is_at_rest(self) -> bool:
+        """True when no call is under way and no batch can start now: the rest waits for the end of a delay."""
+        return not self.calls and (self.stopped or self.is_failing or not (self.pending or self.retries))
 
-    def add(self, messages: list[Message]) -> None:
-        """Takes messages; batches that are due go at once, where they may."""
+    def add_messages(self, messages: list[Message]) -> None:
+        """Adds messages, and starts the batches that may start."""
         self.pending.extend(messages)
         self.pending_bytes += sum([len(message.body) for message in messages])
-        self.flush()
+        self.start_batches()
 
-    def flush(self) -> None:
-        """Starts the batches that may go."""
+    def start_batches(self) -> None:
+        """Starts the batches that may start."""
         while batch := self.next_batch():
             started = asyncio.get_running_loop().time()
             self.calls.append(started)
-            self.tasks.start(self.run(batch, started))
+            self.tasks.start(self.run_batch(batch, started))
 
     def next_batch(self) -> Batch | None:
-        """The batch that goes next, or None when none may go now."""
+        """The batch to start next; None when no batch may start now."""
         if (self.stopped or self.breaker.state is BreakerState.OPEN
-                or len(self.calls) >= (1 if self.failing else self.writers)):
+                or len(self.calls) >= (1 if self.is_failing else self.writers)):
             return None
-        # Probes change between old batches and new messages, so that a batch which can't succeed is not the only probe.
-        probes_new = self.failing and self.breaker.backoff.tries % 2 == 0 and self.pending
+        # Probes alternate between old batches and new messages, so that a batch which can't succeed is not the only
+        # probe.
+        probes_new = self.is_failing and self.breaker.backoff.tries % 2 == 0 and self.pending
         if self.retries and not probes_new:
             return self.retries.popleft()
-        return self.cut_batch() if self.pending and (not self.calls or self.full) else None
+        return self.take_batch() if self.pending and (not self.calls or self.is_full) else None
 
-    def cut_batch(self) -> Batch:
-        """Takes one batch off what is pending."""
+    def take_batch(self) -> Batch:
+        """Removes one batch from the pending messages."""
         if len(self.pending) <= self.size and self.pending_bytes <= self.max_bytes:   # all, as it mostly is
             messages, self.pending, self.pending_bytes = list(self.pending), collections.deque(), 0
             return Batch(messages)
@@ -4820,62 +4857,62 @@ class Batcher:
         self.pending_bytes -= weight
         return Batch(messages)
 
-    async def run(self, batch: Batch, started: float) -> None:
-        """One batch, from the call to what follows."""
+    async def run_batch(self, batch: Batch, started: float) -> None:
+        """Runs one batch: the call, and the handling of its results."""
         results = await self.write(batch.messages)
         self.calls.remove(started)
         self.log_results(batch, results, asyncio.get_running_loop().time() - started)
         retry = self.settle(batch.messages, results)
-        different = distinct(results)
+        different = distinct_results(results)
         if all(map(is_outage, different)):
             self.on_batch_failure(batch, results[0], retry)
-        elif NO_VERDICT.isdisjoint([result.outcome for result in different]):
+        elif INCONCLUSIVE.isdisjoint([result.outcome for result in different]):
             self.on_batch_accepted(batch, retry)
-        self.flush()
+        self.start_batches()
 
     def on_batch_accepted(self, batch: Batch, retry: list[Message]) -> None:
-        """The other end works. Records that were busy are tried again after a delay of their own."""
+        """The other end works. Busy records are retried after a delay of their own."""
         self.accepted += 1
         self.breaker.on_success()
-        self.health.recover(self.end)
+        self.health.report_recovery(self.end)
         if retry:
             again = Batch(retry, accepted_before=self.accepted, tries=batch.tries + 1)
             self.retry_later([again], 0.1 * 2 ** min(batch.tries, 6))
 
-    def on_batch_failure(self, batch: Batch, result: Answer, retry: list[Message]) -> None:
-        """All of a batch failed: the other end is away, or one message of the batch makes it fail."""
+    def on_batch_failure(self, batch: Batch, result: WriteResult, retry: list[Message]) -> None:
+        """The whole batch failed: the other end is unavailable, or one message of the batch makes it fail."""
         self.last_error = result.detail or result.outcome
         suspect = (batch.failures or batch.tries) and self.accepted > batch.accepted_before
         batch.failures, batch.accepted_before, batch.messages = batch.failures + 1, self.accepted, retry
         if not suspect:
-            self.health.fail(self.end, self.last_error, kind='batch')
-            self.retries.extend(batch.halved() if retry else ())
-            if self.breaker.state is not BreakerState.OPEN:   # else it was opened by another of the batches under way
+            self.health.report_failure(self.end, self.last_error, kind='batch')
+            self.retries.extend(batch.halves_if_due() if retry else ())
+            if self.breaker.state is not BreakerState.OPEN:   # else another batch under way has opened it
                 self.open_breaker()
-        elif len(retry) > 1 or batch.failures <= HALVED_AT:
-            self.retry_later(batch.halved() if retry else (), 0.1 * batch.failures)
+        elif len(retry) > 1 or batch.failures <= FAILURES_TO_HALVE:
+            self.retry_later(batch.halves_if_due() if retry else (), 0.1 * batch.failures)
         elif retry:
-            self.settle(retry, [Answer('unsettled', None, self.last_error)])
+            self.settle(retry, [WriteResult('unsettled', None, self.last_error)])
 
     def open_breaker(self) -> None:
-        """Lets no batch go for a while, and then one."""
+        """Stops all batches for the delay of the breaker; then one batch probes."""
         delay = self.breaker.on_failure()
         log.debug('%s: next try in %.1f s, %d messages pending', self.end, delay, len(self.pending))
 
         def delay_over() -> None:
             self.breaker.on_delay_over()
-            self.flush()
+            self.start_batches()
         asyncio.get_running_loop().call_later(delay, delay_over)
 
     def retry_later(self, batches: Sequence[Batch], delay: float) -> None:
-        """Tries batches again after `delay` seconds; the others go on meanwhile."""
+        """Retries batches after `delay` seconds; others continue meanwhile."""
         def delay_over() -> None:
             self.retries.extend(batches)
-            self.flush()
+            self.start_batches()
         asyncio.get_running_loop().call_later(delay, delay_over)
 
-    def log_results(self, batch: Batch, results: list[Answer], seconds: float) -> None:
-        """What came of a batch, for -v."""
+    def log_results(self, batch: Batch, results: list[WriteResult], seconds: float) -> None:
+        """Logs the results of a batch, for -v."""
         if log.isEnabledFor(logging.DEBUG):
             outcomes = collections.Counter(result.outcome for result in results)
             log.debug('%s: batch of %d, %d bytes, in %.0f ms: %s', self.end, len(batch.messages),
@@ -4888,7 +4925,7 @@ class Batcher:
 
 
 class StoreExecutor(concurrent.futures.ThreadPoolExecutor):
-    """The threads in which a store's calls block; it knows which calls are under way."""
+    """The threads in which calls of a store block; it knows the calls under way."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -4903,27 +4940,28 @@ class StoreExecutor(concurrent.futures.ThreadPoolExecutor):
 
 
 async def close_store(store: Store, executor: StoreExecutor) -> None:
-    """Closes the store in its executor, within a bound; one with a call under way is left as it is."""
+    """Closes the store in its executor, with a time limit; a store with a call under way is not closed."""
     if not executor.calls:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(executor, store.close), CLOSE_TIMEOUT)
     executor.shutdown(wait=False)
 
 
-def is_outage(result: Answer) -> bool:
-    """Whether a result speaks of the other end, and not of the message."""
+def is_outage(result: WriteResult) -> bool:
+    """True when a result is due to the other end, and not to the message."""
     return result.outcome == 'retry' or (result.outcome == 'unkept' and result.reason != 'refused')
 
 
-def group_by_result(messages: list[Message], results: list[Answer]) -> Iterable[tuple[Answer, Sequence[Message]]]:
-    """The messages of a batch by their result, as (result, messages); mostly it is one for all."""
+def group_by_result(messages: list[Message],
+                    results: list[WriteResult]) -> Iterable[tuple[WriteResult, Sequence[Message]]]:
+    """Groups the messages of a batch by result, as (result, messages); usually all have the same."""
     if results.count(results[0]) == len(messages):
         return [(results[0], messages)]
-    return grouped(messages, dict(zip(messages, results, strict=True)).__getitem__)
+    return group_by_key(messages, dict(zip(messages, results, strict=True)).__getitem__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# RDY and consumer: the nsqds, and the one place that answers them
+# RDY and consumer: the connections to all nsqds, and the one place that answers them
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOKUP_INTERVAL = 5.0       # seconds between questions to nsqlookupd
@@ -4932,10 +4970,10 @@ REQUEUE_DELAYS = 1, 600     # seconds: of the first delivery that can't be settl
 
 
 class Source(typing.Protocol):
-    """What a window reads from: the nsqds (Consumer), or a file of dead letters (DeadLetterFileSource).
+    """The source of a window's read_messages: the nsqds (Consumer), or a file of dead letters (DeadLetterFileSource).
 
-    It delivers messages for as long as `credit()` is positive, and alone knows how to answer them. in_flight: key ->
-    Message without an answer yet. requeued, late: counts since start().
+    It delivers messages while `credit()` is positive, and answers them. in_flight: key -> Message without an answer
+    yet. requeued, late: counts since start().
     """
 
     topic: str
@@ -4946,52 +4984,52 @@ class Source(typing.Protocol):
     late: int
 
     def start(self, credit: Callable[[], int], deliver: Callable[[list[Message]], None]) -> None:
-        """From now on messages go to `deliver`, as many as `credit()` allows."""
+        """Starts to deliver: messages go to `deliver`, as many as `credit()` allows."""
 
     def stop(self) -> None:
-        """Delivers no more."""
+        """Stops delivering."""
 
     def on_credit_change(self) -> None:
-        """`credit()` says something else than before."""
+        """Called when `credit()` has changed."""
 
     def finish(self, messages: list[Message]) -> None:
-        """They are durable: they never come again."""
+        """Answers messages that are durable: they are never redelivered."""
 
     def requeue(self, messages: list[Message], delay: float = 0) -> None:
-        """They come again, after `delay` seconds at the earliest."""
+        """Returns messages: they are redelivered after `delay` seconds at the earliest."""
 
-    def hold(self, messages: list[Message]) -> None:
-        """They stay in flight, and in nobody's way, until they are requeued."""
+    def hold_messages(self, messages: list[Message]) -> None:
+        """Keeps messages in flight until they are requeued, without blocking others."""
 
     @property
     def idle_since(self) -> float | None:
-        """Loop time since when nothing came though it could have; None: not so."""
+        """Loop time since when nothing arrived although it could have; None when not idle."""
 
     @property
-    def exhausted(self) -> bool:
-        """Whether nothing can come any more."""
+    def is_exhausted(self) -> bool:
+        """True when nothing can arrive any more."""
 
 
 class RdyAllocator:
-    """Deals out RDY: budget, connections and the time in, new values of RDY out. It knows nothing else.
+    """Distributes RDY: from budget and connections to new RDY values, without any other state.
 
-    Example: three connections, a budget of 12, and the third is idle. It keeps 1, to be heard when a message comes; the
-    other two share 11: RDY 6, 5, 1. With a budget of 2 there is not 1 for each: the two that are not idle get 1 each,
-    and connections that are idle take turns.
+    Example: three connections, a budget of 12, and the third is idle. The idle one keeps RDY 1, so that its next
+    message is delivered; the other two share 11: RDY 6, 5, 1. A budget of 2 is not enough for RDY 1 each: the two that
+    are not idle get 1 each, and idle connections take turns.
     """
 
     @staticmethod
-    def allocate(connections: Sequence[Any], budget: int, keep: bool) -> list[tuple[Any, int]]:
-        """The new RDY of each connection, what is lowered first: the sum never exceeds the budget on the way. keep:
-        leave each what it has, for a message may be under way on it."""
-        more = shares([(max(0, c.rdy - c.held_back) if keep else 0, c.idle, c.rdy_since,
-                        max(0, c.max_rdy - c.held_back)) for c in connections], budget)
+    def allocate_rdy(connections: Sequence[Any], budget: int, keep: bool) -> list[tuple[Any, int]]:
+        """The new RDY of each connection. Lower values come first, so that the sum never exceeds the budget meanwhile.
+        keep: no connection loses its RDY, as a message may be under way on it."""
+        more = rdy_shares([(max(0, c.rdy - c.held_back) if keep else 0, c.idle, c.rdy_since,
+                            max(0, c.max_rdy - c.held_back)) for c in connections], budget)
         rdys = [(c, share and share + c.held_back) for c, share in zip(connections, more, strict=True)]
         return sorted(rdys, key=lambda pair: pair[1] - pair[0].rdy)
 
     @staticmethod
-    def reduced(connection: Any, connections: Sequence[Any], budget: int) -> int:
-        """The RDY of the one connection on which messages have come, so that the sum keeps within the budget.
+    def reduced_rdy(connection: Any, connections: Sequence[Any], budget: int) -> int:
+        """The new RDY of a connection on which messages have arrived, so that the sum stays within the budget.
 
         Example: 5 messages are left to the window and RDY is 5. Three arrive, so the budget is 2, and RDY 2 is sent
         before the first FIN. Otherwise each FIN would free a slot of RDY 5, and nsqd would send a sixth message.
@@ -5000,12 +5038,12 @@ class RdyAllocator:
         return connection.rdy if excess <= 0 else max(0, connection.rdy - excess)
 
 
-def shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> list[int]:
-    """How `budget` messages are dealt out as RDY; each state is a (rdy, idle, rdy_since, max_rdy).
+def rdy_shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> list[int]:
+    """Distributes a budget of messages as RDY; each state is (rdy, idle, rdy_since, max_rdy).
 
-    The idle keep 1, to be heard again, when there is 1 for everybody; the rest goes evenly to the others, of whom
-    none loses what it has (a message may be under way on it). With too few for all, those that are idle take turns,
-    the one that could deliver longest ago first.
+    Each idle connection keeps RDY 1 when the budget has 1 for every connection. The others share the rest evenly, and
+    none loses RDY that it has (a message may be under way on it). When the budget is smaller, idle connections take
+    turns, the one whose turn was longest ago first.
     """
     rdys = [0] * len(states)
     eager = [i for i, (_, idle, _, _) in enumerate(states) if not idle]
@@ -5025,82 +5063,84 @@ def shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> list[
     return rdys
 
 
-class HeldBytes:
-    """The bytes of the messages in flight, and how many more messages they leave room for.
+class InFlightBytes:
+    """Counts the bytes in flight, and how many more messages fit.
 
-    size: bytes that the next messages may have. A large one raises it at once, each small one lowers it a little.
+    expected_size: expected bytes of the next messages. A large message raises it at once, each small one lowers it a
+    little.
     """
 
     def __init__(self, most: int) -> None:
-        self.most, self.total, self.size = most, 0, FIRST_MESSAGE_SIZE
+        self.limit, self.total, self.expected_size = most, 0, FIRST_MESSAGE_SIZE
 
-    def add(self, sizes: list[int]) -> None:
-        """Messages of these sizes have come."""
+    def add_sizes(self, sizes: list[int]) -> None:
+        """Adds the sizes of messages that arrived."""
         self.total += sum(sizes)
-        self.size = max(int(self.size * 0.95 ** len(sizes)), 1, *sizes)
+        self.expected_size = max(int(self.expected_size * 0.95 ** len(sizes)), 1, *sizes)
 
     @property
-    def full(self) -> bool:
-        """Whether no more may come."""
-        return self.total >= self.most
+    def is_full(self) -> bool:
+        """True when no more messages may arrive."""
+        return self.total >= self.limit
 
     @property
-    def room(self) -> int:
-        """How many more messages may come; one always may, for a message can be larger than all that is allowed."""
-        return max(1, (self.most - self.total) // self.size)
+    def free_slots(self) -> int:
+        """The number of messages that may still arrive; at least 1, as one message can exceed the whole limit."""
+        return max(1, (self.limit - self.total) // self.expected_size)
 
 
 class LookupPoller:
-    """Asks nsqlookupd for the nsqds of a topic, in the background, and tells the Consumer what it names."""
+    """Polls nsqlookupd for the nsqds of a topic in the background, and updates the Consumer."""
 
     def __init__(self, config: types.SimpleNamespace, topic: str, consumer: 'Consumer') -> None:
         self.config, self.topic, self.consumer = config, topic, consumer
-        self.due = asyncio.Event()
+        self.lookup_due = asyncio.Event()
         self.news = ChangeLog()
-        self.waiting: list[asyncio.Future[None]] = []   # for the next answer
+        self.waiting_futures: list[asyncio.Future[None]] = []   # for the next answer
 
     async def run(self) -> None:
-        """Asks at once when a connection has ended, else once in a while."""
+        """Polls at once when a connection has ended, else every LOOKUP_INTERVAL."""
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.due.wait(), LOOKUP_INTERVAL)
-            self.due.clear()
+                await asyncio.wait_for(self.lookup_due.wait(), LOOKUP_INTERVAL)
+            self.lookup_due.clear()
             await self.look_up()
 
     async def look_up(self) -> None:
-        """One question. When no nsqlookupd answers, the nsqds that are known stay."""
-        waiting, self.waiting = self.waiting, []
+        """Polls once. When no nsqlookupd answers, the known nsqds stay."""
+        waiting, self.waiting_futures = self.waiting_futures, []
         try:
             self.consumer.update_nsqds(await find_nsqds(self.config, self.topic, news=self.news))
         except Unavailable as error:
-            self.news.log(logging.WARNING, '%s; going on with the nsqds that are known', error)
+            self.news.log(logging.WARNING, '%s; keeping the known nsqds', error)
         for future in waiting:
             if not future.done():
                 future.set_result(None)
 
-    async def fresh_answer(self) -> None:
-        """Waits for the answer to a question that is asked from now on."""
+    async def wait_for_answer(self) -> None:
+        """Polls now and waits for the answer."""
         future = asyncio.get_running_loop().create_future()
-        self.waiting.append(future)
-        self.due.set()
+        self.waiting_futures.append(future)
+        self.lookup_due.set()
         await future
 
 
 class Consumer:
-    """The connections to all nsqds of a topic: the Source whose messages come from nsqd. It alone owns RDY and what is
-    in flight, and alone answers nsqd."""
+    """The connections to all nsqds of a topic: the Source for messages from nsqd. It alone owns RDY and the messages in
+    flight, and answers nsqd."""
 
-    def __init__(self, config: types.SimpleNamespace, tasks: Crew, link: Link, topic: str, channel: str,
+    def __init__(self, config: types.SimpleNamespace, tasks: BackgroundTasks, link: ConnectionOptions, topic: str,
+                 channel: str,
                  health: Health) -> None:
         self.config, self.tasks, self.link, self.topic, self.channel = config, tasks, link, topic, channel
         self.health = health
         self.max_in_flight = config.nsq.max_in_flight
-        self.addresses: list[Address] = []                          # of the nsqds that are to be asked
+        self.addresses: list[Address] = []                          # of the nsqds to connect to
         self.connect_tasks: dict[Address, asyncio.Task[Any]] = {}   # address -> the task that keeps its connection up
         self.connections: list[Subscription] = []                   # Subscriptions that are up
         self.connect_errors: dict[Address, str | None] = {}         # address -> None, or the error of its last attempt
         self.in_flight: dict[str, Message] = {}                     # key -> Message without an answer yet
-        self.held = HeldBytes(config.nsq.max_held)
+        self.in_flight_bytes = InFlightBytes(config.nsq.max_held)
         self.credit: Callable[[], int] | None = None   # of the window that takes messages
         self.deliver: Callable[[list[Message]], None] | None = None
         self.requeued = self.late = 0
@@ -5109,28 +5149,28 @@ class Consumer:
         self.poller = LookupPoller(config, topic, self) if config.nsq.lookupd_http_address else None
 
     async def open(self) -> None:
-        """Finds the nsqds and connects; returns when the first is up. Raises Unavailable when none is."""
+        """Looks up the nsqds and connects; returns when the first is connected. Raises Unavailable when none is."""
         news = self.poller.news if self.poller else None
-        self.update_nsqds(await find_nsqds(self.config, self.topic, LOOKUP_PATIENCE, news))
+        self.update_nsqds(await find_nsqds(self.config, self.topic, LOOKUP_GRACE, news))
         addresses = self.addresses
-        while addresses and not self.connections and not self.all_tried() and not self.tasks.error:
+        while addresses and not self.connections and not self.has_tried_all() and not self.tasks.error:
             self.tasks.wake.clear()
             await self.tasks.wake.wait()
         if self.tasks.error:
             raise self.tasks.error
         if addresses and not self.connections:
             raise Unavailable('no nsqd can be reached: ' + '; '.join(
-                f'{spelled(address)}: {error}' for address, error in self.connect_errors.items()))
-        self.tasks.start(self.tick())
+                f'{format_address(address)}: {error}' for address, error in self.connect_errors.items()))
+        self.tasks.start(self.run_ticks())
         if self.poller:
             self.tasks.start(self.poller.run())
 
-    def all_tried(self) -> bool:
-        """Whether a connection to each nsqd was made, or has failed."""
+    def has_tried_all(self) -> bool:
+        """True when the connection to each nsqd is up or has failed."""
         return all(address in self.connect_errors for address in self.addresses)
 
     def update_nsqds(self, found: Nsqds) -> None:
-        """Connects to the nsqds that are new; one that is named no more stays for as long as its connection does."""
+        """Connects to new nsqds. An nsqd that is no longer named stays while its connection lasts."""
         up = [connection.address for connection in self.connections]
         self.addresses = list(dict.fromkeys([*found, *up]))
         for address in found:
@@ -5140,9 +5180,9 @@ class Consumer:
         self.tasks.wake.set()
 
     async def maintain_connection(self, address: Address) -> None:
-        """Keeps a connection to one nsqd up, with backoff, until nobody names it any more.
+        """Keeps a connection to one nsqd up, with backoff, as long as it is configured or named by nsqlookupd.
 
-        nsqlookupd is asked before each new attempt: a topic that was deleted would be made again by our SUB.
+        nsqlookupd is polled before each new attempt: SUB would create a deleted topic again.
         """
         backoff, news = Backoff(0.1, 5), ChangeLog()
         while address in self.addresses:
@@ -5151,84 +5191,85 @@ class Consumer:
                 await connection.open()
                 self.on_connect(connection, backoff)
                 news.clear()
-                await connection.read()
+                await connection.read_messages()
             except UNREACHABLE as error:
                 if address not in self.addresses:   # it was closed
                     return
                 told = self.connections == [connection]   # by Health, for nobody else is connected
-                news.log(logging.DEBUG if told else logging.WARNING, 'nsqd %s: %s', connection, explained(error))
-                self.on_disconnect(connection, explained(error))
-            delay = backoff.next()
+                news.log(logging.DEBUG if told else logging.WARNING, 'nsqd %s: %s', connection, describe_error(error))
+                self.on_disconnect(connection, describe_error(error))
+            delay = backoff.next_delay()
             log.debug('nsqd %s: connecting again in %.1f s', connection, delay)
             await asyncio.sleep(delay)
             if self.poller:
-                await self.poller.fresh_answer()
+                await self.poller.wait_for_answer()
 
     def on_connect(self, connection: Subscription, backoff: Backoff) -> None:
-        """A connection is up."""
+        """Handles a new connection."""
         self.connect_errors[connection.address] = None
         self.connections.append(connection)
         if backoff.tries:
             log.info('nsqd %s is back', connection)
-        self.health.recover('queue')
-        backoff.reset()
+        self.health.report_recovery('queue')
+        backoff.reset_delay()
         self.tasks.wake.set()
 
     def on_disconnect(self, connection: Subscription, error: str) -> None:
-        """A connection could not be made, or has ended."""
-        connection.drop()
+        """Handles a connection that failed or ended."""
+        connection.close_socket()
         self.connect_errors[connection.address] = error
         if connection in self.connections:
             self.connections.remove(connection)
             if not self.connections:
-                self.health.fail('queue', f'nsqd {connection}: {error}')
+                self.health.report_failure('queue', f'nsqd {connection}: {error}')
         self.tasks.wake.set()
 
     # -- what comes
 
     def start(self, credit: Callable[[], int], deliver: Callable[[list[Message]], None]) -> None:
-        """From now on messages go to the window; each nsqd has to show anew that it has nothing."""
+        """Starts to deliver to a window; each nsqd has to prove again that it is idle."""
         self.credit, self.deliver = credit, deliver
         self.tick_due.set()
         self.requeued = self.late = 0
         self.idle_since = None
         for connection in self.connections:
-            connection.idle = connection.tried = False
+            connection.idle = connection.proven_idle = False
 
     def stop(self) -> None:
-        """No window takes messages."""
+        """Stops delivering: no window accepts messages."""
         self.credit = self.deliver = None
         self.on_credit_change()
 
-    def receive(self, connection: Subscription, messages: list[Message]) -> None:
-        """Messages of one read. A second copy of one in flight joins the first."""
+    def on_messages(self, connection: Subscription, messages: list[Message]) -> None:
+        """Handles the messages of one read. A second copy of a message in flight joins the first."""
         fresh = [message for message in messages if self.in_flight.setdefault(message.key, message) is message]
         for message in messages if len(fresh) < len(messages) else ():
             self.on_redelivery(self.in_flight[message.key], message)
         connection.in_flight += len(fresh)
-        connection.idle = connection.tried = False
+        connection.idle = connection.proven_idle = False
         self.idle_since = None
         sizes = [len(message.body) for message in fresh]
-        self.held.add(sizes)
+        self.in_flight_bytes.add_sizes(sizes)
         log.debug('nsqd %s: %d messages', connection, len(messages))
         if self.deliver:
             self.deliver(fresh)
             self.reduce_rdy(connection)
-        else:   # they wait for the next window, and have to be kept alive meanwhile
+        else:   # they wait for the next window and need TOUCH meanwhile
             self.tick_due.set()
 
     def on_redelivery(self, first: Message, second: Message) -> None:
-        """nsqd has delivered a message in flight again: the answer goes to where it came from last."""
+        """Handles a redelivery of a message in flight: the answer goes to the connection that delivered it last."""
         if second is not first:
             if second.conn is not first.conn:
                 first.conn.in_flight -= 1
                 first.conn.held_back -= first.held_back
                 second.conn.in_flight += 1
                 second.conn.held_back += first.held_back
-            first.conn, first.touched, first.received = second.conn, second.touched, second.received
+            first.conn, first.touched_at, first.received_at = second.conn, second.touched_at, second.received_at
 
-    def hold(self, messages: list[Message]) -> None:
-        """They stay in flight until they are requeued; RDY is raised by them, so that others can come."""
+    def hold_messages(self, messages: list[Message]) -> None:
+        """Keeps messages in flight until they are requeued; RDY is raised by their number, so that others can
+        arrive."""
         for message in messages:
             if message.key in self.in_flight and not message.held_back:
                 message.held_back = True
@@ -5237,30 +5278,31 @@ class Consumer:
     # -- RDY
 
     @property
-    def budget(self) -> int:
-        """The most that RDY of all connections may add up to, beyond what is held back.
+    def rdy_budget(self) -> int:
+        """The maximum sum of RDY over all connections, without the messages held back.
 
         Example: max-held is 32 MiB, 24 MiB are in flight in 100 messages, and messages have 1 MiB: 8 more may come, so
         RDY may add up to 108.
         """
         credit = self.credit() if self.credit else 0
-        if credit <= 0 or self.held.full:
+        if credit <= 0 or self.in_flight_bytes.is_full:
             return 0
         held_back = sum([c.held_back for c in self.connections])
-        return max(0, min(credit, self.max_in_flight - held_back, len(self.in_flight) - held_back + self.held.room))
+        return max(0, min(credit, self.max_in_flight - held_back,
+                          len(self.in_flight) - held_back + self.in_flight_bytes.free_slots))
 
     def reduce_rdy(self, connection: Subscription) -> None:
-        """Takes what has come off its connection's RDY, where the window is near its end or many bytes are in flight:
-        before any FIN can free a slot, and without touching the RDY of another connection."""
-        budget = self.budget
-        connection.set_rdy(RdyAllocator.reduced(connection, self.connections, budget))
-        if budget == 0 or self.held.room < self.max_in_flight:   # else a tick is soon enough
+        """Lowers the RDY of a connection by the messages that arrived on it, near the end of the window or of max-held:
+        before a FIN can free a slot, and without changing the RDY of other connections."""
+        budget = self.rdy_budget
+        connection.set_rdy(RdyAllocator.reduced_rdy(connection, self.connections, budget))
+        if budget == 0 or self.in_flight_bytes.free_slots < self.max_in_flight:   # else a tick is soon enough
             self.on_credit_change()
 
     def on_credit_change(self) -> None:
-        """Deals the budget out to the connections."""
+        """Distributes the budget to the connections."""
         plenty = self.credit is not None and self.credit() > 2 * self.max_in_flight
-        for connection, rdy in RdyAllocator.allocate(self.connections, self.budget, keep=not plenty):
+        for connection, rdy in RdyAllocator.allocate_rdy(self.connections, self.rdy_budget, keep=not plenty):
             raised = rdy > connection.rdy and not plenty
             connection.set_rdy(min(rdy, self.most_rdy(connection)) if raised else rdy)
 
@@ -5276,21 +5318,22 @@ class Consumer:
         return max(connection.rdy, credit + connection.held_back - others)
 
     @property
-    def exhausted(self) -> bool:
-        """Whether nobody has the topic, or what is in flight takes up all of RDY and stays."""
+    def is_exhausted(self) -> bool:
+        """True when no nsqd has the topic, or when held messages use up all of RDY."""
         return not self.addresses or bool(self.connections and self.in_flight and all(
             c.rdy <= c.in_flight for c in self.connections))
 
     def mark_idle(self, now: float) -> None:
-        """Marks the connections that could deliver, and did not."""
+        """Marks the connections that could deliver and did not."""
         for connection in self.connections:
-            if now - connection.last_data < connection.silence:   # a part of a message is activity, too
-                connection.idle = connection.tried = False
+            if now - connection.last_data < connection.idle_delay:   # a part of a message is activity, too
+                connection.idle = connection.proven_idle = False
             elif connection.rdy <= connection.in_flight:
                 connection.rdy_since = now
-            elif now - connection.rdy_since - connection.round_trip >= connection.silence:
-                connection.idle = connection.tried = True
-        if not (self.budget and self.connections and self.all_tried() and all(c.tried for c in self.connections)):
+            elif now - connection.rdy_since - connection.round_trip >= connection.idle_delay:
+                connection.idle = connection.proven_idle = True
+        if not (self.rdy_budget and self.connections and self.has_tried_all()
+                and all(c.proven_idle for c in self.connections)):
             self.idle_since = None
         elif self.idle_since is None:
             self.idle_since = now
@@ -5298,52 +5341,53 @@ class Consumer:
     # -- answers
 
     def finish(self, messages: list[Message]) -> None:
-        """FIN: called only with messages whose record or dead letter is durable."""
-        self.answer(b'FIN %s\n', messages)
+        """Sends FIN: only for messages whose record or dead letter is durable."""
+        self.send_answers(b'FIN %s\n', messages)
 
     def requeue(self, messages: list[Message], delay: float = 0) -> None:
-        """REQ. Without a delay only at RDY 0: in an open window the same messages would come round and round."""
-        late = self.answer(b'REQ %%s %d\n' % (delay * 1000), messages)
+        """Sends REQ. Without a delay only at RDY 0: in an open window the same messages would be redelivered at
+        once."""
+        late = self.send_answers(b'REQ %%s %d\n' % (delay * 1000), messages)
         self.requeued += len(messages) - late
 
-    def answer(self, command: bytes, messages: list[Message]) -> int:
-        """Sends one command for each message, one write a connection. Returns how many were too late: their
-        connection is gone, and nsqd delivers them again."""
+    def send_answers(self, command: bytes, messages: list[Message]) -> int:
+        """Sends one command per message, in one write per connection. Returns how many were too late: their connection
+        has ended, and nsqd redelivers them."""
         messages = [message for message in messages if self.in_flight.pop(message.key, None)]   # each is answered once
         late = 0
-        for connection, group in grouped(messages, lambda message: message.conn):
+        for connection, group in group_by_key(messages, lambda message: message.conn):
             connection.in_flight -= len(group)
             connection.held_back -= sum([message.held_back for message in group])
-            connection.send(b''.join([command % message.id for message in group]))
-            if connection.lost:
+            connection.send_command(b''.join([command % message.id for message in group]))
+            if connection.is_closed:
                 late += len(group)
-        self.held.total -= sum([len(message.body) for message in messages])
+        self.in_flight_bytes.total -= sum([len(message.body) for message in messages])
         self.late += late
         return late
 
     def on_refused(self, connection: Subscription, data: bytes) -> None:
-        """nsqd refused a FIN, REQ or TOUCH: it has delivered the message again."""
+        """Handles a refused FIN, REQ or TOUCH: nsqd has redelivered the message."""
         if not data.startswith(b'E_TOUCH'):
             self.late += 1
             self.requeued -= data.startswith(b'E_REQ')
         log.warning('nsqd %s: late: %s', connection, data[:13].decode('utf-8', 'replace'))
 
     def touch(self, now: float) -> None:
-        """TOUCH for what was neither delivered nor touched for half its msg-timeout. After max-msg-timeout nsqd
-        delivers again, and still takes the touches: so there they end."""
+        """Sends TOUCH for messages not delivered or touched for half of msg-timeout. It ends at max-msg-timeout, when
+        nsqd redelivers although it still accepts TOUCH."""
         due = [message for message in self.in_flight.values()
-               if now - message.touched >= message.conn.msg_timeout / 2 - 2 * TICK
-               and now - message.received < message.conn.max_msg_timeout]
-        for connection, group in grouped(due, lambda message: message.conn):
+               if now - message.touched_at >= message.conn.msg_timeout / 2 - 2 * TICK_INTERVAL
+               and now - message.received_at < message.conn.max_msg_timeout]
+        for connection, group in group_by_key(due, lambda message: message.conn):
             log.debug('nsqd %s: TOUCH for %d messages', connection, len(group))
-            connection.send(b''.join([b'TOUCH %s\n' % message.id for message in group]))
+            connection.send_command(b''.join([b'TOUCH %s\n' % message.id for message in group]))
         for message in due:
-            message.touched = now
+            message.touched_at = now
 
     # -- time
 
-    async def tick(self) -> None:
-        """Looks after RDY and TOUCH."""
+    async def run_ticks(self) -> None:
+        """Updates RDY and idleness, and sends TOUCH, at every tick."""
         loop, last_touch = asyncio.get_running_loop(), 0.0
         while True:
             now = loop.time()
@@ -5354,20 +5398,20 @@ class Consumer:
                 last_touch = now
                 self.touch(now)
             self.tasks.wake.set()
-            await self.next_tick(shortest / 8)
+            await self.wait_for_tick(shortest / 8)
 
-    async def next_tick(self, touch_interval: float) -> None:
-        """Waits until there is something to look after. Between windows that is TOUCH alone, and nothing at all where
-        no message is in flight: an idle daemon sleeps."""
+    async def wait_for_tick(self, touch_interval: float) -> None:
+        """Waits for the next tick. Between windows only TOUCH is due, and without messages in flight nothing: an idle
+        daemon sleeps."""
         self.tick_due.clear()
         if self.credit:
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(TICK_INTERVAL)
             return
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.tick_due.wait(), touch_interval if self.in_flight else None)
 
     async def close(self) -> None:
-        """Ends every connection. What is still in flight then is nsqd's, after msg-timeout."""
+        """Closes every connection. nsqd redelivers messages still in flight after msg-timeout."""
         self.addresses = []
         self.stop()
         await asyncio.gather(*(connection.close() for connection in self.connections))
@@ -5377,36 +5421,37 @@ class Consumer:
 # window: one bounded receive, from the first message to the last answer
 # ---------------------------------------------------------------------------------------------------------------------
 
-KEEPER_PATIENCE = 5.0       # seconds that a dead letter waits for a keeper that is away
-REFUSED_AT = 3              # deliveries after which a message that the store refuses for itself is a dead letter
-SMALL = 512                 # bytes of a body for which it is not worth while to count what it holds
-SMALL_FACTOR = 32           # bytes that one byte of such a body takes at most when it is decoded
+SINK_RETRY_TIME = 5.0       # seconds that a dead letter waits for an unavailable dead-letter sink
+REFUSALS_TO_REJECT = 3      # deliveries after which a message that the store refuses becomes a dead letter
+SMALL_BODY = 512            # bytes of a body that is too small to count what it contains
+SMALL_FACTOR = 32           # decoded bytes per byte of such a body, at most
 
 
 def decoded_size(body: bytes) -> int:
-    """The bytes that a message takes once it is decoded, at most: a list of empty lists takes 40 times its body.
+    """The maximum memory of a decoded message: a list of empty lists takes 40 times its body.
 
     The sizes are those of CPython's objects (sys.getsizeof): 64 and more a list, 184 and more an object, and for each
     element its place in them and itself.
     """
-    if len(body) < SMALL:
+    if len(body) < SMALL_BODY:
         return len(body) * SMALL_FACTOR
     return len(body) + 72 * body.count(b',') + 128 * body.count(b'[') + 256 * body.count(b'{')
 
 
 class RecordQueue:
-    """Messages that wait to become records: what is decoded at a time stays within `max_held` bytes, or is one."""
+    """Messages that wait to become records: decoded messages take at most `max_held` bytes, unless it is a single
+    one."""
 
     def __init__(self, mapper: 'Mapper', max_held: int) -> None:
         self.mapper, self.max_held = mapper, max_held
         self.waiting: collections.deque[Message] = collections.deque()
-        self.decoded = 0
+        self.decoded_bytes = 0
 
-    def take(self, most: int) -> tuple[list[Message], list[Message]]:
-        """At most `most` of the messages, as (those that have a record now, those that can never have one)."""
+    def take_records(self, most: int) -> tuple[list[Message], list[Message]]:
+        """Decodes up to `most` messages. Returns (messages with a record, messages that can never have one)."""
         fit: list[Message] = []
         invalid: list[Message] = []
-        waiting, as_record, decoded = self.waiting, self.mapper.record, self.decoded
+        waiting, as_record, decoded = self.waiting, self.mapper.build_record, self.decoded_bytes
         while waiting and len(fit) < most and (decoded < self.max_held or not decoded):
             message = waiting.popleft()
             message.size = decoded_size(message.body)
@@ -5414,19 +5459,20 @@ class RecordQueue:
             try:
                 message.record = as_record(message)
                 fit.append(message)
-            except Unfit as unfit:
-                message.unfit = unfit
+            except InvalidMessage as rejection:
+                message.rejection = rejection
                 invalid.append(message)
-        self.decoded = decoded
+        self.decoded_bytes = decoded
         return fit, invalid
 
     def release(self, messages: list[Message]) -> None:
-        """These are settled."""
-        self.decoded -= sum([message.size for message in messages])
+        """Subtracts settled messages."""
+        self.decoded_bytes -= sum([message.size for message in messages])
 
 
 class WindowState(enum.Enum):
-    """OPEN: takes messages. DRAINING: takes none, and waits for what is under way. CLOSED: the rest is requeued.
+    """OPEN: accepts messages. DRAINING: accepts none, and waits for the batches under way. CLOSED: the rest is
+    requeued.
 
     Example: max-messages is 5, and 7 messages arrive, because two were under way when RDY was lowered. The window is
     full: DRAINING, and 5 messages are written. CLOSED: the daemon keeps the 2 in flight, and its next window accepts
@@ -5439,7 +5485,7 @@ class WindowState(enum.Enum):
 
 
 class End(enum.Enum):
-    """Why a window ended: what -v says, whether what is pending is still written, and the exit status.
+    """The reason why a window ended: its text for -v, whether pending messages are still written, and the exit status.
 
     Example: a window is full, and drains; SIGTERM comes meanwhile. SIGNAL does not drain, so it takes the place of
     FULL: the batches under way end, the messages that are pending are requeued, and the exit status is 0.
@@ -5459,33 +5505,33 @@ class End(enum.Enum):
 
 
 class WindowLimits(typing.NamedTuple):
-    """How much a window takes, and for how long. max_messages: 0 for any number. timeout, idle_timeout: seconds.
-    lasting: the source goes on after the window, so what came beyond its limit is for the next one."""
+    """The limits of a window. max_messages: 0 for any number. timeout, idle_timeout: seconds. keeps_excess: the source
+    continues after the window, so messages beyond its limit are for the next one."""
 
     max_messages: int
     timeout: float
     idle_timeout: float
-    lasting: bool = False
+    keeps_excess: bool = False
 
 
 @dataclasses.dataclass(slots=True)
 class WindowTimes:
-    """Loop times of a window. active: when it last had something to do. progress: when a batch last came back.
-    drained: when it began to drain. seconds: how long it took, at its end."""
+    """Loop times of a window. active_at: last activity. progress_at: last return of a batch. draining_since: begin of
+    draining. seconds: duration, set at the end."""
 
-    started: float = 0.0
-    active: float = 0.0
-    progress: float = 0.0
-    drained: float = 0.0
+    started_at: float = 0.0
+    active_at: float = 0.0
+    progress_at: float = 0.0
+    draining_since: float = 0.0
     seconds: float = 0.0
 
 
 class Window:
-    """One bounded receive: what may still come, what came, and what became of it (`count`).
+    """One bounded receive: accepts up to max-messages messages and counts what became of them (`count`).
 
-    It accepts messages from its Source, has them mapped to records and written in batches, and does what follows from
-    each result. pending_count: messages that are not settled. excess: those that came beyond the limit. refused: keys
-    that the store refused before it took any. postponed: messages that were requeued with a delay.
+    It accepts messages from its Source, has them mapped and written in batches, and acts on each result. pending_count:
+    messages that are not settled. excess: messages beyond the limit. refused_keys: keys that the store refused before
+    it accepted any. delayed_count: number of messages requeued with a delay.
     """
 
     def __init__(self, pipeline: Any, limits: WindowLimits, mapper: Mapper) -> None:
@@ -5493,155 +5539,156 @@ class Window:
         config, store = pipeline.config, pipeline.store
         self.records = RecordQueue(mapper, config.nsq.max_held)
         self.store_batcher = Batcher('store', pipeline.tasks, pipeline.health, pipeline.write, self.settle,
-                                     (store.batch_size, BATCH_BYTES), store.writers, store.patience)
-        self.dead_letter_batcher = Batcher('dead letters', pipeline.tasks, pipeline.health, pipeline.keep, self.settle,
-                                           (LETTERS, LETTER_BYTES), 1, LETTERS_PATIENCE)
+                                     (store.batch_size, BATCH_BYTES), store.writers, store.call_timeout)
+        self.dead_letter_batcher = Batcher('dead letters', pipeline.tasks, pipeline.health, pipeline.write_dead_letters,
+                                           self.settle,
+                                           (DEAD_LETTER_BATCH, DEAD_LETTER_BATCH_BYTES), 1, DEAD_LETTER_TIMEOUT)
         self.state, self.detail = WindowState.OPEN, ''
-        self.end_reason: Any = None   # an End, once it ends
+        self.end_reason: Any = None   # an End, once the window ends
         self.times = WindowTimes()
         self.settled = dict.fromkeys(OUTCOMES, 0)
-        self.followed = dict(self.settled)   # what of `count` is in the metrics
+        self.exported_counts = dict(self.settled)   # the part of `count` that the metrics have
         self.accepted = self.pending_count = 0
-        self.postponed = 0
+        self.delayed_count = 0
         self.excess: list[Message] = []
-        self.refused: set[str] = set()
+        self.refused_keys: set[str] = set()
 
     # -- a message's way
 
     @property
-    def left(self) -> int:
-        """How many messages the window may still accept. Those that cross the end of an open window are welcome."""
+    def messages_left(self) -> int:
+        """The number of messages that the window may still accept, even when they arrive while it drains."""
         if self.end_reason not in (None, End.IDLE, End.TIMEOUT) or self.state is WindowState.CLOSED:
             return 0
         return self.limits.max_messages - self.accepted if self.limits.max_messages else sys.maxsize
 
     def credit(self) -> int:
-        """How many messages the source may ask for: none while the store fails, but for one batch as a probe."""
+        """The number of messages that the source may request: 0 while the store fails, except one batch as a probe."""
         batcher = self.store_batcher
         if self.state is not WindowState.OPEN or batcher.breaker.state is BreakerState.OPEN:
             return 0
-        if batcher.failing:
-            return 0 if self.pending_count else min(self.left, batcher.size)
-        return self.left
+        if batcher.is_failing:
+            return 0 if self.pending_count else min(self.messages_left, batcher.size)
+        return self.messages_left
 
     def accept(self, messages: list[Message]) -> None:
         """Takes messages; those beyond the limit stay in flight for the end."""
-        left = self.left
+        left = self.messages_left
         excess, messages = messages[left:], messages[:left]
-        self.count_received(len(messages) if self.limits.lasting else len(messages) + len(excess))
+        self.count_received(len(messages) if self.limits.keeps_excess else len(messages) + len(excess))
         self.excess += excess
-        self.source.hold(excess)
+        self.source.hold_messages(excess)
         self.accepted += len(messages)
         self.pending_count += len(messages)
         self.records.waiting.extend(messages)
         self.map_records()
 
     def map_records(self) -> None:
-        """Makes records of the messages that wait, for as many as may be decoded, and hands them to the batcher."""
+        """Maps waiting messages, as many as may be decoded, and adds them to the batcher."""
         while True:
-            fit, invalid = self.records.take(self.store_batcher.size)   # so that a full batch goes at once
+            fit, invalid = self.records.take_records(self.store_batcher.size)   # so that a full batch starts at once
             if invalid:
-                self.reject(invalid)
+                self.reject_invalid(invalid)
             if not fit:
                 return
-            self.store_batcher.add(fit)
+            self.store_batcher.add_messages(fit)
 
     def count_received(self, number: int) -> None:
-        """Counts what came."""
+        """Counts received messages."""
         self.settled['received'] += number
-        self.pipeline.metrics.add('xmsrv_received_total', number)
+        self.pipeline.metrics.increment('xmsrv_received_total', number)
 
-    def reject(self, messages: list[Message]) -> None:
-        """They can never become records: each has its `unfit`."""
-        self.dead_letter_batcher.add(messages)
+    def reject_invalid(self, messages: list[Message]) -> None:
+        """Sends messages that can never become records to the dead letters; each has its `rejection`."""
+        self.dead_letter_batcher.add_messages(messages)
 
-    def settle(self, messages: list[Message], results: list[Answer]) -> list[Message]:
-        """Does what follows from the results of a batch. Returns the messages to retry."""
-        self.times.progress = asyncio.get_running_loop().time()
+    def settle(self, messages: list[Message], results: list[WriteResult]) -> list[Message]:
+        """Acts on the results of a batch. Returns the messages to retry."""
+        self.times.progress_at = asyncio.get_running_loop().time()
         retry: list[Message] = []
         for result, group in group_by_result(messages, results):
             retry += getattr(self, ACTIONS[result.outcome])(group, result) or ()
         self.map_records()
         return retry
 
-    def finish(self, messages: list[Message], result: Answer) -> None:
-        """They are durable."""
+    def finish(self, messages: list[Message], result: WriteResult) -> None:
+        """Finishes durable messages."""
         self.settled[result.outcome] += len(messages)
-        self.pipeline.metrics.settled(result, messages, time.time())
+        self.pipeline.metrics.add_settled(result, messages, time.time())
         self.release(messages)
         self.source.finish(messages)
 
     def release(self, messages: list[Message]) -> None:
-        """They are settled."""
+        """Settles messages."""
         self.pending_count -= len(messages)
         self.records.release(messages)
 
-    def retry(self, messages: list[Message], result: Answer) -> list[Message]:
-        """The batcher tries them again."""
+    def retry(self, messages: list[Message], result: WriteResult) -> list[Message]:
+        """Lets the batcher retry the messages."""
         return messages
 
-    def reject_for(self, messages: list[Message], result: Answer) -> None:
-        """The store can never take them."""
+    def reject_by_store(self, messages: list[Message], result: WriteResult) -> None:
+        """Makes dead letters of messages that the store can never accept."""
         for message in messages:
-            message.unfit = Unfit(result.reason, result.detail)
-        self.reject(messages)
+            message.rejection = InvalidMessage(result.reason, result.detail)
+        self.reject_invalid(messages)
 
-    def on_refused(self, messages: list[Message], result: Answer) -> None:
-        """The store refused them before it took any message: is it their fault, or that of a policy, for all?
+    def on_refused(self, messages: list[Message], result: WriteResult) -> None:
+        """Handles messages that the store refused before it accepted any: the fault of the message, or of a policy?
 
-        Several messages refused and none accepted: the policy's. One alone: its own, if it is refused each time.
+        Several messages refused and none accepted: the policy. A single message: itself, if it is refused each time.
         """
-        self.refused.update(message.key for message in messages)
+        self.refused_keys.update(message.key for message in messages)
         message = messages[0]
         key = message.record and message.record.key
         text = f'message {message.id.decode("ascii", "replace")}, key {key!r}: {result.detail}'
-        if len(self.refused) > 1:
-            self.on_store_stop(messages, Answer('stop', result.reason, text))
-        elif message.attempts >= REFUSED_AT:
-            self.reject_for(messages, Answer('rejected', 'rejected', result.detail))
+        if len(self.refused_keys) > 1:
+            self.on_store_stop(messages, WriteResult('stop', result.reason, text))
+        elif message.attempts >= REFUSALS_TO_REJECT:
+            self.reject_by_store(messages, WriteResult('rejected', 'rejected', result.detail))
         else:
             log.error('%s', text)
-            if self.limits.lasting:
-                self.postpone(messages, Answer('unsettled', None, text))
-            else:   # the end is near, and the next run need not wait for a delay
+            if self.limits.keeps_excess:
+                self.requeue_with_delay(messages, WriteResult('unsettled', None, text))
+            else:   # the window ends soon, and the next run should not wait for a delay
                 self.release(messages)
-                self.postponed += len(messages)
+                self.delayed_count += len(messages)
 
-    def on_set_full(self, messages: list[Message], result: Answer) -> None:
+    def on_set_full(self, messages: list[Message], result: WriteResult) -> None:
         """The set that they name takes no new record until somebody changes something; they hold up no others."""
         log.error('%s', result.detail)
-        self.refused.update(message.key for message in messages)
-        self.postpone(messages, result)
+        self.refused_keys.update(message.key for message in messages)
+        self.requeue_with_delay(messages, result)
 
-    def on_store_stop(self, messages: list[Message], result: Answer) -> None:
-        """The store takes nothing until somebody changes something: the window ends, and they are requeued then."""
+    def on_store_stop(self, messages: list[Message], result: WriteResult) -> None:
+        """Ends the window, as the store accepts nothing until an operator acts; its messages are requeued."""
         if self.end_reason is not End.STORE_FAILED:
             log.error('%s; the window ends, its messages are requeued', result.detail)
-        self.pipeline.health.fail('store', result.detail)
+        self.pipeline.health.report_failure('store', result.detail)
         self.release(messages)
         self.end(End.STORE_FAILED, result.detail)
 
-    def on_unkept(self, messages: list[Message], result: Answer) -> list[Message]:
-        """The keeper of dead letters did not take them. One that is away for a moment gets time to come back, at their
-        first delivery; after that they make room for others."""
-        young = asyncio.get_running_loop().time() - KEEPER_PATIENCE
+    def on_unkept(self, messages: list[Message], result: WriteResult) -> list[Message]:
+        """Handles dead letters that were not kept. At their first delivery they wait SINK_RETRY_TIME for the
+        dead-letter sink; after that they are requeued and make room for others."""
+        young = asyncio.get_running_loop().time() - SINK_RETRY_TIME
         retry = [message for message in messages
-                 if result.reason == 'away' and message.attempts == 1 and message.received > young]
-        self.postpone([message for message in messages if message not in retry], result)
+                 if result.reason == 'away' and message.attempts == 1 and message.received_at > young]
+        self.requeue_with_delay([message for message in messages if message not in retry], result)
         return retry
 
-    def postpone(self, messages: list[Message], result: Answer) -> None:
-        """They can't be settled now: they come again, after a delay that grows from delivery to delivery."""
+    def requeue_with_delay(self, messages: list[Message], result: WriteResult) -> None:
+        """Requeues messages that can't be settled now, with a delay that doubles with each delivery."""
         self.release(messages)
-        for attempts, group in grouped(messages, lambda message: message.attempts):
+        for attempts, group in group_by_key(messages, lambda message: message.attempts):
             first, most = REQUEUE_DELAYS
             self.source.requeue(group, min(most, first * 2 ** min(attempts - 1, 20)))
-        self.postponed += len(messages)
+        self.delayed_count += len(messages)
 
     # -- its end
 
     def end(self, reason: End, detail: str = '') -> None:
-        """Ends the window. The first reason stays, unless one that does not drain comes after one that does."""
+        """Ends the window. The first reason stays, unless it drains and the new one does not."""
         if self.end_reason is None or (self.end_reason.drains and not reason.drains):
             self.end_reason, self.detail = reason, detail
         if not reason.drains:
@@ -5649,38 +5696,39 @@ class Window:
             self.dead_letter_batcher.stop()
         if self.state is WindowState.OPEN:
             self.state = WindowState.DRAINING
-            self.times.drained = asyncio.get_running_loop().time()
+            self.times.draining_since = asyncio.get_running_loop().time()
             self.pipeline.tasks.wake.set()
             self.source.on_credit_change()
 
     async def run(self) -> None:
-        """Takes messages until the window has ended, waits for what is under way, and requeues the rest."""
+        """Accepts messages until the window ends, waits for the batches under way, and requeues the rest."""
         loop = asyncio.get_running_loop()
-        self.times.started = self.times.active = loop.time()
+        self.times.started_at = self.times.active_at = loop.time()
         log.debug('window: begins, at most %s messages, %g s, idle %g s, %d in flight',
                   self.limits.max_messages or 'any number of', self.limits.timeout, self.limits.idle_timeout,
                   self.source.max_in_flight)
-        with progress(self) as show:
-            carried_over = list(self.source.in_flight.values()) if self.limits.lasting else []
+        with progress_bar(self) as show:
+            carried_over = list(self.source.in_flight.values()) if self.limits.keeps_excess else []
             self.source.start(self.credit, self.accept)
             self.accept(carried_over)
             self.source.on_credit_change()
             await self.wait_until(lambda: show() or self.has_ended(loop.time()))
             log.debug('window: ends after %.2f s, %s; %d taken, %d under way',
-                      self.times.drained - self.times.started, self.end_reason.text, self.accepted, self.pending_count)
+                      self.times.draining_since - self.times.started_at, self.end_reason.text, self.accepted,
+                      self.pending_count)
             await self.wait_until(lambda: show() or self.is_drained(loop.time()), bounded=True)
         self.close()
-        self.times.seconds = loop.time() - self.times.started
+        self.times.seconds = loop.time() - self.times.started_at
 
     def has_ended(self, now: float) -> bool:
-        """Whether the window takes no more messages; ends it where it is full, idle, or out of time."""
+        """Ends the window when it is full, idle or out of time. Returns True once it has ended."""
         idle_since = self.source.idle_since
         if self.pending_count or idle_since is None:
-            self.times.active = now
-        exhausted = self.source.exhausted and not self.pending_count and not self.limits.lasting
-        if not self.left and not self.pending_count:
+            self.times.active_at = now
+        exhausted = self.source.is_exhausted and not self.pending_count and not self.limits.keeps_excess
+        if not self.messages_left and not self.pending_count:
             self.end(End.FULL)
-        elif exhausted or now - self.times.active >= self.limits.idle_timeout:
+        elif exhausted or now - self.times.active_at >= self.limits.idle_timeout:
             self.end(End.IDLE)
         elif now - self.timeout_since >= self.limits.timeout:
             self.end(End.TIMEOUT)
@@ -5689,93 +5737,93 @@ class Window:
     @property
     def timeout_since(self) -> float:
         """The loop time from which `timeout` counts."""
-        return self.times.started
+        return self.times.started_at
 
     def is_drained(self, now: float) -> bool:
-        """Whether nothing is under way that could still end well. A message may cross the RDY 0 of the window's end:
-        where there is room for it, it gets a moment to come, and need not be requeued."""
-        at_rest = self.store_batcher.at_rest and self.dead_letter_batcher.at_rest
-        failing = self.store_batcher.failing or self.dead_letter_batcher.failing or self.store_batcher.stopped
-        return at_rest and (failing or not self.left or now - self.times.drained >= TICK)
+        """True when nothing under way can still succeed. A message may have crossed the RDY 0 of the window's end: with
+        room for it, the window waits a tick, so that it need not be requeued."""
+        at_rest = self.store_batcher.is_at_rest and self.dead_letter_batcher.is_at_rest
+        failing = self.store_batcher.is_failing or self.dead_letter_batcher.is_failing or self.store_batcher.stopped
+        return at_rest and (failing or not self.messages_left or now - self.times.draining_since >= TICK_INTERVAL)
 
     async def wait_until(self, condition: Callable[[], bool], bounded: bool = False) -> None:
-        """Waits until the condition holds; bounded: or no batch came back for longer than it may take. A task that
-        failed ends the program."""
+        """Waits until the condition holds; bounded: or until no call has returned for longer than its time limit. A
+        failed task ends the program."""
         loop, tasks = asyncio.get_running_loop(), self.pipeline.tasks
         begun = loop.time()
         while not condition():
             if tasks.error:
                 raise tasks.error
-            seconds = self.slow_batcher.call_timeout + 0.5
-            if bounded and loop.time() - max(begun, self.times.progress) > seconds:
-                self.slow_batcher.last_error = f'a call has not come back in {seconds:.1f} s'
-                log.error('%s: %s', self.slow_batcher.end, self.slow_batcher.last_error)
+            seconds = self.awaited_batcher.call_timeout + 0.5
+            if bounded and loop.time() - max(begun, self.times.progress_at) > seconds:
+                self.awaited_batcher.last_error = f'a call has not come back in {seconds:.1f} s'
+                log.error('%s: %s', self.awaited_batcher.end, self.awaited_batcher.last_error)
                 return
             tasks.wake.clear()
             await tasks.wake.wait()
 
     @property
-    def slow_batcher(self) -> Batcher:
-        """The batcher for which the window waits. After a signal, and where both have something, it is the store's."""
+    def awaited_batcher(self) -> Batcher:
+        """The batcher that the window waits for: the store's after a signal, or when both have calls under way."""
         store, letters = self.store_batcher, self.dead_letter_batcher
         return letters if letters.calls and not store.calls and self.end_reason is not End.SIGNAL else store
 
     def close(self) -> None:
-        """Settles why the window ended, and requeues what is left."""
+        """Closes the window: decides the final reason, and requeues the rest."""
         self.find_failure()
         self.store_batcher.stop()
         self.dead_letter_batcher.stop()
         self.state = WindowState.CLOSED
-        kept = self.excess if self.limits.lasting and self.end_reason.drains else []
-        if self.limits.lasting and not kept:
+        kept = self.excess if self.limits.keeps_excess and self.end_reason.drains else []
+        if self.limits.keeps_excess and not kept:
             self.count_received(len(self.excess))   # else the next window counts them
         keys = {message.key for message in kept}
         self.source.stop()
         self.source.requeue([message for key, message in self.source.in_flight.items() if key not in keys])
 
     def find_failure(self) -> None:
-        """Ends the window by what failed, when messages have to be requeued for it."""
+        """Sets the failure as the reason when messages have to be requeued because of it."""
         for batcher, reason, what in ((self.store_batcher, End.STORE_FAILED, 'writes were'),
                                       (self.dead_letter_batcher, End.DEAD_LETTERS_FAILED, 'dead letters were')):
             if self.pending_count and (batcher.pending or batcher.retries or batcher.calls):
                 last = f', last answer: {batcher.last_error}' if batcher.last_error else ''
                 self.end(reason, f'{what} still failing when the window ended ({self.end_reason.text}){last}')
-        if self.postponed and self.refused:
-            self.end(End.STORE_FAILED, f'{self.postponed} messages were refused')
-        elif self.postponed:
-            self.end(End.DEAD_LETTERS_FAILED, f'{self.postponed} dead letters could not be kept')
-        if self.limits.lasting and not self.pipeline.health.up('queue'):
+        if self.delayed_count and self.refused_keys:
+            self.end(End.STORE_FAILED, f'{self.delayed_count} messages were refused')
+        elif self.delayed_count:
+            self.end(End.DEAD_LETTERS_FAILED, f'{self.delayed_count} dead letters could not be kept')
+        if self.limits.keeps_excess and not self.pipeline.health.is_up('queue'):
             self.end(End.QUEUE_FAILED, self.pipeline.health.errors['queue'].text)
-        if self.pending_count and self.end_reason.drains:   # what is delayed, because it was busy
+        if self.pending_count and self.end_reason.drains:   # delayed retries of busy records
             self.end(End.STORE_FAILED, f'{self.pending_count} records were busy')
 
     def is_healthy(self, now: float) -> bool:
-        """Whether no call has been under way for longer than it may."""
+        """True unless a call has been under way for longer than its time limit."""
         return all(now - min(batcher.calls, default=now) <= batcher.call_timeout + 2
                    for batcher in (self.store_batcher, self.dead_letter_batcher))
 
     @property
     def count(self) -> dict[str, int]:
-        """How many messages came, and what became of them."""
+        """The number of messages received, and of each outcome."""
         return {**self.settled, 'requeued': self.source.requeued, 'late': self.source.late}
 
     @property
     def exit_status(self) -> int:
-        """What `once` exits with after this window."""
+        """The exit status of `once` after this window."""
         return self.end_reason.exit_status
 
     @property
     def failed(self) -> bool:
-        """Whether messages were requeued though nobody asked for it."""
+        """True when messages were requeued because of a failure."""
         return self.exit_status != os.EX_OK
 
-    def report(self) -> int:
-        """Logs the summary, and why messages were requeued if they were; called when the connections are closed, for
-        until then nsqd may refuse answers. Returns the exit status."""
-        self.pipeline.metrics.ended(self)
+    def report_end(self) -> int:
+        """Logs the summary, and the reason when messages were requeued. Called after the connections are closed, as
+        nsqd may refuse answers until then. Returns the exit status."""
+        self.pipeline.metrics.record_window(self)
         self.log_summary()
         if self.failed:
-            reason, fields = self.detail or self.end_reason.text, {'fields': self.outcome}
+            reason, fields = self.detail or self.end_reason.text, {'fields': self.outcome_fields}
             if self.count['requeued']:
                 log.error('requeued %d messages: %s', self.count['requeued'], reason, extra=fields)
             else:
@@ -5783,15 +5831,16 @@ class Window:
         return self.exit_status
 
     @property
-    def outcome(self) -> dict[str, str]:
-        """Fields of a log record: which pipeline, and whether its window was as it should be."""
+    def outcome_fields(self) -> dict[str, str]:
+        """Fields of a log record: topic, channel, and whether the window failed."""
         return {'topic': self.source.topic, 'channel': self.source.channel,
                 'outcome': 'failed' if self.failed else 'done'}
 
     def log_summary(self) -> None:
-        """Logs the line of this window. Messages requeued without a fault are worth a warning: something is slow."""
+        """Logs the summary of the window; with a warning when messages were requeued without a failure: something is
+        slow."""
         seconds = self.times.seconds
-        fields = {**self.outcome, **self.count, 'seconds': round(seconds, 2)}
+        fields = {**self.outcome_fields, **self.count, 'seconds': round(seconds, 2)}
         counts = ', '.join(f'{name} {number}' for name, number in self.count.items())
         slow = (self.end_reason is End.IDLE or self.end_reason is End.TIMEOUT) and self.count['requeued'] > 0
         level = (logging.WARNING if slow and not self.requeues_on_purpose else
@@ -5800,13 +5849,13 @@ class Window:
                 extra={'fields': fields})
 
     requeues_on_purpose = False   # a replay does
-    empty_level = logging.DEBUG   # of a summary of nothing: a timer makes 8,640 of them a day
+    empty_level = logging.DEBUG   # level of an empty summary: a timer makes 8,640 of them a day
 
 
 @contextlib.contextmanager
-def progress(window: Window) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal, for a window of more than a second; gives a function that redraws it."""
-    if window.limits.lasting or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
+def progress_bar(window: Window) -> Iterator[Callable[[], None]]:
+    """A progress bar on a terminal, for a window of more than a second; yields a function that redraws it."""
+    if window.limits.keeps_excess or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
         yield lambda: None
         return
     import tqdm  # here: only a terminal needs it
@@ -5820,63 +5869,65 @@ def progress(window: Window) -> Iterator[Callable[[], None]]:
 # pipeline and once: both ends opened, and one window
 # ---------------------------------------------------------------------------------------------------------------------
 
-GRACE = 5.0                 # seconds beyond a window's timeout for its end, in which systemd is not to kill `once`
+WINDOW_GRACE = 5.0          # seconds beyond a window's timeout for its end, in which systemd is not to kill `once`
 
 
 @dataclasses.dataclass(slots=True)
 class Pipeline:
-    """A source and a store that are open, and what windows need besides. sink: keeps dead letters; None in a replay,
-    where they stay in the source."""
+    """An open source, an open store, and the other objects that windows share. sink: None in a replay, where dead
+    letters stay in the source."""
 
     config: types.SimpleNamespace
     source: Source
     store: Store
     executor: StoreExecutor
-    sink: DeadLetters | None
-    tasks: Crew
-    metrics: Figures
+    sink: DeadLetterSink | None
+    tasks: BackgroundTasks
+    metrics: Metrics
     health: Health
 
-    async def write(self, messages: list[Message]) -> list[Answer]:
-        """Writes the records of messages in a thread of the store. Returns a result for each."""
+    async def write(self, messages: list[Message]) -> list[WriteResult]:
+        """Writes the records of messages in a thread of the store. Returns the result of each."""
         loop = asyncio.get_running_loop()
         begun, records = loop.time(), [message.record for message in messages]
         try:
             results = await loop.run_in_executor(self.executor, self.store.write, records)
-        except StoreDown as error:
-            results = [Answer('retry' if error.again else 'stop', 'down', str(error))] * len(messages)
-        self.metrics.batch(len(messages), loop.time() - begun, results)
+        except StoreError as error:
+            results = [WriteResult('retry' if error.retryable else 'stop', 'down', str(error))] * len(messages)
+        self.metrics.record_batch(len(messages), loop.time() - begun, results)
         return results
 
-    async def keep(self, messages: list[Message]) -> list[Answer]:
-        """Keeps dead letters. Returns a result for each."""
+    async def write_dead_letters(self, messages: list[Message]) -> list[WriteResult]:
+        """Keeps dead letters. Returns the result of each."""
         assert self.sink is not None, 'in a replay they stay in the source'
-        return await self.sink.keep(messages)
+        return await self.sink.write_dead_letters(messages)
 
 
 @contextlib.asynccontextmanager
-async def open_pipeline(config: types.SimpleNamespace, store: Store, new_source: Callable[[Crew], Any],
-                        metrics: Figures, health: Health, sink: DeadLetters | None = None) -> AsyncIterator[Pipeline]:
-    """Opens the store, then the source that `new_source(tasks)` makes: gives a Pipeline; all is closed at the end.
+async def open_pipeline(config: types.SimpleNamespace, store: Store, new_source: Callable[[BackgroundTasks], Any],
+                        metrics: Metrics, health: Health,
+                        sink: DeadLetterSink | None = None) -> AsyncIterator[Pipeline]:
+    """Opens the store, then the source made by `new_source(tasks)`; yields a Pipeline, and closes everything at the
+    end.
 
-    Raises Unavailable when one of them can't be reached; no message was taken then.
+    Raises Unavailable when one of them can't be reached; then no message was received.
     """
-    loop, tasks = asyncio.get_running_loop(), Crew()
-    executor = StoreExecutor(store.writers, thread_name_prefix=f'{THREADS}-store')
+    loop, tasks = asyncio.get_running_loop(), BackgroundTasks()
+    executor = StoreExecutor(store.writers, thread_name_prefix=f'{THREAD_PREFIX}-store')
     source = new_source(tasks)
     try:
         await loop.run_in_executor(executor, store.open)
         await source.open()
         yield Pipeline(config, source, store, executor, sink, tasks, metrics, health)
-    except StoreDown as error:
-        raise StoreAway(str(error)) from None
+    except StoreError as error:
+        raise StoreUnavailable(str(error)) from None
     finally:
-        await uninterrupted(close_pipeline(source, store, executor, sink, tasks))
+        await run_uninterrupted(close_pipeline(source, store, executor, sink, tasks))
 
 
-async def close_pipeline(source: Any, store: Store, executor: StoreExecutor, sink: DeadLetters | None,
-                         tasks: Crew) -> None:
-    """Requeues what is in flight, and closes both ends; within a few seconds, whatever hangs."""
+async def close_pipeline(source: Any, store: Store, executor: StoreExecutor, sink: DeadLetterSink | None,
+                         tasks: BackgroundTasks) -> None:
+    """Requeues the messages in flight and closes both ends, within a few seconds even if a call hangs."""
     if sink:
         sink.close()
     if source.in_flight:
@@ -5886,8 +5937,8 @@ async def close_pipeline(source: Any, store: Store, executor: StoreExecutor, sin
     await close_store(store, executor)
 
 
-async def uninterrupted(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Waits until the coroutine has ended, also where this task is cancelled meanwhile: that is raised afterwards."""
+async def run_uninterrupted(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine to its end even if this task is cancelled meanwhile; the cancellation is raised afterwards."""
     task, cancelled = asyncio.ensure_future(coroutine), None
     while not task.done():
         try:
@@ -5899,42 +5950,43 @@ async def uninterrupted(coroutine: Coroutine[Any, Any, None]) -> None:
         raise cancelled
 
 
-def topic_pipeline(config: types.SimpleNamespace, store: Store, metrics: Figures,
+def topic_pipeline(config: types.SimpleNamespace, store: Store, metrics: Metrics,
                    health: Health) -> AbstractAsyncContextManager[Pipeline]:
     """The pipeline from the nsqds of the configuration to its store."""
-    link = Link(config)
+    link = ConnectionOptions(config)
     return open_pipeline(
         config, store,
         lambda tasks: Consumer(config, tasks, link, config.nsq.topic, config.nsq.channel, health),
-        metrics, health, DeadLetters(config, link))
+        metrics, health, DeadLetterSink(config, link))
 
 
-async def run_once(config: types.SimpleNamespace, stopper: 'Stopper', figures: Figures) -> int:
-    """One window. Returns the exit status."""
+async def run_once(config: types.SimpleNamespace, stopper: 'SignalHandler', metrics: Metrics) -> int:
+    """Runs one window. Returns the exit status."""
     health, store = Health(), STORES[config.store](config)
     connecting = HANDSHAKE_STEPS * config.nsq.connect_timeout
-    Notifier().say(EXTEND_TIMEOUT_USEC=int((connecting + config.timeout + store.patience + GRACE) * 1e6))
-    async with topic_pipeline(config, store, figures, health) as pipeline:
+    SystemdNotifier().send_fields(EXTEND_TIMEOUT_USEC=int((connecting + config.timeout + store.call_timeout
+                                                           + WINDOW_GRACE) * 1e6))
+    async with topic_pipeline(config, store, metrics, health) as pipeline:
         limits = WindowLimits(config.nsq.max_messages, config.timeout, config.idle_timeout)
         window = stopper.window = Window(pipeline, limits, Mapper(config))
         await window.run()
-        for end, name in UP.items():
-            figures.set(name, int(health.up(end)))
-        figures.holds(pipeline.source)
+        for end, name in UP_METRICS.items():
+            metrics.set_gauge(name, int(health.is_up(end)))
+        metrics.record_consumer(pipeline.source)
         if config.metrics.textfile and config.metrics.depth_interval:
-            await note_depths(config, figures)
-    return window.report()
+            await note_depths(config, metrics)
+    return window.report_end()
 
 
-async def note_depths(config: Any, figures: Figures) -> dict[str, ChannelDepth]:
+async def note_depths(config: Any, metrics: Metrics) -> dict[str, ChannelDepth]:
     """Asks the nsqds what still waits, and has it counted. Returns their answers."""
     found = await channel_depths(config, config.nsq.topic, config.nsq.channel)
-    figures.depths({nsqd: depth.waiting for nsqd, depth in found.items()})
+    metrics.set_depths({nsqd: depth.waiting for nsqd, depth in found.items()})
     return found
 
 
-class Stopper:
-    """SIGTERM and SIGINT: they stop the window that runs, or before it all that is being opened."""
+class SignalHandler:
+    """Handles SIGTERM and SIGINT: stops the running window, or before it the opening of its ends."""
 
     def __init__(self) -> None:
         self.window: Any = None   # a Window, or something else that has a stop()
@@ -5943,7 +5995,7 @@ class Stopper:
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
 
     def stop(self) -> None:
-        """One signal; a second one changes nothing."""
+        """Handles a signal; a second one has no effect."""
         if isinstance(self.window, Window):
             self.window.end(End.SIGNAL)
         elif self.window:
@@ -5957,10 +6009,10 @@ LOCK_HASH = 12              # hexadecimal digits
 
 
 class RunLock:
-    """What `once` and `daemon` of one configuration exclude each other by: NAME-HASH.lock in state-dir, for NAME.conf.
-    It belongs to the file's real path, whose hash it has in its name: two names of one file have one lock, two files of
-    one name have two. The holder's pid and that path stand in it. Not in the runtime directory: systemd removes that
-    with the first unit that ends."""
+    """The lock by which `once` and `daemon` of one configuration exclude each other: NAME-HASH.lock in state-dir, for
+    NAME.conf. HASH is that of the real path: two names of one file share a lock, two files of one name have two. It
+    contains the pid of the holder and the real path. It is not in the runtime directory, which systemd removes with the
+    first unit that ends."""
 
     def __init__(self, config: types.SimpleNamespace, filename: str) -> None:
         self.filename = real_path(filename)
@@ -5969,22 +6021,23 @@ class RunLock:
         self.path = os.path.join(config.state_dir, f'{name}-{digest}.lock')
         self.fd: int | None = None
 
-    def take(self) -> str | None:
-        """Returns None when it is ours, else the holder's pid as text. Raises Unavailable when there can be none."""
+    def try_acquire(self) -> str | None:
+        """Acquires the lock. Returns None, or the pid of another holder as text. Raises Unavailable when the file can't
+        be locked."""
         try:
             os.makedirs(os.path.dirname(self.path) or '.', mode=0o750, exist_ok=True)
             self.fd = fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)
         except BlockingIOError:
-            return self.holder()
+            return self.holder_pid()
         except OSError as error:   # also of a file system that has no locks
             raise Unavailable(f'{self.path}: {error.strerror}') from None
-        with contextlib.suppress(OSError):   # without its text on a full disk it is a lock all the same
+        with contextlib.suppress(OSError):   # on a full disk it is a lock even without its text
             os.ftruncate(fd, 0)
             os.pwrite(fd, f'{os.getpid()}\n'.encode() + os.fsencode(self.filename) + b'\n', 0)
         return None
 
-    def holder(self) -> str:
-        """The pid of whoever has it, as text."""
+    def holder_pid(self) -> str:
+        """The pid of the holder, as text."""
         try:
             with open(open_regular(self.path, os.O_RDONLY), 'rb') as file:
                 return file.readline(32).decode('ascii', 'replace').strip() or 'unknown'
@@ -5992,12 +6045,12 @@ class RunLock:
             return 'unknown'
 
     @property
-    def holds(self) -> bool:
-        """Whether it is ours, and others would still find it."""
-        return self.fd is not None and in_place(self.fd, self.path)
+    def is_held(self) -> bool:
+        """True while this process holds the lock and its path still names it."""
+        return self.fd is not None and is_in_place(self.fd, self.path)
 
     def release(self) -> None:
-        """Gives it back; the file stays, for to remove it could take it from the next holder."""
+        """Releases the lock. The file stays: removing it could take it from the next holder."""
         if self.fd is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.fd, 0)
@@ -6006,18 +6059,18 @@ class RunLock:
 
 
 def real_path(filename: str) -> str:
-    """The absolute path of a file without symbolic links. A pipe has none (/dev/fd/63 would become pipe:[N], another
-    one for each process): there the name as it is given has to do."""
+    """The absolute path of a file without symbolic links. A pipe has no such path (/dev/fd/63 becomes pipe:[N],
+    different for each process): its name is used as given."""
     return os.path.realpath(filename) if os.path.isfile(filename) else os.path.abspath(filename)
 
 
 @contextlib.contextmanager
-def locked(config: types.SimpleNamespace, filename: str) -> Iterator[None]:
-    """The lock of a configuration, for `once`. Raises Busy with the holder's pid."""
+def hold_run_lock(config: types.SimpleNamespace, filename: str) -> Iterator[None]:
+    """Holds the lock of a configuration, for `once`. Raises Busy with the pid of another holder."""
     lock = RunLock(config, filename)
-    holder = lock.take()
+    holder = lock.try_acquire()
     if holder:
-        raise Busy(f'another x-msrv has this configuration: process {holder} ({lock.path})')
+        raise AlreadyRunning(f'another x-msrv has this configuration: process {holder} ({lock.path})')
     try:
         yield
     finally:
@@ -6028,30 +6081,30 @@ def locked(config: types.SimpleNamespace, filename: str) -> Iterator[None]:
 # replay: dead letters once more, under their first key
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Choice(collections.namedtuple('Choice', 'reasons since limit rate', defaults=((), 0, 0, 0))):
-    """What a pass is asked for: letters of these reasons (none: of any) that were published at `since` or later (ns
-    since 1970), at most `limit` of them (0: all), `rate` a second (0: as fast as may be)."""
+class ReplayFilter(collections.namedtuple('ReplayFilter', 'reasons since limit rate', defaults=((), 0, 0, 0))):
+    """The options of a replay: dead letters with one of `reasons` (none: any), published at `since` or later (ns since
+    1970), at most `limit` of them (0: all), `rate` a second (0: without limit)."""
 
     @property
-    def narrow(self) -> bool:
-        """Whether it leaves any letter out."""
+    def is_filtering(self) -> bool:
+        """True when the filter may exclude a dead letter."""
         return bool(self.reasons or self.since)
 
-    def takes(self, header: dict[str, Any], message: Message) -> bool:
-        """Whether it is for this letter."""
+    def is_match(self, header: dict[str, Any], message: Message) -> bool:
+        """True when a dead letter passes the filter."""
         return (not self.reasons or header['reason'] in self.reasons) and message.timestamp >= self.since
 
 
 class ReplayMapper(Mapper):
-    """Makes the record of the message inside a dead letter: same key, same time as its first delivery's."""
+    """Builds the record of the message inside a dead letter, with the key and time of its first delivery."""
 
-    def __init__(self, config: types.SimpleNamespace, letter: ReadLetter) -> None:
+    def __init__(self, config: types.SimpleNamespace, letter: DeadLetterDecoder) -> None:
         super().__init__(config)
-        self.letter = letter     # opened or unfiled
+        self.decode_letter = letter     # opened or unfiled
 
-    def record(self, message: Message) -> Record:
-        """The Record; raises Unfit, also for what is no dead letter."""
-        return super().record(self.letter(message.body)[1])
+    def build_record(self, message: Message) -> Record:
+        """The Record; raises InvalidMessage, also for a message that is no dead letter."""
+        return super().build_record(self.decode_letter(message.body)[1])
 
 
 class Replay(Window):
@@ -6061,14 +6114,14 @@ class Replay(Window):
 
     requeues_on_purpose, empty_level = True, logging.INFO   # somebody has asked
 
-    def __init__(self, pipeline: Pipeline, letter: ReadLetter, choice: Choice) -> None:
+    def __init__(self, pipeline: Pipeline, letter: DeadLetterDecoder, choice: ReplayFilter) -> None:
         config = pipeline.config
         limits = WindowLimits(choice.limit, config.timeout, config.idle_timeout)
         super().__init__(pipeline, limits, ReplayMapper(config, letter))
-        self.letter, self.choice = letter, choice
-        self.left_out = 0        # by the choice
+        self.decode_letter, self.replay_filter = letter, choice
+        self.filtered_count = 0        # by the choice
         self.last_letter = 0.0
-        self.due = 0.0           # loop time at which the next batch may be written, by `rate`
+        self.next_write = 0.0    # loop time at which the next batch may be written, by `rate`
         if choice.rate:
             batcher = self.store_batcher
             batcher.size, batcher.writers = min(batcher.size, max(1, choice.rate // 10)), 1
@@ -6077,76 +6130,77 @@ class Replay(Window):
     @property
     def timeout_since(self) -> float:
         """The loop time from which `timeout` counts."""
-        return max(self.times.started, self.last_letter)
+        return max(self.times.started_at, self.last_letter)
 
     def accept(self, messages: list[Message]) -> None:
-        """Leaves out those that nobody asked for."""
-        super().accept(self.chosen(messages))
+        """Accepts the dead letters that pass the filter."""
+        super().accept(self.select_messages(messages))
 
-    def chosen(self, messages: list[Message]) -> list[Message]:
-        """Those of the messages that were asked for; the others are held."""
+    def select_messages(self, messages: list[Message]) -> list[Message]:
+        """The messages that pass the filter; the others are held."""
         self.last_letter = asyncio.get_running_loop().time()
-        if not self.choice.narrow:
+        if not self.replay_filter.is_filtering:
             return messages
         chosen: list[Message] = []
         others: list[Message] = []
         for message in messages:
-            (chosen if self.chooses(message) else others).append(message)
-        self.source.hold(others)
-        self.left_out += len(others)
+            (chosen if self.is_selected(message) else others).append(message)
+        self.source.hold_messages(others)
+        self.filtered_count += len(others)
         self.count_received(len(others))
         return chosen
 
-    def chooses(self, message: Message) -> bool:
-        """Whether a letter was asked for; what is no letter has no reason and no time, so it was not."""
+    def is_selected(self, message: Message) -> bool:
+        """True when a dead letter passes the filter; a message that is none has neither reason nor time and does
+        not."""
         try:
-            return self.choice.takes(*self.letter(message.body))
-        except Unfit:
+            return self.replay_filter.is_match(*self.decode_letter(message.body))
+        except InvalidMessage:
             return False
 
-    async def write_at_rate(self, messages: list[Message]) -> list[Answer]:
-        """Writes a batch when its time has come."""
+    async def write_at_rate(self, messages: list[Message]) -> list[WriteResult]:
+        """Writes a batch, at the time that the rate allows."""
         now = asyncio.get_running_loop().time()
-        begin = max(now, self.due)
-        self.due = begin + len(messages) / self.choice.rate
+        begin = max(now, self.next_write)
+        self.next_write = begin + len(messages) / self.replay_filter.rate
         await asyncio.sleep(begin - now)
         return await self.pipeline.write(messages)
 
-    def reject(self, messages: list[Message]) -> None:
-        """They stay where they are, and are reported."""
+    def reject_invalid(self, messages: list[Message]) -> None:
+        """Holds and logs messages that stay dead letters."""
         for message in messages:   # each was asked for
-            log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), plain(str(message.unfit)))
+            log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), terminal_safe(str(message.rejection)))
         self.release(messages)
-        self.source.hold(messages)
+        self.source.hold_messages(messages)
         self.last_letter = asyncio.get_running_loop().time()
 
-    def finish(self, messages: list[Message], result: Answer) -> None:
-        """They are durable."""
+    def finish(self, messages: list[Message], result: WriteResult) -> None:
+        """Finishes durable messages."""
         super().finish(messages, result)
         self.last_letter = asyncio.get_running_loop().time()
 
     def log_summary(self) -> None:
-        """Logs the line of this pass, and how many letters nobody asked for."""
+        """Logs the summary of the replay, and the number of dead letters excluded by the filter."""
         super().log_summary()
-        if self.left_out:
+        if self.filtered_count:
             most = f' (of a topic at most max-in-flight, {self.source.max_in_flight}, can be held and looked at)'
-            log.info('%d of them were left out by --reason or --since, and stay where they are%s', self.left_out,
-                     most if self.letter is opened else '')
+            log.info('%d of them were left out by --reason or --since, and stay where they are%s', self.filtered_count,
+                     most if self.decode_letter is decode_topic else '')
 
 
-class Listing(Replay):
-    """A pass that only looks: `letters` has what was asked for, and all is requeued at the end."""
+class ReplayListing(Replay):
+    """A replay that only lists: `letters` has the dead letters that pass the filter; all are requeued at the end."""
 
-    def __init__(self, pipeline: Pipeline, letter: ReadLetter, choice: Choice) -> None:
+    def __init__(self, pipeline: Pipeline, letter: DeadLetterDecoder, choice: ReplayFilter) -> None:
         super().__init__(pipeline, letter, choice)
         self.letters: list[Message] = []
-        self.source.max_in_flight = max(self.source.max_in_flight, self.choice.limit)
+        self.source.max_in_flight = max(self.source.max_in_flight, self.replay_filter.limit)
 
     def accept(self, messages: list[Message]) -> None:
-        """Keeps them for the list."""
-        chosen = self.chosen(messages)
-        self.source.hold(chosen)
-        chosen = chosen[:self.left]
+        """Keeps the dead letters for the list."""
+        chosen = self.select_messages(messages)
+        self.source.hold_messages(chosen)
+        chosen = chosen[:self.messages_left]
         self.accepted += len(chosen)
         self.letters += chosen
 
@@ -6155,15 +6209,16 @@ class DeadLetterFileSource:
     """The file of dead letters as a Source.
 
     Each line comes as the body of a Message, whose key has the line's number and checksum: a line leaves the file only
-    where both are what was stored. Nothing changes before the pass is over. Then commit() writes the file anew
-    beside the old one, and renames it over that under the writers' lock; the new file's own lock keeps a second replay
-    out. stored: keys of what was stored; failed: key -> Unfit of what failed again. new_file: None in a mere look.
+    where both are what was stored. The file does not change before the replay is over. Then commit() writes a new file
+    and renames it over the old one, under the lock of the writers; the lock of the new file excludes a second replay.
+    stored_keys: keys of stored dead letters; failed: key -> InvalidMessage of those that failed again. new_file: None
+    when only listing.
     """
 
     idle_since = None           # it never gets idle: it ends
 
-    def __init__(self, config: types.SimpleNamespace, tasks: Crew, path: str, looking: bool) -> None:
-        self.tasks, self.topic, self.channel, self.looking = tasks, path, REPLAY_CHANNEL, looking
+    def __init__(self, config: types.SimpleNamespace, tasks: BackgroundTasks, path: str, looking: bool) -> None:
+        self.tasks, self.topic, self.channel, self.read_only = tasks, path, REPLAY_CHANNEL, looking
         self.max_in_flight, self.max_held = config.nsq.max_in_flight, config.nsq.max_held
         self.credit: Callable[[], int] | None = None
         self.deliver: Callable[[list[Message]], None] | None = None
@@ -6171,10 +6226,10 @@ class DeadLetterFileSource:
         self.in_flight: dict[str, Message] = {}
         self.held_bytes = 0
         self.requeued = self.late = 0
-        self.stored: set[str] = set()
-        self.failed: dict[str, Unfit] = {}
+        self.stored_keys: set[str] = set()
+        self.failed: dict[str, InvalidMessage] = {}
         self.read_all = False
-        self.opened = time.time_ns()
+        self.opened_at = time.time_ns()
         self.files = contextlib.ExitStack()
 
     def __str__(self) -> str:
@@ -6182,13 +6237,14 @@ class DeadLetterFileSource:
 
     @property
     def tmp_path(self) -> str:
-        """The name of the new file until it takes the old one's place."""
+        """The path of the new file until it replaces the old one."""
         return f'{self.topic}.replay'
 
     async def open(self) -> None:
-        """Opens the file up to where it ends now, which under the lock is no writer's half line. Raises Unavailable."""
+        """Opens the file up to its current end, which under the lock is never in the middle of a line. Raises
+        Unavailable."""
         try:
-            if not self.looking:
+            if not self.read_only:
                 fd = open_locked(self.tmp_path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0)
                 self.new_file = self.files.enter_context(os.fdopen(fd, 'wb'))
             fd = open_locked(self.topic, os.O_RDONLY, LOCK_TIMEOUT)
@@ -6199,21 +6255,21 @@ class DeadLetterFileSource:
             if self.new_file:
                 self.copy_owner_and_mode(was)
         except OSError as error:
-            busy = isinstance(error, BlockingIOError) and not (self.looking or self.new_file)
+            busy = isinstance(error, BlockingIOError) and not (self.read_only or self.new_file)
             raise Unavailable(f'{error.filename or self}: '
                               + ('another replay is at work on it' if busy else str(error.strerror))) from None
-        self.tasks.start(self.feed(self.messages()))
+        self.tasks.start(self.feed_window(self.read_messages()))
 
     def copy_owner_and_mode(self, was: os.stat_result) -> None:
-        """Gives the new file the old one's owner and mode, before it has anything in it."""
+        """Copies owner and mode of the old file to the new one, while it is empty."""
         fd = self.new_file.fileno()
-        self.new_file.truncate()    # a replay that was killed may have left something
+        self.new_file.truncate()    # a killed replay may have left content
         now = os.fstat(fd)
         if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
             os.fchown(fd, was.st_uid, was.st_gid)
         os.fchmod(fd, was.st_mode & 0o7777)
 
-    def messages(self) -> Iterator[Message]:
+    def read_messages(self) -> Iterator[Message]:
         """Yields each line as a Message."""
         self.file.seek(0)
         left = self.size
@@ -6222,154 +6278,156 @@ class DeadLetterFileSource:
             if not line:
                 return
             left -= len(line)
-            yield Message(self, b'line %d' % number, self.opened, 1, line)
+            yield Message(self, b'line %d' % number, self.opened_at, 1, line)
 
     # -- what a window reads from
 
-    async def feed(self, messages: Iterator[Message]) -> None:
-        """Delivers lines, for as long as there are any, as the window has room for them."""
+    async def feed_window(self, messages: Iterator[Message]) -> None:
+        """Delivers all lines, as fast as the window accepts them."""
         while True:
-            room = self.room()
+            room = self.free_slots()
             lines = list(itertools.islice(messages, room))
             self.read_all = self.read_all or len(lines) < room
-            letters = [message for message in lines if message.body.strip()]   # a blank line is nobody's
+            letters = [message for message in lines if message.body.strip()]   # a blank line is no dead letter
             if letters:
                 assert self.deliver, 'without a window there is no room'
                 self.in_flight.update((message.key, message) for message in letters)
                 self.held_bytes += sum(len(message.body) for message in letters)
                 self.deliver(letters)
             self.tasks.wake.set()
-            await asyncio.sleep(0 if lines else TICK)
+            await asyncio.sleep(0 if lines else TICK_INTERVAL)
 
-    def room(self) -> int:
-        """How many lines may come now."""
+    def free_slots(self) -> int:
+        """The number of lines that may be delivered now."""
         if not self.credit or self.held_bytes >= self.max_held:
             return 0
         return max(0, min(self.credit(), self.max_in_flight - len(self.in_flight), 500))
 
     @property
-    def exhausted(self) -> bool:
-        """Whether all lines are read and answered."""
+    def is_exhausted(self) -> bool:
+        """True when all lines are read and answered."""
         return self.read_all and not self.in_flight
 
     def start(self, credit: Callable[[], int], deliver: Callable[[list[Message]], None]) -> None:
-        """From now on lines go to the window."""
+        """Starts to deliver lines."""
         self.credit, self.deliver = credit, deliver
 
     def stop(self) -> None:
-        """Delivers no more."""
+        """Stops delivering."""
         self.credit = self.deliver = None
 
     def on_credit_change(self) -> None:
-        """feed() looks for itself."""
+        """Nothing to do: feed_window() reads the credit itself."""
 
     def finish(self, messages: list[Message]) -> None:
-        """These leave the file."""
-        self.stored.update(message.key for message in self.release(messages))
+        """Marks dead letters that leave the file."""
+        self.stored_keys.update(message.key for message in self.release(messages))
 
     def requeue(self, messages: list[Message], delay: float = 0) -> None:
-        """These stay in it; those that failed again with their history."""
+        """Marks dead letters that stay in the file; those that failed again get a history."""
         messages = self.release(messages)
-        self.failed.update((message.key, message.unfit) for message in messages if message.unfit)
+        self.failed.update((message.key, message.rejection) for message in messages if message.rejection)
         self.requeued += len(messages)
 
-    hold = requeue
+    hold_messages = requeue
 
     def release(self, messages: list[Message]) -> list[Message]:
-        """They are no longer in flight. Returns those that were."""
+        """Removes messages from those in flight. Returns those that were."""
         messages = [message for message in messages if self.in_flight.pop(message.key, None)]
         self.held_bytes -= sum(len(message.body) for message in messages)
         return messages
 
     # -- the new file
 
-    def commit(self) -> None:
-        """Writes the file anew, without what was stored. Raises OSError; then all letters stay, and the next replay
-        stores them again, under the same keys. What is long goes before the lock, for which writers wait."""
-        if not self.new_file or not (self.stored or self.failed):
+    def rewrite_file(self) -> None:
+        """Writes the file anew without the stored dead letters. Raises OSError; then all stay, and the next replay
+        stores them again under the same keys. The slow part runs before the lock, as writers wait for it."""
+        if not self.new_file or not (self.stored_keys or self.failed):
             return
-        self.new_file.writelines(self.kept_line(message) for message in self.messages())
-        self.sync()
-        lock(self.file.fileno(), LOCK_TIMEOUT)
-        if not in_place(self.file.fileno(), self.topic) or os.fstat(self.file.fileno()).st_size < self.size:
+        self.new_file.writelines(self.rewritten_line(message) for message in self.read_messages())
+        self.sync_new_file()
+        lock_file(self.file.fileno(), LOCK_TIMEOUT)
+        if not is_in_place(self.file.fileno(), self.topic) or os.fstat(self.file.fileno()).st_size < self.size:
             raise OSError(errno.ESTALE, 'somebody else has replaced or cut it meanwhile')
         self.file.seek(self.size)
         shutil.copyfileobj(self.file, self.new_file)   # what came meanwhile
-        self.sync()
+        self.sync_new_file()
         os.rename(self.tmp_path, self.topic)
         sync_directory(os.path.dirname(self.topic))
 
-    def sync(self) -> None:
-        """Makes durable what was written."""
+    def sync_new_file(self) -> None:
+        """Flushes and fsyncs the new file."""
         self.new_file.flush()
         os.fsync(self.new_file.fileno())
 
-    def kept_line(self, message: Message) -> bytes:
-        """The line of the new file for one of the old file."""
-        if message.key in self.stored:
+    def rewritten_line(self, message: Message) -> bytes:
+        """The line of the new file for a line of the old one; empty for a stored dead letter."""
+        if message.key in self.stored_keys:
             return b''
         if message.key in self.failed:
-            with contextlib.suppress(Unfit):   # what is no letter has no history
-                header, first = unfiled(message.body)
-                return filed(failed_again(header, self.failed[message.key]), first.body)
+            with contextlib.suppress(InvalidMessage):   # what is no letter has no history
+                header, first = decode_line(message.body)
+                return encode_line(with_history(header, self.failed[message.key]), first.body)
         return message.body
 
     async def close(self) -> None:
-        """Closes the files, which unlocks them; what is not in place by now is removed."""
+        """Closes and so unlocks the files, and removes a new file that did not replace the old one."""
         with contextlib.suppress(OSError):   # a full disk has been reported
-            if self.new_file and in_place(self.new_file.fileno(), self.tmp_path):
+            if self.new_file and is_in_place(self.new_file.fileno(), self.tmp_path):
                 os.unlink(self.tmp_path)
             self.files.close()
 
 
-def letter_pipeline(config: types.SimpleNamespace, path: str | None, store: Store,
+def replay_pipeline(config: types.SimpleNamespace, path: str | None, store: Store,
                     looking: bool = False) -> AbstractAsyncContextManager[Pipeline]:
-    """The pipeline from the dead letters, those in the file at `path` or (None) in the topic, to a store."""
+    """The pipeline from the dead letters to a store: from the file at `path`, or without one from the topic."""
     health = Health()
     if path:
         return open_pipeline(config, store, lambda tasks: DeadLetterFileSource(config, tasks, path, looking),
-                             UnreadFigures(), health)
-    link = Link(config)
+                             NullMetrics(), health)
+    link = ConnectionOptions(config)
     return open_pipeline(
         config, store, lambda tasks: Consumer(config, tasks, link, config.dead_letter.topic, REPLAY_CHANNEL, health),
-        UnreadFigures(), health)
+        NullMetrics(), health)
 
 
-async def replay(config: types.SimpleNamespace, stopper: Stopper, path: str | None, choice: Choice) -> int:
-    """Runs dead letters through again. Returns the exit status."""
-    async with letter_pipeline(config, path, STORES[config.store](config)) as pipeline:
-        window = stopper.window = Replay(pipeline, unfiled if path else opened, choice)
+async def run_replay(config: types.SimpleNamespace, stopper: SignalHandler, path: str | None,
+                     choice: ReplayFilter) -> int:
+    """Replays dead letters. Returns the exit status."""
+    async with replay_pipeline(config, path, STORES[config.store](config)) as pipeline:
+        window = stopper.window = Replay(pipeline, decode_line if path else decode_topic, choice)
         await window.run()
         if isinstance(pipeline.source, DeadLetterFileSource):
-            commit(pipeline.source, window)
-    return window.report()
+            commit_replay(pipeline.source, window)
+    return window.report_end()
 
 
-def commit(source: DeadLetterFileSource, window: Window) -> None:
-    """Takes out of the file what was stored."""
+def commit_replay(source: DeadLetterFileSource, window: Window) -> None:
+    """Removes the stored dead letters from the file."""
     try:
-        source.commit()
+        source.rewrite_file()
     except OSError as error:
         window.end(End.STORE_FAILED, f'{source}: not written anew, all its letters stay in it: {error.strerror}')
 
 
-async def look(config: types.SimpleNamespace, stopper: Stopper, path: str | None, choice: Choice,
-               arguments: argparse.Namespace) -> int:
-    """Prints the letters, by --dry-run also what would become of them. Returns the exit status."""
-    topic, letter = path or config.dead_letter.topic, unfiled if path else opened
-    depth = letters_in(path) if path else await total_depth(config, topic, REPLAY_CHANNEL)
-    async with letter_pipeline(config, path, Store(), looking=True) as pipeline:
-        listing = stopper.window = Listing(pipeline, letter, choice)
+async def list_dead_letters(config: types.SimpleNamespace, stopper: SignalHandler, path: str | None,
+                            choice: ReplayFilter,
+                            arguments: argparse.Namespace) -> int:
+    """Prints the dead letters, with --dry-run also what would become of them. Returns the exit status."""
+    topic, letter = path or config.dead_letter.topic, decode_line if path else decode_topic
+    depth = count_letters(path) if path else await total_depth(config, topic, REPLAY_CHANNEL)
+    async with replay_pipeline(config, path, Store(), looking=True) as pipeline:
+        listing = stopper.window = ReplayListing(pipeline, letter, choice)
         await listing.run()
     fates: collections.Counter[str | bool] = collections.Counter()
     for message in listing.letters:
-        told = described(message, letter)
+        told = describe_letter(message, letter)
         if arguments.dry_run:
-            told.update(foreseen(message, listing.records.mapper))
+            told.update(predict_outcome(message, listing.records.mapper))
             fates['deletes' if 'deletes' in told else told['passes']] += 1
-        print(json.dumps(told) if arguments.json else listed_line(told))
+        print(json.dumps(told) if arguments.json else format_listing(told))
     shown = len(listing.letters)
-    first = f'{shown} of the first {shown + listing.left_out}' if choice.narrow else f'first {shown}'
+    first = f'{shown} of the first {shown + listing.filtered_count}' if choice.is_filtering else f'first {shown}'
     deletes = f'{fates["deletes"]} would delete their records, ' if fates['deletes'] else ''
     fate = f'{fates[True]} would be stored, {deletes}{fates[False]} would stay; ' if arguments.dry_run else ''
     end = f'{fate}{first} of depth {"unknown" if depth is None else depth} in {topic}'
@@ -6380,44 +6438,45 @@ async def look(config: types.SimpleNamespace, stopper: Stopper, path: str | None
     return os.EX_OK
 
 
-def described(message: Message, letter: ReadLetter) -> dict[str, Any]:
-    """What is told of a letter, for JSON; `age` in seconds since it was published, `body`: its first characters."""
+def describe_letter(message: Message, letter: DeadLetterDecoder) -> dict[str, Any]:
+    """Describes a dead letter for JSON; `age`: seconds since it was published, `body`: its first characters."""
     try:
         header, first = letter(message.body)
-    except Unfit as unfit:
-        return {'reason': 'unreadable', 'detail': unfit.detail, 'id': message.id.decode(), 'body': start(message.body)}
+    except InvalidMessage as rejection:
+        return {'reason': 'unreadable', 'detail': rejection.detail, 'id': message.id.decode(),
+                'body': body_excerpt(message.body)}
     return {'reason': header['reason'], 'detail': header.get('detail'),
             'age': round(max(0.0, time.time() - first.timestamp / 1e9), 3), 'key': header.get('key'),
             'id': header['id'], 'nsqd': header.get('nsqd'), 'attempts': first.attempts,
-            'timestamp': str(first.timestamp), 'body': start(first.body)}
+            'timestamp': str(first.timestamp), 'body': body_excerpt(first.body)}
 
 
-def foreseen(message: Message, mapper: Mapper) -> dict[str, Any]:
+def predict_outcome(message: Message, mapper: Mapper) -> dict[str, Any]:
     """Whether the mapper takes a letter now, and if not, why; `deletes` where it would delete a record."""
     try:
-        record = mapper.record(message)
-    except Unfit as unfit:
-        return {'passes': False, 'why': str(unfit)}
+        record = mapper.build_record(message)
+    except InvalidMessage as rejection:
+        return {'passes': False, 'why': str(rejection)}
     return {'passes': True, 'deletes': True} if isinstance(record, Deletion) else {'passes': True}
 
 
-def start(body: bytes) -> str:
+def body_excerpt(body: bytes) -> str:
     """The first bytes of a body as text."""
-    return shortened(body[:80].decode('utf-8', 'backslashreplace'), 60)
+    return truncate_text(body[:80].decode('utf-8', 'backslashreplace'), 60)
 
 
-def listed_line(told: dict[str, Any]) -> str:
+def format_listing(told: dict[str, Any]) -> str:
     """A line of the list: id, age, reason, detail and the first bytes of the body; or what would become of it."""
-    words = {name: plain(str(value)) for name, value in told.items()}
+    words = {name: terminal_safe(str(value)) for name, value in told.items()}
     if 'passes' in told:
         passes = 'would delete its record' if 'deletes' in told else 'would be stored'
         return f'{words["id"]:16}  ' + (passes if told['passes'] else f'would stay: {words["why"]}')
     if 'age' not in told:
         return f'{words["id"]:16}  unreadable  {words["detail"]}'
-    return f'{words["id"]:16}  {human(told["age"]):>4}  {words["reason"]}: {words["detail"]}  {words["body"]}'
+    return f'{words["id"]:16}  {format_age(told["age"]):>4}  {words["reason"]}: {words["detail"]}  {words["body"]}'
 
 
-def letters_in(path: str) -> int:
+def count_letters(path: str) -> int:
     """The lines of a file that are not blank. Raises Unavailable."""
     try:
         with open(open_regular(path, os.O_RDONLY), 'rb') as file:
@@ -6426,142 +6485,147 @@ def letters_in(path: str) -> int:
         raise Unavailable(f'{path}: {error.strerror}') from None
 
 
-def plain(text: str) -> str:
-    """Text as it may be shown on a terminal: anybody can publish to a topic, escape sequences too."""
+def terminal_safe(text: str) -> str:
+    """Text that is safe for a terminal: anybody can publish escape sequences to a topic."""
     return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
 
 
-def human(seconds: float) -> str:
-    """A duration as a person says it."""
+def format_age(seconds: float) -> str:
+    """A duration in its largest unit."""
     unit, length = next(((u, s) for u, s in (('d', 86400), ('h', 3600), ('m', 60)) if seconds >= s), ('s', 1))
     return f'{seconds / length:.0f}{unit}'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# window runner: windows without end, in this process
+# window runner: one window after the other, in this process
 # ---------------------------------------------------------------------------------------------------------------------
 
-ON_TIME = 0.05              # seconds by which a start may be late and still count as on time
+START_TOLERANCE = 0.05      # seconds by which a start may be late and still count as on time
 RECOVERY_TICK = 0.5         # seconds between looks whether an idle queue shows that the store is back
 
 
 class Schedule:
-    """When windows start: every `period` seconds, from start to start, without drift. A start that is late is where the
-    next period begins: what was missed is not made up for, so there are never two in one period."""
+    """The start times of windows: every `period` seconds, without drift. Missed windows are skipped: a late start
+    begins the next period, so there are never two windows in one period."""
 
     def __init__(self, period: float) -> None:
-        self.period, self.begun = period, -math.inf
+        self.period, self.last_start = period, -math.inf
 
-    def wait(self, now: float) -> float:
+    def seconds_to_start(self, now: float) -> float:
         """Seconds to the next start."""
-        return max(0.0, self.begun + self.period - now)
+        return max(0.0, self.last_start + self.period - now)
 
-    def start(self, now: float) -> None:
+    def start_period(self, now: float) -> None:
         """A window starts now."""
-        due = self.begun + self.period
-        self.begun = due if now - due <= ON_TIME else now
+        due = self.last_start + self.period
+        self.last_start = due if now - due <= START_TOLERANCE else now
 
 
 class WindowRunner:
-    """Windows in this process, one for each grant, on connections that stay open; what is down is waited for.
+    """Runs windows in this process, one for each grant, on connections that stay open. It waits for an end that is
+    down.
 
-    grant: async, waits until a window may begin and returns its limit. report: called with each window that has ended.
+    wait_for_grant: async, waits until a window may begin and returns its max-messages. on_window_end: called with each
+    window that has ended.
     """
 
-    def __init__(self, config: types.SimpleNamespace, figures: Figures, grant: Callable[[], Awaitable[int]],
-                 report: Callable[[Window], None]) -> None:
-        self.config, self.figures, self.grant, self.report = config, figures, grant, report
+    def __init__(self, config: types.SimpleNamespace, metrics: Metrics, wait_for_grant: Callable[[], Awaitable[int]],
+                 on_window_end: Callable[[Window], None]) -> None:
+        self.config, self.metrics, self.wait_for_grant, self.on_window_end = (config, metrics, wait_for_grant,
+                                                                              on_window_end)
         self.endless = config.endless
         self.health = Health()
         self.backoff = Backoff(1, 30)
         self.pipeline: Any = None   # the Pipeline, whose source is a Consumer
         self.window: Window | None = None
         self.task: asyncio.Task[None] | None = None
-        self.ending: End | None = None   # the End by which it ends, once that is wished
+        self.end_reason: End | None = None   # the End to end by, once requested
 
     async def run(self) -> int:
-        """Until end(). Returns the exit status."""
-        self.task = asyncio.ensure_future(self.keep_going())
-        if self.ending:
+        """Runs until end(). Returns the exit status."""
+        self.task = asyncio.ensure_future(self.run_until_ended())
+        if self.end_reason:
             self.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self.task
         return os.EX_OK
 
-    async def keep_going(self) -> None:
-        """Opens both ends again and again, with backoff while one is down."""
-        while not self.ending:
+    async def run_until_ended(self) -> None:
+        """Opens both ends and runs windows, repeatedly, with backoff while one end is down."""
+        while not self.end_reason:
             try:
                 await self.run_windows()
             except Unavailable as error:
-                self.health.fail('store' if isinstance(error, StoreAway) else 'queue', str(error))
-                await asyncio.sleep(self.backoff.next())
+                self.health.report_failure('store' if isinstance(error, StoreUnavailable) else 'queue', str(error))
+                await asyncio.sleep(self.backoff.next_delay())
 
     async def run_windows(self) -> None:
-        """Windows on one set of connections. Raises Unavailable when an end can't be reached, or the store failed."""
+        """Runs windows on one set of connections. Raises Unavailable when an end can't be reached, or the store
+        failed."""
         store = STORES[self.config.store](self.config)
-        async with topic_pipeline(self.config, store, self.figures, self.health) as pipeline:
+        async with topic_pipeline(self.config, store, self.metrics, self.health) as pipeline:
             self.pipeline = pipeline
-            self.health.recover('queue')
+            self.health.report_recovery('queue')
             try:
-                while not self.ending:
-                    await self.run_window(await self.grant(), pipeline)
+                while not self.end_reason:
+                    await self.run_window(await self.wait_for_grant(), pipeline)
             finally:
                 self.pipeline = None
 
     async def run_window(self, max_messages: int, pipeline: Pipeline) -> None:
-        """One window. Raises StoreAway when the store failed in it."""
+        """Runs one window. Raises StoreUnavailable when the store failed in it."""
         config, forever = self.config, self.endless
         limits = WindowLimits(max_messages, math.inf if forever else config.timeout,
-                              math.inf if forever else config.idle_timeout, lasting=True)
+                              math.inf if forever else config.idle_timeout, keeps_excess=True)
         self.window = window = Window(pipeline, limits, Mapper(config))
-        if self.ending:
-            window.end(self.ending)
+        if self.end_reason:
+            window.end(self.end_reason)
         clearing = pipeline.tasks.start(self.clear_error_when_idle(pipeline.source))
         await window.run()
         clearing.cancel()
         self.window = None
-        window.report()
-        self.report(window)
-        if window.end_reason is End.STORE_FAILED and not self.health.up('store'):
-            raise StoreAway(window.detail)
-        self.backoff.reset()
+        window.report_end()
+        self.on_window_end(window)
+        if window.end_reason is End.STORE_FAILED and not self.health.is_up('store'):
+            raise StoreUnavailable(window.detail)
+        self.backoff.reset_delay()
 
     async def clear_error_when_idle(self, source: Source) -> None:
-        """When nothing comes, no batch can show that the store is back: then its connection has to be enough."""
+        """Clears the failure of the store when the queue is idle: then no batch can prove its recovery, and its
+        connection has to be enough."""
         while True:
             await asyncio.sleep(RECOVERY_TICK)
             if source.idle_since is not None and self.window and not self.window.pending_count:
-                self.health.recover('store')
+                self.health.report_recovery('store')
 
-    def end(self, reason: End) -> None:
-        """Ends the window that is open, by `reason`, and all that follows; without one whatever is waited for."""
-        self.ending = reason
+    def end_by(self, reason: End) -> None:
+        """Ends the open window by `reason`, and then the runner; without a window, cancels the current wait."""
+        self.end_reason = reason
         if self.window:
             self.window.end(reason)
         elif self.task:
             self.task.cancel()
 
     def stop(self) -> None:
-        """Requeues what is not being stored, and ends."""
-        self.end(End.SIGNAL)
+        """Requeues the messages that are not being stored, and ends."""
+        self.end_by(End.SIGNAL)
 
-    def leave(self) -> None:
-        """Finishes the window that is open, and ends."""
-        self.end(End.RELOAD)
+    def end_after_window(self) -> None:
+        """Ends after the open window has drained."""
+        self.end_by(End.RELOAD)
 
     @property
-    def trouble(self) -> str:
+    def failure_text(self) -> str:
         """What fails, in words."""
-        return '; '.join(f'{end} unavailable: {why}' for end, why in self.failures.items())
+        return '; '.join(f'{end} unavailable: {why}' for end, why in self.end_failures.items())
 
     @property
-    def failures(self) -> dict[str, str]:
+    def end_failures(self) -> dict[str, str]:
         """Why each of ENDS fails that does. The queue can be down without a failure: nsqlookupd names no nsqd, or what
         else fails has closed the connections."""
         failures = {end: self.health.errors[end].text for end in ENDS if end in self.health.errors}
         opened = self.pipeline or failures   # else it is just starting
-        if opened and 'queue' not in failures and not self.ends['queue']:
+        if opened and 'queue' not in failures and not self.end_states['queue']:
             source = self.pipeline.source if self.pipeline else None
             failures['queue'] = ('no nsqd is connected' if not source or source.addresses else
                                  f'no nsqd has the topic {self.config.nsq.topic} yet')
@@ -6574,58 +6638,60 @@ class WindowRunner:
             return {}
         source = self.pipeline.source
         up = {connection.address: connection for connection in source.connections}
-        return {spelled(address): (int(address in up), up[address].in_flight if address in up else 0,
-                                   source.connect_errors.get(address) or '') for address in source.addresses}
+        return {format_address(address): (int(address in up), up[address].in_flight if address in up else 0,
+                                          source.connect_errors.get(address) or '') for address in source.addresses}
 
     @property
-    def ends(self) -> dict[str, bool]:
+    def end_states(self) -> dict[str, bool]:
         """Which of ENDS are up."""
         queue = bool(self.pipeline and self.pipeline.source.connections)
-        opened = self.pipeline or not self.health.up('queue')   # the store is opened first
-        return {'queue': queue and self.health.up('queue'), 'store': bool(opened and self.health.up('store')),
-                'dead letters': self.health.up('dead letters')}
+        opened = self.pipeline or not self.health.is_up('queue')   # the store is opened first
+        return {'queue': queue and self.health.is_up('queue'), 'store': bool(opened and self.health.is_up('store')),
+                'dead letters': self.health.is_up('dead letters')}
 
-    def healthy(self, now: float) -> bool:
-        """Whether every wait is inside its own bound: that the loop turns is shown by the call itself."""
+    def is_healthy(self, now: float) -> bool:
+        """True when no call has exceeded its time limit; the call itself proves that the event loop runs."""
         return not self.window or self.window.is_healthy(now)
 
-    def gauges(self) -> list[Snapshot]:
-        """The figures as they are now."""
-        figures = self.figures
+    def current_metrics(self) -> list[Snapshot]:
+        """The metrics as of now."""
+        metrics = self.metrics
         if self.window:
-            figures.follow(self.window)
-            if self.endless and all(self.ends.values()):   # it never ends: all is well meanwhile
-                figures.set(SUCCESS, time.time())
+            metrics.sync_counts(self.window)
+            # it never ends, so success is recorded while all ends are up
+            if self.endless and all(self.end_states.values()):
+                metrics.set_gauge(LAST_SUCCESS, time.time())
         if self.pipeline:
-            figures.holds(self.pipeline.source)
+            metrics.record_consumer(self.pipeline.source)
         else:
-            figures.nothing_up()
-        for end, name in UP.items():
-            figures.set(name, int(self.ends[end]))
-        return [figures.snapshot()]
+            metrics.record_disconnected()
+        for end, name in UP_METRICS.items():
+            metrics.set_gauge(name, int(self.end_states[end]))
+        return [metrics.take_snapshot()]
 
 
-def facts(window: Window) -> types.SimpleNamespace:
-    """What is told of a window that has ended."""
+def window_summary(window: Window) -> types.SimpleNamespace:
+    """The summary of a window that has ended."""
     return types.SimpleNamespace(count=window.count, seconds=window.times.seconds, ended=time.time())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# supervisor: a daemon of several processes
+# supervisor: the worker processes of a daemon
 # ---------------------------------------------------------------------------------------------------------------------
 
-HEARTBEAT_OF_WORKERS = 0.5  # seconds between what a worker says of itself
-SILENCE_OF_WORKERS = 5.0    # seconds without a word after which one counts as stuck
-STUCK = 120.0               # seconds without a word after which it is killed, where no watchdog has ended all
-STAYS_UP = 10.0             # seconds that a worker has to live, for its end not to count as a failed start
-STARTS = 5                  # failed starts of every worker in a row that end the daemon
+WORKER_STATUS_INTERVAL = 0.5   # seconds between two status lines of a worker
+WORKER_SILENCE = 5.0           # seconds without a status line after which a worker counts as unresponsive
+# seconds without a status line after which a worker is killed, if no watchdog has restarted the daemon
+WORKER_KILL_TIME = 120.0
+WORKER_STABLE_TIME = 10.0      # seconds that a worker has to run, for its exit not to count as a failed start
+MAX_FAILED_STARTS = 5          # failed starts in a row of every worker, after which the daemon exits
 
 
 class WorkerState(enum.StrEnum):
-    """STARTING: it opens its ends, and can take no grant. IDLE: it waits for a grant. BUSY: it has one. STOPPING: it
-    was told to end. BACKOFF: its process is gone, and the next one is due after a delay.
+    """STARTING: opens its ends, accepts no grant. IDLE: waits for a grant. BUSY: has a grant. STOPPING: was told to
+    stop. BACKOFF: its process has exited, and the next one starts after a delay.
 
-    The first three a worker says of itself, the last two its parent knows better.
+    A worker reports the first three itself; its parent sets the last two.
     """
 
     STARTING = 'starting'
@@ -6635,251 +6701,257 @@ class WorkerState(enum.StrEnum):
     BACKOFF = 'backoff'
 
 
-class Member:
-    """One worker process, as its parent sees it. number: of its last grant, for what it says may have crossed one."""
+class WorkerHandle:
+    """The parent's view of a worker process. last_grant: of the last grant, as a status line may have crossed it."""
 
     def __init__(self, place: int) -> None:
-        self.place, self.state, self.number = place, WorkerState.STARTING, 0
+        self.index, self.state, self.last_grant = place, WorkerState.STARTING, 0
         self.process: Any = None                  # its Process, from its first start on
-        self.trouble: str | None = None
+        self.failure_text: str | None = None
         self.failures: dict[str, str] = {}
         self.connections: dict[str, tuple[int, int, str]] = {}
-        self.news = ChangeLog()
-        self.heard, self.healthy, self.starts = 0.0, True, 0
-        self.ends = dict.fromkeys(ENDS, False)
+        self.change_log = ChangeLog()
+        self.last_status, self.is_healthy, self.failed_starts = 0.0, True, 0
+        self.end_states = dict.fromkeys(ENDS, False)
         self.snapshot: Any = None                 # its figures, as it told them last
 
-    def tell(self, **message: Any) -> None:
-        """Sends it a line; one that is gone is found so by its reader."""
+    def send_line(self, **message: Any) -> None:
+        """Sends a line to the worker; its reader notices when it has exited."""
         if self.process:
             self.process.stdin.write(json.dumps(message).encode() + b'\n')
 
 
-class Team:
-    """The worker processes of a daemon. It holds no connection of its own: it starts them, starts every period and
-    grants each its share, hears how they are, and stops them."""
+class Supervisor:
+    """The worker processes of a daemon. It has no connections of its own: it starts workers, grants each its share in
+    every period, reads their status, and stops them."""
 
     def __init__(self, daemon: Any) -> None:
         self.config, self.raw, self.arguments = daemon.config, daemon.raw, daemon.arguments
-        self.figures, self.report, self.schedule = daemon.figures, daemon.note, daemon.schedule
+        self.metrics, self.on_window_end, self.schedule = daemon.metrics, daemon.on_window_end, daemon.schedule
         config = self.config
-        self.members, self.turn = [Member(place) for place in range(config.workers)], 0
+        self.workers, self.rotation = [WorkerHandle(place) for place in range(config.workers)], 0
         self.endless = config.endless
-        self.crew, self.changed = Crew(), asyncio.Event()
-        self.past = daemon.past
+        self.tasks, self.state_changed = BackgroundTasks(), asyncio.Event()
+        self.dead_worker_metrics = daemon.past
         self.exit_status = os.EX_OK
-        self.ending: Callable[[Member], None] | None = None   # how a member is told to end, once that is wished
-        self.patience = 0.0      # seconds that it then has
-        self.over = asyncio.Event()
+        # how a member is told to end, once that is wished
+        self.tell_to_end: Callable[[WorkerHandle], None] | None = None
+        self.end_timeout = 0.0      # seconds that it then has
+        self.stopped = asyncio.Event()
 
     async def run(self) -> int:
-        """Until stop() or leave(), or until no worker stays up. Returns the exit status."""
-        for member in self.members:
-            self.crew.start(self.keep(member))
-        grants = asyncio.ensure_future(self.periods())
-        while self.crew.tasks and not self.crew.error:
-            self.crew.wake.clear()
-            await self.crew.wake.wait()
+        """Runs until stop() or leave(), or until every worker keeps failing to start. Returns the exit status."""
+        for worker in self.workers:
+            self.tasks.start(self.maintain_worker(worker))
+        grants = asyncio.ensure_future(self.grant_periods())
+        while self.tasks.tasks and not self.tasks.error:
+            self.tasks.wake.clear()
+            await self.tasks.wake.wait()
         grants.cancel()
-        await self.crew.cancel()
-        if self.crew.error:
-            raise self.crew.error
+        await self.tasks.cancel()
+        if self.tasks.error:
+            raise self.tasks.error
         return self.exit_status
 
     # -- its members
 
-    async def keep(self, member: Member) -> None:
-        """Keeps one worker up, with backoff."""
+    async def maintain_worker(self, worker: WorkerHandle) -> None:
+        """Restarts one worker whenever it exits, with backoff."""
         loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
-        while not self.ending:
-            begun, member.state = loop.time(), WorkerState.STARTING
-            member.heard = begun
-            fate = await self.life(member)
-            self.gone(member)
-            if self.ending:
+        while not self.tell_to_end:
+            begun, worker.state = loop.time(), WorkerState.STARTING
+            worker.last_status = begun
+            fate = await self.run_worker(worker)
+            self.on_exit(worker)
+            if self.tell_to_end:
                 return
-            member.starts = 0 if loop.time() - begun > STAYS_UP else member.starts + 1
-            if not member.starts:
-                backoff.reset()
-            pid = member.process.pid if member.process else 'none'
-            log.error('worker %d (process %s) ended: %s', member.place + 1, pid, fate)
-            if all(each.starts >= STARTS for each in self.members):
-                log.critical('no worker stays up')
+            worker.failed_starts = 0 if loop.time() - begun > WORKER_STABLE_TIME else worker.failed_starts + 1
+            if not worker.failed_starts:
+                backoff.reset_delay()
+            pid = worker.process.pid if worker.process else 'none'
+            log.error('worker %d (pid %s) ended: %s', worker.index + 1, pid, fate)
+            if all(each.failed_starts >= MAX_FAILED_STARTS for each in self.workers):
+                log.critical('every worker keeps failing to start')
                 self.exit_status = os.EX_SOFTWARE
                 self.stop()
                 return
-            self.figures.add('xmsrv_worker_restarts_total')
+            self.metrics.increment('xmsrv_worker_restarts_total')
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.over.wait(), backoff.next())
+                await asyncio.wait_for(self.stopped.wait(), backoff.next_delay())
 
-    async def life(self, member: Member) -> str:
-        """One process, from its start to its end. Returns how it ended."""
+    async def run_worker(self, worker: WorkerHandle) -> str:
+        """Runs one process from start to exit. Returns a description of its exit."""
         try:
-            await self.start(member)
+            await self.start_worker(worker)
         except OSError as error:
-            member.process = None
+            worker.process = None
             return f'it could not be started: {error.strerror}'
-        if self.ending:
-            self.dismiss(member)
-        await self.listen(member)
-        return told(await member.process.wait())
+        if self.tell_to_end:
+            self.stop_worker(worker)
+        await self.read_status(worker)
+        return describe_exit(await worker.process.wait())
 
-    async def start(self, member: Member) -> None:
-        """Starts a worker, with the configuration that holds now, whatever the file says by now. It has a session of
-        its own, so that Ctrl-C on a terminal is for us to pass on."""
+    async def start_worker(self, worker: WorkerHandle) -> None:
+        """Starts a worker with the current configuration, even if the file has changed. It has its own session, so that
+        Ctrl-C on a terminal reaches only the parent."""
         flags = ['-v'] * self.arguments.verbose + ['-q'] * self.arguments.quiet
-        outside = {name: value for name, value in os.environ.items() if name not in SYSTEMD}
-        member.process = await asyncio.create_subprocess_exec(
-            *own_command(), '-c', self.arguments.config, *flags, 'worker', stdin=asyncio.subprocess.PIPE,
+        outside = {name: value for name, value in os.environ.items() if name not in SYSTEMD_VARIABLES}
+        worker.process = await asyncio.create_subprocess_exec(
+            *worker_command(), '-c', self.arguments.config, *flags, 'worker', stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE, limit=1 << 24, env=outside, start_new_session=True)
-        member.tell(raw=self.raw)
+        worker.send_line(raw=self.raw)
 
-    async def listen(self, member: Member) -> None:
-        """What a worker says, until it ends."""
-        async for line in member.process.stdout:
+    async def read_status(self, worker: WorkerHandle) -> None:
+        """Reads the status lines of a worker until it exits."""
+        async for line in worker.process.stdout:
             try:
-                self.hear(member, json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or something else wrote there
-                log.error('worker %d (process %d): not understood: %s', member.place + 1, member.process.pid, error)
+                self.on_status(worker, json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or another writer on the pipe
+                log.error('worker %d (pid %d) sent an invalid status line, killed: %s', worker.index + 1,
+                          worker.process.pid, error)
                 with contextlib.suppress(ProcessLookupError):
-                    member.process.kill()
+                    worker.process.kill()
                 return
-            self.changed.set()
+            self.state_changed.set()
 
-    def hear(self, member: Member, message: dict[str, Any]) -> None:
-        """One line of a worker's."""
-        member.heard, member.healthy = asyncio.get_running_loop().time(), message['healthy']
-        member.news.clear()
-        member.ends, member.trouble, member.snapshot = message['ends'], message['trouble'], message['figures']
-        member.failures, member.connections = message['failures'], message['connections']
+    def on_status(self, worker: WorkerHandle, message: dict[str, Any]) -> None:
+        """Handles a status line of a worker."""
+        worker.last_status, worker.is_healthy = asyncio.get_running_loop().time(), message['healthy']
+        worker.change_log.clear()
+        worker.end_states, worker.failure_text, worker.snapshot = (message['ends'], message['trouble'],
+                                                                   message['figures'])
+        worker.failures, worker.connections = message['failures'], message['connections']
         for window in message['windows']:
-            self.report(types.SimpleNamespace(**window))
-        if member.state is not WorkerState.STOPPING:
+            self.on_window_end(types.SimpleNamespace(**window))
+        if worker.state is not WorkerState.STOPPING:
             # Example: grant 7 is on its way to a worker, and its line "idle, seen 6" on its way to us. The worker has
             # a window by now. Taken as idle, it would let the next period begin beside that window.
-            crossed = message['seen'] != member.number
-            member.state = WorkerState.BUSY if crossed else WorkerState(message['state'])
+            crossed = message['seen'] != worker.last_grant
+            worker.state = WorkerState.BUSY if crossed else WorkerState(message['state'])
 
-    def gone(self, member: Member) -> None:
-        """Keeps the figures of a worker that has ended."""
-        if member.snapshot:
-            self.past.merge(member.snapshot, gauges=False)
-        member.state, member.snapshot, member.ends = WorkerState.BACKOFF, None, dict.fromkeys(ENDS, False)
-        member.number, member.trouble, member.failures, member.connections = 0, None, {}, {}
-        self.changed.set()
+    def on_exit(self, worker: WorkerHandle) -> None:
+        """Handles the exit of a worker: keeps its metrics."""
+        if worker.snapshot:
+            self.dead_worker_metrics.merge_snapshot(worker.snapshot, gauges=False)
+        worker.state, worker.snapshot, worker.end_states = WorkerState.BACKOFF, None, dict.fromkeys(ENDS, False)
+        worker.last_grant, worker.failure_text, worker.failures, worker.connections = 0, None, {}, {}
+        self.state_changed.set()
 
     # -- its periods
 
-    async def periods(self) -> None:
-        """Starts every period: each worker that is idle gets its share. One that has just been started waits for the
-        next; nobody starts while another still has its grant of the last."""
+    async def grant_periods(self) -> None:
+        """Starts every period: each idle worker gets its share. A worker that has just started waits for the next
+        period; no period begins while a worker still has its grant of the last one."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(self.schedule.wait(loop.time()))
-            while not self.in_state(WorkerState.IDLE) or not self.endless and self.in_state(WorkerState.BUSY):
-                self.changed.clear()
-                await self.changed.wait()
-            self.schedule.start(loop.time())
-            for member, share in zip(self.members, self.split(), strict=True):
-                if member.state is WorkerState.IDLE and (share or not self.config.nsq.max_messages):
-                    member.state, member.number = WorkerState.BUSY, member.number + 1
-                    member.tell(grant=share, number=member.number)
+            await asyncio.sleep(self.schedule.seconds_to_start(loop.time()))
+            while (not self.workers_in_state(WorkerState.IDLE) or not self.endless
+                   and self.workers_in_state(WorkerState.BUSY)):
+                self.state_changed.clear()
+                await self.state_changed.wait()
+            self.schedule.start_period(loop.time())
+            for worker, share in zip(self.workers, self.split_limit(), strict=True):
+                if worker.state is WorkerState.IDLE and (share or not self.config.nsq.max_messages):
+                    worker.state, worker.last_grant = WorkerState.BUSY, worker.last_grant + 1
+                    worker.send_line(grant=share, number=worker.last_grant)
 
-    def in_state(self, state: WorkerState) -> list[Member]:
-        """The members that are in a state."""
-        return [member for member in self.members if member.state is state]
+    def workers_in_state(self, state: WorkerState) -> list[WorkerHandle]:
+        """The workers in a state."""
+        return [worker for worker in self.workers if worker.state is state]
 
-    def split(self) -> list[int]:
-        """The share of each worker in max-messages; what does not divide goes round from period to period.
+    def split_limit(self) -> list[int]:
+        """The share of each worker in max-messages; the remainder rotates from period to period.
 
         Example: max-messages is 10, for 3 workers: 3, 3, 4 in the first period, then 3, 4, 3, then 4, 3, 3. The sum is
         10 in every period, and no worker is always the one with most to do.
         """
-        share, extra = divmod(self.config.nsq.max_messages, len(self.members))
-        self.turn += 1
-        return [share + ((place + self.turn) % len(self.members) < extra) for place in range(len(self.members))]
+        share, extra = divmod(self.config.nsq.max_messages, len(self.workers))
+        self.rotation += 1
+        return [share + ((place + self.rotation) % len(self.workers) < extra) for place in range(len(self.workers))]
 
     # -- its end
 
     def stop(self) -> None:
-        """All hand back what they do not store, and end; one that does not in its time is killed."""
-        self.end(lambda member: member.process.terminate(), 0.0)
+        """Stops all workers: they requeue the messages that they are not storing. A worker that does not stop in time
+        is killed."""
+        self.end_by(lambda worker: worker.process.terminate(), 0.0)
 
-    def leave(self) -> None:
-        """All finish their windows, and end."""
-        self.end(lambda member: member.tell(leave=True), self.config.timeout)
+    def end_after_window(self) -> None:
+        """Stops all workers after their windows."""
+        self.end_by(lambda worker: worker.send_line(leave=True), self.config.timeout)
 
-    def end(self, how: Callable[[Member], None], more: float) -> None:
-        """Tells all to end, those too that are just being started."""
-        self.ending, self.patience = how, more + self.config.aerospike.total_timeout + 2
-        self.over.set()
-        for member in self.members:
-            self.dismiss(member)
+    def end_by(self, how: Callable[[WorkerHandle], None], more: float) -> None:
+        """Tells all workers to stop, including those that are just starting."""
+        self.tell_to_end, self.end_timeout = how, more + self.config.aerospike.total_timeout + 2
+        self.stopped.set()
+        for worker in self.workers:
+            self.stop_worker(worker)
 
-    def dismiss(self, member: Member) -> None:
-        """Tells one to end, and sees to it that it does."""
-        if self.ending and member.process and member.process.returncode is None:
-            member.state = WorkerState.STOPPING
+    def stop_worker(self, worker: WorkerHandle) -> None:
+        """Tells a worker to stop, and kills it if it does not stop in time."""
+        if self.tell_to_end and worker.process and worker.process.returncode is None:
+            worker.state = WorkerState.STOPPING
             with contextlib.suppress(ProcessLookupError):
-                self.ending(member)
-            asyncio.get_running_loop().call_later(self.patience, self.kill, member)
+                self.tell_to_end(worker)
+            asyncio.get_running_loop().call_later(self.end_timeout, self.kill_worker, worker)
 
-    def kill(self, member: Member) -> None:
-        """The last resort."""
-        if member.process.returncode is None:
-            log.error('worker %d (process %d) does not end: killed', member.place + 1, member.process.pid)
-            member.process.kill()
+    def kill_worker(self, worker: WorkerHandle) -> None:
+        """Kills a worker that still runs."""
+        if worker.process.returncode is None:
+            log.error('worker %d (pid %d) did not stop in time: killed', worker.index + 1, worker.process.pid)
+            worker.process.kill()
 
     # -- how it is
 
     @property
-    def trouble(self) -> str:
-        """What is wrong, each thing once, also where several members say so."""
-        gone = [] if self.ending else [f'worker {member.place + 1} has ended'
-                                       for member in self.in_state(WorkerState.BACKOFF)]
-        told = [member.trouble for member in self.members if member.trouble]
+    def failure_text(self) -> str:
+        """The failures of all workers, each text once."""
+        gone = [] if self.tell_to_end else [f'worker {worker.index + 1} has ended'
+                                            for worker in self.workers_in_state(WorkerState.BACKOFF)]
+        told = [worker.failure_text for worker in self.workers if worker.failure_text]
         return '; '.join(dict.fromkeys([*gone, *told]))
 
     @property
-    def failures(self) -> dict[str, str]:
+    def end_failures(self) -> dict[str, str]:
         """Why each of ENDS fails, each reason once, also where several members say so."""
-        gone = [f'worker {member.place + 1} has ended' for member in self.in_state(WorkerState.BACKOFF)]
-        reasons = {end: dict.fromkeys([*gone, *(member.failures[end] for member in self.members
-                                                if end in member.failures)]) for end in ENDS}
+        gone = [f'worker {worker.index + 1} has ended' for worker in self.workers_in_state(WorkerState.BACKOFF)]
+        reasons = {end: dict.fromkeys([*gone, *(worker.failures[end] for worker in self.workers
+                                                if end in worker.failures)]) for end in ENDS}
         return {end: '; '.join(reason) for end, reason in reasons.items() if reason}
 
     @property
     def connections(self) -> dict[str, tuple[int, int, str]]:
         """As WindowRunner has it, of all members together."""
         found: dict[str, tuple[int, int, str]] = {}
-        for member in self.members:
-            for nsqd, (up, in_flight, error) in member.connections.items():
+        for worker in self.workers:
+            for nsqd, (up, in_flight, error) in worker.connections.items():
                 there = found.get(nsqd, (0, 0, ''))
                 found[nsqd] = there[0] + up, there[1] + in_flight, there[2] or error
         return found
 
     @property
-    def ends(self) -> dict[str, bool]:
-        """What is up for all of them."""
-        return {end: all(member.ends[end] for member in self.members) for end in ENDS}
+    def end_states(self) -> dict[str, bool]:
+        """The ends that are up for all workers."""
+        return {end: all(worker.end_states[end] for worker in self.workers) for end in ENDS}
 
-    def healthy(self, now: float) -> bool:
-        """Whether every worker has been heard of, and says that it is; one that has not is named."""
-        alive = [member for member in self.members if member.process and member.process.returncode is None]
-        silent = [member for member in alive if now - member.heard >= SILENCE_OF_WORKERS]
-        for member in silent:
-            member.news.log(logging.ERROR, 'worker %d (process %d) says nothing', member.place + 1, member.process.pid)
-            if now - member.heard >= STUCK:
-                self.kill(member)
-        return not silent and all(member.healthy for member in alive)
+    def is_healthy(self, now: float) -> bool:
+        """True when every worker responds and reports itself healthy; logs the workers that do not respond."""
+        alive = [worker for worker in self.workers if worker.process and worker.process.returncode is None]
+        silent = [worker for worker in alive if now - worker.last_status >= WORKER_SILENCE]
+        for worker in silent:
+            worker.change_log.log(logging.ERROR, 'worker %d (pid %d) is not responding', worker.index + 1,
+                                  worker.process.pid)
+            if now - worker.last_status >= WORKER_KILL_TIME:
+                self.kill_worker(worker)
+        return not silent and all(worker.is_healthy for worker in alive)
 
-    def gauges(self) -> list[Any]:
-        """The figures of all together."""
-        return [self.figures.snapshot(), *(member.snapshot for member in self.members if member.snapshot)]
+    def current_metrics(self) -> list[Any]:
+        """The metrics of the parent and all workers."""
+        return [self.metrics.take_snapshot(), *(worker.snapshot for worker in self.workers if worker.snapshot)]
 
 
-def own_command() -> list[str]:
-    """The command that runs this module again, by the same Python and from the same place."""
+def worker_command() -> list[str]:
+    """The command that runs this module in a worker, with the same Python and from the same path."""
     here = os.path.dirname(os.path.abspath(__file__))
     flags = {'-I': sys.flags.isolated, '-S': sys.flags.no_site, '-B': sys.flags.dont_write_bytecode}
     python = [sys.executable, *(flag for flag, on in flags.items() if on)]
@@ -6888,134 +6960,136 @@ def own_command() -> list[str]:
     return [*python, '-c', f'import sys; sys.path.insert(0, {here!r}); import xmsrv; sys.exit(xmsrv.main())']
 
 
-def told(status: int) -> str:
-    """An exit status of subprocess in words."""
+def describe_exit(status: int) -> str:
+    """Describes an exit status of subprocess."""
     return f'killed by {signal.Signals(-status).name}' if status < 0 else f'exit status {status}'
 
 
 class Worker:
-    """A process of the daemon's. It hears of the configuration and its grants on stdin, and says on stdout how it is;
-    an end of stdin is the end of its parent."""
+    """A worker process of a daemon. It reads configuration and grants from stdin and writes its status to stdout; end
+    of file on stdin means that its parent has exited."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.figures = arguments, Figures()
+        self.arguments, self.metrics = arguments, Metrics()
         self.grants: asyncio.Queue[int] = asyncio.Queue()
         self.windows: list[Window] = []
         self.state = WorkerState.STARTING
-        self.seen = 0            # number of the last grant
+        self.last_grant = 0      # number of the last grant
 
-    async def run(self, stopper: Stopper) -> int:
-        """Until it is told to end. Returns the exit status."""
+    async def run(self, stopper: SignalHandler) -> int:
+        """Runs until it is told to stop. Returns the exit status."""
         stdin = asyncio.StreamReader(limit=1 << 24)
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
-        config, _ = faultless(self.arguments, json.loads(await stdin.readline())['raw'])
-        set_up_log_of(config, self.arguments)
-        self.flow = stopper.window = WindowRunner(config, self.figures, self.grant, self.windows.append)
-        crew = Crew()
-        crew.start(self.listen(stdin))
-        crew.start(self.talk())
-        status = await self.flow.run()
-        await crew.cancel()
-        self.say()
+        config, _ = validated_config(self.arguments, json.loads(await stdin.readline())['raw'])
+        set_up_configured_log(config, self.arguments)
+        self.runner = stopper.window = WindowRunner(config, self.metrics, self.wait_for_grant, self.windows.append)
+        tasks = BackgroundTasks()
+        tasks.start(self.read_commands(stdin))
+        tasks.start(self.send_status_regularly())
+        status = await self.runner.run()
+        await tasks.cancel()
+        self.send_status()
         return status
 
-    async def listen(self, stdin: asyncio.StreamReader) -> None:
-        """What the parent says."""
+    async def read_commands(self, stdin: asyncio.StreamReader) -> None:
+        """Reads the commands of the parent."""
         async for line in stdin:
             message = json.loads(line)
             if 'grant' in message:
-                self.state, self.seen = WorkerState.BUSY, message['number']
+                self.state, self.last_grant = WorkerState.BUSY, message['number']
                 self.grants.put_nowait(message['grant'])
             if 'leave' in message:
-                self.flow.leave()
-        self.flow.stop()
+                self.runner.end_after_window()
+        self.runner.stop()
 
-    async def grant(self) -> int:
-        """Waits for a grant; whoever waits is idle."""
+    async def wait_for_grant(self) -> int:
+        """Waits for a grant; meanwhile the worker is idle."""
         self.state = WorkerState.IDLE
-        self.say()
+        self.send_status()
         return await self.grants.get()
 
-    async def talk(self) -> None:
-        """Says how it is, all the time: silence means that it is stuck."""
+    async def send_status_regularly(self) -> None:
+        """Sends its status regularly: a worker that sends none is stuck."""
         while True:
-            self.say()
-            await asyncio.sleep(HEARTBEAT_OF_WORKERS)
+            self.send_status()
+            await asyncio.sleep(WORKER_STATUS_INTERVAL)
 
-    def say(self) -> None:
-        """One line for the parent."""
-        windows, self.windows[:] = [vars(facts(window)) for window in self.windows], []
-        figures, = self.flow.gauges()
-        healthy = self.flow.healthy(asyncio.get_running_loop().time())
+    def send_status(self) -> None:
+        """Sends a status line to the parent."""
+        windows, self.windows[:] = [vars(window_summary(window)) for window in self.windows], []
+        metrics, = self.runner.current_metrics()
+        healthy = self.runner.is_healthy(asyncio.get_running_loop().time())
         line = json.dumps({
-            'state': self.state, 'seen': self.seen, 'healthy': healthy, 'windows': windows,
-            'ends': self.flow.ends, 'trouble': self.flow.trouble, 'failures': self.flow.failures,
-            'connections': self.flow.connections, 'figures': figures})
+            'state': self.state, 'seen': self.last_grant, 'healthy': healthy, 'windows': windows,
+            'ends': self.runner.end_states, 'trouble': self.runner.failure_text, 'failures': self.runner.end_failures,
+            'connections': self.runner.connections, 'figures': metrics})
         with contextlib.suppress(BrokenPipeError):
             write_all(1, line.encode() + b'\n')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# daemon and HTTP: who keeps windows going, and who may ask how they are
+# daemon and HTTP: the long-lived process, and its answers to HTTP requests
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Daemon:
-    """The long-lived form: it holds the lock, keeps one WindowRunner or Team going, reads its file again when told
-    to, and tells systemd and whoever asks by HTTP how things are."""
+    """The long-lived process: it holds the lock, keeps one WindowRunner or Team running, reloads its configuration, and
+    reports its state to systemd and by HTTP."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.figures, self.notifier = arguments, Figures(), Notifier()
-        self.past = Totals()   # of workers that are gone
-        self.raw, self.config, self.unavailable = reread(arguments)   # the last: faults at the start
-        set_up_log_of(self.config, arguments)
+        self.arguments, self.metrics, self.notifier = arguments, Metrics(), SystemdNotifier()
+        self.past = MetricTotals()   # of workers that are gone
+        self.raw, self.config, self.unavailable = load_config(arguments)   # the last: faults at the start
+        set_up_configured_log(self.config, arguments)
         self.schedule = Schedule(self.config.period)
         self.history = History()
-        self.engine: WindowRunner | Team | None = None
-        self.stopping = False
-        self.site: HttpListener | None = None
+        self.runner: WindowRunner | Supervisor | None = None
+        self.is_stopping = False
+        self.listener: HttpListener | None = None
         self.status = 'starting'
         self.lock: RunLock | None = None
-        self.crew = Crew()
-        self.in_force = asyncio.Event()      # a configuration is: all that it names was there; or the end has come
-        self.candidate: asyncio.Task[Any] | None = None   # waits for the files of another one
+        self.tasks = BackgroundTasks()
+        # a configuration is: all that it names was there; or the end has come
+        self.config_in_force = asyncio.Event()
+        self.config_task: asyncio.Task[Any] | None = None   # waits for the files of another one
         self.address_due = asyncio.Event()   # `listen` may have changed
         # what is waited for: `configuration` or `listen` -> (text, since when)
         self.waits: dict[str, tuple[str, float]] = {}
-        self.files = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix=f'{THREADS}-files')
+        self.file_executor = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix=f'{THREAD_PREFIX}-files')
 
-    async def run(self, stopper: Stopper) -> int:
-        """Until a signal. Returns the exit status."""
+    async def run(self, stopper: SignalHandler) -> int:
+        """Runs until a signal. Returns the exit status."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self.hang_up)
+        loop.add_signal_handler(signal.SIGHUP, self.on_hangup)
         stopper.window = self
-        self.crew.start(self.maintain_site())
-        self.apply(self.raw, self.config, self.unavailable)
-        await asyncio.sleep(0)   # by then it listens, where the address is a number
-        self.notifier.say(READY=1, STATUS=self.state)
-        self.crew.start(self.watch())
-        self.crew.start(self.watch_depth())
+        self.tasks.start(self.maintain_listener())
+        self.apply_config(self.raw, self.config, self.unavailable)
+        await asyncio.sleep(0)   # so that it listens already, if the address is an IP address
+        self.notifier.send_fields(READY=1, STATUS=self.status_line)
+        self.tasks.start(self.notify_regularly())
+        self.tasks.start(self.watch_depth())
         try:
-            await self.in_force.wait()
-            status = await self.keep_going()
-            if self.crew.error:
-                raise self.crew.error
+            await self.config_in_force.wait()
+            status = await self.run_until_stopped()
+            if self.tasks.error:
+                raise self.tasks.error
             return status
         finally:
-            self.notifier.say(STOPPING=1)
-            self.close_site()
-            await self.crew.cancel()
-            self.files.shutdown(wait=False)
+            self.notifier.send_fields(STOPPING=1)
+            self.close_listener()
+            await self.tasks.cancel()
+            self.file_executor.shutdown(wait=False)
             if self.lock:
                 self.lock.release()
 
     async def hold_lock(self) -> None:
-        """Waits until no other run has this configuration, and says so; another state-dir has another lock."""
+        """Waits until no other process holds the lock of this configuration, and logs it. Another state-dir has another
+        lock."""
         news = ChangeLog()
-        while not self.stopping:
-            lock = RunLock(self.config, self.arguments.config)   # anew each time: a reload may bring another
-            if self.lock and self.lock.path == lock.path and self.lock.holds:
+        while not self.is_stopping:
+            lock = RunLock(self.config, self.arguments.config)   # anew each time: a reload may change its path
+            if self.lock and self.lock.path == lock.path and self.lock.is_held:
                 return
-            reason = self.blocked(lock)
+            reason = self.acquire_or_reason(lock)
             if not reason:
                 if self.lock:
                     self.lock.release()
@@ -7023,280 +7097,283 @@ class Daemon:
                 return
             self.status = reason
             news.log(logging.WARNING, '%s', reason)
-            await asyncio.sleep(TICK * 4)
+            await asyncio.sleep(TICK_INTERVAL * 4)
 
     @staticmethod
-    def blocked(lock: RunLock) -> str | None:
-        """Takes a lock; why that can't be, or None."""
+    def acquire_or_reason(lock: RunLock) -> str | None:
+        """Tries to acquire a lock. Returns None, or the reason why it has to wait."""
         try:
-            holder = lock.take()
+            holder = lock.try_acquire()
         except Unavailable as error:
             return f'waiting: {error}'
         return f'waiting for process {holder}, which has {lock.path}' if holder else None
 
-    async def keep_going(self) -> int:
-        """One engine after the other: a new one for each configuration that is read."""
+    async def run_until_stopped(self) -> int:
+        """Runs one engine after the other: a new one for each configuration."""
         status = os.EX_OK
-        while not self.stopping and not status:
+        while not self.is_stopping and not status:
             await self.hold_lock()
-            if self.stopping:
+            if self.is_stopping:
                 break
-            self.figures.forget_gauges()
-            self.figures.period(self.config)
-            self.engine = engine = self.new_engine()
+            self.metrics.forget_gauges()
+            self.metrics.set_period(self.config)
+            self.runner = engine = self.new_runner()
             if self.config.workers > 1:
                 log.info('%d workers, a window every %g s', self.config.workers, self.config.period)
             status = await engine.run()
-            self.engine = None
+            self.runner = None
         return status
 
-    def new_engine(self) -> WindowRunner | Team:
-        """A WindowRunner here, or a Team of workers."""
-        self.schedule.period = self.config.period   # the last start counts, also by another file
+    def new_runner(self) -> WindowRunner | Supervisor:
+        """A WindowRunner in this process, or a Team of workers."""
+        self.schedule.period = self.config.period   # the last start counts, even with another configuration
         if self.config.workers > 1:
-            return Team(self)
-        return WindowRunner(self.config, self.figures, self.grant, lambda window: self.note(facts(window)))
+            return Supervisor(self)
+        return WindowRunner(self.config, self.metrics, self.wait_for_grant,
+                            lambda window: self.on_window_end(window_summary(window)))
 
-    async def grant(self) -> int:
-        """Waits for the next period. Returns max-messages."""
+    async def wait_for_grant(self) -> int:
+        """Waits for the start of the next period. Returns max-messages."""
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(self.schedule.wait(loop.time()))
-        self.schedule.start(loop.time())
+        await asyncio.sleep(self.schedule.seconds_to_start(loop.time()))
+        self.schedule.start_period(loop.time())
         return self.config.nsq.max_messages
 
-    def note(self, window: types.SimpleNamespace) -> None:
-        """A window has ended."""
+    def on_window_end(self, window: types.SimpleNamespace) -> None:
+        """Records the end of a window."""
         counts = ', '.join(f'{name} {number}' for name, number in window.count.items() if number)
         self.status = f'last window: {counts or "nothing came"} in {window.seconds:.2f} s'
 
-    async def watch(self) -> None:
-        """Tells systemd that all goes on, as long as it does, and what is waited for."""
+    async def notify_regularly(self) -> None:
+        """Sends WATCHDOG=1 to systemd while the engine is healthy, and STATUS when it changes."""
         loop, told = asyncio.get_running_loop(), None
-        pause = min(self.notifier.interval or 1.0, 1.0)
+        pause = min(self.notifier.watchdog_interval or 1.0, 1.0)
         while True:
-            if not self.engine or self.engine.healthy(loop.time()):
-                self.notifier.say(WATCHDOG=1)
-            if self.engine and self.engine.endless:
-                self.status = f'flowing: {self.total().number("xmsrv_messages_total", "stored"):.0f} stored'
-            if self.crew.error:   # a bug, of which nobody would hear; run() raises it
+            if not self.runner or self.runner.is_healthy(loop.time()):
+                self.notifier.send_fields(WATCHDOG=1)
+            if self.runner and self.runner.endless:
+                self.status = f'flowing: {self.total_metrics().value_of("xmsrv_messages_total", "stored"):.0f} stored'
+            if self.tasks.error:   # a bug that would go unnoticed; run() raises it
                 self.stop()
-            if self.state != told:
-                told = self.state
-                self.notifier.say(STATUS=told)
-            self.history.note_ends(self.ends, self.failures, time.time())
-            if self.site and self.history.due(loop.time()):
-                self.history.note_counts(self.total(), loop.time())
+            if self.status_line != told:
+                told = self.status_line
+                self.notifier.send_fields(STATUS=told)
+            self.history.note_ends(self.end_states, self.end_failures, time.time())
+            if self.listener and self.history.is_due(loop.time()):
+                self.history.note_counts(self.total_metrics(), loop.time())
             await asyncio.sleep(pause)
 
     async def watch_depth(self) -> None:
         """Asks the nsqds what waits, where somebody may look at it."""
         while True:
             interval = self.config.metrics.depth_interval
-            if self.site and interval:
-                self.history.depths = await note_depths(self.config, self.figures)
+            if self.listener and interval:
+                self.history.depths = await note_depths(self.config, self.metrics)
             elif self.history.depths:
                 self.history.depths = {}
-                self.figures.depths({})
-            await asyncio.sleep(interval if self.site and interval else IDLE_INTERVAL)
+                self.metrics.set_depths({})
+            await asyncio.sleep(interval if self.listener and interval else IDLE_INTERVAL)
 
     @property
-    def state(self) -> str:
-        """What is waited for, and how the windows are, in a line."""
-        return '; '.join([*self.waiting, self.trouble or self.status])
+    def status_line(self) -> str:
+        """The line of STATUS: waits, and the failures or the last window."""
+        return '; '.join([*self.waiting_lines, self.failure_text or self.status])
 
     @property
-    def trouble(self) -> str:
-        """What fails, or is not up yet: whenever /readyz is not 200 while windows may run, STATUS says why."""
-        if not self.engine:
+    def failure_text(self) -> str:
+        """The failures, or the ends that are not up yet: STATUS gives the reason whenever /readyz is not 200."""
+        if not self.runner:
             return ''
-        missing = [end for end, up in self.ends.items() if not up]
-        return self.engine.trouble or (f'not up yet: {", ".join(missing)}' if missing else '')
+        missing = [end for end, up in self.end_states.items() if not up]
+        return self.runner.failure_text or (f'not up yet: {", ".join(missing)}' if missing else '')
 
-    def hang_up(self) -> None:
-        """SIGHUP: reads the file again. A good one holds from the next window on, one with faults of the text is
-        reported in full and changes nothing; where what it names is not there yet, the old one holds meanwhile."""
-        self.notifier.say(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
+    def on_hangup(self) -> None:
+        """Handles SIGHUP: reloads the configuration. A valid one takes effect with the next window; one with faults of
+        the text is logged in full and changes nothing; while a file that it names is missing, the old one stays in
+        force."""
+        self.notifier.send_fields(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
         try:
-            if not os.path.isfile(self.arguments.config):   # a pipe would be waited for
+            if not os.path.isfile(self.arguments.config):   # reading a pipe would block
                 raise ConfigError(f'{self.arguments.config}: no file to be read again')
-            read = reread(self.arguments)
+            read = load_config(self.arguments)
         except ConfigError as error:
-            log.error('%s\nthe configuration as it was stays in force', error)
+            log.error('%s\nkeeping the current configuration', error)
         else:
-            log.info('%s is read again', self.arguments.config)
-            self.apply(*read)
-        self.notifier.say(READY=1)
+            log.info('%s: configuration reloaded', self.arguments.config)
+            self.apply_config(*read)
+        self.notifier.send_fields(READY=1)
 
     def stop(self) -> None:
         """SIGTERM, SIGINT."""
-        self.stopping = True
-        self.in_force.set()
-        if self.engine:
-            self.engine.stop()
+        self.is_stopping = True
+        self.config_in_force.set()
+        if self.runner:
+            self.runner.stop()
 
     # -- what is waited for, without a person: files that the configuration names, the address of `listen`
 
-    def apply(self, raw: dict[str, Any], config: types.SimpleNamespace, unavailable: Sequence[Fault]) -> None:
-        """Puts a configuration in force, at once or when all is there that it names; it takes the place of one that
-        waits for that."""
-        if self.candidate:
-            self.candidate.cancel()
+    def apply_config(self, raw: dict[str, Any], config: types.SimpleNamespace, unavailable: Sequence[Fault]) -> None:
+        """Activates a configuration, at once or when all files that it names exist; it replaces a configuration that
+        still waits."""
+        if self.config_task:
+            self.config_task.cancel()
         if unavailable:
-            self.note_wait('configuration', unavailable)
-            self.candidate = self.crew.start(self.apply_when_available(raw, config))
+            self.record_wait('configuration', unavailable)
+            self.config_task = self.tasks.start(self.apply_when_available(raw, config))
         else:
-            self.put_in_force(raw, config)
+            self.activate_config(raw, config)
 
     async def apply_when_available(self, raw: dict[str, Any], config: types.SimpleNamespace) -> None:
-        """Looks again and again, with backoff."""
+        """Checks the files again, with backoff, until all exist."""
         backoff, loop = Backoff(1, 30), asyncio.get_running_loop()
         while 'configuration' in self.waits:
-            await asyncio.sleep(backoff.next())
-            faults = await loop.run_in_executor(self.files, list, environment_faults(config))
-            self.note_wait('configuration', [fault for fault in faults if uses(self.arguments, fault)])
-        self.put_in_force(raw, config)
+            await asyncio.sleep(backoff.next_delay())
+            faults = await loop.run_in_executor(self.file_executor, list, environment_faults(config))
+            self.record_wait('configuration', [fault for fault in faults if is_fault_of_command(self.arguments, fault)])
+        self.activate_config(raw, config)
 
-    def put_in_force(self, raw: dict[str, Any], config: types.SimpleNamespace) -> None:
-        """From now on a configuration holds: the window that is open is finished by the old one."""
-        self.candidate, self.raw, self.config = None, raw, config
-        self.note_wait('configuration', ())
-        set_up_log_of(config, self.arguments)
-        self.in_force.set()
+    def activate_config(self, raw: dict[str, Any], config: types.SimpleNamespace) -> None:
+        """Activates a configuration; the open window is finished with the old one."""
+        self.config_task, self.raw, self.config = None, raw, config
+        self.record_wait('configuration', ())
+        set_up_configured_log(config, self.arguments)
+        self.config_in_force.set()
         self.address_due.set()
-        if self.engine:
-            self.engine.leave()
+        if self.runner:
+            self.runner.end_after_window()
 
-    def note_wait(self, subject: str, faults: Sequence[Fault]) -> None:
-        """Notes the faults that keep a subject waiting, none when it waits no more. The log has each change."""
+    def record_wait(self, subject: str, faults: Sequence[Fault]) -> None:
+        """Records the faults that a subject waits for (none: it waits no longer), and logs each change."""
         now, text = time.monotonic(), '; '.join(map(str, faults))
         was, since = self.waits.pop(subject, ('', now))
         if text:
             self.waits[subject] = text, since
         if text and text != was:
-            meanwhile = '; the configuration as it was stays in force' if self.engine and subject != 'listen' else ''
+            meanwhile = '; keeping the current configuration' if self.runner and subject != 'listen' else ''
             log.warning('waiting for %s: %s%s', subject, text, meanwhile)
         elif was and not text:
             log.warning('%s: recovered after %.1f s', subject, now - since)
 
     @property
-    def waiting(self) -> list[str]:
-        """A line for each subject that waits."""
+    def waiting_lines(self) -> list[str]:
+        """A line for each subject that the daemon waits for."""
         return [f'waiting for {subject}: {text}' for subject, (text, _) in self.waits.items()]
 
     # -- what others may ask
 
-    async def maintain_site(self) -> None:
-        """Listens for HTTP where the configuration says, tried again with backoff. Messages flow meanwhile."""
+    async def maintain_listener(self) -> None:
+        """Keeps the HTTP listener at the configured address, with backoff; messages flow meanwhile."""
         backoff = Backoff(1, 30)
         while True:
             self.address_due.clear()
-            await self.open_site(self.config.metrics.listen)
+            await self.open_listener(self.config.metrics.listen)
             if 'listen' not in self.waits:
-                backoff.reset()
+                backoff.reset_delay()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.address_due.wait(), backoff.next() if 'listen' in self.waits else None)
+                await asyncio.wait_for(self.address_due.wait(), backoff.next_delay() if 'listen' in self.waits
+                                       else None)
 
-    async def open_site(self, address: Address | None) -> None:
-        """Listens at `address`, where one is wished; goes on where it is the same. The old one is closed when the new
-        one is had, or before it where both have one port: 0.0.0.0 can't be had beside 127.0.0.1."""
-        there = self.site and self.site.address
+    async def open_listener(self, address: Address | None) -> None:
+        """Opens the listener at `address`, if one is configured and it has changed. The old listener is closed after
+        the new one is open, or before if both have the same port: 0.0.0.0 can't be bound beside 127.0.0.1."""
+        there = self.listener and self.listener.address
         if not address or there and address != there and address[1] == there[1]:
-            self.close_site()
+            self.close_listener()
         try:
-            if address and not (self.site and address == self.site.address):
-                site = listen(self, address, await self.bind(*address))
-                self.close_site()
-                self.site = site
+            if address and not (self.listener and address == self.listener.address):
+                site = serve_http(self, address, await self.bind_sockets(*address))
+                self.close_listener()
+                self.listener = site
         except OSError as error:
-            self.note_wait('listen', [Fault('metrics', 'listen', spelled(address), error.strerror)])
+            self.record_wait('listen', [Fault('metrics', 'listen', format_address(address), error.strerror)])
         else:
-            self.note_wait('listen', ())
+            self.record_wait('listen', ())
 
-    async def bind(self, host: str, port: int) -> list[socket.socket]:
+    async def bind_sockets(self, host: str, port: int) -> list[socket.socket]:
         """Sockets that listen. A name is looked up in a thread. Raises OSError."""
         if is_ip_literal(host):
             return bind_sockets(port, host)
-        return await asyncio.get_running_loop().run_in_executor(self.files, bind_sockets, port, host)
+        return await asyncio.get_running_loop().run_in_executor(self.file_executor, bind_sockets, port, host)
 
-    def close_site(self) -> None:
-        """Listens no more."""
-        if self.site:
-            self.site.stop()
-        self.site = None
-
-    @property
-    def ends(self) -> dict[str, bool]:
-        """What is up."""
-        return self.engine.ends if self.engine else dict.fromkeys(ENDS, False)
+    def close_listener(self) -> None:
+        """Closes the listener."""
+        if self.listener:
+            self.listener.stop()
+        self.listener = None
 
     @property
-    def failures(self) -> dict[str, str]:
+    def end_states(self) -> dict[str, bool]:
+        """The ends that are up."""
+        return self.runner.end_states if self.runner else dict.fromkeys(ENDS, False)
+
+    @property
+    def end_failures(self) -> dict[str, str]:
         """Why each of ENDS is down that is."""
-        failures = self.engine.failures if self.engine else {}
-        why = '; '.join(self.waiting) or ('not up yet' if self.engine else self.status)
-        return {end: failures.get(end) or why for end, up in self.ends.items() if not up}
+        failures = self.runner.end_failures if self.runner else {}
+        why = '; '.join(self.waiting_lines) or ('not up yet' if self.runner else self.status)
+        return {end: failures.get(end) or why for end, up in self.end_states.items() if not up}
 
-    def healthy(self) -> bool:
-        """Alive and making progress."""
-        return not self.engine or self.engine.healthy(asyncio.get_running_loop().time())
+    def is_healthy(self) -> bool:
+        """True while the engine makes progress."""
+        return not self.runner or self.runner.is_healthy(asyncio.get_running_loop().time())
 
-    def exposition(self) -> bytes:
-        """All figures in Prometheus' text format."""
-        return exposition(self.total(), process=True)
+    def metrics_text(self) -> bytes:
+        """All metrics in the text format of Prometheus."""
+        return format_exposition(self.total_metrics(), process=True)
 
-    def total(self) -> Totals:
-        """All figures together."""
-        total = together(self.engine.gauges() if self.engine else [self.figures.snapshot()])
-        total.merge(self.past.snapshot())
+    def total_metrics(self) -> MetricTotals:
+        """All metrics, merged."""
+        total = merge_metrics(self.runner.current_metrics() if self.runner else [self.metrics.take_snapshot()])
+        total.merge_snapshot(self.past.take_snapshot())
         return total
 
 
 HTTP_CONNECTIONS = 32       # at a time; whoever asks asks seldom, and is answered at once
-HTTP_SHARE = 4              # of the process's open files one in so many: the others are for nsqds and the store
-HTTP_HEADER = 8192          # bytes of a request's head
-HTTP_BODY = 1024            # bytes of its body, for which nobody asks
-HTTP_TIME = 5.0             # seconds that it may take
-HTTP_IDLE = 15.0            # seconds for the next head
-HTTP_PAUSE = 1.0            # seconds without accepting, when there are no open files left
+HTTP_FILES_SHARE = 4        # of the process's open files one in so many: the others are for nsqds and the store
+HTTP_MAX_HEADER = 8192      # bytes of a request's head
+HTTP_MAX_BODY = 1024        # bytes of its body, for which nobody asks
+HTTP_BODY_TIMEOUT = 5.0     # seconds that it may take
+HTTP_IDLE_TIMEOUT = 15.0    # seconds for the next head
+HTTP_ACCEPT_PAUSE = 1.0     # seconds without accepting, when there are no open files left
 
 
 class HttpListener:
-    """Accepts connections for an HTTP server, of which one that is too many costs the oldest its own: a crowd keeps out
-    neither a scrape nor a health check. Tornado's own way has no bound, and it comes back at once and forever to a
-    connection for which there is no open file."""
+    """Accepts connections for an HTTP server. Above the limit the oldest connection is closed, so that many idle
+    clients block neither a scrape nor a health check. Tornado itself has no limit, and without a free file descriptor
+    it would retry accept() in a busy loop."""
 
     def __init__(self, server: Any, address: Address, sockets: list[socket.socket]) -> None:
         self.server, self.address, self.sockets = server, address, sockets
         self.streams: collections.deque[IOStream] = collections.deque()
         self.loop = asyncio.get_running_loop()
         for listener in sockets:
-            self.resume(listener)
+            self.resume_accepting(listener)
 
-    def resume(self, listener: socket.socket) -> None:
-        """Accepts from now on."""
+    def resume_accepting(self, listener: socket.socket) -> None:
+        """Accepts connections from now on."""
         if listener in self.sockets:
-            self.loop.add_reader(listener, self.accept, listener)
+            self.loop.add_reader(listener, self.accept_connection, listener)
 
-    def accept(self, listener: socket.socket) -> None:
-        """Takes one connection."""
+    def accept_connection(self, listener: socket.socket) -> None:
+        """Accepts one connection."""
         try:
             connection, address = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):   # it has gone by now
             return
         except OSError as error:   # no open files, or no memory
-            log.warning('[metrics] listen: %s; no connection is accepted for %g s', error.strerror, HTTP_PAUSE)
+            log.warning('[metrics] listen: %s; no connection is accepted for %g s', error.strerror, HTTP_ACCEPT_PAUSE)
             self.loop.remove_reader(listener)
-            self.loop.call_later(HTTP_PAUSE, self.resume, listener)
+            self.loop.call_later(HTTP_ACCEPT_PAUSE, self.resume_accepting, listener)
             self.close_oldest(len(self.streams) // 2)
             return
-        self.close_oldest(self.limit - 1)
+        self.close_oldest(self.connection_limit - 1)
         self.streams.append(IOStream(connection))
         self.server.handle_stream(self.streams[-1], address)
 
     @property
-    def limit(self) -> int:
-        """How many connections there may be."""
-        return max(1, min(HTTP_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HTTP_SHARE))
+    def connection_limit(self) -> int:
+        """The maximum number of connections."""
+        return max(1, min(HTTP_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HTTP_FILES_SHARE))
 
     def close_oldest(self, most: int) -> None:
         """Closes the oldest connections, until there are at most so many."""
@@ -7306,14 +7383,14 @@ class HttpListener:
             self.streams.popleft().close()
 
     def stop(self) -> None:
-        """Accepts no more; what is open is answered, and closes when it is idle."""
+        """Stops accepting; open connections are served and close when idle."""
         for listener in self.sockets:
             self.loop.remove_reader(listener)
             listener.close()
         self.sockets = []
 
 
-def listen(daemon: Daemon, address: Address, sockets: list[socket.socket]) -> HttpListener:
+def serve_http(daemon: Daemon, address: Address, sockets: list[socket.socket]) -> HttpListener:
     """An HTTP server for a Daemon, at sockets that listen at `address`; it stops by stop()."""
     from tornado import httpserver, web
 
@@ -7321,7 +7398,7 @@ def listen(daemon: Daemon, address: Address, sockets: list[socket.socket]) -> Ht
         """GET /metrics, /healthz, /readyz, /."""
 
         def get(self) -> None:
-            """One answer, of the state as it is now."""
+            """Answers with the current state."""
             self.set_header('Cache-Control', 'no-store')
             self.set_header('Content-Security-Policy', "default-src 'none'; style-src 'unsafe-inline'; img-src data:")
             kind, good, text = answers[self.request.path](daemon)
@@ -7329,23 +7406,24 @@ def listen(daemon: Daemon, address: Address, sockets: list[socket.socket]) -> Ht
             self.set_status(200 if good else 503)
             self.finish(text)
 
-    answers = {'/metrics': lambda d: ('text/plain; version=0.0.4', True, d.exposition()),
-               '/healthz': lambda d: ('text/plain', d.healthy(), 'ok\n' if d.healthy() else 'no progress\n'),
-               '/readyz': lambda d: ('text/plain', all(d.ends.values()), readiness(d)),
-               '/': lambda d: ('text/html', True, page(d))}
+    answers = {'/metrics': lambda d: ('text/plain; version=0.0.4', True, d.metrics_text()),
+               '/healthz': lambda d: ('text/plain', d.is_healthy(), 'ok\n' if d.is_healthy() else 'no progress\n'),
+               '/readyz': lambda d: ('text/plain', all(d.end_states.values()), readiness_text(d)),
+               '/': lambda d: ('text/html', True, render_page(d))}
     site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
-    server = httpserver.HTTPServer(site, max_header_size=HTTP_HEADER, max_body_size=HTTP_BODY, body_timeout=HTTP_TIME,
-                                   idle_connection_timeout=HTTP_IDLE)
+    server = httpserver.HTTPServer(site, max_header_size=HTTP_MAX_HEADER, max_body_size=HTTP_MAX_BODY,
+                                   body_timeout=HTTP_BODY_TIMEOUT,
+                                   idle_connection_timeout=HTTP_IDLE_TIMEOUT)
     return HttpListener(server, address, sockets)
 
 
-def readiness(daemon: Daemon) -> str:
-    """Which end is up and what is waited for, a line each."""
-    ends = [f'{end}: {"up" if up else "down"}' for end, up in daemon.ends.items()]
-    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting])
+def readiness_text(daemon: Daemon) -> str:
+    """A line for each end, up or down, and for each wait."""
+    ends = [f'{end}: {"up" if up else "down"}' for end, up in daemon.end_states.items()]
+    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting_lines])
 
 
-STYLE = """:root{color-scheme:light dark;--text:#1d2328;--faint:#5c666f;--back:#fff;--box:#f3f5f7;--line:#d5dbe0;
+PAGE_STYLE = """:root{color-scheme:light dark;--text:#1d2328;--faint:#5c666f;--back:#fff;--box:#f3f5f7;--line:#d5dbe0;
 --good:#176b35;--bad:#b3141c;--dead:#b07400;--bar:#2f7d4a;--gone:#5b7f95;--depth:#3566b8}
 @media(prefers-color-scheme:dark){:root{--text:#dfe4e8;--faint:#98a3ad;--back:#101418;--box:#1a2026;--line:#323b44;
 --good:#6fcf8b;--bad:#ff8080;--dead:#e0b040;--bar:#58b478;--gone:#8fb4c8;--depth:#7fa8ee}}
@@ -7372,7 +7450,7 @@ fill:var(--faint)}svg line{stroke:var(--line)}.stored{fill:var(--bar)}.deleted{f
 #letters td{display:block;border:0;padding:0}}"""
 
 
-PAGE = """\
+PAGE_TEMPLATE = """\
 <!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5">
 <meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">
 <title>{{ '' if all_up else 'DOWN: ' }}x-msrv {{ name }}</title><style>{% raw style %}</style></head><body>
@@ -7408,24 +7486,24 @@ PAGE = """\
 def page_template() -> Any:
     """The template of the page, which escapes all that it is given but `raw`."""
     from tornado.template import Template
-    return Template(PAGE)
+    return Template(PAGE_TEMPLATE)
 
 
-def page(daemon: 'Daemon') -> bytes:
+def render_page(daemon: 'Daemon') -> bytes:
     """The page to look at: it loads itself again every 5 s, and takes nothing from elsewhere."""
-    now, total, history = time.time(), daemon.total(), daemon.history
-    ends, nsq, rows = daemon.ends, daemon.config.nsq, list(nsqd_rows(daemon))
-    history.note_ends(ends, daemon.failures, now)
+    now, total, history = time.time(), daemon.total_metrics(), daemon.history
+    ends, nsq, rows = daemon.end_states, daemon.config.nsq, list(nsqd_rows(daemon))
+    history.note_ends(ends, daemon.end_failures, now)
     made: bytes = page_template().generate(
-        name=f'{nsq.topic}/{nsq.channel}', style=STYLE, status=daemon.state, all_up=all(ends.values()),
-        ends=[(end, state, since(begun, now), why or (some_down(rows) if end == 'queue' else ''))
+        name=f'{nsq.topic}/{nsq.channel}', style=PAGE_STYLE, status=daemon.status_line, all_up=all(ends.values()),
+        ends=[(end, state, format_moment(begun, now), why or (some_down(rows) if end == 'queue' else ''))
               for end, (state, begun, why) in history.ends.items()],
-        tiles=tiles(history, total), charts=[rate_chart(history), depth_chart(history)],
+        tiles=page_tiles(history, total), charts=[rate_chart(history), depth_chart(history)],
         nsqds=rows, reasons=dead_letter_reasons(total),
-        letters=[(f'{rfc3339(when)[:19]}Z', reason, detail)   # nothing of their bodies
+        letters=[(f'{format_rfc3339(when)[:19]}Z', reason, detail)   # nothing of their bodies
                  for when, reason, detail in reversed(total.recent)],
-        foot=f'{rfc3339(now)[:19]}Z, {socket.gethostname()}, x-msrv {__version__}, process {os.getpid()}, '
-             f'running since {since(history.started, now)}')
+        foot=f'{format_rfc3339(now)[:19]}Z, {socket.gethostname()}, x-msrv {__version__}, process {os.getpid()}, '
+             f'running since {format_moment(history.started, now)}')
     return made
 
 
@@ -7470,17 +7548,17 @@ class History:
             begun = was.since if was and was.state == state else now
             self.ends[end] = EndSince(state, begun, failures.get(end, ''))
 
-    def due(self, now: float) -> bool:
+    def is_due(self, now: float) -> bool:
         """Whether it is time for a sample."""
         return not self.samples or now - self.samples[-1].time >= SAMPLE_INTERVAL - 0.5
 
-    def note_counts(self, total: Totals, now: float) -> None:
+    def note_counts(self, total: MetricTotals, now: float) -> None:
         """A sample."""
-        counts = tuple(total.number('xmsrv_messages_total', kind) for kind in CHARTED)
+        counts = tuple(total.value_of('xmsrv_messages_total', kind) for kind in CHARTED)
         waiting = sum(depth.waiting for depth in self.depths.values())
-        self.samples.append(Sample(now, counts, total.number(f'{LAG}_sum'), waiting, len(self.depths)))
+        self.samples.append(Sample(now, counts, total.value_of(f'{LAG}_sum'), waiting, len(self.depths)))
 
-    def lately(self, seconds: float) -> tuple[float, float, float] | None:
+    def recent_rates(self, seconds: float) -> tuple[float, float, float] | None:
         """Of the last seconds: how long they were, messages stored or deleted, and the sum of their ages; None where it
         is too early to say."""
         recent = [sample for sample in self.samples if self.samples[-1].time - sample.time <= seconds]
@@ -7489,7 +7567,7 @@ class History:
         first, last = recent[0], recent[-1]
         return last.time - first.time, sum(last.counts[:2]) - sum(first.counts[:2]), last.ages - first.ages
 
-    def growth(self) -> float | None:
+    def depth_growth(self) -> float | None:
         """Messages by which the depth grows in a second, negative where it falls; None where nobody can tell yet."""
         known = [sample for sample in self.samples if sample.nsqds == len(self.depths)
                  and self.samples[-1].time - sample.time <= TREND]
@@ -7520,14 +7598,14 @@ class Chart(NamedTuple):
     width: float
 
 
-def since(begun: float, now: float) -> str:
+def format_moment(begun: float, now: float) -> str:
     """A moment in words: `14:03:05Z (12 min)`, with the day where it was another."""
-    moment = rfc3339(begun)
-    day = '' if moment[:10] == rfc3339(now)[:10] else f'{moment[:10]} '
-    return f'{day}{moment[11:19]}Z ({rounded(now - begun)})'
+    moment = format_rfc3339(begun)
+    day = '' if moment[:10] == format_rfc3339(now)[:10] else f'{moment[:10]} '
+    return f'{day}{moment[11:19]}Z ({format_duration(now - begun)})'
 
 
-def rounded(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration in the largest unit of which there are two: `45 s`, `12 min`, `30 h`, `5 d`."""
     for unit, size in ('d', 86400), ('h', 3600), ('min', 60):
         if seconds >= 2 * size:
@@ -7535,18 +7613,19 @@ def rounded(seconds: float) -> str:
     return f'{max(0.0, seconds):.0f} s'
 
 
-def trend(waiting: int, growth: float | None) -> str:
+def describe_trend(waiting: int, growth: float | None) -> str:
     """Whether the backlog grows, in words; a change of less than a hundredth in TREND is none."""
     if growth is None:
         return 'not known yet whether it grows'
     if abs(growth) * TREND < max(1.0, waiting / 100):
         return 'steady'
     if growth > 0:
-        return f'grows by {brief(growth)}/s'
-    return f'falls by {brief(-growth)}/s' + (f', empty in {rounded(waiting / -growth)}' if waiting else '')
+        return f'grows by {format_number(growth)}/s'
+    return (f'falls by {format_number(-growth)}/s' + (f', empty in {format_duration(waiting / -growth)}' if waiting
+                                                      else ''))
 
 
-def brief(number: float) -> str:
+def format_number(number: float) -> str:
     """A number in at most a few characters: `0.25`, `7.5`, `940`, `12.5k`, `3M`."""
     for unit, size in ('G', 1e9), ('M', 1e6), ('k', 1e3):
         if number >= size:
@@ -7554,36 +7633,36 @@ def brief(number: float) -> str:
     return f'{number:.3g}'
 
 
-def tiles(history: History, total: Totals) -> Iterator[tuple[str, str, str, str]]:
+def page_tiles(history: History, total: MetricTotals) -> Iterator[tuple[str, str, str, str]]:
     """Yields the numbers as (id, what it is, value, remark): what waits, how fast it is stored, how old it is then, and
     what became of all."""
     known = [depth.waiting for depth in history.depths.values()]
     yield ('depth', 'waiting in the channel', f'{sum(known):,}' if known else 'not known',
-           trend(sum(known), history.growth()) if known else 'no nsqd answers by HTTP')
-    seconds, stored, ages = history.lately(60) or (0, 0, 0)
-    longer, more, older = history.lately(SAMPLES * SAMPLE_INTERVAL) or (0, 0, 0)
-    yield ('rate', 'stored/s, last minute', brief(stored / seconds) if seconds else 'none yet',
-           f'{brief(more / longer)} in {rounded(longer)}' if longer else '')
-    yield ('lag', 'mean age when stored', f'{brief(ages / stored)} s' if stored else 'none stored',
-           f'{brief(older / more)} s in {rounded(longer)}' if more else '')
-    yield ('stored', 'stored', f'{total.number("xmsrv_messages_total", "stored"):,.0f}',
-               ', '.join(f'{kind} {total.number("xmsrv_messages_total", kind):,.0f}'
+           describe_trend(sum(known), history.depth_growth()) if known else 'no nsqd answers by HTTP')
+    seconds, stored, ages = history.recent_rates(60) or (0, 0, 0)
+    longer, more, older = history.recent_rates(SAMPLES * SAMPLE_INTERVAL) or (0, 0, 0)
+    yield ('rate', 'stored/s, last minute', format_number(stored / seconds) if seconds else 'none yet',
+           f'{format_number(more / longer)} in {format_duration(longer)}' if longer else '')
+    yield ('lag', 'mean age when stored', f'{format_number(ages / stored)} s' if stored else 'none stored',
+           f'{format_number(older / more)} s in {format_duration(longer)}' if more else '')
+    yield ('stored', 'stored', f'{total.value_of("xmsrv_messages_total", "stored"):,.0f}',
+               ', '.join(f'{kind} {total.value_of("xmsrv_messages_total", kind):,.0f}'
                      for kind in ('deleted', 'requeued')))
-    yield ('in-flight', 'in flight', f'{total.number("xmsrv_in_flight"):,.0f}', '')
-    yield ('dead', 'dead letters', f'{total.number("xmsrv_messages_total", "dead"):,.0f}', '')
+    yield ('in-flight', 'in flight', f'{total.value_of("xmsrv_in_flight"):,.0f}', '')
+    yield ('dead', 'dead letters', f'{total.value_of("xmsrv_messages_total", "dead"):,.0f}', '')
 
 
-def dead_letter_reasons(total: Totals) -> str:
+def dead_letter_reasons(total: MetricTotals) -> str:
     """How many there were for each reason."""
-    counts = {reason: total.number('xmsrv_dead_letters_total', reason) for reason in REASONS}
+    counts = {reason: total.value_of('xmsrv_dead_letters_total', reason) for reason in REASONS}
     return ', '.join(f'{reason} {number:,.0f}' for reason, number in counts.items() if number)
 
 
 def nsqd_rows(daemon: 'Daemon') -> Iterator[tuple[str, str, str, str, int, str]]:
     """Yields a line for each nsqd that is configured, connected or answers by HTTP: (nsqd, `up` or `down`, that in
     words, what waits, messages in flight, remark)."""
-    connections = daemon.engine.connections if daemon.engine else {}
-    configured = [spelled(address) for address in daemon.config.nsq.nsqd_tcp_address]
+    connections = daemon.runner.connections if daemon.runner else {}
+    configured = [format_address(address) for address in daemon.config.nsq.nsqd_tcp_address]
     for nsqd in dict.fromkeys([*configured, *connections, *daemon.history.depths]):
         up, in_flight, error = connections.get(nsqd, (0, 0, ''))
         depth, workers = daemon.history.depths.get(nsqd), daemon.config.workers
@@ -7612,7 +7691,8 @@ def axis_end(most: float) -> float:
     return next(power * step for step in (1, 2, 5, 10) if most <= power * step * (1 + 1e-9))
 
 
-def chart(name: str, title: str, kinds: tuple[str, ...], columns: Sequence[tuple[float, Sequence[float]]]) -> Chart:
+def column_chart(name: str, title: str, kinds: tuple[str, ...],
+                 columns: Sequence[tuple[float, Sequence[float]]]) -> Chart:
     """A chart of columns: (seconds before now, a value for each kind, stacked from below)."""
     top = axis_end(max((sum(values) for _, values in columns), default=0))
     span, bars = SAMPLES * SAMPLE_INTERVAL, []
@@ -7623,9 +7703,10 @@ def chart(name: str, title: str, kinds: tuple[str, ...], columns: Sequence[tuple
             y -= height
             if height:
                 bars.append(Bar(kind, round(x, 1), round(y, 1), round(height, 1),
-                                f'{kind} {brief(value)}, {rounded(age)} ago'))
-    ticks = [(PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * part, brief(top * part)) for part in (0, 0.5, 1)]
-    times = [(round(PLOT_RIGHT - (PLOT_RIGHT - PLOT_LEFT) * part), f'-{rounded(span * part)}' if part else 'now')
+                                f'{kind} {format_number(value)}, {format_duration(age)} ago'))
+    ticks = [(PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * part, format_number(top * part)) for part in (0, 0.5, 1)]
+    times = [(round(PLOT_RIGHT - (PLOT_RIGHT - PLOT_LEFT) * part), f'-{format_duration(span * part)}' if part
+              else 'now')
              for part in (1, 2 / 3, 1 / 3, 0)]
     return Chart(name, title, kinds, bars, ticks, times, round(BAR_WIDTH - 0.4, 2))
 
@@ -7637,14 +7718,14 @@ def rate_chart(history: History) -> Chart:
         seconds = after.time - before.time
         columns.append((history.samples[-1].time - after.time,
                         [(b - a) / seconds for a, b in zip(before.counts, after.counts, strict=True)]))
-    return chart('rates', 'Messages a second', CHARTED, columns)
+    return column_chart('rates', 'Messages a second', CHARTED, columns)
 
 
 def depth_chart(history: History) -> Chart:
     """What waits in the channel."""
     columns = [(history.samples[-1].time - sample.time, [sample.waiting]) for sample in history.samples
                if sample.nsqds]
-    return chart('depths', 'Messages that wait in the channel', ('waiting',), columns)
+    return column_chart('depths', 'Messages that wait in the channel', ('waiting',), columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7652,16 +7733,16 @@ def depth_chart(history: History) -> Chart:
 # ---------------------------------------------------------------------------------------------------------------------
 
 async def check_connections(config: types.SimpleNamespace) -> int:
-    """Reaches the queue and the store and says what is there. Returns the exit status."""
+    """Connects to the queue and the store and describes both. Returns the exit status."""
     problems = []
     store = STORES[config.store](config)
     try:
         store.open()
-        line, faults = store.describe()
+        line, faults = store.describe_contents()
         print(line)
         problems += faults
         store.close()
-    except StoreDown as error:
+    except StoreError as error:
         problems.append(str(error))
     try:
         nsqds = await find_nsqds(config, config.nsq.topic)
@@ -7671,7 +7752,7 @@ async def check_connections(config: types.SimpleNamespace) -> int:
                                        for address, http_port in nsqds.items()), return_exceptions=True)
     for address, line in zip(nsqds, described, strict=True):
         if isinstance(line, UNREACHABLE):
-            problems.append(f'nsqd {spelled(address)}: {explained(line)}')
+            problems.append(f'nsqd {format_address(address)}: {describe_error(line)}')
         elif isinstance(line, BaseException):
             raise line
         else:
@@ -7682,24 +7763,25 @@ async def check_connections(config: types.SimpleNamespace) -> int:
 
 
 async def describe_nsqd(config: types.SimpleNamespace, address: Address, http_port: int | None) -> str:
-    """One line about an nsqd. It does not subscribe, so it makes no topic and no channel. Raises one of UNREACHABLE."""
-    connection = Connection(address, Link(config))
+    """Describes an nsqd in one line, without a subscription, which would create topic and channel. Raises one of
+    UNREACHABLE."""
+    connection = Connection(address, ConnectionOptions(config))
     await connection.open()
     parts = [f'nsqd {connection}: version {connection.info.get("version")}']
     if config.nsq.tls:
         parts += tls_facts(connection.stream.socket)
     if config.nsq.compression != 'none':
         parts.append(config.nsq.compression)
-    await connection.leave()
+    await connection.close_unsubscribed()
     topic = await topic_stats(address, http_port, config.nsq.topic)
     return ', '.join([*parts, *describe_topic(topic, config.nsq.topic, config.nsq.channel)])
 
 
 def describe_topic(stats: dict[str, Any] | None, topic: str, channel: str) -> list[str]:
-    """What an operator has to know of a topic and its channel, part by part; `stats` is of topic_stats()."""
+    """Describes a topic and its channel, in parts; `stats` is of topic_stats()."""
     if stats is None:
         return [f'depth of {topic}/{channel} unknown']
-    in_topic, in_channel = depths(stats, channel)
+    in_topic, in_channel = topic_and_channel_depth(stats, channel)
     found = channel_stats(stats, channel)
     if not stats:
         where = 'there is no such topic yet'
@@ -7715,12 +7797,12 @@ BIN_TYPES = {bool: 'boolean', int: 'integer', float: 'float', str: 'string', lis
 
 
 def check_message(config: types.SimpleNamespace, body: bytes) -> None:
-    """Prints the record that a message would become. Raises DataError where it can't; the store is not asked."""
+    """Prints the record that a message would become, without the store. Raises DataError when it can become none."""
     message = Message(None, b'', 0, 1, body)
     try:
-        record = Mapper(config).record(message)
-    except Unfit as unfit:
-        raise DataError(plain(str(unfit))) from None
+        record = Mapper(config).build_record(message)
+    except InvalidMessage as rejection:
+        raise DataError(terminal_safe(str(rejection))) from None
     options, made = config.record, {}    # by nsqd, when it takes the message
     if options.key == '$id':
         made[options.id_bin] = '$id (made by nsqd)'
@@ -7729,7 +7811,7 @@ def check_message(config: types.SimpleNamespace, body: bytes) -> None:
     made.update((name, f'{source} (made by nsqd)') for source, name in options.bins.items()
                 if source in METADATA and source != '$topic')
     key = '$id (made by nsqd)' if options.key == '$id' else json.dumps(record.key)
-    print(f'set   {plain(record.set or getattr(config, config.store).set)}')
+    print(f'set   {terminal_safe(record.set or getattr(config, config.store).set)}')
     print(f'key   {BIN_TYPES[type(record.key)]}  {key}')
     if isinstance(record, Deletion):
         print(f'does  {describe_deletion(config.record.delete)}')
@@ -7737,7 +7819,7 @@ def check_message(config: types.SimpleNamespace, body: bytes) -> None:
             return
     elif options.ttl_field:
         print(f'ttl   {f"{record.ttl} s" if record.ttl else "as ttl in [record]"}')
-    names = {name: plain(name) for name in record.bins}
+    names = {name: terminal_safe(name) for name in record.bins}
     width = max(map(len, names.values()))
     own_types = typed_bins(config) if config.store == 'aerospike' else {}   # SQLite keeps what JSON has
     for name, value in record.bins.items():
@@ -7749,7 +7831,7 @@ def describe_deletion(delete: types.SimpleNamespace) -> str:
     """What a message does that deletes the record of its key."""
     if delete.mode == 'remove':
         return 'delete    the record is removed, where it is not newer'
-    ends = 'never ends' if delete.keep == NEVER else f'ends after {delete.keep} s'
+    ends = 'never ends' if delete.keep == TTL_NEVER else f'ends after {delete.keep} s'
     return f'delete    a tombstone of these bins, which {ends}, takes the place of a record that is not newer'
 
 
@@ -7767,7 +7849,7 @@ def tls_facts(tls_socket: Any) -> list[str]:
 # bash takes words apart at = and :, and shtab's function does not put them together again. Nor does it know that a
 # value may be called as a command is, or where an option ends whose value may be left out. So it is shown three things:
 # the arguments that are no options, the option whose value is typed, and the word at the cursor.
-BASH = """
+BASH_WRAPPER = """
 _x_msrv() {
     local word parser known nargs option='' words=() plain=()
     for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do
@@ -7793,15 +7875,15 @@ complete -o bashdefault -F _x_msrv x-msrv
 """
 
 
-def completion(shell: str, parser: argparse.ArgumentParser) -> str:
-    """What bash, zsh or fish reads to complete the command line of `parser`."""
+def shell_completion(shell: str, parser: argparse.ArgumentParser) -> str:
+    """The completion script of bash, zsh or fish for the command line of `parser`."""
     import shtab
     if shell == 'zsh':
-        join_values(parser)
-    return f'{shtab.complete(parser, shell)}\n{BASH if shell == "bash" else ""}'
+        join_option_values(parser)
+    return f'{shtab.complete(parser, shell)}\n{BASH_WRAPPER if shell == "bash" else ""}'
 
 
-def join_values(parser: argparse.ArgumentParser) -> None:
+def join_option_values(parser: argparse.ArgumentParser) -> None:
     """Tells zsh's _arguments that a value may follow an option at once (`--set=x`), and may be left out of some.
 
     Only for shtab: nothing can be parsed by the parser after it."""
@@ -7809,25 +7891,25 @@ def join_values(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                join_values(command)
+                join_option_values(command)
         elif action.nargs != 0:
             action.option_strings = [name + ('=' if name.startswith('--') else '+') for name in action.option_strings]
             if action.nargs == '?':
                 action.metavar = f':{action.metavar}'
 
 
-# What each shell calls for the name of a file: shtab's own, but that fish's would look for a file named `--config=a`.
-FILES = {'bash': '_shtab_compgen_files', 'zsh': '_files',
-         'fish': "(__fish_complete_path (string replace -r '^--[a-z]+=' '' -- (commandline -ct)))"}
+# The completion of a file name in each shell: shtab's own, except fish's, which would look for a file `--config=a`.
+FILE_COMPLETION = {'bash': '_shtab_compgen_files', 'zsh': '_files',
+                   'fish': "(__fish_complete_path (string replace -r '^--[a-z]+=' '' -- (commandline -ct)))"}
 
 
-def set_completion(action: argparse.Action, how: dict[str, Any] = FILES) -> None:
+def set_completion(action: argparse.Action, how: dict[str, Any] = FILE_COMPLETION) -> None:
     """Tells shtab what each shell calls, or chooses from, for the value of an option."""
     action.complete = how   # type: ignore[attr-defined]  # where shtab looks for it
 
 
-def settings() -> dict[str, Any]:
-    """What may follow --set, from the table of options: what each shell calls for it."""
+def setting_completion() -> dict[str, Any]:
+    """The completion of --set in each shell, from the table of options."""
     words = ' '.join(f'{option.section}.{option.name}'.lstrip('.') + ('=' if option.default is not None else '.')
                      for option in OPTIONS)
     return {'bash': '_x_msrv_settings', 'zsh': '_x_msrv_settings', 'fish': words,
@@ -7835,7 +7917,7 @@ def settings() -> dict[str, Any]:
                          'zsh': f"_x_msrv_settings() {{ compadd -S '' -- {words} }}"}}
 
 
-COLLECT_EVERY = 100_000   # objects: a window makes thousands at a time, none in a circle; 700 costs a third more CPU
+GC_THRESHOLD = 100_000   # objects: a window makes thousands at a time, none in a circle; 700 costs a third more CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # malloc.h
 KEPT_MEMORY = 4 << 20       # bytes a thread; a batch of 500 small records needs 1 MiB
 
@@ -7848,7 +7930,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(os.EX_USAGE, f'{self.prog}: {message}; see {self.prog} --help\n')
 
 
-EXAMPLES = """examples:
+HELP_EPILOG = """examples:
   x-msrv check --connect                     is the file right, are both ends there?
   x-msrv once                                one window, as the timer does it
   x-msrv --set nsq.max-messages=10 once      the same, at most ten messages
@@ -7860,21 +7942,21 @@ EXAMPLES = """examples:
 
 exit status: 0 done, 64 usage, 65 the message of check --message can never become a record, 69 queue
 or store out of reach, or a file of the configuration not there yet (nothing was taken), 70 internal error,
-74 what was to be printed could not be written, 75 messages handed back because the store or the keeper of
-dead letters failed, 78 the text of the configuration is wrong
+74 standard output could not be written, 75 messages requeued because the store or the dead-letter
+sink failed, 78 the text of the configuration is wrong
 """
 
 
-def add_common(parser: argparse.ArgumentParser, after: bool) -> None:
+def add_common_options(parser: argparse.ArgumentParser, after: bool) -> None:
     """The options that stand before or after the command; `after` keeps the second from undoing the first."""
     absent = argparse.SUPPRESS
     set_completion(parser.add_argument('-c', '--config', metavar='FILE', default=absent if after else DEFAULT_FILE,
                                        help=f'configuration (default: {DEFAULT_FILE})'))
     set_completion(parser.add_argument('--set', metavar='SECTION.OPTION=VALUE', action='append', default=[],
                                        dest='set_after' if after else 'set_before',
-                                       help='set one option, over the file and the environment'), settings())
+                                       help='set one option, over the file and the environment'), setting_completion())
     parser.add_argument('--as-root', action='store_true', default=absent if after else False,
-                        help=f'as root, do not become the user {USER}')
+                        help=f'as root, do not become the user {SERVICE_USER}')
     loud = parser.add_mutually_exclusive_group()
     loud.add_argument('-v', '--verbose', action='store_true', default=absent if after else False, help='say more')
     loud.add_argument('-q', '--quiet', action='store_true', default=absent if after else False, help='say less')
@@ -7882,31 +7964,31 @@ def add_common(parser: argparse.ArgumentParser, after: bool) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = Parser(prog='x-msrv', formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
+    parser = Parser(prog='x-msrv', formatter_class=argparse.RawDescriptionHelpFormatter, epilog=HELP_EPILOG,
                     description='Takes JSON messages from an NSQ topic and stores each as one record.')
     parser.add_argument('--version', action='version', version=f'x-msrv {__version__}')
-    add_common(parser, after=False)
+    add_common_options(parser, after=False)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     made = {}
-    add_common(commands.add_parser('worker'), after=True)   # no help: only the daemon starts it
+    add_common_options(commands.add_parser('worker'), after=True)   # no help: only the daemon starts it
     for name, help in (('once', 'one window, then exit'), ('daemon', 'a window every period, until told to stop'),
                        ('check', 'every fault in the configuration at once'),
                        ('replay', 'run dead letters through again, under their first key'),
                        ('config', 'print the effective configuration'),
                        ('completion', 'print what a shell reads to complete the command line')):
         made[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.')
-        add_common(made[name], after=True)
+        add_common_options(made[name], after=True)
     asked = made['check'].add_mutually_exclusive_group()
     asked.add_argument('--connect', action='store_true', help='also reach the queue and the store')
     set_completion(asked.add_argument('--message', metavar='FILE',
                                       help='show the record that the message in FILE (-: stdin) becomes'))
-    add_replay(made['replay'])
+    add_replay_options(made['replay'])
     made['config'].add_argument('--sample', action='store_true', help='print every option at its default')
     made['completion'].add_argument('shell', choices=('bash', 'zsh', 'fish'))
     return parser
 
 
-def add_replay(parser: argparse.ArgumentParser) -> None:
+def add_replay_options(parser: argparse.ArgumentParser) -> None:
     """The options of replay."""
     parser.epilog = ('Letters that --reason and --since leave out stay where they are. Of a topic only max-in-flight '
                      'letters can be held at a time, so they look at the first of them; of a file, at all. A '
@@ -7921,16 +8003,17 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--json', action='store_true', help='with --list or --dry-run: a JSON object a line')
     parser.add_argument('--reason', action='append', choices=REASONS, metavar='R', default=[],
                         help='those with this reason (may be repeated): ' + ', '.join(REASONS))
-    parser.add_argument('--since', type=duration, metavar='DURATION', help='those published within, say, 2h or 30d')
-    parser.add_argument('--limit', type=positive, metavar='N', help='at most N of them')
-    parser.add_argument('--rate', type=positive, metavar='N', help='at most N a second')
+    parser.add_argument('--since', type=parse_duration, metavar='DURATION',
+                        help='those published within, say, 2h or 30d')
+    parser.add_argument('--limit', type=parse_positive, metavar='N', help='at most N of them')
+    parser.add_argument('--rate', type=parse_positive, metavar='N', help='at most N a second')
 
 
-def configured(arguments: argparse.Namespace) -> types.SimpleNamespace:
-    """The configuration, checked, with what it names at hand. Raises ConfigError or Unavailable, a line for each
+def load_available_config(arguments: argparse.Namespace) -> types.SimpleNamespace:
+    """Loads the configuration and checks that its files are available. Raises ConfigError or Unavailable, a line per
     fault."""
-    _, config, unavailable = reread(arguments)
-    set_up_log_of(config, arguments)
+    _, config, unavailable = load_config(arguments)
+    set_up_configured_log(config, arguments)
     require_available(arguments, unavailable)
     return config
 
@@ -7939,42 +8022,42 @@ def require_available(arguments: argparse.Namespace, unavailable: Sequence[Fault
     """Raises Unavailable with a line for each fault, where there are any."""
     if unavailable:
         of_store = all(fault.section.startswith('aerospike') for fault in unavailable)
-        raise (StoreAway if of_store else Unavailable)(lines_of(arguments, unavailable))
+        raise (StoreUnavailable if of_store else Unavailable)(format_faults(arguments, unavailable))
 
 
 def command_once(arguments: argparse.Namespace) -> int:
     """x-msrv once"""
-    _, config, unavailable = reread(arguments)
-    set_up_log_of(config, arguments)
-    figures = Figures() if config.metrics.textfile else UnreadFigures()
-    figures.period(config)
-    with locked(config, arguments.config):
+    _, config, unavailable = load_config(arguments)
+    set_up_configured_log(config, arguments)
+    metrics = Metrics() if config.metrics.textfile else NullMetrics()
+    metrics.set_period(config)
+    with hold_run_lock(config, arguments.config):
         try:
             require_available(arguments, unavailable)
-            return run(lambda stopper: run_once(config, stopper, figures))
+            return run_until_signal(lambda stopper: run_once(config, stopper, metrics))
         except Unavailable as error:
-            figures.unavailable(error)
+            metrics.record_unavailable(error)
             raise
         finally:
             if config.metrics.textfile:
                 # Two pipelines on a host have two files, and node_exporter refuses two series of one name and labels.
                 names = {'topic': config.nsq.topic, 'channel': config.nsq.channel}
-                write_textfile(config.metrics.textfile, figures, names)
+                write_textfile(config.metrics.textfile, metrics, names)
 
 
 def command_daemon(arguments: argparse.Namespace) -> int:
     """x-msrv daemon"""
-    return run(lambda stopper: Daemon(arguments).run(stopper))
+    return run_until_signal(lambda stopper: Daemon(arguments).run(stopper))
 
 
 def command_worker(arguments: argparse.Namespace) -> int:
     """x-msrv worker: a process of the daemon's, which alone starts it."""
-    return run(lambda stopper: Worker(arguments).run(stopper))
+    return run_until_signal(lambda stopper: Worker(arguments).run(stopper))
 
 
 def command_check(arguments: argparse.Namespace) -> int:
     """x-msrv check"""
-    config = configured(arguments)
+    config = load_available_config(arguments)
     if arguments.message is not None:
         check_message(config, read_message(arguments.message))
         return os.EX_OK
@@ -7998,19 +8081,19 @@ def command_replay(arguments: argparse.Namespace) -> int:
         raise UsageError('replay: --json goes with --list or --dry-run')
     if arguments.rate and looking:
         raise UsageError('replay: --rate does not go with --list or --dry-run, which store nothing')
-    config = configured(arguments)
-    path = letter_path(arguments, config)
+    config = load_available_config(arguments)
+    path = dead_letter_path(arguments, config)
     since = time.time_ns() - int(arguments.since * 1e9) if arguments.since else 0
     limit = arguments.limit or (20 if arguments.list else 0)
-    choice = Choice(tuple(arguments.reason), since, limit, arguments.rate or 0)
+    choice = ReplayFilter(tuple(arguments.reason), since, limit, arguments.rate or 0)
     if path and not os.path.isfile(path):
-        return no_letters(path, arguments.file)
+        return on_missing_file(path, arguments.file)
     if looking:
-        return run(lambda stopper: look(config, stopper, path, choice, arguments))
-    return run(lambda stopper: replay(config, stopper, path, choice))
+        return run_until_signal(lambda stopper: list_dead_letters(config, stopper, path, choice, arguments))
+    return run_until_signal(lambda stopper: run_replay(config, stopper, path, choice))
 
 
-def letter_path(arguments: argparse.Namespace, config: types.SimpleNamespace) -> str | None:
+def dead_letter_path(arguments: argparse.Namespace, config: types.SimpleNamespace) -> str | None:
     """The file to replay; None: the topic."""
     dead = config.dead_letter
     if dead.topic and arguments.file is None:
@@ -8022,29 +8105,29 @@ def letter_path(arguments: argparse.Namespace, config: types.SimpleNamespace) ->
     return os.path.realpath(path)
 
 
-def no_letters(path: str, asked_for: str | None) -> int:
-    """What follows where the file is not there: that of the configuration comes with the first dead letter."""
+def on_missing_file(path: str, asked_for: str | None) -> int:
+    """Handles a missing file: the configured one is created with the first dead letter."""
     if asked_for or os.path.exists(path):
         raise UsageError(f'replay: {path}: {"not a regular file" if os.path.exists(path) else "no such file"}')
-    log.info('%s is not there: no letter to replay', path)
+    log.info('%s does not exist: no dead letter to replay', path)
     return os.EX_OK
 
 
 def command_config(arguments: argparse.Namespace) -> int:
     """x-msrv config"""
     if arguments.sample:
-        print(sample(), end='')
+        print(sample_config(), end='')
         return os.EX_OK
-    settings = overrides(arguments)
+    settings = read_overrides(arguments)
     raw = read_file(arguments.config, settings)
-    configured(arguments)
-    print(effective(raw, settings), end='')
+    load_available_config(arguments)
+    print(dump_config(raw, settings), end='')
     return os.EX_OK
 
 
 def command_completion(arguments: argparse.Namespace) -> int:
     """x-msrv completion"""
-    print(completion(arguments.shell, build_parser()), end='')
+    print(shell_completion(arguments.shell, build_parser()), end='')
     return os.EX_OK
 
 
@@ -8052,12 +8135,12 @@ COMMANDS = {'once': command_once, 'daemon': command_daemon, 'worker': command_wo
             'replay': command_replay, 'config': command_config, 'completion': command_completion}
 
 
-def run(command: Callable[[Stopper], Coroutine[Any, Any, int]]) -> int:
-    """Runs an async command with a Stopper; a signal before its window ends it with 0: nothing was taken."""
+def run_until_signal(command: Callable[[SignalHandler], Coroutine[Any, Any, int]]) -> int:
+    """Runs an async command with a SignalHandler; a signal before its window ends it with 0: nothing was taken."""
     async def main_task() -> int:
-        return await command(Stopper())
+        return await command(SignalHandler())
     gc.freeze()
-    gc.set_threshold(COLLECT_EVERY)
+    gc.set_threshold(GC_THRESHOLD)
     keep_freed_memory()
     try:
         return run_loop(main_task())
@@ -8076,11 +8159,11 @@ def keep_freed_memory() -> None:
 
 
 def run_loop(main_task: Coroutine[Any, Any, int]) -> int:
-    """As asyncio.run(), which would wait for the reading of a certificate for as long as its mount likes."""
+    """Like asyncio.run(), which would wait for a certificate on a hanging mount without limit."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix=f'{THREADS}-files'))
-    loop.set_exception_handler(left_over)
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix=f'{THREAD_PREFIX}-files'))
+    loop.set_exception_handler(on_loop_error)
     try:
         return loop.run_until_complete(main_task)
     finally:
@@ -8092,7 +8175,7 @@ def run_loop(main_task: Coroutine[Any, Any, int]) -> int:
 
 
 def close_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Closes the loop, which undoes its handlers. Signals are ignored from here on: what they ask for is being done."""
+    """Closes the loop and removes its handlers. Signals are ignored from here on, as the process is exiting."""
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)   # so that none finds the moment in between
     loop.close()
@@ -8101,8 +8184,8 @@ def close_loop(loop: asyncio.AbstractEventLoop) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
-def left_over(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What asyncio says of an error that nobody waits for: of a connection that was given up it is no news."""
+def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Logs an error that no task waits for; for a connection that was given up only with -v."""
     error = context.get('exception')
     given_up = isinstance(error, (*UNREACHABLE, asyncio.CancelledError))
     log.log(logging.DEBUG if given_up else logging.ERROR, 'internal error: %s: %r',
@@ -8110,8 +8193,8 @@ def left_over(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 def leave_stuck_calls(status: int) -> None:
-    """Exits at once where a call has not come back in its time: the interpreter would wait for it."""
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+    """Exits at once when a call still hangs: the interpreter would wait for its thread."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_PREFIX)]
     for thread in threads:
         thread.join(0.5)
     if any(thread.is_alive() for thread in threads):
@@ -8123,29 +8206,29 @@ def leave_stuck_calls(status: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     set_up_output()
-    status = obey(arguments)
-    repeats.tell()
+    status = dispatch_command(arguments)
+    rate_limit_filter.log_counts()
     leave_stuck_calls(status)
     return status
 
 
 def become_user() -> None:
-    """As root, becomes the user that the packages make, where it exists: what root makes in state-dir, the service
-    could not open. Before anything is opened."""
+    """As root, switches to the user of the packages, if it exists, before any file is opened: the service could not
+    open files that root creates in state-dir."""
     if os.geteuid():
         return
     try:
-        user = pwd.getpwnam(USER)
+        user = pwd.getpwnam(SERVICE_USER)
     except KeyError:
         return
-    os.initgroups(USER, user.pw_gid)
+    os.initgroups(SERVICE_USER, user.pw_gid)
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
     os.environ['HOME'] = user.pw_dir
 
 
-def obey(arguments: list[str] | None) -> int:
-    """Runs the command, and says in a line why where it fails. Returns the exit status."""
+def dispatch_command(arguments: list[str] | None) -> int:
+    """Runs the command and logs a failure in one line. Returns the exit status."""
     set_up_log(argparse.Namespace(verbose=False, quiet=False))
     try:
         try:
@@ -8155,12 +8238,12 @@ def obey(arguments: list[str] | None) -> int:
                 sys.stdout.flush()   # while a failure can still be told
     except Failure as failure:
         log.error('%s', failure, extra={'last': True})
-        return failure.status
-    except ReaderGone:
+        return failure.exit_status
+    except OutputClosed:
         return os.EX_OK
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception as error:   # the one place that may: a bug must not look like success, nor like a known failure
+    except Exception as error:   # the only broad except: a bug must look neither like success nor like a known failure
         log.error('internal error: %s: %s', type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
         return os.EX_SOFTWARE
 
@@ -8170,7 +8253,7 @@ def run_command(parsed: argparse.Namespace) -> int:
     set_up_log(parsed)
     if parsed.command in ('daemon', 'worker'):   # until it has its handler
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if parsed.command not in CALMLY_STOPPED and signal.getsignal(signal.SIGINT) is exit_at_once:
+    if parsed.command not in COMMANDS_ENDED_BY_SIGNAL and signal.getsignal(signal.SIGINT) is exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)   # so that what is printed by now is not lost
     if parsed.command not in ('config', 'completion') and not parsed.as_root:
         become_user()

@@ -45,7 +45,7 @@ def nsqlookupd(workdir):
 
 
 @pytest.fixture
-def xmsrv(workdir):
+def program(workdir):
     """The installed command; what it started is killed at the end of the test."""
     program = servers.Xmsrv(workdir)
     yield program

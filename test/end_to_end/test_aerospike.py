@@ -18,18 +18,18 @@ import servers
 from aerospike_server import Lost
 from clusters import NAMESPACE
 from xmsrv import (
-    ANSWERS,
     DUPLICATE,
+    OUTCOMES_BY_CODE,
     STALE,
     STORED,
     AerospikeStore,
     Record,
-    StoreDown,
+    StoreError,
     check_version,
-    load,
-    milliseconds,
-    newest_wins,
-    reason_of,
+    connect_reason,
+    newest_wins_filter,
+    read_config,
+    to_milliseconds,
     write_obstacles,
 )
 
@@ -37,13 +37,13 @@ BY_ID = {'key': 'id'}
 
 
 @pytest.fixture
-def opened(xmsrv):
+def opened(program):
     """A function: opened(cluster, key='id', write='create') is an open AerospikeStore with such a [record]."""
     with contextlib.ExitStack() as stack:
         def make(cluster, connected=True, more=(), **record):
             settings = cluster.settings(**dict(more))
-            xmsrv.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'}, record=record, **settings)
-            config, faults, _ = load(str(xmsrv.path))
+            program.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'}, record=record, **settings)
+            config, faults, _ = read_config(str(program.path))
             assert not faults
             store = AerospikeStore(config)
             stack.callback(store.close)
@@ -152,12 +152,12 @@ def rows_of(cluster, set_is_topic=False):
     return rows
 
 
-def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, xmsrv, cluster):
-    roundtrip.check(nsqd, xmsrv, rows_of(cluster, set_is_topic=True), **cluster.settings(set=''))
+def test_any_message_is_equal_in_the_store_or_a_dead_letter_byte_for_byte(nsqd, program, cluster):
+    roundtrip.check(nsqd, program, rows_of(cluster, set_is_topic=True), **cluster.settings(set=''))
 
 
 @pytest.mark.parametrize('record', [{'write': 'create'}, {'write': 'update'}, {'key': 'n'}], ids=str)
-def test_any_size_is_equal_in_the_store_or_a_dead_letter(nsqd, xmsrv, cluster, record):
+def test_any_size_is_equal_in_the_store_or_a_dead_letter(nsqd, program, cluster, record):
     settings = cluster.settings(**{'total-timeout': '30s'})
     rows, timed = rows_of(cluster), 'key' in record
 
@@ -166,7 +166,7 @@ def test_any_size_is_equal_in_the_store_or_a_dead_letter(nsqd, xmsrv, cluster, r
         assert all(('gts' in bins) == timed for _, bins in found)
         return [(key, {name: value for name, value in bins.items() if name != 'gts'}) for key, bins in found]
 
-    roundtrip.check_sizes(nsqd, xmsrv, without_time, own_bins=1 + timed, record=record, **settings)
+    roundtrip.check_sizes(nsqd, program, without_time, own_bins=1 + timed, record=record, **settings)
 
 
 @pytest.mark.parametrize('seconds, limit', [
@@ -174,7 +174,7 @@ def test_any_size_is_equal_in_the_store_or_a_dead_letter(nsqd, xmsrv, cluster, r
     (2**32 / 1000, 0x7FFFFFFF), (3650 * 86400, 0x7FFFFFFF)])
 def test_a_limit_of_time_stays_within_what_the_client_counts(seconds, limit):
     """2**32 ms would be no limit at all, and one second more would be one second."""
-    assert milliseconds(seconds) == limit
+    assert to_milliseconds(seconds) == limit
 
 
 def test_a_very_long_total_timeout(opened, cluster):
@@ -185,7 +185,7 @@ def test_a_very_long_total_timeout(opened, cluster):
 
 def test_the_filter_is_the_one_that_the_client_compiles():
     """Ours is compiled once, and one item of it is put in its place for each record."""
-    before, (op, kind, _, children), after = newest_wins('gts')
+    before, (op, kind, _, children), after = newest_wins_filter('gts')
     for moment in (0, 5, -2**63, 2**63 - 1):
         compiled = exp.Or(exp.Not(exp.BinExists('gts')), exp.LE(exp.IntBin('gts'), moment)).compile()
         assert [*before, (op, kind, {'val': moment}, children), *after] == compiled
@@ -279,10 +279,11 @@ def answered(store, cluster, code):
     return store.write(numbered(4))
 
 
-@pytest.mark.parametrize('code', [code for code, what in ANSWERS.items() if what in ('retry', 'stop') and code > 0])
+@pytest.mark.parametrize('code',
+                         [code for code, what in OUTCOMES_BY_CODE.items() if what in ('retry', 'stop') and code > 0])
 def test_an_answer_that_is_nobodys_fault(opened, standin, code):
     answers = answered(opened(standin), standin, code)
-    assert outcomes(answers) == ['stored', 'stored', ANSWERS[code], 'stored']
+    assert outcomes(answers) == ['stored', 'stored', OUTCOMES_BY_CODE[code], 'stored']
     assert f'answer {code} ' in answers[2].detail and f'{NAMESPACE}.{standin.set}' in answers[2].detail
     assert standin.numbers() == [0, 1, 3]
 
@@ -368,16 +369,16 @@ FORBIDDEN = {full_set: (22, 'the set has reached its stop-writes-count of 2'),
 
 
 @pytest.mark.parametrize('cause', FORBIDDEN, ids=lambda cause: cause.__name__)
-def test_the_advice_names_the_cause_of_a_forbidden_write(nsqd, xmsrv, standin, cause):
+def test_the_advice_names_the_cause_of_a_forbidden_write(nsqd, program, standin, cause):
     """ttl is the default, so it is not what has to be looked at."""
     code, words = FORBIDDEN[cause]
-    xmsrv.configure(nsqd, **standin.settings())
+    program.configure(nsqd, **standin.settings())
     nsqd.publish('orders', ['{"n": 1}', '{"n": 2}', '{"n": 3}'])
     standin.put('k', {'n': 0})
     standin.put('l', {'n': 0})
     with cause(standin):
-        said = xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr
-        checked = xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE)
+        said = program.run('once', expect=os.EX_TEMPFAIL).stderr
+        checked = program.run('check', '--connect', expect=os.EX_UNAVAILABLE)
     assert f'answer {code} ' in said and words in said
     assert words in checked.stderr and NAMESPACE in checked.stdout
 
@@ -424,12 +425,12 @@ def test_why_a_node_forbids_writes(ttl, namespace, set_, words):
 
 # ------------------------------------------------------------------------------------------------------ old servers
 
-def test_a_server_that_is_too_old_is_named(nsqd, xmsrv, standin):
+def test_a_server_that_is_too_old_is_named(nsqd, program, standin):
     standin.server.build = '5.7.0.31'
-    xmsrv.configure(nsqd, **standin.settings())
+    program.configure(nsqd, **standin.settings())
     nsqd.publish('orders', '{"n": 1}')
     for command in (['once'], ['check', '--connect']):
-        said = xmsrv.run(*command, expect=os.EX_UNAVAILABLE).stderr
+        said = program.run(*command, expect=os.EX_UNAVAILABLE).stderr
         assert 'server 5.7.0.31 is too old: 6.0 or newer is needed' in said
     assert nsqd.left('orders', 'x-msrv') == 1
 
@@ -441,16 +442,16 @@ def test_a_server_that_is_new_enough(version):
 
 @pytest.mark.parametrize('version', ['4.9.0.3', '5.7.0.8', '5.10.0.0-2-gabc'])
 def test_a_server_that_is_not(version):
-    with pytest.raises(StoreDown, match=f'here: server {version} is too old'):
+    with pytest.raises(StoreError, match=f'here: server {version} is too old'):
         check_version('here', version)
 
 
-def test_check_says_that_a_batch_is_over_the_servers_limit(nsqd, xmsrv, standin):
+def test_check_says_that_a_batch_is_over_the_servers_limit(nsqd, program, standin):
     standin.server.batch_max_requests = 5000
-    xmsrv.configure(nsqd, **standin.settings(**{'batch-size': 5000}))
-    xmsrv.run('check', '--connect')
-    xmsrv.configure(nsqd, **standin.settings(**{'batch-size': 5001}))
-    said = xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
+    program.configure(nsqd, **standin.settings(**{'batch-size': 5000}))
+    program.run('check', '--connect')
+    program.configure(nsqd, **standin.settings(**{'batch-size': 5001}))
+    said = program.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
     assert 'batch-size = 5001 is over batch-max-requests = 5000' in said
 
 
@@ -458,7 +459,7 @@ def test_check_says_that_a_batch_is_over_the_servers_limit(nsqd, xmsrv, standin)
 
 def test_a_cluster_that_is_not_there_is_down(opened, standin):
     standin.server.refuse()
-    with pytest.raises(StoreDown, match=NAMESPACE):
+    with pytest.raises(StoreError, match=NAMESPACE):
         opened(standin)
 
 
@@ -467,7 +468,7 @@ def test_a_server_that_answers_nothing_is_down_in_time(opened, standin):
     standin.server.hang()
     begun = time.monotonic()
     assert outcomes(store.write(numbered(3))) == ['retry'] * 3
-    assert time.monotonic() - begun < store.patience
+    assert time.monotonic() - begun < store.call_timeout
     standin.server.resume()
     servers.wait_until(lambda: store.write(numbered(3)) == [STORED] * 3, 'it is back')
 
@@ -518,16 +519,16 @@ UNREACHABLE = {unknown_name: 'Name or service not known|Temporary failure in nam
 
 @pytest.mark.parametrize('host, reason', UNREACHABLE.items(), ids=lambda value: getattr(value, '__name__', ''))
 def test_a_host_that_cannot_be_reached_is_named_with_the_reason(opened, standin, host, reason):
-    with host() as address, pytest.raises(StoreDown, match=f'{re.escape(address)}: ({reason})'):
+    with host() as address, pytest.raises(StoreError, match=f'{re.escape(address)}: ({reason})'):
         opened(standin, more={'hosts': address, 'total-timeout': '500ms'})
 
 
-def test_each_host_that_cannot_be_reached_is_named(nsqd, xmsrv):
+def test_each_host_that_cannot_be_reached_is_named(nsqd, program):
     with proxies.refusing() as first, proxies.refusing() as second:
         hosts = f'{first}, no-such-host.invalid:3000, {second}'
-        xmsrv.configure(nsqd, store='aerospike', aerospike={'hosts': hosts, 'namespace': NAMESPACE})
+        program.configure(nsqd, store='aerospike', aerospike={'hosts': hosts, 'namespace': NAMESPACE})
         for command in (['once'], ['check', '--connect']):
-            said = xmsrv.run(*command, expect=os.EX_UNAVAILABLE).stderr
+            said = program.run(*command, expect=os.EX_UNAVAILABLE).stderr
             assert all(f'{address}: Connection refused' in said for address in (first, second))
             assert 'no-such-host.invalid:3000: ' in said
 
@@ -549,7 +550,7 @@ def test_the_log_of_the_client_is_quiet_after_it_has_connected(opened, standin, 
     ('ERR_CLUSTER', '', 'cluster'),
 ])
 def test_the_reason_in_a_line_of_the_client(code, text, reason):
-    assert reason_of(code, text) == reason
+    assert connect_reason(code, text) == reason
 
 
 def test_one_of_several_hosts_is_enough(opened, standin):
@@ -599,24 +600,24 @@ def test_tls_with_a_client_certificate(opened, authority, workdir):
     with clusters.standin(tls=authority('db.example', mutual=True)) as cluster:
         more = tls(workdir, **{'cert-file': 'client.pem', 'key-file': 'client.pem'})
         assert opened(cluster, more=more).write(numbered(2)) == [STORED] * 2
-        with pytest.raises(StoreDown):
+        with pytest.raises(StoreError):
             opened(cluster, more=tls(workdir))
 
 
 def test_tls_of_another_name_is_refused(opened, authority, workdir):
-    with clusters.standin(tls=authority('other.example')) as cluster, pytest.raises(StoreDown):
+    with clusters.standin(tls=authority('other.example')) as cluster, pytest.raises(StoreError):
         opened(cluster, more=tls(workdir))
 
 
 def test_tls_of_an_unknown_authority_is_refused(opened, authority, workdir):
     trustme.CA().cert_pem.write_to_path(workdir / 'theirs.pem')
     reason = 'certificate verify failed'
-    with clusters.standin(tls=authority('db.example')) as cluster, pytest.raises(StoreDown, match=reason):
+    with clusters.standin(tls=authority('db.example')) as cluster, pytest.raises(StoreError, match=reason):
         opened(cluster, more=tls(workdir, **{'ca-file': 'theirs.pem'}))
 
 
 def test_tls_asked_for_and_not_there_is_refused(opened, authority, workdir):
-    with clusters.standin() as cluster, pytest.raises(StoreDown):
+    with clusters.standin() as cluster, pytest.raises(StoreError):
         opened(cluster, more=tls(workdir))
 
 
@@ -625,41 +626,41 @@ def test_user(opened, workdir):
     login = {'user': 'writer', 'password-file': workdir / 'password'}
     with clusters.standin(users={'writer': 's3cret'}) as cluster:
         assert opened(cluster, more=login).write(numbered(2)) == [STORED] * 2
-        with pytest.raises(StoreDown, match='invalid user') as failure:
+        with pytest.raises(StoreError, match='invalid user') as failure:
             opened(cluster, more={**login, 'user': 'nobody'})
         assert 's3cret' not in str(failure.value)
-        with pytest.raises(StoreDown):
+        with pytest.raises(StoreError):
             opened(cluster)
 
 
 # ------------------------------------------------------------------------------------------------------ check --connect
 
-def test_check_says_what_is_there(nsqd, xmsrv, cluster):
-    xmsrv.configure(nsqd, record={'ttl': '1h'}, **cluster.settings())
+def test_check_says_what_is_there(nsqd, program, cluster):
+    program.configure(nsqd, record={'ttl': '1h'}, **cluster.settings())
     cluster.put('k', {'a': 1})
-    ran = xmsrv.run('check', '--connect')
+    ran = program.run('check', '--connect')
     line, = [line for line in ran.stdout.splitlines() if line.startswith('aerospike ')]
     assert f'aerospike {cluster.address}: {NAMESPACE}.{cluster.set}: 1 node, server ' in line
     assert 'nsup-period' in line and 'bytes' in line
 
 
-def test_check_says_that_the_namespace_is_not_there(nsqd, xmsrv, cluster):
-    xmsrv.configure(nsqd, **cluster.settings(namespace='nowhere'))
-    said = xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
+def test_check_says_that_the_namespace_is_not_there(nsqd, program, cluster):
+    program.configure(nsqd, **cluster.settings(namespace='nowhere'))
+    said = program.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
     assert f'no such namespace; there are {NAMESPACE}' in said
 
 
-def test_check_says_that_a_ttl_would_be_refused(nsqd, xmsrv):
+def test_check_says_that_a_ttl_would_be_refused(nsqd, program):
     with clusters.standin(nsup_period=0) as cluster:
-        xmsrv.configure(nsqd, record={'ttl': '1h'}, **cluster.settings())
-        assert 'a ttl is refused' in xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
-        xmsrv.configure(nsqd, record={'ttl': 'never'}, **cluster.settings())
-        xmsrv.run('check', '--connect')
+        program.configure(nsqd, record={'ttl': '1h'}, **cluster.settings())
+        assert 'a ttl is refused' in program.run('check', '--connect', expect=os.EX_UNAVAILABLE).stderr
+        program.configure(nsqd, record={'ttl': 'never'}, **cluster.settings())
+        program.run('check', '--connect')
 
 
-def test_check_says_that_the_cluster_is_down(nsqd, xmsrv, standin):
+def test_check_says_that_the_cluster_is_down(nsqd, program, standin):
     standin.server.refuse()
-    xmsrv.configure(nsqd, **standin.settings())
-    ran = xmsrv.run('check', '--connect', expect=os.EX_UNAVAILABLE)
+    program.configure(nsqd, **standin.settings())
+    ran = program.run('check', '--connect', expect=os.EX_UNAVAILABLE)
     assert f'aerospike {standin.address}: {NAMESPACE}.{standin.set}: ' in ran.stderr
     assert 'nsqd' in ran.stdout

@@ -24,9 +24,9 @@ def timed(nsqd):
     return nsqd
 
 
-def warnings(xmsrv, word):
+def warnings(program, word):
     """The warnings and errors with a word."""
-    lines = xmsrv.log.read_text().splitlines()
+    lines = program.log.read_text().splitlines()
     return [line for line in lines if line.startswith(('warning', 'error')) and word in line]
 
 
@@ -47,15 +47,15 @@ def slow(cluster, seconds=0.05):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('part', range(5))
-def test_killed_at_random_moments_each_message_is_one_record(nsqds, xmsrv, standin, part):
+def test_killed_at_random_moments_each_message_is_one_record(nsqds, program, standin, part):
     """Ten kills under load, then a window that runs to its end: five times, so 50 kills."""
     nsqd = timed(nsqds(1, SHORT)[0])
     slow(standin)
     fill(nsqd, 60000)
-    xmsrv.configure(nsqd, timeout='60s', **standin.settings())
+    program.configure(nsqd, timeout='60s', **standin.settings())
     draw = random.Random()
     for at_once in [False, True] * 5:   # any moment from the start on, or one at which it has something to lose
-        process = xmsrv.start('once')
+        process = program.start('once')
         if at_once:
             wait_until(lambda: in_flight(nsqd), 'it holds messages', 30)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -66,51 +66,51 @@ def test_killed_at_random_moments_each_message_is_one_record(nsqds, xmsrv, stand
     slow(standin, 0)
     wait_until(lambda: not in_flight(nsqd), 'nsqd takes back what the dead one held')
     assert nsqd.stats(TOPIC, CHANNEL)['timeout_count'] > 1
-    xmsrv.run('once', timeout=100)
+    program.run('once', timeout=100)
     assert standin.numbers() == list(range(60000))
     assert nsqd.left(TOPIC, CHANNEL) == 0
 
 
-def test_a_signal_under_load_finishes_what_is_being_stored_and_hands_back_the_rest(nsqd, xmsrv, standin):
+def test_a_signal_under_load_finishes_what_is_being_stored_and_hands_back_the_rest(nsqd, program, standin):
     slow(standin)
     fill(nsqd, 40000)
-    xmsrv.configure(nsqd, timeout='60s', **standin.settings())
-    process = xmsrv.start('once')
+    program.configure(nsqd, timeout='60s', **standin.settings())
+    process = program.start('once')
     wait_until(standin.stored, 'a first batch is stored', 30)
     process.terminate()
     ended(process, seconds=5)
     wait_until(lambda: not in_flight(nsqd), 'nsqd has read all answers')
     now = nsqd.stats(TOPIC, CHANNEL)
     assert now['timeout_count'] == 0
-    assert standin.stored() == servers.summary(xmsrv.log.read_text())['stored'] == 40000 - now['depth'] > 0
+    assert standin.stored() == servers.summary(program.log.read_text())['stored'] == 40000 - now['depth'] > 0
     slow(standin, 0)
-    xmsrv.run('once')
+    program.run('once')
     assert standin.numbers() == list(range(40000))
 
 
-def test_a_signal_while_the_cluster_hangs_ends_it_in_its_time(nsqd, xmsrv, standin):
+def test_a_signal_while_the_cluster_hangs_ends_it_in_its_time(nsqd, program, standin):
     """At most total-timeout and 2 s, the messages are back in the queue at once."""
-    xmsrv.configure(nsqd, timeout='60s', idle_timeout='60s', **standin.settings(**{'total-timeout': '1s'}))
-    process = xmsrv.start('-v', 'once')
+    program.configure(nsqd, timeout='60s', idle_timeout='60s', **standin.settings(**{'total-timeout': '1s'}))
+    process = program.start('-v', 'once')
     subscribed(nsqd)
     standin.server.hang()
     nsqd.publish(TOPIC, bodies(300))
-    wait_until(lambda: received(xmsrv) == 300, 'it holds all')
+    wait_until(lambda: received(program) == 300, 'it holds all')
     process.terminate()
     ended(process, seconds=3)
     assert (nsqd.stats(TOPIC, CHANNEL)['depth'], in_flight(nsqd)) == (300, 0)
     standin.server.resume()
-    xmsrv.run('--set', 'idle-timeout=500ms', 'once')
+    program.run('--set', 'idle-timeout=500ms', 'once')
     assert standin.numbers() == list(range(300))
 
 
 # ----------------------------------------------------------------------------------------------- outages of the cluster
 
-def test_dead_at_the_start_is_69_and_nothing_is_taken(nsqd, xmsrv, standin):
+def test_dead_at_the_start_is_69_and_nothing_is_taken(nsqd, program, standin):
     fill(nsqd, 10)
     standin.server.refuse()
-    xmsrv.configure(nsqd, **standin.settings())
-    assert standin.address in xmsrv.run('once', expect=os.EX_UNAVAILABLE, timeout=15).stderr
+    program.configure(nsqd, **standin.settings())
+    assert standin.address in program.run('once', expect=os.EX_UNAVAILABLE, timeout=15).stderr
     now = nsqd.stats(TOPIC, CHANNEL)
     assert (now['depth'], now['requeue_count'], now['timeout_count'], now['clients']) == (10, 0, 0, 0)
 
@@ -141,15 +141,15 @@ def overloaded(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('outage', [dead, hung, overloaded])
-def test_an_outage_longer_than_msg_timeout_is_survived_within_the_window(nsqds, xmsrv, standin, outage):
+def test_an_outage_longer_than_msg_timeout_is_survived_within_the_window(nsqds, program, standin, outage):
     """What is held is kept alive with TOUCH, nothing more is taken, and all is stored when the cluster is back."""
     nsqd = timed(nsqds(1, SHORT)[0])
-    xmsrv.configure(nsqd, idle_timeout='1s', timeout='60s', **standin.settings(**QUICK))
-    process = xmsrv.start('once')
+    program.configure(nsqd, idle_timeout='1s', timeout='60s', **standin.settings(**QUICK))
+    process = program.start('once')
     subscribed(nsqd)
     with outage(standin.server):
         nsqd.publish(TOPIC, bodies(50))
-        wait_until(lambda: warnings(xmsrv, 'retrying'), 'it has seen that the cluster is down', 20)
+        wait_until(lambda: warnings(program, 'retrying'), 'it has seen that the cluster is down', 20)
         wait_until(lambda: [each['ready_count'] for each in nsqd.clients(TOPIC, CHANNEL)] == [0], 'RDY is 0')
         nsqd.publish(TOPIC, bodies(50, first=50))
         wait_until(passed(2.5), 'the outage goes on for more than twice msg-timeout')
@@ -159,20 +159,20 @@ def test_an_outage_longer_than_msg_timeout_is_survived_within_the_window(nsqds, 
     now = nsqd.stats(TOPIC, CHANNEL)
     assert (now['timeout_count'], now['requeue_count'], nsqd.left(TOPIC, CHANNEL)) == (1, 0, 0)
     assert standin.numbers() == list(range(100))
-    assert len(warnings(xmsrv, 'retrying')) == len(warnings(xmsrv, 'recovered after')) == 1
+    assert len(warnings(program, 'retrying')) == len(warnings(program, 'recovered after')) == 1
 
 
-def test_an_outage_under_load_loses_nothing(nsqd, xmsrv, standin):
+def test_an_outage_under_load_loses_nothing(nsqd, program, standin):
     """It dies in the middle of batches, twice, and comes back."""
     fill(nsqd, 30000)
     slow(standin, 0.02)
-    xmsrv.configure(nsqd, timeout='60s', **standin.settings(**QUICK))
-    process = xmsrv.start('once')
+    program.configure(nsqd, timeout='60s', **standin.settings(**QUICK))
+    process = program.start('once')
     for least in (2000, 10000):
         wait_until(lambda least=least: standin.stored() >= least, 'it is under way', 30)
         with dead(standin.server):
             still = passed(0.5)
-            wait_until(lambda still=still: still() and warnings(xmsrv, 'retrying'), 'it has seen it', 20)
+            wait_until(lambda still=still: still() and warnings(program, 'retrying'), 'it has seen it', 20)
     ended(process, seconds=60)
     assert standin.numbers() == list(range(30000))
     assert nsqd.left(TOPIC, CHANNEL) == 0
@@ -180,9 +180,9 @@ def test_an_outage_under_load_loses_nothing(nsqd, xmsrv, standin):
 
 
 @pytest.mark.parametrize('outage', [dead, hung, overloaded])
-def test_an_outage_to_the_end_hands_all_back_with_75(nsqd, xmsrv, standin, outage):
-    xmsrv.configure(nsqd, idle_timeout='60s', timeout='4s', **standin.settings(**QUICK))
-    process = xmsrv.start('once')
+def test_an_outage_to_the_end_hands_all_back_with_75(nsqd, program, standin, outage):
+    program.configure(nsqd, idle_timeout='60s', timeout='4s', **standin.settings(**QUICK))
+    process = program.start('once')
     subscribed(nsqd)
     with outage(standin.server):
         nsqd.publish(TOPIC, [*bodies(100), '{"cut'])
@@ -191,17 +191,17 @@ def test_an_outage_to_the_end_hands_all_back_with_75(nsqd, xmsrv, standin, outag
     wait_until(lambda: not in_flight(nsqd), 'nsqd has read all answers')
     now = nsqd.stats(TOPIC, CHANNEL)
     assert (now['depth'], now['timeout_count']) == (100, 0)
-    told = servers.summary(xmsrv.log.read_text())
+    told = servers.summary(program.log.read_text())
     assert (told['received'], told['requeued'], told['dead']) == (101, 100, 1)
-    xmsrv.run('--set', 'idle-timeout=500ms', 'once')
+    program.run('--set', 'idle-timeout=500ms', 'once')
     assert standin.numbers() == list(range(100))
 
 
 @pytest.mark.parametrize('code', [8, 20, 22, 81])
-def test_an_answer_that_will_not_change_stops_the_window_at_once(nsqd, xmsrv, standin, code):
+def test_an_answer_that_will_not_change_stops_the_window_at_once(nsqd, program, standin, code):
     fill(nsqd, 5000)
     standin.server.judge = lambda write: code
-    done = xmsrv.once(nsqd, timeout='30s', expect=os.EX_TEMPFAIL, **standin.settings(), within=15)
+    done = program.once(nsqd, timeout='30s', expect=os.EX_TEMPFAIL, **standin.settings(), within=15)
     assert (nsqd.stats(TOPIC, CHANNEL)['depth'], in_flight(nsqd), standin.stored()) == (5000, 0, 0)
     assert [f'answer {code} ' in line for line in done.stderr.splitlines() if 'the window ends' in line] == [True]
     assert servers.summary(done.stderr)['seconds'] < 10
@@ -209,34 +209,34 @@ def test_an_answer_that_will_not_change_stops_the_window_at_once(nsqd, xmsrv, st
 
 # ----------------------------------------------------------------------------------------- answers that are bad or lost
 
-def test_answers_lost_after_the_write_make_no_second_record(nsqd, xmsrv, standin):
+def test_answers_lost_after_the_write_make_no_second_record(nsqd, program, standin):
     fill(nsqd, 20000)
-    xmsrv.configure(nsqd, timeout='60s', **standin.settings(**QUICK))
-    process = xmsrv.start('once')
+    program.configure(nsqd, timeout='60s', **standin.settings(**QUICK))
+    process = program.start('once')
     for least in (500, 5000, 10000, 15000):
         wait_until(lambda least=least: standin.stored() >= least, 'it is under way', 30)
         standin.server.drop_answers = 3
     ended(process, seconds=60)
     assert standin.numbers() == list(range(20000))
     assert nsqd.left(TOPIC, CHANNEL) == 0
-    assert servers.summary(xmsrv.log.read_text())['stored'] == 20000
+    assert servers.summary(program.log.read_text())['stored'] == 20000
 
 
 @pytest.mark.parametrize('answer', [18, 9, Lost(9), 14], ids=repr)
-def test_a_share_of_bad_answers_costs_only_time(nsqd, xmsrv, standin, answer):
+def test_a_share_of_bad_answers_costs_only_time(nsqd, program, standin, answer):
     """5 % of all writes."""
     fill(nsqd, 20000)
     draw = random.Random(5)
     standin.server.judge = lambda write: answer if draw.random() < 0.05 else None
-    xmsrv.configure(nsqd, timeout='90s', **standin.settings())
-    process = xmsrv.start('once')
+    program.configure(nsqd, timeout='90s', **standin.settings())
+    process = program.start('once')
     ended(process, seconds=100)
     assert standin.numbers() == list(range(20000))
     assert nsqd.left(TOPIC, CHANNEL) == nsqd.stats(TOPIC, CHANNEL)['requeue_count'] == 0
-    told = servers.summary(xmsrv.log.read_text())
+    told = servers.summary(program.log.read_text())
     assert (told['stored'], told['dead']) == (20000, 0)
     # The client gives up the whole batch where one node says that it is too late (9): that looks like an outage.
-    assert len(warnings(xmsrv, 'retrying')) <= {14: 0, 18: 1}.get(answer, 5)
+    assert len(warnings(program, 'retrying')) <= {14: 0, 18: 1}.get(answer, 5)
 
 
 BAD = {
@@ -249,7 +249,7 @@ BAD = {
 }
 
 
-def test_a_batch_of_all_kinds_of_bad_records(nsqd, xmsrv, standin):
+def test_a_batch_of_all_kinds_of_bad_records(nsqd, program, standin):
     """The good ones beside them are stored, each bad one is a dead letter with its reason."""
     standin.server.max_record_size = 512 << 10
     standin.server.judge = lambda write: 21 if 'text' in write.bins else None
@@ -257,7 +257,7 @@ def test_a_batch_of_all_kinds_of_bad_records(nsqd, xmsrv, standin):
     mixed = [*BAD, *[json.dumps({'n': n}) for n in range(400)]]
     random.Random(7).shuffle(mixed)
     nsqd.publish(TOPIC, mixed)
-    done = xmsrv.once(nsqd, timeout='30s', message={'fields': {'n': 'integer, required'}}, **standin.settings())
+    done = program.once(nsqd, timeout='30s', message={'fields': {'n': 'integer, required'}}, **standin.settings())
     told = servers.summary(done.stderr)
     assert (told['stored'], told['dead'], told['requeued']) == (400, len(BAD), 0)
     assert standin.numbers() == list(range(400))
@@ -266,18 +266,18 @@ def test_a_batch_of_all_kinds_of_bad_records(nsqd, xmsrv, standin):
 
 # ------------------------------------------------------------------------------------------------ failures of the queue
 
-def test_nsqd_killed_and_restarted_in_mid_window(nsqds, xmsrv, standin):
+def test_nsqd_killed_and_restarted_in_mid_window(nsqds, program, standin):
     """What was held is stored though its nsqd is gone, the rest comes from its disk; what comes twice is one record."""
     nsqd, = nsqds(1, '--mem-queue-size=0', '--sync-timeout=50ms', SHORT)
     nsqd.create(TOPIC, CHANNEL)
     nsqd.restart()   # so that the channel is there when it starts: see Nsqd.lapse
-    xmsrv.configure(nsqd, idle_timeout='5s', timeout='60s', nsq={'max-in-flight': 200}, **standin.settings(**QUICK))
-    process = xmsrv.start('-v', 'once')
+    program.configure(nsqd, idle_timeout='5s', timeout='60s', nsq={'max-in-flight': 200}, **standin.settings(**QUICK))
+    process = program.start('-v', 'once')
     subscribed(nsqd)
     with hung(standin.server):
         nsqd.publish(TOPIC, bodies(3000))
         wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['depth'] == 2800, 'all are in the channel, on disk')
-        wait_until(lambda: received(xmsrv) == 200, 'it holds as many as it may')
+        wait_until(lambda: received(program) == 200, 'it holds as many as it may')
         nsqd.kill()
         nsqd.restart()
     ended(process, seconds=60)
@@ -286,14 +286,14 @@ def test_nsqd_killed_and_restarted_in_mid_window(nsqds, xmsrv, standin):
 
 
 @pytest.mark.slow
-def test_one_of_two_consumers_is_killed(nsqds, xmsrv, standin):
+def test_one_of_two_consumers_is_killed(nsqds, program, standin):
     """What the dead one held comes back after msg-timeout and is the other's."""
     nsqd = timed(nsqds(1, SHORT)[0])
     slow(standin, 0.3)
-    xmsrv.configure(nsqd, idle_timeout='8s', timeout='60s', nsq={'max-in-flight': 500}, **standin.settings())
-    first = xmsrv.start('once')
-    xmsrv.copy()
-    second = xmsrv.start('once')
+    program.configure(nsqd, idle_timeout='8s', timeout='60s', nsq={'max-in-flight': 500}, **standin.settings())
+    first = program.start('once')
+    program.copy()
+    second = program.start('once')
     wait_until(lambda: len(nsqd.clients(TOPIC, CHANNEL)) == 2, 'both are subscribed')
     fill(nsqd, 6000)
     wait_until(lambda: [bool(each['in_flight_count']) for each in nsqd.clients(TOPIC, CHANNEL)] == [True, True],
@@ -304,11 +304,11 @@ def test_one_of_two_consumers_is_killed(nsqds, xmsrv, standin):
     assert nsqd.left(TOPIC, CHANNEL) == 0
 
 
-def test_two_nsqds_of_one_node_id_give_a_record_for_each_message(nsqds, xmsrv, standin):
+def test_two_nsqds_of_one_node_id_give_a_record_for_each_message(nsqds, program, standin):
     """Published to at the same time they give equal ids to different messages."""
     pair = nsqds(2, node_id=7)
     publish_at_once(pair, 10000, 1000)
-    told = servers.summary(xmsrv.once(pair, timeout='60s', **standin.settings()).stderr)
+    told = servers.summary(program.once(pair, timeout='60s', **standin.settings()).stderr)
     assert told['stored'] == 20000
     assert standin.numbers() == list(range(20000))
 
@@ -322,48 +322,48 @@ def versions(numbers, key='k'):
     return [json.dumps({'id': key, 'n': n}) for n in numbers]
 
 
-def test_a_late_redelivery_never_overwrites_a_newer_message(nsqds, xmsrv, cluster):
+def test_a_late_redelivery_never_overwrites_a_newer_message(nsqds, program, cluster):
     """It waits in another nsqd while the newer one is stored."""
     old, new = nsqds(2)
     for place, nsqd in enumerate((old, new)):
         nsqd.create(TOPIC, CHANNEL)
         nsqd.publish(TOPIC, versions([place]))
-    assert servers.summary(xmsrv.once(new, record=BY_ID, **cluster.settings()).stderr)['stored'] == 1
-    told = servers.summary(xmsrv.once(old, record=BY_ID, **cluster.settings()).stderr)
+    assert servers.summary(program.once(new, record=BY_ID, **cluster.settings()).stderr)['stored'] == 1
+    told = servers.summary(program.once(old, record=BY_ID, **cluster.settings()).stderr)
     assert (told['stored'], told['stale'], told['dead']) == (0, 1, 0)
     assert cluster.records()['k']['n'] == 1
     assert old.left(TOPIC, CHANNEL) == 0
 
 
-def test_the_newest_of_many_versions_wins_in_any_order_and_with_lost_answers(nsqd, xmsrv, standin):
+def test_the_newest_of_many_versions_wins_in_any_order_and_with_lost_answers(nsqd, program, standin):
     """2,000 versions of 20 keys, in batches of 50 by four writers, a share of the answers lost after the write."""
     nsqd.create(TOPIC, CHANNEL)
     nsqd.publish(TOPIC, [json.dumps({'id': n % 20, 'n': n}) for n in range(2000)])
     draw = random.Random(3)
     standin.server.judge = lambda write: Lost(9) if draw.random() < 0.05 else None
-    done = xmsrv.once(nsqd, timeout='60s', record=BY_ID, **standin.settings(**{'batch-size': 50}))
+    done = program.once(nsqd, timeout='60s', record=BY_ID, **standin.settings(**{'batch-size': 50}))
     told = servers.summary(done.stderr)
     assert (told['stored'] + told['stale'], told['dead'], told['requeued']) == (2000, 0, 0)
     assert {key: bins['n'] for key, bins in standin.records().items()} == {n % 20: n for n in range(1980, 2000)}
 
 
-def test_create_keeps_the_first_and_finishes_the_others(nsqd, xmsrv, cluster):
+def test_create_keeps_the_first_and_finishes_the_others(nsqd, program, cluster):
     nsqd.create(TOPIC, CHANNEL)
     nsqd.publish(TOPIC, versions([1], 'a') + versions([1], 'b'))
     settings = {'record': {**BY_ID, 'write': 'create'}, **cluster.settings()}
-    xmsrv.once(nsqd, **settings)
+    program.once(nsqd, **settings)
     nsqd.publish(TOPIC, versions([2], 'a') + versions([1], 'c'))
-    told = servers.summary(xmsrv.once(nsqd, **settings).stderr)
+    told = servers.summary(program.once(nsqd, **settings).stderr)
     assert (told['stored'], told['duplicate'], nsqd.left(TOPIC, CHANNEL)) == (1, 1, 0)
     assert cluster.records() == {'a': {'id': 'a', 'n': 1}, 'b': {'id': 'b', 'n': 1}, 'c': {'id': 'c', 'n': 1}}
 
 
 # ------------------------------------------------------------------------------------------------------------ every day
 
-def test_a_lone_message_is_stored_at_once(nsqd, xmsrv, standin):
+def test_a_lone_message_is_stored_at_once(nsqd, program, standin):
     nsqd.create(TOPIC, CHANNEL)
-    xmsrv.configure(nsqd, timeout='30s', idle_timeout='20s', nsq={'max-messages': 2}, **standin.settings())
-    running = xmsrv.start('once')
+    program.configure(nsqd, timeout='30s', idle_timeout='20s', nsq={'max-messages': 2}, **standin.settings())
+    running = program.start('once')
     subscribed(nsqd)
     for number in range(2):
         nsqd.publish(TOPIC, bodies(1, number))
@@ -371,18 +371,18 @@ def test_a_lone_message_is_stored_at_once(nsqd, xmsrv, standin):
     ended(running, seconds=5)
 
 
-def test_n_is_exact(nsqd, xmsrv, cluster):
+def test_n_is_exact(nsqd, program, cluster):
     fill(nsqd, 3000)
-    done = xmsrv.once(nsqd, nsq={'max-messages': 1234}, **cluster.settings())
+    done = program.once(nsqd, nsq={'max-messages': 1234}, **cluster.settings())
     assert servers.summary(done.stderr)['stored'] == len(cluster.rows()) == 1234
     assert (nsqd.left(TOPIC, CHANNEL), nsqd.attempts(TOPIC, CHANNEL)) == (1766, [1] * 1766)
 
 
-def test_replay_stores_under_the_first_key(nsqd, xmsrv, cluster):
+def test_replay_stores_under_the_first_key(nsqd, program, cluster):
     nsqd.create(DEAD, 'look')
     nsqd.publish(TOPIC, '{"n": 1, "a name that is too long": 5}')
-    xmsrv.once(nsqd, **cluster.settings())
+    program.once(nsqd, **cluster.settings())
     (header, _), = nsqd.letters(DEAD, 'look', expected=1)
-    xmsrv.configure(nsqd, record={'bins': {'a name that is too long': 'short'}}, **cluster.settings())
-    xmsrv.run('replay')
+    program.configure(nsqd, record={'bins': {'a name that is too long': 'short'}}, **cluster.settings())
+    program.run('replay')
     assert cluster.records() == {header['key']: {'n': 1, 'short': 5, 'gid': header['key']}}

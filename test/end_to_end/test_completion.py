@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 import servers
-from xmsrv import OPTIONS, build_parser, completion
+from xmsrv import OPTIONS, build_parser, shell_completion
 
 SHELLS = {
     'bash': ['bash', '--noprofile', '--norc', '-i'],
@@ -35,10 +35,10 @@ HERE = [name for name in PREPARE if shutil.which(name.partition('-')[0])]
 
 
 @pytest.fixture(params=HERE)
-def shell(request, workdir, xmsrv):
+def shell(request, workdir, program):
     """An interactive shell that has read what `x-msrv completion` prints for it (for zsh-fpath: that finds it)."""
     name = request.param.partition('-')[0]
-    (workdir / 'completion').write_text(xmsrv.run('completion', name).stdout)
+    (workdir / 'completion').write_text(program.run('completion', name).stdout)
     (workdir / '_x-msrv').symlink_to('completion')
     (workdir / 'orders.conf').touch()
     (workdir / 'a:b.conf').touch()
@@ -107,14 +107,14 @@ def test_a_tab_completes(shell, typed, run):
 
 
 @pytest.mark.parametrize('shell', SHELLS)
-def test_the_text_has_all_that_the_help_and_the_table_of_options_have(xmsrv, shell):
+def test_the_text_has_all_that_the_help_and_the_table_of_options_have(program, shell):
     """Of each command; without any configuration."""
-    text = xmsrv.run('completion', shell).stdout
-    commands = re.findall(r'^    (\w+) ', xmsrv.run('--help').stdout, re.MULTILINE)
+    text = program.run('completion', shell).stdout
+    commands = re.findall(r'^    (\w+) ', program.run('--help').stdout, re.MULTILINE)
     assert {'once', 'check', 'replay', 'config', 'completion'} <= set(commands)
     for command in commands:
         part = '\n'.join(re.findall(PARTS[shell].format(command), text, re.MULTILINE))
-        for option in re.findall(r'(?:^  |, )(--?\w[\w-]*)', xmsrv.run(command, '--help').stdout, re.MULTILINE):
+        for option in re.findall(r'(?:^  |, )(--?\w[\w-]*)', program.run(command, '--help').stdout, re.MULTILINE):
             name = option if shell != 'fish' else f'-{"l" if option[:2] == "--" else "s"} {option.strip("-")}'
             assert re.search(rf'(?<![\w-]){name}(?![\w-])', part), (command, option)
     for option in OPTIONS:
@@ -127,8 +127,8 @@ def test_what_the_help_hides_is_not_completed():
     commands = parser._actions[-1]
     commands.choices['once'].add_argument('--hidden', help=argparse.SUPPRESS)
     for shell in SHELLS:
-        assert not re.search(r'\bworker\b|hidden', completion(shell, parser))
+        assert not re.search(r'\bworker\b|hidden', shell_completion(shell, parser))
 
 
-def test_64_is_a_shell_that_is_not_known(xmsrv):
-    assert 'tcsh' in xmsrv.run('completion', 'tcsh', expect=os.EX_USAGE).stderr
+def test_64_is_a_shell_that_is_not_known(program):
+    assert 'tcsh' in program.run('completion', 'tcsh', expect=os.EX_USAGE).stderr

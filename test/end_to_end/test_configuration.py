@@ -16,23 +16,23 @@ from hypothesis import strategies as st
 import servers
 from xmsrv import (
     OPTIONS,
-    TYPES,
+    TYPE_CHECKS,
     ConfigError,
-    address,
+    apply_setting,
     command_line_setting,
-    count,
-    duration,
-    effective,
+    dump_config,
     environment_settings,
-    field,
     lookupd_address,
     main,
     nsqd_address,
     open_regular,
-    overlay,
-    path,
-    positive,
-    size,
+    parse_address,
+    parse_count,
+    parse_duration,
+    parse_field,
+    parse_path,
+    parse_positive,
+    parse_size,
     unknown_variables,
     variable_of,
     variable_path,
@@ -43,16 +43,16 @@ NSQ = '[nsq]\nnsqd-tcp-address = 127.0.0.1:4150\ntopic = orders\n'
 VALID = TOP + NSQ
 CLUSTER = 'state-dir = {directory}\n' + NSQ + '[aerospike]\nhosts = [::1]:3000, b:3000\nnamespace = test\n'
 AUTHORITIES = '/etc/ssl/certs/ca-certificates.crt'
-QUOTE = 'quote the value: without quotes its # begins a remark'
+QUOTE = 'quote the value: without quotes, # starts a comment'
 CLOSED = VALID + '[message]\nunknown-fields = reject\n[[fields]]\nid = integer, required\n'
 
 
 @pytest.fixture
-def faults(xmsrv):
+def faults(program):
     """A function: the faults that `check` finds in a text, without the file's name."""
     def check(text, *args, expect=78):
-        xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
-        return located(xmsrv.run(*args, 'check', expect=expect).stderr, xmsrv.path)
+        program.write(text.replace('{directory}', str(program.directory)))
+        return located(program.run(*args, 'check', expect=expect).stderr, program.path)
     return check
 
 
@@ -171,7 +171,7 @@ def test_all_faults_are_reported_at_once(faults):
      '[dead-letter] discard = yes: with a topic or a file nothing is thrown away: one or the other'),
     (TOP + '[nsq]\ntopic = orders\nnsqd-tcp-address = queue1..example:4150\n', '[nsq] nsqd-tcp-address = '
      'queue1..example:4150: not a host name: a part of it is empty or over 63 characters'),
-    (VALID.replace('state-dir = {directory}', 'state-dir ='), 'state-dir = : a path, please'),
+    (VALID.replace('state-dir = {directory}', 'state-dir ='), 'state-dir = : a path must not be empty'),
     (VALID + 'msg-timeout = 0.5ms\n', '[nsq] msg-timeout = 0.5ms: at least 1ms'),
     # mapping
     (CLOSED + '[record]\nkey = uid\n', '[record] key = uid: no such field in [message] [[fields]]'),
@@ -281,11 +281,11 @@ def test_all_faults_are_reported_at_once(faults):
     (VALID + '[sqlite]\npath = /dev/null\n', '[sqlite] path = /dev/null: not a regular file'),
     (VALID + '[sqlite]\npath = {directory}\n', '[sqlite] path = {directory}: not a regular file'),
 ])
-def test_a_fault_is_one_line_with_its_place_and_rule(xmsrv, capsys, text, fault):
+def test_a_fault_is_one_line_with_its_place_and_rule(program, capsys, text, fault):
     """One line and no more: a second one that only follows from the first sends the reader astray."""
-    xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
-    assert main(['-c', str(xmsrv.path), 'check']) == 78   # in this process: a new one for each would take long
-    assert located(capsys.readouterr().err, xmsrv.path) == [fault.replace('{directory}', str(xmsrv.directory))]
+    program.write(text.replace('{directory}', str(program.directory)))
+    assert main(['-c', str(program.path), 'check']) == 78   # in this process: a new one for each would take long
+    assert located(capsys.readouterr().err, program.path) == [fault.replace('{directory}', str(program.directory))]
 
 
 @pytest.mark.parametrize('text, fault', [
@@ -310,39 +310,39 @@ def test_a_fault_is_one_line_with_its_place_and_rule(xmsrv, capsys, text, fault)
     (VALID + '[metrics]\nlisten = 192.0.2.7:9100\n',
      '[metrics] listen = 192.0.2.7:9100: Cannot assign requested address'),
 ])
-def test_what_is_not_there_yet_is_69_and_no_fault_of_the_text(xmsrv, capsys, text, fault):
+def test_what_is_not_there_yet_is_69_and_no_fault_of_the_text(program, capsys, text, fault):
     """It may come by itself."""
-    (xmsrv.directory / 'empty').touch()
-    (xmsrv.directory / 'link').symlink_to('/nonexistent/dead')
-    os.mkfifo(xmsrv.directory / 'fifo')
-    xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
-    assert main(['-c', str(xmsrv.path), 'check']) == 69
+    (program.directory / 'empty').touch()
+    (program.directory / 'link').symlink_to('/nonexistent/dead')
+    os.mkfifo(program.directory / 'fifo')
+    program.write(text.replace('{directory}', str(program.directory)))
+    assert main(['-c', str(program.path), 'check']) == 69
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith('warning: ')]
-    assert located('\n'.join(errors), xmsrv.path) == [fault.replace('{directory}', str(xmsrv.directory))]
-    assert main(['-c', str(xmsrv.path), 'config']) == 0
+    assert located('\n'.join(errors), program.path) == [fault.replace('{directory}', str(program.directory))]
+    assert main(['-c', str(program.path), 'config']) == 0
 
 
-def test_all_that_is_missing_is_said_at_once_and_with_a_fault_of_the_text_it_is_78(xmsrv):
+def test_all_that_is_missing_is_said_at_once_and_with_a_fault_of_the_text_it_is_78(program):
     text = VALID + 'auth-secret-file = /nonexistent/s\n[[tls]]\n[dead-letter]\nfile = /nonexistent/d\n[metrics]\n' \
         'textfile = /nonexistent/t\n'
     missing = ['[nsq] auth-secret-file = /nonexistent/s: No such file or directory',
                '[dead-letter] file = /nonexistent/d: its directory is not there',
                '[metrics] textfile = /nonexistent/t: its directory is not there']
-    xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
-    assert sorted(located(xmsrv.run('check', expect=69).stderr, xmsrv.path)) == sorted(missing)
-    told = xmsrv.run('once', expect=69).stderr
+    program.write(text.replace('{directory}', str(program.directory)))
+    assert sorted(located(program.run('check', expect=69).stderr, program.path)) == sorted(missing)
+    told = program.run('once', expect=69).stderr
     assert all(fault in told for fault in missing)
-    told = located(xmsrv.run('--set', 'timeout=soon', 'check', expect=78).stderr, xmsrv.path)
+    told = located(program.run('--set', 'timeout=soon', 'check', expect=78).stderr, program.path)
     assert sorted(told) == sorted([*missing, 'timeout = soon: not a duration such as 500ms, 10s, 5m, 1h, 30d'])
-    replayed = xmsrv.run('replay', expect=69).stderr   # it writes no textfile
+    replayed = program.run('replay', expect=69).stderr   # it writes no textfile
     assert missing[0] in replayed and missing[2] not in replayed
 
 
-def test_an_address_that_a_running_daemon_has_is_no_fault(xmsrv):
+def test_an_address_that_a_running_daemon_has_is_no_fault(program):
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]
-        xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + f'[metrics]\nlisten = 127.0.0.1:{port}\n')
-        assert xmsrv.run('check').stderr == ''
+        program.write(VALID.replace('{directory}', str(program.directory)) + f'[metrics]\nlisten = 127.0.0.1:{port}\n')
+        assert program.run('check').stderr == ''
 
 
 @pytest.mark.parametrize('home, value, expected', [
@@ -354,10 +354,10 @@ def test_a_home_directory_is_there_or_a_fault(monkeypatch, home, value, expected
     """Else a directory would be made that is named ~."""
     monkeypatch.setenv('HOME', home)
     if expected:
-        assert path(value) == expected
+        assert parse_path(value) == expected
     else:
         with pytest.raises(ValueError, match='no home directory'):
-            path(value)
+            parse_path(value)
 
 
 @pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda name: os.symlink('/dev/null', name)],
@@ -393,7 +393,7 @@ def test_an_encrypted_key_is_69_and_no_question(faults, workdir):
                     '-keyout', workdir / 'key.pem', '-out', workdir / 'cert.pem'], check=True, capture_output=True)
     found, = faults(VALID + '[[tls]]\ncert-file = {directory}/cert.pem\nkey-file = {directory}/key.pem\n',
                     expect=69)
-    assert found.endswith('the key is encrypted: there is nobody to ask for its passphrase')
+    assert found.endswith('the key is encrypted: x-msrv cannot ask for its passphrase')
 
 
 def test_lines_that_are_no_ini_are_all_named(faults):
@@ -404,18 +404,18 @@ def test_lines_that_are_no_ini_are_all_named(faults):
 
 @pytest.mark.parametrize('content, rule', [
     (None, 'No such file or directory'), (b'topic = \xff\n', "'utf-8' codec can't decode byte 0xff in position 8")])
-def test_a_file_that_cannot_be_read_is_a_fault(xmsrv, content, rule):
+def test_a_file_that_cannot_be_read_is_a_fault(program, content, rule):
     if content:
-        xmsrv.path.write_bytes(content)
-    found = located(xmsrv.run('check', expect=78).stderr, xmsrv.path)
+        program.path.write_bytes(content)
+    found = located(program.run('check', expect=78).stderr, program.path)
     assert len(found) == 1 and found[0].startswith(rule)
 
 
 @pytest.mark.parametrize('command', ['once', 'check', 'config', 'replay'])
-def test_no_command_runs_with_a_fault(xmsrv, command):
-    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'max-in-flight = 0\n')
-    done = xmsrv.run(command, expect=78)
-    assert located(done.stderr, xmsrv.path) == ['[nsq] max-in-flight = 0: at least 1']
+def test_no_command_runs_with_a_fault(program, command):
+    program.write(VALID.replace('{directory}', str(program.directory)) + 'max-in-flight = 0\n')
+    done = program.run(command, expect=78)
+    assert located(done.stderr, program.path) == ['[nsq] max-in-flight = 0: at least 1']
     assert not done.stdout
 
 
@@ -451,10 +451,10 @@ def test_no_command_runs_with_a_fault(xmsrv, command):
     VALID.replace('[nsq]', 'store = sqlite # not aerospike\n[nsq]').replace('store = sqlite\n', ''),
     VALID + '# \u00e9\nmax-messages = 10 # a remark\nmsg-timeout = 1.5m\nmax-held = 1.5KiB\n',
 ])
-def test_a_valid_file_has_no_fault(xmsrv, text):
-    xmsrv.write(text.replace('{directory}', str(xmsrv.directory)))
-    done = xmsrv.run('check')
-    assert (done.stdout, done.stderr) == (f'{xmsrv.path}: no fault found\n', '')
+def test_a_valid_file_has_no_fault(program, text):
+    program.write(text.replace('{directory}', str(program.directory)))
+    done = program.run('check')
+    assert (done.stdout, done.stderr) == (f'{program.path}: no fault found\n', '')
 
 
 @pytest.mark.parametrize('more, warning', [
@@ -471,27 +471,28 @@ def test_a_valid_file_has_no_fault(xmsrv, text):
     ('[dead-letter]\ndiscard = yes\n',
      '[dead-letter] discard = yes: what can never become a record is thrown away'),
 ])
-def test_what_is_seldom_meant_is_a_warning(xmsrv, more, warning):
-    (xmsrv.directory / 'secret').write_text('s3cret\n')
+def test_what_is_seldom_meant_is_a_warning(program, more, warning):
+    (program.directory / 'secret').write_text('s3cret\n')
     base = VALID.replace('topic = orders\n', '') if 'topic =' in more else VALID
     base = base.replace('store = sqlite\n', '') if '[aerospike]' in more else base
-    xmsrv.write((base + more).replace('{directory}', str(xmsrv.directory)))
-    assert xmsrv.run('check').stderr == f'warning: {xmsrv.path}: {warning}\n'
-    assert xmsrv.run('-q', 'config').stderr == ''
+    program.write((base + more).replace('{directory}', str(program.directory)))
+    assert program.run('check').stderr == f'warning: {program.path}: {warning}\n'
+    assert program.run('-q', 'config').stderr == ''
 
 
-def test_paths_that_the_service_may_not_write_to_are_named(xmsrv, monkeypatch, capsys):
+def test_paths_that_the_service_may_not_write_to_are_named(program, monkeypatch, capsys):
     """Where a package is installed."""
-    monkeypatch.setattr('xmsrv.UNIT', __file__)
-    xmsrv.write('[nsq]\nnsqd-tcp-address = a:1\ntopic = orders\n[aerospike]\nhosts = a:1\nnamespace = n\n'
-                '[metrics]\ntextfile = /var/lib/node_exporter/x.prom\n[dead-letter]\nfile = /var/lib/x-msrv-other/d\n')
+    monkeypatch.setattr('xmsrv.UNIT_FILE', __file__)
+    program.write('[nsq]\nnsqd-tcp-address = a:1\ntopic = orders\n[aerospike]\nhosts = a:1\nnamespace = n\n'
+                  '[metrics]\ntextfile = /var/lib/node_exporter/x.prom\n[dead-letter]\nfile = '
+                  '/var/lib/x-msrv-other/d\n')
     monkeypatch.setattr('os.path.isdir', lambda path: True)
-    assert main(['-c', str(xmsrv.path), 'check']) == 0
+    assert main(['-c', str(program.path), 'check']) == 0
     told = capsys.readouterr().err.splitlines()
     assert [line.rpartition('=')[2] for line in told] == ['/var/lib/x-msrv-other', '/var/lib/node_exporter']
 
 
-def test_root_becomes_the_user_of_the_package(xmsrv, monkeypatch):
+def test_root_becomes_the_user_of_the_package(program, monkeypatch):
     """Its groups, too, and before it opens anything; not where that is not wished, nor for what opens nothing."""
     done = []
     user = SimpleNamespace(pw_uid=12, pw_gid=34, pw_dir='/nonexistent')
@@ -507,51 +508,51 @@ def test_root_becomes_the_user_of_the_package(xmsrv, monkeypatch):
     assert done == [('initgroups', 'x-msrv', 34), ('setgid', 34), ('setuid', 12)]
 
 
-def test_the_dead_letters_of_an_ephemeral_topic_have_a_name_that_nsq_takes(xmsrv, nsqd):
+def test_the_dead_letters_of_an_ephemeral_topic_have_a_name_that_nsq_takes(program, nsqd):
     """It once was orders#ephemeral.dead, which nsqd refuses."""
     nsqd.create('orders#ephemeral', 'x-msrv')
     nsqd.publish('orders#ephemeral', b'no json')
-    xmsrv.configure(nsqd, topic='"orders#ephemeral"', dead_letter={'topic': None}, nsq={'max-messages': 1})
-    assert servers.summary(xmsrv.run('once').stderr)['dead'] == 1
+    program.configure(nsqd, topic='"orders#ephemeral"', dead_letter={'topic': None}, nsq={'max-messages': 1})
+    assert servers.summary(program.run('once').stderr)['dead'] == 1
     assert nsqd.drain('orders.dead', 'x-msrv-replay', expected=1)[0].endswith(b'\nno json')
 
 
 # --- secrets, certificates
 
-def test_credential_is_one_of_systemd(xmsrv, monkeypatch):
-    (xmsrv.directory / 'nsq').write_text('s3cret\n')
-    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'auth-secret-file = credential:nsq\n[[tls]]\n')
-    monkeypatch.setenv('CREDENTIALS_DIRECTORY', str(xmsrv.directory))
-    assert xmsrv.run('check').stderr == ''
-    shown = xmsrv.run('config').stdout
+def test_credential_is_one_of_systemd(program, monkeypatch):
+    (program.directory / 'nsq').write_text('s3cret\n')
+    program.write(VALID.replace('{directory}', str(program.directory)) + 'auth-secret-file = credential:nsq\n[[tls]]\n')
+    monkeypatch.setenv('CREDENTIALS_DIRECTORY', str(program.directory))
+    assert program.run('check').stderr == ''
+    shown = program.run('config').stdout
     assert 'auth-secret-file = credential:nsq\n' in shown and 's3cret' not in shown
     monkeypatch.setenv('CREDENTIALS_DIRECTORY', '/nonexistent')
-    assert 'No such file or directory' in xmsrv.run('check', expect=69).stderr
+    assert 'No such file or directory' in program.run('check', expect=69).stderr
 
 
-def test_good_certificates_are_no_fault(xmsrv):
+def test_good_certificates_are_no_fault(program):
     authority = trustme.CA()
     made = authority.issue_cert('localhost')
-    authority.cert_pem.write_to_path(xmsrv.directory / 'ca.pem')
-    made.private_key_pem.write_to_path(xmsrv.directory / 'key.pem')
-    made.cert_chain_pems[0].write_to_path(xmsrv.directory / 'cert.pem')
+    authority.cert_pem.write_to_path(program.directory / 'ca.pem')
+    made.private_key_pem.write_to_path(program.directory / 'key.pem')
+    made.cert_chain_pems[0].write_to_path(program.directory / 'cert.pem')
     lines = '[[tls]]\nca-file = {directory}/ca.pem\ncert-file = {directory}/cert.pem\nkey-file = {directory}/key.pem\n'
-    xmsrv.write((VALID + lines).replace('{directory}', str(xmsrv.directory)))
-    assert xmsrv.run('check').stderr == ''
+    program.write((VALID + lines).replace('{directory}', str(program.directory)))
+    assert program.run('check').stderr == ''
 
 
 # --- --set
 
-def shown(xmsrv, *args):
+def shown(program, *args):
     """The effective configuration, parsed."""
-    return configobj.ConfigObj(xmsrv.run(*args).stdout.splitlines(), interpolation=False).dict()
+    return configobj.ConfigObj(program.run(*args).stdout.splitlines(), interpolation=False).dict()
 
 
-def test_set_goes_over_the_file_before_and_after_the_command(xmsrv):
-    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'max-messages = 1\n')
-    assert shown(xmsrv, '--set', 'nsq.max-messages=2', 'config')['nsq']['max-messages'] == '2'
-    assert shown(xmsrv, 'config', '--set', 'nsq.max-messages=3')['nsq']['max-messages'] == '3'
-    both = shown(xmsrv, '--set=nsq.max-messages=2', '--set=timeout=1m', 'config', '--set=nsq.max-messages=3')
+def test_set_goes_over_the_file_before_and_after_the_command(program):
+    program.write(VALID.replace('{directory}', str(program.directory)) + 'max-messages = 1\n')
+    assert shown(program, '--set', 'nsq.max-messages=2', 'config')['nsq']['max-messages'] == '2'
+    assert shown(program, 'config', '--set', 'nsq.max-messages=3')['nsq']['max-messages'] == '3'
+    both = shown(program, '--set=nsq.max-messages=2', '--set=timeout=1m', 'config', '--set=nsq.max-messages=3')
     assert (both['nsq']['max-messages'], both['timeout']) == ('3', '1m')
 
 
@@ -570,7 +571,7 @@ def test_set_goes_over_the_file_before_and_after_the_command(xmsrv):
 ])
 def test_set_reaches_every_section_and_takes_lists(setting, section, option, value):
     raw = {}
-    overlay(raw, command_line_setting(setting))
+    apply_setting(raw, command_line_setting(setting))
     for part in section:
         raw = raw[part]
     assert raw == {option: value}
@@ -587,9 +588,9 @@ def test_set_reaches_every_section_and_takes_lists(setting, section, option, val
     ('nsq.channel=tail # ephemeral', 'the value cannot be read; quote the value'),
     ('message.fields.id=string, match #a', 'the value cannot be read; quote the value'),
 ])
-def test_a_bad_set_is_a_fault_that_quotes_it(xmsrv, setting, rule):
-    xmsrv.write('timeout = 1s\n' + VALID.replace('{directory}', str(xmsrv.directory)))
-    assert xmsrv.run('--set', setting, 'check', expect=78).stderr == f'error: --set {setting}: {rule}\n'
+def test_a_bad_set_is_a_fault_that_quotes_it(program, setting, rule):
+    program.write('timeout = 1s\n' + VALID.replace('{directory}', str(program.directory)))
+    assert program.run('--set', setting, 'check', expect=78).stderr == f'error: --set {setting}: {rule}\n'
 
 
 def test_a_fault_that_was_set_is_reported_like_one_of_the_file(faults):
@@ -607,7 +608,7 @@ def test_a_fault_that_was_set_is_reported_like_one_of_the_file(faults):
 def test_any_set_is_laid_over_or_refused(setting):
     raw = {'a': 'b', 'b': {'a': 'b'}}
     try:
-        overlay(raw, command_line_setting(setting))
+        apply_setting(raw, command_line_setting(setting))
     except ConfigError as error:
         assert str(error).startswith(f'--set {setting}: ')
     else:
@@ -616,13 +617,13 @@ def test_any_set_is_laid_over_or_refused(setting):
 
 # --- the environment
 
-def test_the_environment_goes_over_the_file_and_set_over_both(xmsrv):
-    xmsrv.write('timeout = 1s\n' + VALID.replace('{directory}', str(xmsrv.directory)) + 'max-in-flight = 1\n')
-    xmsrv.extra = {'XMSRV__TIMEOUT': '2s', 'XMSRV__NSQ__MAX_MESSAGES': '2', 'XMSRV__NSQ__TLS__CA_FILE': AUTHORITIES,
-                   'XMSRV__NSQ__NSQD_TCP_ADDRESS': 'a:1, [::1]:2', 'XMSRV__RECORD__BINS__customerId': '"a,b"',
-                   'XMSRV__MESSAGE__FIELDS__customerId': 'integer, min 1',
-                   'XMSRV_PORT': 'tcp://10.0.0.1:80', 'XMSRV_TIMEOUT': 'x'}
-    found = shown(xmsrv, '--set=timeout=3s', 'config')
+def test_the_environment_goes_over_the_file_and_set_over_both(program):
+    program.write('timeout = 1s\n' + VALID.replace('{directory}', str(program.directory)) + 'max-in-flight = 1\n')
+    program.extra = {'XMSRV__TIMEOUT': '2s', 'XMSRV__NSQ__MAX_MESSAGES': '2', 'XMSRV__NSQ__TLS__CA_FILE': AUTHORITIES,
+                     'XMSRV__NSQ__NSQD_TCP_ADDRESS': 'a:1, [::1]:2', 'XMSRV__RECORD__BINS__customerId': '"a,b"',
+                     'XMSRV__MESSAGE__FIELDS__customerId': 'integer, min 1',
+                     'XMSRV_PORT': 'tcp://10.0.0.1:80', 'XMSRV_TIMEOUT': 'x'}
+    found = shown(program, '--set=timeout=3s', 'config')
     assert (found['timeout'], found['nsq']['max-messages'], found['nsq']['max-in-flight']) == ('3s', '2', '1')
     assert found['nsq']['tls']['ca-file'] == AUTHORITIES
     assert found['nsq']['nsqd-tcp-address'] == ['a:1', '[::1]:2']
@@ -630,26 +631,27 @@ def test_the_environment_goes_over_the_file_and_set_over_both(xmsrv):
     assert found['record']['bins'] == {'customerId': 'a,b'}
 
 
-def test_the_environment_alone_is_enough(xmsrv, nsqd):
+def test_the_environment_alone_is_enough(program, nsqd):
     """As in a container: the file is an empty one. The workers of a daemon hear of it by their parent."""
     nsqd.publish('orders', [b'{"id": 1}', b'{"id": 2}'])
-    xmsrv.write('')
-    xmsrv.extra = {'XMSRV__STATE_DIR': str(xmsrv.directory), 'XMSRV__STORE': 'sqlite', 'XMSRV__NSQ__TOPIC': 'orders',
-                   'XMSRV__NSQ__NSQD_TCP_ADDRESS': nsqd.tcp, 'XMSRV__SQLITE__PATH': str(xmsrv.database)}
-    assert servers.summary(xmsrv.run('once').stderr)['stored'] == 2
+    program.write('')
+    program.extra = {'XMSRV__STATE_DIR': str(program.directory), 'XMSRV__STORE': 'sqlite',
+                     'XMSRV__NSQ__TOPIC': 'orders',
+                     'XMSRV__NSQ__NSQD_TCP_ADDRESS': nsqd.tcp, 'XMSRV__SQLITE__PATH': str(program.database)}
+    assert servers.summary(program.run('once').stderr)['stored'] == 2
     nsqd.publish('orders', b'{"id": 3}')
-    xmsrv.extra |= {'XMSRV__WORKERS': '2', 'XMSRV__PERIOD': '100ms', 'XMSRV__IDLE_TIMEOUT': '50ms'}
-    xmsrv.start('daemon')
-    servers.wait_until(lambda: len(xmsrv.rows()) == 3, 'a worker stores the third')
-    assert xmsrv.run('-c', '/dev/null', 'check').stdout == '/dev/null: no fault found\n'
+    program.extra |= {'XMSRV__WORKERS': '2', 'XMSRV__PERIOD': '100ms', 'XMSRV__IDLE_TIMEOUT': '50ms'}
+    program.start('daemon')
+    servers.wait_until(lambda: len(program.rows()) == 3, 'a worker stores the third')
+    assert program.run('-c', '/dev/null', 'check').stdout == '/dev/null: no fault found\n'
 
 
-def test_a_fault_of_the_environment_names_its_variable_beside_those_of_the_file(xmsrv):
-    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'max-in-flight = 0\n')
-    xmsrv.extra = {'XMSRV__NSQ__TOPIC': 'a b', 'XMSRV__NSQ__TOPIK': 'orders', 'XMSRV__TOPIC': 'orders',
-                   'XMSRV__RECORD__TTL': '1h', 'XMSRV__MESSAGE__FIELDS__id': 'int', 'XMSRV__MESSAGE__FIELDS__': 'any',
-                   'XMSRV__NSQ__MAX_HELD': '1KB', 'XMSRV__': '', 'XMSRV__DEAD_LETTER__FILE': '/nonexistent/d'}
-    told = xmsrv.run('--set=nsq.max-held=2KB', 'check', expect=78).stderr.removeprefix('error: ').splitlines()
+def test_a_fault_of_the_environment_names_its_variable_beside_those_of_the_file(program):
+    program.write(VALID.replace('{directory}', str(program.directory)) + 'max-in-flight = 0\n')
+    program.extra = {'XMSRV__NSQ__TOPIC': 'a b', 'XMSRV__NSQ__TOPIK': 'orders', 'XMSRV__TOPIC': 'orders',
+                     'XMSRV__RECORD__TTL': '1h', 'XMSRV__MESSAGE__FIELDS__id': 'int', 'XMSRV__MESSAGE__FIELDS__': 'any',
+                     'XMSRV__NSQ__MAX_HELD': '1KB', 'XMSRV__': '', 'XMSRV__DEAD_LETTER__FILE': '/nonexistent/d'}
+    told = program.run('--set=nsq.max-held=2KB', 'check', expect=78).stderr.removeprefix('error: ').splitlines()
     assert sorted(told) == sorted([
         'environment: XMSRV__NSQ__TOPIC = a b: not a name for NSQ: letters, digits, . _ - and at the end perhaps '
         '#ephemeral',
@@ -657,11 +659,11 @@ def test_a_fault_of_the_environment_names_its_variable_beside_those_of_the_file(
         'environment: XMSRV__TOPIC = orders: no such option; did you mean XMSRV__NSQ__TOPIC?',
         'environment: XMSRV__ = : no such option',
         'environment: XMSRV__MESSAGE__FIELDS__ = any: no such option; did you mean XMSRV__MESSAGE__FIELDS__NAME?',
-        "environment: XMSRV__MESSAGE__FIELDS__id = int: no type 'int'; there are " + ', '.join(TYPES),
+        "environment: XMSRV__MESSAGE__FIELDS__id = int: no type 'int'; there are " + ', '.join(TYPE_CHECKS),
         'environment: XMSRV__RECORD__TTL: store = sqlite keeps records for ever: leave it at default',
         'environment: XMSRV__DEAD_LETTER__FILE = /nonexistent/d: its directory is not there',
-        f'{xmsrv.path}: [nsq] max-in-flight = 0: at least 1',
-        f'{xmsrv.path}: [nsq] max-held = 2KB: not a size such as 4096, 64KiB, 32MiB',   # --set is the stronger
+        f'{program.path}: [nsq] max-in-flight = 0: at least 1',
+        f'{program.path}: [nsq] max-held = 2KB: not a size such as 4096, 64KiB, 32MiB',   # --set is the stronger
     ])
 
 
@@ -670,10 +672,10 @@ def test_a_fault_of_the_environment_names_its_variable_beside_those_of_the_file(
     ('XMSRV__SQLITE__SET', 'two\nlines', 'the value cannot be read; quote the value'),
     ('XMSRV__NSQ__TLS__CA_FILE', 'x', 'tls is an option, not a section'),
 ])
-def test_a_value_of_the_environment_that_is_none_is_a_fault(xmsrv, variable, value, rule):
-    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + 'tls = x\n')
-    xmsrv.extra = {variable: value}
-    assert xmsrv.run('check', expect=78).stderr == f'error: environment: {variable}: {rule}\n'
+def test_a_value_of_the_environment_that_is_none_is_a_fault(program, variable, value, rule):
+    program.write(VALID.replace('{directory}', str(program.directory)) + 'tls = x\n')
+    program.extra = {variable: value}
+    assert program.run('check', expect=78).stderr == f'error: environment: {variable}: {rule}\n'
 
 
 @pytest.mark.parametrize('option', OPTIONS, ids=lambda option: f'{option.section}.{option.name}')
@@ -696,16 +698,16 @@ def test_a_variable_of_that_prefix_is_an_option_or_a_fault(environment):
 
 # --- config
 
-def test_config_says_where_each_value_comes_from_that_is_not_the_default(xmsrv):
-    xmsrv.write('timeout = 10s\n' + VALID.replace('{directory}', str(xmsrv.directory)) + '''max-messages = 1
+def test_config_says_where_each_value_comes_from_that_is_not_the_default(program):
+    program.write('timeout = 10s\n' + VALID.replace('{directory}', str(program.directory)) + '''max-messages = 1
         max-in-flight = 1
         [message]
         [[fields]]
         id = integer
         ''')
-    xmsrv.extra = {'XMSRV__NSQ__MAX_IN_FLIGHT': '2', 'XMSRV__NSQ__CHANNEL': 'other', 'XMSRV__PERIOD': '10s',
-                   'XMSRV__MESSAGE__FIELDS__name': 'string', 'XMSRV__NSQ__MAX_MESSAGES': '2'}
-    text = xmsrv.run('config', '--set', 'nsq.max-messages=3', '--set', 'nsq.tls.ca-file=').stdout
+    program.extra = {'XMSRV__NSQ__MAX_IN_FLIGHT': '2', 'XMSRV__NSQ__CHANNEL': 'other', 'XMSRV__PERIOD': '10s',
+                     'XMSRV__MESSAGE__FIELDS__name': 'string', 'XMSRV__NSQ__MAX_MESSAGES': '2'}
+    text = program.run('config', '--set', 'nsq.max-messages=3', '--set', 'nsq.tls.ca-file=').stdout
     origins = re.findall('^# from (.*)\n(.*?) =', text, re.MULTILINE)
     assert sorted(origins) == sorted([
         ('the file', 'state-dir'), ('the file', 'store'), ('the file', 'nsqd-tcp-address'), ('the file', 'topic'),
@@ -716,13 +718,13 @@ def test_config_says_where_each_value_comes_from_that_is_not_the_default(xmsrv):
 
 
 
-def test_the_sample_is_the_full_file_that_is_shipped(xmsrv):
+def test_the_sample_is_the_full_file_that_is_shipped(program):
     full = servers.ROOT / 'etc' / 'x-msrv-full.conf'
-    assert xmsrv.run('config', '--sample').stdout.encode() == full.read_bytes()
+    assert program.run('config', '--sample').stdout.encode() == full.read_bytes()
 
 
-def test_the_sample_has_every_option_at_its_default(xmsrv):
-    text = re.sub(r'^# (?=\[\[|[a-z-]+ =)', '', xmsrv.run('config', '--sample').stdout, flags=re.MULTILINE)
+def test_the_sample_has_every_option_at_its_default(program):
+    text = re.sub(r'^# (?=\[\[|[a-z-]+ =)', '', program.run('config', '--sample').stdout, flags=re.MULTILINE)
     for option in OPTIONS:
         if option.default is not None:
             assert f'\n{option.name} = {option.default}'.rstrip() + '\n' in text
@@ -730,8 +732,8 @@ def test_the_sample_has_every_option_at_its_default(xmsrv):
 
 @pytest.mark.parametrize('name', ['x-msrv.conf', 'x-msrv-local.conf', 'x-msrv-orders.conf', 'x-msrv-documents.conf',
                                   'x-msrv-tenants.conf'])
-def test_the_shipped_files_are_valid(xmsrv, name):
-    done = xmsrv.run('-c', servers.ROOT / 'etc' / name, 'check')
+def test_the_shipped_files_are_valid(program, name):
+    done = program.run('-c', servers.ROOT / 'etc' / name, 'check')
     assert done.stderr == ''
 
 
@@ -742,22 +744,22 @@ def authority(directory):
     return path
 
 
-def test_the_full_file_needs_only_a_topic_an_address_and_a_namespace(xmsrv):
+def test_the_full_file_needs_only_a_topic_an_address_and_a_namespace(program):
     """Its commented lines are as good: with all of them it is valid, too."""
     full = servers.ROOT / 'etc' / 'x-msrv-full.conf'
     needed = ['--set=nsq.topic=t', '--set=nsq.nsqd-tcp-address=a:1']
     needed += ['--set=aerospike.hosts=a:1', '--set=aerospike.namespace=n']
-    assert xmsrv.run('-c', full, *needed, 'check').stderr == ''
-    assert len(xmsrv.run('-c', full, 'check', expect=78).stderr.splitlines()) == len(needed)
-    xmsrv.write(re.sub(r'^# (\[\[\w+\]\]|[a-z-]+ =)$', r'\1', full.read_text(), flags=re.MULTILINE))
-    assert xmsrv.path.read_text().count('\n[[tls]]\n') == 2
-    needed.append(f'--set=aerospike.tls.ca-file={authority(xmsrv.directory)}')
+    assert program.run('-c', full, *needed, 'check').stderr == ''
+    assert len(program.run('-c', full, 'check', expect=78).stderr.splitlines()) == len(needed)
+    program.write(re.sub(r'^# (\[\[\w+\]\]|[a-z-]+ =)$', r'\1', full.read_text(), flags=re.MULTILINE))
+    assert program.path.read_text().count('\n[[tls]]\n') == 2
+    needed.append(f'--set=aerospike.tls.ca-file={authority(program.directory)}')
     needed += ['--set=record.key=id', '--set=record.delete.field=op', '--set=record.delete.values=d']
-    assert xmsrv.run(*needed, 'check').stderr == ''
+    assert program.run(*needed, 'check').stderr == ''
 
 
-def test_config_read_back_gives_the_same(xmsrv):
-    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)) + '''
+def test_config_read_back_gives_the_same(program):
+    program.write(VALID.replace('{directory}', str(program.directory)) + '''
         [message]
         [[fields]]
         id = integer, required
@@ -773,9 +775,9 @@ def test_config_read_back_gives_the_same(xmsrv):
         set = "it's # 1"
         path = """both ' and " quotes"""
         ''')
-    first = xmsrv.run('config').stdout
-    xmsrv.write(first)
-    assert xmsrv.run('config').stdout == first
+    first = program.run('config').stdout
+    program.write(first)
+    assert program.run('config').stdout == first
     read = configobj.ConfigObj(first.splitlines(), interpolation=False)
     assert read['message']['fields'] == {'id': ['integer', 'required'], 'text': ['string'], 'a # b': 'any',
                                          'code': ['string', 'match [A-Z]{2,3}', 'one-of a, b|c']}
@@ -801,35 +803,35 @@ def test_any_value_survives_config(value, names):
     if isinstance(value, list):
         value = [item for item in value if not ('"' in item and "'" in item)]
     raw = {'sqlite': {'set': value}, 'record': {'bins': {name.strip(): item for name, item in names.items()}}}
-    text = effective(raw)
+    text = dump_config(raw)
     read = configobj.ConfigObj(text.splitlines(), interpolation=False).dict()
     assert (read['sqlite']['set'] or '') == (value or '')
     assert read['record'].get('bins', {}) == raw['record']['bins']
-    assert effective(read) == text
+    assert dump_config(read) == text
 
 
 @pytest.mark.parametrize('names', [{'=': 'a'}, {'[': 'c'}, {'\xa0a\u2003': '\u2003b\xa0'}, {"it's=": "it's"}])
 def test_a_name_that_configobj_would_leave_bare_survives_config(names):
     """With an equals sign, a bracket, or a blank that is none of ASCII's."""
-    read = configobj.ConfigObj(effective({'record': {'bins': names}}).splitlines(), interpolation=False)
+    read = configobj.ConfigObj(dump_config({'record': {'bins': names}}).splitlines(), interpolation=False)
     assert read['record']['bins'] == names
 
 
-def test_config_refuses_what_no_file_can_hold(xmsrv):
+def test_config_refuses_what_no_file_can_hold(program):
     """INI has no escapes, and --set does not need them for a name."""
-    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)))
-    said = xmsrv.run('config', '--set', 'record.bins.\'a"=b', expect=78).stderr
+    program.write(VALID.replace('{directory}', str(program.directory)))
+    said = program.run('config', '--set', 'record.bins.\'a"=b', expect=78).stderr
     assert said == 'error: --set or environment: no file can hold it: Value "\'a"" cannot be safely quoted.\n'
 
 
-def test_config_shows_every_option_and_runs_alone(xmsrv):
+def test_config_shows_every_option_and_runs_alone(program):
     """Each default is spelled out, TLS only where it is on."""
-    xmsrv.write(VALID.replace('{directory}', str(xmsrv.directory)))
-    found = shown(xmsrv, 'config')
+    program.write(VALID.replace('{directory}', str(program.directory)))
+    found = shown(program, 'config')
     expected = {option.name for option in OPTIONS if option.default is not None and '.' not in option.section}
     assert {name for part in [found, *filter(lambda v: isinstance(v, dict), found.values())]
             for name, value in part.items() if not isinstance(value, dict)} == expected
-    assert shown(xmsrv, '--set=nsq.tls.cert-file=', 'config')['nsq']['tls'] == {
+    assert shown(program, '--set=nsq.tls.cert-file=', 'config')['nsq']['tls'] == {
         'ca-file': '', 'cert-file': '', 'key-file': ''}
 
 
@@ -838,14 +840,14 @@ def test_config_shows_every_option_and_runs_alone(xmsrv):
 @pytest.mark.parametrize('args', [
     (), ('nonsense',), ('--nonsense', 'once'), ('once', 'twice'), ('-v', '-q', 'once'), ('replay', '--limit', '0'),
     ('replay', '--limit', 'x'), ('--set',), ('check', '--sample')])
-def test_wrong_usage_is_said_in_one_line(xmsrv, args):
-    done = xmsrv.run(*args, expect=64)
+def test_wrong_usage_is_said_in_one_line(program, args):
+    done = program.run(*args, expect=64)
     assert done.stdout == ''
     assert re.fullmatch(r'x-msrv( \w+)?: .*; see x-msrv( \w+)? --help\n', done.stderr)
 
 
-def test_help_fits_one_screen_and_names_every_command_and_status(xmsrv):
-    text = xmsrv.run('--help').stdout
+def test_help_fits_one_screen_and_names_every_command_and_status(program):
+    text = program.run('--help').stdout
     assert len(text.splitlines()) <= 50
     assert max(map(len, text.splitlines())) <= 110
     for word in ('once', 'check', 'replay', 'config', '--set', '--connect', '-c FILE', '/etc/x-msrv/x-msrv.conf'):
@@ -855,16 +857,16 @@ def test_help_fits_one_screen_and_names_every_command_and_status(xmsrv):
 
 
 @pytest.mark.parametrize('command', ['once', 'check', 'replay', 'config'])
-def test_each_command_has_its_help(xmsrv, command):
-    assert f'usage: x-msrv {command}' in xmsrv.run(command, '--help').stdout
+def test_each_command_has_its_help(program, command):
+    assert f'usage: x-msrv {command}' in program.run(command, '--help').stdout
 
 
-def test_version(xmsrv):
-    assert re.fullmatch(r'x-msrv \d+\.\d+\.\d+\n', xmsrv.run('--version').stdout)
+def test_version(program):
+    assert re.fullmatch(r'x-msrv \d+\.\d+\.\d+\n', program.run('--version').stdout)
 
 
-def test_a_reader_that_goes_away_is_no_error(xmsrv):
-    process = xmsrv.popen('config', '--sample', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_a_reader_that_goes_away_is_no_error(program):
+    process = program.popen('config', '--sample', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == ''
     assert process.wait(timeout=10) == 0
@@ -873,32 +875,36 @@ def test_a_reader_that_goes_away_is_no_error(xmsrv):
 # --- validators: value in, typed value out, or a ValueError of one sentence
 
 @pytest.mark.parametrize('check, value, expected', [
-    (duration, '500ms', 0.5), (duration, '10s', 10), (duration, '5m', 300), (duration, '2h', 7200),
-    (duration, '30d', 2592000), (duration, '1.5s', 1.5), (duration, '10 s', 10),
-    (size, '4096', 4096), (size, '64KiB', 65536), (size, '32MiB', 33554432), (size, '1GiB', 1 << 30),
-    (size, '1.5KiB', 1536), (count, '0', 0), (positive, '1', 1),
-    (address, 'nsqd.example:4150', ('nsqd.example', 4150)), (address, '192.0.2.1:1', ('192.0.2.1', 1)),
+    (parse_duration, '500ms', 0.5), (parse_duration, '10s', 10), (parse_duration, '5m', 300),
+                                                    (parse_duration, '2h', 7200),
+    (parse_duration, '30d', 2592000), (parse_duration, '1.5s', 1.5), (parse_duration, '10 s', 10),
+    (parse_size, '4096', 4096), (parse_size, '64KiB', 65536), (parse_size, '32MiB', 33554432),
+                                                    (parse_size, '1GiB', 1 << 30),
+    (parse_size, '1.5KiB', 1536), (parse_count, '0', 0), (parse_positive, '1', 1),
+    (parse_address, 'nsqd.example:4150', ('nsqd.example', 4150)), (parse_address, '192.0.2.1:1', ('192.0.2.1', 1)),
     (nsqd_address, '/run/nsqd.sock', ('/run/nsqd.sock', 0)), (nsqd_address, 'a:1', ('a', 1)),
     (lookupd_address, 'a:4161', 'http://a:4161'), (lookupd_address, 'http://[::1]:4161', 'http://[::1]:4161'),
     (lookupd_address, 'https://a.example', 'https://a.example:443'), (lookupd_address, 'https://a:1', 'https://a:1'),
     (lookupd_address, 'https://[::1]', 'https://[::1]:443'),
-    (address, '[::1]:4150', ('::1', 4150)), (address, '[fe80::1%eth0]:65535', ('fe80::1%eth0', 65535)),
+    (parse_address, '[::1]:4150', ('::1', 4150)), (parse_address, '[fe80::1%eth0]:65535', ('fe80::1%eth0', 65535)),
 ])
 def test_a_value_is_read(check, value, expected):
     assert check(value) == pytest.approx(expected) if isinstance(expected, float) else check(value) == expected
 
 
 @pytest.mark.parametrize('check, value', [
-    *((duration, value) for value in ('', '10', 's', '-1s', '1e3s', '10 sec', '1s2', '0s', '0.0ms', 'inf', 'nan',
-                                      '1,5s', '1S', '1 d 2 h', '\u0661s', '9' * 400 + 's')),
-    *((size, value) for value in ('', '0', '-1', '1kb', '1KB', 'KiB', '0.1', '1e3', '1TiB', '9' * 400)),
-    *((count, value) for value in ('', '-1', '1.0', '0x10', '1_000', ' 1', '\u0661', '9' * 19)),
-    *((positive, value) for value in ('0', '00', '-1', '')),
-    *((address, value) for value in ('', 'host', 'host:', ':4150', 'host:0', 'host:65536', 'host:-1', '::1:4150',
-                                     '[::1]', '[::g]:1', '[]:1', '[1.2.3.4]:1', 'http://host:1', 'a b:1', 'u@host:1',
-                                     'host:123456', 'host:\u0661')),
-    *((lookupd_address, value) for value in ('', 'a', 'http://a', 'https://', 'https://a:', 'https://a:0', 'https://u@a',
-                                             'https://a/', 'https://a?b', 'ftp://a:1', '://a:1', '/run/nsqd.sock')),
+    *((parse_duration, value) for value in ('', '10', 's', '-1s', '1e3s', '10 sec', '1s2', '0s', '0.0ms', 'inf', 'nan',
+                                            '1,5s', '1S', '1 d 2 h', '\u0661s', '9' * 400 + 's')),
+    *((parse_size, value) for value in ('', '0', '-1', '1kb', '1KB', 'KiB', '0.1', '1e3', '1TiB', '9' * 400)),
+    *((parse_count, value) for value in ('', '-1', '1.0', '0x10', '1_000', ' 1', '\u0661', '9' * 19)),
+    *((parse_positive, value) for value in ('0', '00', '-1', '')),
+    *((parse_address, value) for value in ('', 'host', 'host:', ':4150', 'host:0', 'host:65536', 'host:-1', '::1:4150',
+                                           '[::1]', '[::g]:1', '[]:1', '[1.2.3.4]:1', 'http://host:1', 'a b:1',
+                                           'u@host:1',
+                                           'host:123456', 'host:\u0661')),
+    *((lookupd_address, value)
+      for value in ('', 'a', 'http://a', 'https://', 'https://a:', 'https://a:0', 'https://u@a',
+                    'https://a/', 'https://a?b', 'ftp://a:1', '://a:1', '/run/nsqd.sock')),
     *((nsqd_address, value) for value in ('run/nsqd.sock', '/a\0b', '/' + '\u00e9' * 54, 'unix:/run/nsqd.sock')),
 ])
 def test_rubbish_is_refused(check, value):
@@ -924,7 +930,7 @@ rubbish = st.text(max_size=12) | st.lists(st.text(max_size=6), max_size=3) | st.
 @pytest.mark.parametrize('option', [o for o in OPTIONS if o.default is not None] + ['field'],
                          ids=lambda o: getattr(o, 'name', o))
 def test_a_validator_returns_a_value_or_raises_a_sentence(option):
-    check = field if option == 'field' else option.check
+    check = parse_field if option == 'field' else option.check
 
     @settings(deadline=None)
     @given(rubbish)

@@ -29,9 +29,9 @@ from servers import wait_until
 from xmsrv import Schedule
 
 
-def count(xmsrv, word):
+def count(program, word):
     """How often the log has it."""
-    return xmsrv.log.read_text().count(word) if xmsrv.log.exists() else 0
+    return program.log.read_text().count(word) if program.log.exists() else 0
 
 
 def stopped(process, seconds=10):
@@ -83,20 +83,20 @@ def systemd(workdir, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 3])
-def test_twenty_periods_of_ten(nsqd, xmsrv, workers):
+def test_twenty_periods_of_ten(nsqd, program, workers):
     """500 messages wait: never more than 10 in a period, and none is skipped."""
     fill(nsqd, 500)
-    xmsrv.configure(nsqd, period='1s', workers=workers, nsq={'max-messages': 10})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) >= 200, 'twenty periods are over', 40)
+    program.configure(nsqd, period='1s', workers=workers, nsq={'max-messages': 10})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) >= 200, 'twenty periods are over', 40)
     stopped(running)
-    times = sorted(epoch(stored_at) for _, _, _, stored_at in xmsrv.rows())
+    times = sorted(epoch(stored_at) for _, _, _, stored_at in program.rows())
     starts = [times[0], *(b for a, b in itertools.pairwise(times) if b - a > 0.5)]
     sizes = [sum(start <= each < start + 0.5 for each in times) for start in starts]
     assert sum(sizes) == len(times) and max(sizes) <= 10
     assert sizes[2:20] == [10] * 18   # the first may find only some of the workers up
     assert all(0.8 < b - a < 1.4 for a, b in itertools.pairwise(starts[1:]))
-    assert numbers(xmsrv) == list(range(len(times)))
+    assert numbers(program) == list(range(len(times)))
     assert (nsqd.left(TOPIC, CHANNEL), nsqd.stats(TOPIC, CHANNEL)['requeue_count']) == (500 - len(times), 0)
 
 
@@ -105,68 +105,68 @@ def epoch(stored_at):
     return datetime.datetime.fromisoformat(stored_at.replace('Z', '+00:00')).timestamp()
 
 
-def test_the_connection_stays_open_between_windows(nsqd, xmsrv):
+def test_the_connection_stays_open_between_windows(nsqd, program):
     fill(nsqd, 30)
-    xmsrv.configure(nsqd, period='500ms', nsq={'max-messages': 10})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 30, 'three windows are over')
+    program.configure(nsqd, period='500ms', nsq={'max-messages': 10})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 30, 'three windows are over')
     assert nsqd.log.read_bytes().count(b'new client(') == 1
     stopped(running)
 
 
 def test_no_drift_and_no_making_up():
     schedule = Schedule(10.0)
-    assert schedule.wait(100.0) == 0
-    schedule.start(100.0)
-    assert schedule.wait(103.0) == 7
-    schedule.start(110.02)   # on time, but for a moment
-    assert schedule.wait(110.02) == pytest.approx(9.98)
-    schedule.start(147.0)    # late: three are missed
-    assert (schedule.wait(147.0), schedule.wait(160.0)) == (10, 0)
+    assert schedule.seconds_to_start(100.0) == 0
+    schedule.start_period(100.0)
+    assert schedule.seconds_to_start(103.0) == 7
+    schedule.start_period(110.02)   # on time, but for a moment
+    assert schedule.seconds_to_start(110.02) == pytest.approx(9.98)
+    schedule.start_period(147.0)    # late: three are missed
+    assert (schedule.seconds_to_start(147.0), schedule.seconds_to_start(160.0)) == (10, 0)
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_a_window_without_end_flows(nsqd, xmsrv, workers):
+def test_a_window_without_end_flows(nsqd, program, workers):
     fill(nsqd, 1000)
-    xmsrv.configure(nsqd, period='0', workers=workers, timeout='1s', idle_timeout='100ms')
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 1000, 'all are stored')
+    program.configure(nsqd, period='0', workers=workers, timeout='1s', idle_timeout='100ms')
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 1000, 'all are stored')
     still = passed(2)
     wait_until(still, 'timeout and idle-timeout are long over')
     nsqd.publish(TOPIC, bodies(1, 1000))
-    wait_until(lambda: len(xmsrv.rows()) == 1001, 'a late one is stored at once', 2)
-    assert count(xmsrv, 'received') == 0
+    wait_until(lambda: len(program.rows()) == 1001, 'a late one is stored at once', 2)
+    assert count(program, 'received') == 0
     stopped(running)
-    assert numbers(xmsrv) == list(range(1001))
-    assert 1 <= count(xmsrv, 'received') <= workers   # one to which nothing came has nothing to say
+    assert numbers(program) == list(range(1001))
+    assert 1 <= count(program, 'received') <= workers   # one to which nothing came has nothing to say
 
 
-def test_what_comes_beyond_n_is_kept_for_the_next_window(nsqds, xmsrv):
+def test_what_comes_beyond_n_is_kept_for_the_next_window(nsqds, program):
     """With RDY moved about between nsqds some may come too many: none is handed back, none is lost, none doubled."""
     started = nsqds(3)
     for place, nsqd in enumerate(started):
         fill(nsqd, 100, 100 * place)
-    xmsrv.configure(started, period='100ms', nsq={'max-messages': 7})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 300, 'all are stored', 30)
+    program.configure(started, period='100ms', nsq={'max-messages': 7})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 300, 'all are stored', 30)
     stopped(running)
-    assert numbers(xmsrv) == list(range(300))
+    assert numbers(program) == list(range(300))
     assert sum(nsqd.stats(TOPIC, CHANNEL)['requeue_count'] for nsqd in started) == 0
-    told = [int(number) for number in re.findall(r'stored (\d+)', xmsrv.log.read_text())]
+    told = [int(number) for number in re.findall(r'stored (\d+)', program.log.read_text())]
     assert max(told) == 7 and sum(told) == 300
 
 
 # -------------------------------------------------------------------------------------------------------------- workers
 
 @pytest.mark.slow
-def test_workers_killed_ten_times_lose_nothing(nsqds, xmsrv, changed):
+def test_workers_killed_ten_times_lose_nothing(nsqds, program, changed):
     """Each killed in mid-flow; one that was up for a while is started again after a second, not later and later."""
     changed('import xmsrv\nxmsrv.STAYS_UP = 0.5\n')
     nsqd, = nsqds(1, '--msg-timeout=1s')
     nsqd.create(TOPIC, CHANNEL)
     nsqd.lapse(TOPIC, CHANNEL)
-    xmsrv.configure(nsqd, period='0', workers=3, nsq={'max-in-flight': 100})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=3, nsq={'max-in-flight': 100})
+    running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 3, 'all workers are subscribed')
     for kill in range(10):
         nsqd.publish(TOPIC, bodies(1000, 1000 * kill))
@@ -174,40 +174,40 @@ def test_workers_killed_ten_times_lose_nothing(nsqds, xmsrv, changed):
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda victim=victim: victim not in children(running) and len(children(running)) == 3,
                    'another is started in its place', 30)
-    wait_until(lambda: len(xmsrv.rows()) == 10000, 'all are stored', 60)
+    wait_until(lambda: len(program.rows()) == 10000, 'all are stored', 60)
     wait_until(lambda: not nsqd.left(TOPIC, CHANNEL), 'and finished', 30)
     stopped(running)
-    assert numbers(xmsrv) == list(range(10000))
-    assert count(xmsrv, 'ended: killed by SIGKILL') >= 5
+    assert numbers(program) == list(range(10000))
+    assert count(program, 'ended: killed by SIGKILL') >= 5
 
 
-def test_workers_wait_for_no_heartbeat_between_windows(nsqd, xmsrv):
+def test_workers_wait_for_no_heartbeat_between_windows(nsqd, program):
     """One window after the other: several a second, though a worker says how it is only twice."""
     fill(nsqd, 400)
-    xmsrv.configure(nsqd, period='0', workers=2, nsq={'max-messages': 20})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) >= 20, 'the first window is over')
-    wait_until(lambda: len(xmsrv.rows()) == 400, 'all are stored', 5)
+    program.configure(nsqd, period='0', workers=2, nsq={'max-messages': 20})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) >= 20, 'the first window is over')
+    wait_until(lambda: len(program.rows()) == 400, 'all are stored', 5)
     stopped(running)
-    assert numbers(xmsrv) == list(range(400))
+    assert numbers(program) == list(range(400))
 
 
-def test_a_worker_that_says_nonsense_is_replaced(nsqd, xmsrv, changed):
+def test_a_worker_that_says_nonsense_is_replaced(nsqd, program, changed):
     """The first one of all."""
     changed('import contextlib, sys\nif "worker" in sys.argv:\n    with contextlib.suppress(FileExistsError):\n'
             '        open("said", "x").close()\n        print("{", flush=True)\n')
     fill(nsqd, 10)
-    xmsrv.configure(nsqd, period='0', workers=2)
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 10 and nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both are at work', 20)
-    assert count(xmsrv, 'not understood') == 1
+    program.configure(nsqd, period='0', workers=2)
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 10 and nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both are at work', 20)
+    assert count(program, 'sent an invalid status line') == 1
     stopped(running)
 
 
-def test_workers_end_with_their_parent(nsqd, xmsrv):
+def test_workers_end_with_their_parent(nsqd, program):
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, period='0', workers=2)
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=2)
+    running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
     pids = children(running)
     running.kill()
@@ -215,54 +215,54 @@ def test_workers_end_with_their_parent(nsqd, xmsrv):
 
 
 @pytest.mark.slow
-def test_a_daemon_whose_workers_do_not_stay_up_ends_with_70(nsqd, xmsrv, changed):
+def test_a_daemon_whose_workers_do_not_stay_up_ends_with_70(nsqd, program, changed):
     changed('import sys\nif "worker" in sys.argv:\n    sys.exit("cannot run")\n')
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, workers=2)
-    ended(xmsrv.start('daemon'), 70, 60)
-    assert count(xmsrv, 'no worker stays up') == 1
+    program.configure(nsqd, workers=2)
+    ended(program.start('daemon'), 70, 60)
+    assert count(program, 'every worker keeps failing to start') == 1
 
 
-def test_a_worker_that_is_silent_for_long_is_killed_and_replaced(nsqds, xmsrv, changed):
+def test_a_worker_that_is_silent_for_long_is_killed_and_replaced(nsqds, program, changed):
     """It has a message, which comes again. Nothing else ends: no watchdog is there that would."""
-    changed('import xmsrv\nxmsrv.SILENCE_OF_WORKERS, xmsrv.STUCK = 1.0, 2.0\n')
+    changed('import xmsrv\nxmsrv.SILENCE_OF_WORKERS, xmsrv.WORKER_KILL_TIME = 1.0, 2.0\n')
     nsqd, = nsqds(1, '--msg-timeout=1s')
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, period='0', workers=2)
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=2)
+    running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
     silent, other = children(running)
     os.kill(silent, signal.SIGSTOP)
-    wait_until(lambda: count(xmsrv, f'(process {silent}) ended: killed by SIGKILL'), 'it is killed', 20)
-    assert count(xmsrv, f'(process {silent}) says nothing')   # twice where it was slow to start
+    wait_until(lambda: count(program, f'(process {silent}) ended: killed by SIGKILL'), 'it is killed', 20)
+    assert count(program, f'(pid {silent}) is not responding')   # twice where it was slow to start
     wait_until(lambda: len(children(running)) == 2 and nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'it is replaced', 20)
     assert other in children(running) and silent not in children(running)
     nsqd.publish(TOPIC, bodies(50))
-    wait_until(lambda: len(xmsrv.rows()) == 50, 'messages flow', 20)
+    wait_until(lambda: len(program.rows()) == 50, 'messages flow', 20)
     stopped(running)
 
 
-def test_a_worker_that_cannot_be_started_is_tried_again(nsqd, xmsrv, workdir, changed):
+def test_a_worker_that_cannot_be_started_is_tried_again(nsqd, program, workdir, changed):
     """It says why, with a growing pause, and messages flow as soon as one can."""
-    changed('import os, xmsrv\nreal = xmsrv.own_command\n'
-            'xmsrv.own_command = lambda: real() if os.path.exists("there") else ["/nonexistent/python"]\n')
+    changed('import os, xmsrv\nreal = xmsrv.worker_command\n'
+            'xmsrv.worker_command = lambda: real() if os.path.exists("there") else ["/nonexistent/python"]\n')
     fill(nsqd, 10)
-    xmsrv.configure(nsqd, period='0', workers=2)
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=2)
+    running = program.start('daemon')
     failed = '(process none) ended: it could not be started: No such file or directory'
-    wait_until(lambda: count(xmsrv, failed) >= 3, 'it is tried again')
-    assert running.poll() is None and not xmsrv.rows()
+    wait_until(lambda: count(program, failed) >= 3, 'it is tried again')
+    assert running.poll() is None and not program.rows()
     (workdir / 'there').touch()
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 20)
+    wait_until(lambda: len(program.rows()) == 10, 'all are stored', 20)
     stopped(running)
 
 
 @pytest.mark.slow
-def test_workers_of_which_none_can_be_started_end_the_daemon(nsqd, xmsrv, changed):
+def test_workers_of_which_none_can_be_started_end_the_daemon(nsqd, program, changed):
     changed('import xmsrv\nxmsrv.own_command = lambda: ["/nonexistent/python"]\n')
-    xmsrv.configure(nsqd, period='0', workers=2)
-    ended(xmsrv.start('daemon'), os.EX_SOFTWARE, 60)
-    assert count(xmsrv, 'could not be started') >= 5 and count(xmsrv, 'no worker stays up') == 1
+    program.configure(nsqd, period='0', workers=2)
+    ended(program.start('daemon'), os.EX_SOFTWARE, 60)
+    assert count(program, 'could not be started') >= 5 and count(program, 'every worker keeps failing to start') == 1
 
 
 def test_what_a_test_has_stopped_is_not_left_behind(nsqd, workdir):
@@ -279,35 +279,35 @@ def test_what_a_test_has_stopped_is_not_left_behind(nsqd, workdir):
     assert not any(os.path.exists(f'/proc/{pid}/exe') for pid in pids)
 
 
-def test_a_worker_that_does_not_end_is_killed(nsqd, xmsrv):
+def test_a_worker_that_does_not_end_is_killed(nsqd, program):
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, period='0', workers=2, aerospike={'total-timeout': '100ms'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=2, aerospike={'total-timeout': '100ms'})
+    running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
     os.kill(children(running)[0], signal.SIGSTOP)
     stopped(running)
-    assert count(xmsrv, 'does not end: killed') == 1
+    assert count(program, 'did not stop in time: killed') == 1
 
 
 # ------------------------------------------------------------------------------------------------ the file, and the end
 
-def test_a_good_file_holds_from_the_next_window_on_and_a_bad_one_never(nsqd, xmsrv, systemd):
+def test_a_good_file_holds_from_the_next_window_on_and_a_bad_one_never(nsqd, program, systemd):
     fill(nsqd, 1000)
-    xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 1})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) >= 3, 'it is under way')
-    xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 100}, timeout='soon', nonsense='1')
+    program.configure(nsqd, period='300ms', nsq={'max-messages': 1})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) >= 3, 'it is under way')
+    program.configure(nsqd, period='300ms', nsq={'max-messages': 100}, timeout='soon', nonsense='1')
     running.send_signal(signal.SIGHUP)
-    wait_until(lambda: count(xmsrv, 'stays in force'), 'the bad one is reported')
-    assert count(xmsrv, 'timeout = soon: not a duration') == count(xmsrv, 'nonsense = 1: no such option') == 1
-    there = len(xmsrv.rows())
-    wait_until(lambda: len(xmsrv.rows()) >= there + 2, 'it goes on')
-    assert len(xmsrv.rows()) < there + 20
-    xmsrv.configure(nsqd, period='300ms', nsq={'max-messages': 100})
+    wait_until(lambda: count(program, 'keeping the current configuration'), 'the bad one is reported')
+    assert count(program, 'timeout = soon: not a duration') == count(program, 'nonsense = 1: no such option') == 1
+    there = len(program.rows())
+    wait_until(lambda: len(program.rows()) >= there + 2, 'it goes on')
+    assert len(program.rows()) < there + 20
+    program.configure(nsqd, period='300ms', nsq={'max-messages': 100})
     running.send_signal(signal.SIGHUP)
-    wait_until(lambda: len(xmsrv.rows()) == 1000, 'the good one holds')
+    wait_until(lambda: len(program.rows()) == 1000, 'the good one holds')
     stopped(running)
-    assert numbers(xmsrv) == list(range(1000))
+    assert numbers(program) == list(range(1000))
     assert (len(systemd.fields('RELOADING')), len(systemd.fields('MONOTONIC_USEC'))) == (2, 2)
     assert (len(systemd.fields('READY')), systemd.fields('STOPPING')) == (3, ['1'])
 
@@ -320,172 +320,172 @@ def missing(workdir):
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_a_directory_that_is_not_there_yet_is_waited_for(nsqd, xmsrv, systemd, missing, workers):
+def test_a_directory_that_is_not_there_yet_is_waited_for(nsqd, program, systemd, missing, workers):
     settings, make, said = missing
     fill(nsqd, 10)
     port = servers.free_ports()
-    xmsrv.configure(nsqd, period='200ms', workers=workers, metrics={'listen': f'127.0.0.1:{port}'}, **settings)
-    assert said in xmsrv.run('once', expect=os.EX_UNAVAILABLE).stderr
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='200ms', workers=workers, metrics={'listen': f'127.0.0.1:{port}'}, **settings)
+    assert said in program.run('once', expect=os.EX_UNAVAILABLE).stderr
+    running = program.start('daemon')
     wait_until(lambda: systemd.fields('READY'), 'it is ready')
     wait_until(lambda: any(said in text for text in systemd.fields('STATUS')), 'systemd hears of it')
     status, told = get(port, '/readyz')
     assert status == 503 and 'waiting for configuration: ' in told and said in told
-    assert get(port, '/healthz')[0] == 200 and not xmsrv.rows()
+    assert get(port, '/healthz')[0] == 200 and not program.rows()
     make()
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 40)
+    wait_until(lambda: len(program.rows()) == 10, 'all are stored', 40)
     wait_until(lambda: get(port, '/readyz') == (200, 'queue: up\nstore: up\ndead letters: up\n'), 'it is well', 20)
     stopped(running)
-    assert count(xmsrv, said) == count(xmsrv, 'configuration: recovered after') == 1
+    assert count(program, said) == count(program, 'configuration: recovered after') == 1
 
 
-def test_a_secret_and_a_certificate_that_are_not_there_yet_are_waited_for(nsqd, xmsrv, workdir):
+def test_a_secret_and_a_certificate_that_are_not_there_yet_are_waited_for(nsqd, program, workdir):
     """Both are named at once; also one that is there and does not load is waited for."""
     fill(nsqd, 10)
     tls = {'ca-file': workdir / 'ca.pem'}
     with clusters.standin(users={'writer': 's3cret'}) as cluster:
         settings = cluster.settings(**{'user': 'writer', 'password-file': workdir / 'password'})
-        xmsrv.configure(nsqd, period='200ms', **servers.merge(settings, {'nsq': {'tls': tls}}))
-        running = xmsrv.start('daemon')
-        wait_until(lambda: re.search(r'ca\.pem: No such file.*password: No such file', xmsrv.log.read_text()), 'both')
+        program.configure(nsqd, period='200ms', **servers.merge(settings, {'nsq': {'tls': tls}}))
+        running = program.start('daemon')
+        wait_until(lambda: re.search(r'ca\.pem: No such file.*password: No such file', program.log.read_text()), 'both')
         (workdir / 'ca.pem').write_text('half a certificate')
-        wait_until(lambda: count(xmsrv, 'the certificates do not load'), 'it does not load', 20)
-        xmsrv.configure(nsqd, period='200ms', **settings)
+        wait_until(lambda: count(program, 'the certificates do not load'), 'it does not load', 20)
+        program.configure(nsqd, period='200ms', **settings)
         running.send_signal(signal.SIGHUP)
-        wait_until(lambda: count(xmsrv, 'is read again'), 'it waits for the other one alone')
+        wait_until(lambda: count(program, 'configuration reloaded'), 'it waits for the other one alone')
         assert cluster.stored() == 0
         (workdir / 'password').write_text('s3cret')
         wait_until(lambda: cluster.stored() == 10, 'all are stored', 40)
         stopped(running)
 
 
-def test_a_daemon_that_waits_for_a_file_ends_at_once_and_takes_another_configuration(nsqd, xmsrv, missing):
+def test_a_daemon_that_waits_for_a_file_ends_at_once_and_takes_another_configuration(nsqd, program, missing):
     settings, _, said = missing
     fill(nsqd, 10)
-    xmsrv.configure(nsqd, **settings)
-    running = xmsrv.start('daemon')
-    wait_until(lambda: count(xmsrv, said), 'it waits')
+    program.configure(nsqd, **settings)
+    running = program.start('daemon')
+    wait_until(lambda: count(program, said), 'it waits')
     stopped(running, 3)
-    running = xmsrv.start('daemon')
-    wait_until(lambda: count(xmsrv, said) == 2, 'it waits')
-    xmsrv.configure(nsqd)
+    running = program.start('daemon')
+    wait_until(lambda: count(program, said) == 2, 'it waits')
+    program.configure(nsqd)
     running.send_signal(signal.SIGHUP)
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 20)
+    wait_until(lambda: len(program.rows()) == 10, 'all are stored', 20)
     stopped(running)
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_a_reload_holds_once_its_files_are_there_and_messages_flow_meanwhile(nsqd, xmsrv, systemd, missing, workers):
+def test_a_reload_holds_once_its_files_are_there_and_messages_flow_meanwhile(nsqd, program, systemd, missing, workers):
     settings, make, said = missing
     fill(nsqd, 10)
     port = servers.free_ports()
     listen = {'metrics': {'listen': f'127.0.0.1:{port}'}}
-    xmsrv.configure(nsqd, period='200ms', workers=workers, **listen)
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'it is under way', 20)
-    xmsrv.configure(nsqd, period='200ms', workers=workers, sqlite={'set': 'new'}, **listen, **settings)
+    program.configure(nsqd, period='200ms', workers=workers, **listen)
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 10, 'it is under way', 20)
+    program.configure(nsqd, period='200ms', workers=workers, sqlite={'set': 'new'}, **listen, **settings)
     running.send_signal(signal.SIGHUP)
-    wait_until(lambda: count(xmsrv, f'{said}; the configuration as it was stays in force'), 'it says so')
+    wait_until(lambda: count(program, f'{said}; keeping the current configuration'), 'it says so')
     wait_until(lambda: any(said in text for text in systemd.fields('STATUS')), 'systemd hears of it')
     wait_until(lambda: said in get(port, '/readyz')[1] and get(port, '/readyz')[0] == 200, 'so does who asks', 20)
-    xmsrv.configure(nsqd, timeout='soon')
+    program.configure(nsqd, timeout='soon')
     running.send_signal(signal.SIGHUP)   # changes nothing: not what holds, nor what waits
-    wait_until(lambda: count(xmsrv, 'timeout = soon'), 'it is reported')
+    wait_until(lambda: count(program, 'timeout = soon'), 'it is reported')
     fill(nsqd, 10, 10)
-    wait_until(lambda: len(xmsrv.rows()) == 20, 'messages flow', 20)
-    assert {where for where, _, _, _ in xmsrv.rows()} == {TOPIC}
+    wait_until(lambda: len(program.rows()) == 20, 'messages flow', 20)
+    assert {where for where, _, _, _ in program.rows()} == {TOPIC}
     make()
-    wait_until(lambda: count(xmsrv, 'configuration: recovered after'), 'the new one holds', 40)
+    wait_until(lambda: count(program, 'configuration: recovered after'), 'the new one holds', 40)
     sent = itertools.count(20)
 
     def stored_by_the_new():   # what comes while the open window ends is stored by the old one
         nsqd.publish(TOPIC, bodies(1, next(sent)))
-        return 'new' in {where for where, _, _, _ in xmsrv.rows()}
+        return 'new' in {where for where, _, _, _ in program.rows()}
     wait_until(stored_by_the_new, 'it does', 20)
     wait_until(lambda: not nsqd.left(TOPIC, CHANNEL), 'all are finished', 20)
     stopped(running)
-    assert numbers(xmsrv) == list(range(next(sent)))
+    assert numbers(program) == list(range(next(sent)))
 
 
-def test_a_reload_changes_the_number_of_workers(nsqd, xmsrv):
+def test_a_reload_changes_the_number_of_workers(nsqd, program):
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, period='0', workers=2)
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=2)
+    running = program.start('daemon')
     wait_until(lambda: len(children(running)) == 2, 'there are two')
-    xmsrv.configure(nsqd, period='0', workers=3)
+    program.configure(nsqd, period='0', workers=3)
     running.send_signal(signal.SIGHUP)
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 3, 'there are three')
-    xmsrv.configure(nsqd, period='0', workers=1)
+    program.configure(nsqd, period='0', workers=1)
     running.send_signal(signal.SIGHUP)
     wait_until(lambda: not children(running) and nsqd.stats(TOPIC, CHANNEL)['clients'] == 1, 'there is none')
     stopped(running)
 
 
-def test_a_reload_makes_no_second_window_in_a_period(nsqd, xmsrv):
+def test_a_reload_makes_no_second_window_in_a_period(nsqd, program):
     fill(nsqd, 100)
-    xmsrv.configure(nsqd, period='5s', nsq={'max-messages': 10})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'the first window is over')
+    program.configure(nsqd, period='5s', nsq={'max-messages': 10})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 10, 'the first window is over')
     running.send_signal(signal.SIGHUP)
-    wait_until(lambda: count(xmsrv, 'is read again'), 'the file is read again')
+    wait_until(lambda: count(program, 'configuration reloaded'), 'the file is read again')
     still = passed(1.5)
     wait_until(still, 'a window would have begun by now')
-    assert len(xmsrv.rows()) == 10
-    wait_until(lambda: len(xmsrv.rows()) == 20, 'the next one comes in its time', 6)
+    assert len(program.rows()) == 10
+    wait_until(lambda: len(program.rows()) == 20, 'the next one comes in its time', 6)
     stopped(running)
 
 
-def test_a_reload_with_another_state_directory_takes_its_lock(nsqd, xmsrv, workdir):
+def test_a_reload_with_another_state_directory_takes_its_lock(nsqd, program, workdir):
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, period='200ms')
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='200ms')
+    running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is under way')
-    xmsrv.configure(nsqd, period='200ms', state_dir=workdir / 'other')
+    program.configure(nsqd, period='200ms', state_dir=workdir / 'other')
     running.send_signal(signal.SIGHUP)
     wait_until(lambda: lock_files(workdir / 'other'), 'the other lock is there')
-    assert f'process {running.pid}' in xmsrv.run('once', expect=os.EX_TEMPFAIL).stderr
+    assert f'process {running.pid}' in program.run('once', expect=os.EX_TEMPFAIL).stderr
     stopped(running)
 
 
-def test_a_reload_while_the_lock_is_waited_for_takes_the_lock_of_the_new_state_directory(nsqd, xmsrv, workdir):
+def test_a_reload_while_the_lock_is_waited_for_takes_the_lock_of_the_new_state_directory(nsqd, program, workdir):
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, timeout='60s', idle_timeout='60s')
-    once = xmsrv.start('once')
+    program.configure(nsqd, timeout='60s', idle_timeout='60s')
+    once = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 1, 'another run has the lock')
-    daemon = xmsrv.start('daemon')
-    wait_until(lambda: count(xmsrv, f'waiting for process {once.pid}'), 'the daemon waits for it')
-    xmsrv.configure(nsqd, state_dir=workdir / 'other')
+    daemon = program.start('daemon')
+    wait_until(lambda: count(program, f'waiting for process {once.pid}'), 'the daemon waits for it')
+    program.configure(nsqd, state_dir=workdir / 'other')
     daemon.send_signal(signal.SIGHUP)
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'it waits no more')
     stopped(daemon)
     stopped(once)
 
 
-def test_a_hang_up_at_any_moment_ends_nothing(nsqd, xmsrv):
+def test_a_hang_up_at_any_moment_ends_nothing(nsqd, program):
     """Also before it has read its file."""
     fill(nsqd, 10)
-    xmsrv.configure(nsqd, period='200ms')
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='200ms')
+    running = program.start('daemon')
     wait_until(lambda: servers.handles(running, signal.SIGHUP), 'it is past its first lines')
     for _ in range(100):   # without an end none would ever come to a window
         running.send_signal(signal.SIGHUP)
         assert running.poll() is None
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'it goes on', 20)
+    wait_until(lambda: len(program.rows()) == 10, 'it goes on', 20)
     stopped(running)
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_a_stop_in_mid_window_ends_soon(nsqd, xmsrv, workers, changed):
+def test_a_stop_in_mid_window_ends_soon(nsqd, program, workers, changed):
     """Within total-timeout and 2 s, though timeout is a minute and a lot is waiting."""
     changed(SLOW)
     fill(nsqd, 20000)
-    xmsrv.configure(nsqd, timeout='60s', workers=workers)
-    running = xmsrv.start('daemon')
-    wait_until(xmsrv.rows, 'it is under way')
+    program.configure(nsqd, timeout='60s', workers=workers)
+    running = program.start('daemon')
+    wait_until(program.rows, 'it is under way')
     stopped(running, 4)
     wait_until(lambda: not nsqd.stats(TOPIC, CHANNEL)['in_flight_count'], 'nsqd has read all answers')
-    assert numbers(xmsrv) == sorted(numbers(xmsrv)) and len(numbers(xmsrv)) < 20000
-    assert len(set(numbers(xmsrv))) == len(numbers(xmsrv)) == 20000 - nsqd.stats(TOPIC, CHANNEL)['depth']
+    assert numbers(program) == sorted(numbers(program)) and len(numbers(program)) < 20000
+    assert len(set(numbers(program))) == len(numbers(program)) == 20000 - nsqd.stats(TOPIC, CHANNEL)['depth']
 
 
 SLOW = '''
@@ -505,125 +505,125 @@ def lock_files(directory):
 
 
 @pytest.mark.parametrize('way', ['link', 'linked directory', 'relative'])
-def test_two_names_of_one_file_exclude_each_other(nsqd, xmsrv, workdir, way):
+def test_two_names_of_one_file_exclude_each_other(nsqd, program, workdir, way):
     fill(nsqd, 5)
-    xmsrv.configure(nsqd, period='60s', nsq={'max-messages': 5})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 5, 'it is under way')
-    (workdir / 'other.conf').symlink_to(xmsrv.path)
+    program.configure(nsqd, period='60s', nsq={'max-messages': 5})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 5, 'it is under way')
+    (workdir / 'other.conf').symlink_to(program.path)
     (workdir / 'directory').symlink_to(workdir)
     path = {'link': workdir / 'other.conf', 'linked directory': workdir / 'directory' / 'x-msrv.conf',
             'relative': 'state/../x-msrv.conf'}[way]
-    ran = xmsrv.run('-c', path, 'once', expect=os.EX_TEMPFAIL)
+    ran = program.run('-c', path, 'once', expect=os.EX_TEMPFAIL)
     assert f'process {running.pid}' in ran.stderr
     stopped(running)
     assert len(lock_files(workdir / 'state')) == 1
 
 
-def test_two_files_of_one_name_do_not_exclude_each_other(nsqd, xmsrv, workdir):
+def test_two_files_of_one_name_do_not_exclude_each_other(nsqd, program, workdir):
     """With one state-dir; each still excludes itself."""
     paths = [workdir / 'first' / ('long' * 60 + '.conf'), workdir / 'second' / ('long' * 60 + '.conf')]
     running = []
     for path, topic in zip(paths, ('a', 'b'), strict=True):
         path.parent.mkdir()
-        xmsrv.path = path
-        xmsrv.configure(nsqd, topic=topic, timeout='60s', idle_timeout='60s')
-        running.append(xmsrv.start('once'))
+        program.path = path
+        program.configure(nsqd, topic=topic, timeout='60s', idle_timeout='60s')
+        running.append(program.start('once'))
         wait_until(lambda topic=topic: nsqd.stats(topic, CHANNEL)['clients'], 'it is subscribed')
     for path, process in zip(paths, running, strict=True):
-        assert f'process {process.pid}' in xmsrv.run('-c', path, 'once', expect=os.EX_TEMPFAIL).stderr
+        assert f'process {process.pid}' in program.run('-c', path, 'once', expect=os.EX_TEMPFAIL).stderr
     for process in running:
         stopped(process)
     locks = lock_files(workdir / 'state')
     assert sorted(path.name[:50] for path in locks) == [('long' * 13)[:50]] * 2
 
 
-def test_a_link_that_is_changed_and_reloaded_takes_the_lock_of_its_new_file(nsqd, xmsrv, workdir):
+def test_a_link_that_is_changed_and_reloaded_takes_the_lock_of_its_new_file(nsqd, program, workdir):
     fill(nsqd, 0)
     first, second = workdir / 'first.conf', workdir / 'second.conf'
-    for xmsrv.path in (first, second):
-        xmsrv.configure(nsqd, period='200ms')
-    link = xmsrv.path = workdir / 'x-msrv.conf'
+    for program.path in (first, second):
+        program.configure(nsqd, period='200ms')
+    link = program.path = workdir / 'x-msrv.conf'
     link.symlink_to(first)
-    running = xmsrv.start('daemon')
+    running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is under way')
-    assert f'process {running.pid}' in xmsrv.run('-c', first, 'once', expect=os.EX_TEMPFAIL).stderr
+    assert f'process {running.pid}' in program.run('-c', first, 'once', expect=os.EX_TEMPFAIL).stderr
     link.unlink()
     link.symlink_to(second)
     running.send_signal(signal.SIGHUP)
     wait_until(lambda: len(lock_files(workdir / 'state')) == 2, 'the other lock is there')
-    assert f'process {running.pid}' in xmsrv.run('-c', second, 'once', expect=os.EX_TEMPFAIL).stderr
-    xmsrv.run('-c', first, 'once')
+    assert f'process {running.pid}' in program.run('-c', second, 'once', expect=os.EX_TEMPFAIL).stderr
+    program.run('-c', first, 'once')
     stopped(running)
 
 
-def test_a_configuration_from_a_pipe_leaves_one_lock(nsqd, xmsrv, workdir):
+def test_a_configuration_from_a_pipe_leaves_one_lock(nsqd, program, workdir):
     """Not another one with each run."""
-    xmsrv.configure(nsqd)
+    program.configure(nsqd)
     for _ in range(2):
-        command = f'cat {xmsrv.path} | {servers.PROGRAM} -c /dev/stdin once'
+        command = f'cat {program.path} | {servers.PROGRAM} -c /dev/stdin once'
         subprocess.run(['sh', '-c', command], check=True, timeout=30)
     assert len(lock_files(workdir / 'state')) == 1
 
 
-def test_once_says_who_has_the_configuration(nsqd, xmsrv, workdir):
+def test_once_says_who_has_the_configuration(nsqd, program, workdir):
     fill(nsqd, 5)
-    xmsrv.configure(nsqd, period='60s')
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 5, 'it is under way')
-    ran = xmsrv.run('once', expect=os.EX_TEMPFAIL)
+    program.configure(nsqd, period='60s')
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 5, 'it is under way')
+    ran = program.run('once', expect=os.EX_TEMPFAIL)
     lock, = lock_files(workdir / 'state')
     assert f'process {running.pid}' in ran.stderr and str(lock) in ran.stderr
-    assert lock.read_text().splitlines() == [str(running.pid), str(xmsrv.path)]
+    assert lock.read_text().splitlines() == [str(running.pid), str(program.path)]
     stopped(running)
-    xmsrv.run('once')
+    program.run('once')
 
 
-def test_the_daemon_waits_for_once_and_says_so(nsqd, xmsrv, systemd):
+def test_the_daemon_waits_for_once_and_says_so(nsqd, program, systemd):
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, timeout='60s', idle_timeout='60s')
-    first = xmsrv.start('once')
+    program.configure(nsqd, timeout='60s', idle_timeout='60s')
+    first = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is subscribed')
-    daemon = xmsrv.start('daemon')
-    wait_until(lambda: count(xmsrv, f'waiting for process {first.pid}'), 'the daemon says so')
+    daemon = program.start('daemon')
+    wait_until(lambda: count(program, f'waiting for process {first.pid}'), 'the daemon says so')
     wait_until(lambda: any('waiting for process' in text for text in systemd.fields('STATUS')), 'to systemd as well')
     stopped(first)
     nsqd.publish(TOPIC, bodies(3))
-    wait_until(lambda: len(xmsrv.rows()) == 3, 'the daemon has taken over')
+    wait_until(lambda: len(program.rows()) == 3, 'the daemon has taken over')
     stopped(daemon)
 
 
 @pytest.mark.parametrize('make', [os.mkfifo, lambda path: path.symlink_to('/dev/zero')], ids=['FIFO', 'device'])
-def test_a_lock_that_is_no_file_is_69_and_waited_for(nsqd, xmsrv, workdir, make):
+def test_a_lock_that_is_no_file_is_69_and_waited_for(nsqd, program, workdir, make):
     fill(nsqd, 10)
-    xmsrv.configure(nsqd)
-    xmsrv.run('once')
+    program.configure(nsqd)
+    program.run('once')
     lock, = (workdir / 'state').glob('*.lock')
     lock.unlink()
     make(lock)
-    assert f'{lock}: not a regular file' in xmsrv.run('once', expect=os.EX_UNAVAILABLE).stderr
-    running = xmsrv.start('daemon')
-    wait_until(lambda: count(xmsrv, f'waiting: {lock}: not a regular file'), 'the daemon says so')
+    assert f'{lock}: not a regular file' in program.run('once', expect=os.EX_UNAVAILABLE).stderr
+    running = program.start('daemon')
+    wait_until(lambda: count(program, f'waiting: {lock}: not a regular file'), 'the daemon says so')
     fill(nsqd, 10, 10)
     lock.unlink()
-    wait_until(lambda: len(xmsrv.rows()) == 20, 'it goes on', 20)
+    wait_until(lambda: len(program.rows()) == 20, 'it goes on', 20)
     stopped(running)
 
 
-def test_a_state_directory_that_cannot_be_is_69(nsqd, xmsrv, workdir):
+def test_a_state_directory_that_cannot_be_is_69(nsqd, program, workdir):
     (workdir / 'file').write_text('')
-    xmsrv.configure(nsqd, state_dir=workdir / 'file' / 'state')
-    assert f'{workdir}/file/state/x-msrv-' in xmsrv.run('once', expect=os.EX_UNAVAILABLE).stderr
+    program.configure(nsqd, state_dir=workdir / 'file' / 'state')
+    assert f'{workdir}/file/state/x-msrv-' in program.run('once', expect=os.EX_UNAVAILABLE).stderr
 
 
 # ------------------------------------------------------------------------------------- outages, and what systemd hears
 
-def test_a_boot_with_the_store_down_is_ready_and_says_so(nsqd, xmsrv, standin, systemd):
+def test_a_boot_with_the_store_down_is_ready_and_says_so(nsqd, program, standin, systemd):
     fill(nsqd, 10)
     standin.server.refuse()
     port = servers.free_ports()
-    xmsrv.configure(nsqd, period='200ms', metrics={'listen': f'127.0.0.1:{port}'}, **standin.settings())
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='200ms', metrics={'listen': f'127.0.0.1:{port}'}, **standin.settings())
+    running = program.start('daemon')
     wait_until(lambda: systemd.fields('READY'), 'it is ready')
     wait_until(lambda: any(standin.address in text for text in systemd.fields('STATUS')), 'and says what is down')
     assert get(port, '/healthz')[0] == 200
@@ -632,17 +632,17 @@ def test_a_boot_with_the_store_down_is_ready_and_says_so(nsqd, xmsrv, standin, s
     wait_until(lambda: standin.stored() == 10, 'all are stored', 40)
     wait_until(lambda: get(port, '/readyz') == (200, 'queue: up\nstore: up\ndead letters: up\n'), 'both ends are up')
     stopped(running)
-    assert count(xmsrv, 'unavailable') == count(xmsrv, 'recovered after') == 1
+    assert count(program, 'unavailable') == count(program, 'recovered after') == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('period', ['0', '300ms'])
-def test_a_store_away_for_five_watchdog_intervals_ends_nothing(nsqd, xmsrv, standin, systemd, period, workers):
+def test_a_store_away_for_five_watchdog_intervals_ends_nothing(nsqd, program, standin, systemd, period, workers):
     fill(nsqd, 100)
     settings = standin.settings(**{'total-timeout': '300ms'})
-    xmsrv.configure(nsqd, period=period, timeout='2s', workers=workers, **settings)
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period=period, timeout='2s', workers=workers, **settings)
+    running = program.start('daemon')
     wait_until(lambda: standin.stored() == 100, 'it is under way')
     standin.server.refuse()
     nsqd.publish(TOPIC, bodies(100, 100))
@@ -656,77 +656,77 @@ def test_a_store_away_for_five_watchdog_intervals_ends_nothing(nsqd, xmsrv, stan
     assert standin.numbers() == list(range(200))
 
 
-def test_a_queue_that_goes_away_and_comes_back(nsqds, xmsrv, systemd):
+def test_a_queue_that_goes_away_and_comes_back(nsqds, program, systemd):
     nsqd, = nsqds(1, '--mem-queue-size=0', '--sync-every=1')
     fill(nsqd, 10)
-    xmsrv.configure(nsqd, period='200ms', timeout='1s')
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'it is under way')
+    program.configure(nsqd, period='200ms', timeout='1s')
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 10, 'it is under way')
     nsqd.stop()
-    wait_until(lambda: count(xmsrv, f'nsqd {nsqd.tcp}'), 'it is missed')
+    wait_until(lambda: count(program, f'nsqd {nsqd.tcp}'), 'it is missed')
     still, beats = passed(3), len(systemd.fields('WATCHDOG'))
     wait_until(still, 'it is away for a while')
     assert len(systemd.fields('WATCHDOG')) - beats >= 4
     nsqd.restart()
     nsqd.publish(TOPIC, bodies(10, 10))
-    wait_until(lambda: len(xmsrv.rows()) == 20, 'all are stored', 30)
-    wait_until(lambda: count(xmsrv, 'recovered after') == 1, 'it says that it is over')
+    wait_until(lambda: len(program.rows()) == 20, 'all are stored', 30)
+    wait_until(lambda: count(program, 'recovered after') == 1, 'it says that it is over')
     stopped(running)
 
 
-def test_a_queue_that_is_not_there_at_the_start(nsqd, xmsrv, systemd):
+def test_a_queue_that_is_not_there_at_the_start(nsqd, program, systemd):
     fill(nsqd, 10)
     nsqd.stop()
-    xmsrv.configure(nsqd, period='200ms')
-    running = xmsrv.start('daemon')
-    wait_until(lambda: count(xmsrv, 'no nsqd can be reached'), 'it says so')
+    program.configure(nsqd, period='200ms')
+    running = program.start('daemon')
+    wait_until(lambda: count(program, 'no nsqd can be reached'), 'it says so')
     assert systemd.fields('READY') == ['1']
     nsqd.restart()
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 40)
+    wait_until(lambda: len(program.rows()) == 10, 'all are stored', 40)
     stopped(running)
 
 
 @pytest.mark.parametrize('period', ['0', '200ms'])
-def test_a_topic_that_nobody_has_yet_is_in_the_status(nsqd, nsqlookupd, xmsrv, systemd, period):
+def test_a_topic_that_nobody_has_yet_is_in_the_status(nsqd, nsqlookupd, program, systemd, period):
     port = servers.free_ports()
-    xmsrv.configure(nsqlookupd, period=period, metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqlookupd, period=period, metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
     said = f'queue unavailable: no nsqd has the topic {TOPIC} yet'
     wait_until(lambda: said in systemd.fields('STATUS'), 'systemd hears of it')
     assert get(port, '/readyz')[0] == 503
-    assert (figure(port, 'xmsrv_store_up'), count(xmsrv, 'no nsqd has the topic')) == (1, 1)
+    assert (figure(port, 'xmsrv_store_up'), count(program, 'no nsqd has the topic')) == (1, 1)
     stopped(running)
 
 
 @pytest.mark.parametrize('workers', [1, 3])
-def test_what_is_not_up_yet_is_in_the_status(nsqd, xmsrv, systemd, workers):
+def test_what_is_not_up_yet_is_in_the_status(nsqd, program, systemd, workers):
     """A window without end flows once it can, not before."""
     port = servers.free_ports()
     fill(nsqd, 10)
     nsqd.suspend()
-    xmsrv.configure(nsqd, period='0', workers=workers, metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=workers, metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
     wait_until(lambda: any('not up yet: queue, store' in text for text in systemd.fields('STATUS')), 'it waits')
     assert get(port, '/readyz')[0] == 503
     assert not any(text.startswith('flowing') for text in systemd.fields('STATUS'))
     nsqd.resume()
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 20)
+    wait_until(lambda: len(program.rows()) == 10, 'all are stored', 20)
     wait_until(lambda: systemd.fields('STATUS')[-1].startswith('flowing') and get(port, '/readyz')[0] == 200,
                'all agree', 20)
     stopped(running)
 
 
-def test_a_window_without_end_says_when_all_is_well_again(nsqd, xmsrv, workdir, systemd):
+def test_a_window_without_end_says_when_all_is_well_again(nsqd, program, workdir, systemd):
     """Also where nothing comes that could show it."""
     fill(nsqd, 0)
     port = servers.free_ports()
     (workdir / 'there').write_text('no database')
-    xmsrv.configure(nsqd, period='0', sqlite={'path': workdir / 'there'}, metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: count(xmsrv, 'unavailable'), 'it says that the store is down')
+    program.configure(nsqd, period='0', sqlite={'path': workdir / 'there'}, metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
+    wait_until(lambda: count(program, 'unavailable'), 'it says that the store is down')
     assert (get(port, '/readyz')[0], figure(port, 'xmsrv_store_up')) == (503, 0)
     (workdir / 'there').unlink()
-    wait_until(lambda: count(xmsrv, 'recovered after'), 'it says that it is back', 20)
+    wait_until(lambda: count(program, 'recovered after'), 'it says that it is back', 20)
     wait_until(lambda: get(port, '/readyz')[0] == 200 and figure(port, 'xmsrv_store_up') == 1, 'so does its site')
     wait_until(lambda: systemd.fields('STATUS')[-1].startswith('flowing'), 'and its status')
     stopped(running)
@@ -735,9 +735,9 @@ def test_a_window_without_end_says_when_all_is_well_again(nsqd, xmsrv, workdir, 
 ENDS = ('queue', 'store', 'dead letters')
 
 
-def down_in_the_log(xmsrv):
+def down_in_the_log(program):
     """The ends that the log says fail: the last word on each."""
-    words = dict(re.findall(r'(queue|store|dead letters) (unavailable \(|recovered after)', xmsrv.log.read_text()))
+    words = dict(re.findall(r'(queue|store|dead letters) (unavailable \(|recovered after)', program.log.read_text()))
     return {end for end, word in words.items() if word.startswith('unavailable')}
 
 
@@ -745,13 +745,13 @@ def down_elsewhere(port, systemd):
     """The ends that STATUS, /readyz, the page (its marks and its text) and the metrics say are down: a set of each."""
     readyz, page, status = get(port, '/readyz'), get(port, '/')[1], systemd.fields('STATUS')[-1]
     text = re.search('<p id="status"[^>]*>(.*?)</p>', page)[1]
-    figures = {'queue': 'xmsrv_connections{state="up"}', 'store': 'xmsrv_store_up',
+    metrics = {'queue': 'xmsrv_connections{state="up"}', 'store': 'xmsrv_store_up',
                'dead letters': 'xmsrv_dead_letters_up'}
     down = [{end for end in ENDS if f'{end} unavailable' in status},
             {end for end in ENDS if f'{end} unavailable' in text},
             {end for end in ENDS if f'{end}: down\n' in readyz[1]},
             {end for end in ENDS if f'class="down">{end}:' in page},
-            {end for end, name in figures.items() if not figure(port, name)}]
+            {end for end, name in metrics.items() if not figure(port, name)}]
     assert (readyz[0] == 503) == bool(down[2])
     return down
 
@@ -769,74 +769,74 @@ def away(end, nsqd, standin, directory):
 
 @pytest.mark.parametrize('period', ['0', '300ms'])
 @pytest.mark.parametrize('end', ENDS)
-def test_all_that_tells_of_an_outage_tells_the_same(nsqds, xmsrv, standin, systemd, workdir, end, period):
+def test_all_that_tells_of_an_outage_tells_the_same(nsqds, program, standin, systemd, workdir, end, period):
     """The log, STATUS, /readyz, /healthz, the page and the metrics: in an outage, and when it is over."""
     nsqd, = nsqds(1, '--mem-queue-size=0', '--sync-every=1')
     fill(nsqd, 10)
     (workdir / 'dead').mkdir()
     port = servers.free_ports()
-    xmsrv.configure(nsqd, period=period, timeout='2s', metrics={'listen': f'127.0.0.1:{port}'},
-                    **{'dead-letter': {'topic': '', 'file': workdir / 'dead' / 'letters'}},
-                    **standin.settings(**{'total-timeout': '300ms'}))
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period=period, timeout='2s', metrics={'listen': f'127.0.0.1:{port}'},
+                      **{'dead-letter': {'topic': '', 'file': workdir / 'dead' / 'letters'}},
+                      **standin.settings(**{'total-timeout': '300ms'}))
+    running = program.start('daemon')
     wait_until(lambda: standin.stored() == 10, 'it is under way')
     with away(end, nsqd, standin, workdir / 'dead'):
-        wait_until(lambda: down_in_the_log(xmsrv) == {end}, 'the log tells of it', 20)
+        wait_until(lambda: down_in_the_log(program) == {end}, 'the log tells of it', 20)
         # A window that fails for the store closes its connections: then the queue is down as well.
         wait_until(lambda: any(down_elsewhere(port, systemd) == [down] * 5 for down in ({end}, {end, 'queue'})),
                    'all others tell the same', 20)
         assert get(port, '/healthz') == (200, 'ok\n')   # it goes on: nobody has to restart it
-    wait_until(lambda: down_in_the_log(xmsrv) == set(), 'the log tells that it is over', 40)
+    wait_until(lambda: down_in_the_log(program) == set(), 'the log tells that it is over', 40)
     wait_until(lambda: down_elsewhere(port, systemd) == [set()] * 5, 'so do all others', 20)
     assert get(port, '/healthz') == (200, 'ok\n')
     stopped(running)
 
 
-def test_a_secret_that_is_missing_for_a_while_ends_nothing(nsqd, xmsrv, workdir):
+def test_a_secret_that_is_missing_for_a_while_ends_nothing(nsqd, program, workdir):
     fill(nsqd, 10)
     (workdir / 'password').write_text('s3cret')
     with clusters.standin(users={'writer': 's3cret'}) as cluster:
-        xmsrv.configure(nsqd, period='200ms', **cluster.settings(**{
+        program.configure(nsqd, period='200ms', **cluster.settings(**{
             'user': 'writer', 'password-file': workdir / 'password', 'total-timeout': '300ms'}))
-        running = xmsrv.start('daemon')
+        running = program.start('daemon')
         wait_until(lambda: cluster.stored() == 10, 'it is under way')
         (workdir / 'password').unlink()
         cluster.server.judge = lambda write: 8
         nsqd.publish(TOPIC, bodies(1, 10))
-        wait_until(lambda: count(xmsrv, 'No such file'), 'it says what is missing', 20)
+        wait_until(lambda: count(program, 'No such file'), 'it says what is missing', 20)
         cluster.server.judge = lambda write: None
         (workdir / 'password').write_text('s3cret')
         wait_until(lambda: cluster.stored() == 11, 'it goes on', 30)
         stopped(running)
 
 
-def test_a_lost_queue_is_no_success(nsqd, xmsrv):
+def test_a_lost_queue_is_no_success(nsqd, program):
     fill(nsqd, 10)
     port = servers.free_ports()
-    xmsrv.configure(nsqd, period='300ms', timeout='1s', metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'it is under way')
+    program.configure(nsqd, period='300ms', timeout='1s', metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 10, 'it is under way')
     nsqd.kill()
-    wait_until(lambda: count(xmsrv, 'Connection refused'), 'it is missed', 20)
+    wait_until(lambda: count(program, 'Connection refused'), 'it is missed', 20)
     success = figure(port, 'xmsrv_last_success_timestamp_seconds')
     still = passed(2)
     wait_until(still, 'several periods have passed')
     assert figure(port, 'xmsrv_last_success_timestamp_seconds') == success
     assert (figure(port, 'xmsrv_store_up'), figure(port, 'xmsrv_connections{state="up"}')) == (1, 0)
     # nothing was in flight, so nothing is said to have been requeued
-    assert count(xmsrv, f'the window failed: nsqd {nsqd.tcp}') > 0
-    assert not count(xmsrv, 'requeued 0 messages')
+    assert count(program, f'the window failed: nsqd {nsqd.tcp}') > 0
+    assert not count(program, 'requeued 0 messages')
     stopped(running)
 
 
 @pytest.mark.slow
-def test_one_connection_to_each_nsqd_after_outages_of_nsqlookupd(nsqds, nsqlookupd, xmsrv):
+def test_one_connection_to_each_nsqd_after_outages_of_nsqlookupd(nsqds, nsqlookupd, program):
     nsqd, = nsqds(1, lookupd=[nsqlookupd])
     fill(nsqd, 5)
     wait_until(lambda: nsqlookupd.producers(TOPIC), 'nsqlookupd knows it')
-    xmsrv.configure(nsqlookupd, period='300ms', timeout='500ms')
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 5, 'it is under way')
+    program.configure(nsqlookupd, period='300ms', timeout='500ms')
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 5, 'it is under way')
     for outage in range(2):
         nsqd.stop()
         wait_until(lambda: not nsqlookupd.producers(TOPIC), 'nsqlookupd knows it no more')
@@ -844,20 +844,20 @@ def test_one_connection_to_each_nsqd_after_outages_of_nsqlookupd(nsqds, nsqlooku
         wait_until(still, 'it is away for some windows')
         nsqd.restart()
         nsqd.publish(TOPIC, bodies(5, 5 + 5 * outage))
-        wait_until(lambda outage=outage: len(xmsrv.rows()) == 10 + 5 * outage, 'all are stored', 40)
+        wait_until(lambda outage=outage: len(program.rows()) == 10 + 5 * outage, 'all are stored', 40)
         assert nsqd.stats(TOPIC, CHANNEL)['clients'] == 1
     stopped(running)
 
 
-def test_nsqds_that_nsqlookupd_names_later_are_found(nsqds, nsqlookupd, xmsrv):
+def test_nsqds_that_nsqlookupd_names_later_are_found(nsqds, nsqlookupd, program):
     first, second = nsqds(2, lookupd=[nsqlookupd])
     fill(first, 5)
     wait_until(lambda: nsqlookupd.producers(TOPIC), 'nsqlookupd knows the first')
-    xmsrv.configure(nsqlookupd, period='200ms')
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 5, 'it is under way')
+    program.configure(nsqlookupd, period='200ms')
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 5, 'it is under way')
     fill(second, 5, 5)
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'the second is found', 20)
+    wait_until(lambda: len(program.rows()) == 10, 'the second is found', 20)
     stopped(running)
 
 
@@ -874,22 +874,22 @@ def beats_end(systemd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('who', ['daemon', 'worker'])
-def test_a_stuck_process_starves_the_watchdog(nsqd, xmsrv, systemd, who):
+def test_a_stuck_process_starves_the_watchdog(nsqd, program, systemd, who):
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, period='0', workers=1 if who == 'daemon' else 2)
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=1 if who == 'daemon' else 2)
+    running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] and systemd.fields('WATCHDOG'), 'it is under way')
     os.kill(running.pid if who == 'daemon' else children(running)[0], signal.SIGSTOP)
     beats_end(systemd)
 
 
 @pytest.mark.slow
-def test_a_store_call_that_never_ends_starves_the_watchdog(nsqd, xmsrv, systemd, changed):
+def test_a_store_call_that_never_ends_starves_the_watchdog(nsqd, program, systemd, changed):
     changed('import threading, xmsrv\nxmsrv.SqliteStore.write = lambda self, records: threading.Event().wait(600)\n'
-            'xmsrv.SqliteStore.patience = 1.0\n')
+            'xmsrv.SqliteStore.call_timeout = 1.0\n')
     fill(nsqd, 5)
-    xmsrv.configure(nsqd, period='0')
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0')
+    running = program.start('daemon')
     wait_until(lambda: systemd.fields('WATCHDOG'), 'it is under way')
     beats_end(systemd)
     stopped(running)
@@ -902,12 +902,12 @@ HANGS = ('import threading, xmsrv\nwrite = xmsrv.SqliteStore.write\nxmsrv.Sqlite
 
 
 @pytest.mark.parametrize('command', ['once', 'daemon'])
-def test_a_stop_does_not_wait_for_a_call_that_never_ends(nsqd, xmsrv, workdir, changed, command):
+def test_a_stop_does_not_wait_for_a_call_that_never_ends(nsqd, program, workdir, changed, command):
     """The store is left as it is: to close it under a call is for no store to bear. The messages go back."""
     changed(HANGS)
     fill(nsqd, 5)
-    xmsrv.configure(nsqd, timeout='60s')
-    running = xmsrv.start(command)
+    program.configure(nsqd, timeout='60s')
+    running = program.start(command)
     wait_until((workdir / 'called').exists, 'the call is under way')
     stopped(running, 10)
     assert not (workdir / 'closed').exists()
@@ -946,26 +946,26 @@ def test_a_store_that_does_not_close_is_left(monkeypatch):
     assert store.closed.is_set() and time.monotonic() - begun < 1.5
 
 
-def test_a_systemd_that_does_not_read_stops_nothing(nsqd, xmsrv, workdir, monkeypatch):
+def test_a_systemd_that_does_not_read_stops_nothing(nsqd, program, workdir, monkeypatch):
     fill(nsqd, 100)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
         deaf.bind(str(workdir / 'deaf'))
         monkeypatch.setattr(servers.Xmsrv, 'extra', {'NOTIFY_SOCKET': str(workdir / 'deaf'), 'WATCHDOG_USEC': '100000'})
-        xmsrv.configure(nsqd, period='500ms', nsq={'max-messages': 10})
-        running = xmsrv.start('daemon')
-        wait_until(lambda: len(xmsrv.rows()) == 100, 'all are stored', 20)
+        program.configure(nsqd, period='500ms', nsq={'max-messages': 10})
+        running = program.start('daemon')
+        wait_until(lambda: len(program.rows()) == 100, 'all are stored', 20)
         stopped(running)
 
 
 @pytest.mark.parametrize('value', ['', '0', 'soon', '-5', '1e6', '\u0663', '9' * 5000])
-def test_a_watchdog_that_is_no_number_is_none(nsqd, xmsrv, monkeypatch, value):
+def test_a_watchdog_that_is_no_number_is_none(nsqd, program, monkeypatch, value):
     monkeypatch.setattr(servers.Xmsrv, 'extra', {'WATCHDOG_USEC': value})
     fill(nsqd, 3)
-    xmsrv.configure(nsqd, period='1s')
-    running = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 3, 'all are stored')
+    program.configure(nsqd, period='1s')
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 3, 'all are stored')
     stopped(running)
-    assert count(xmsrv, 'not a number of microseconds') == (value not in ('', '0'))
+    assert count(program, 'not a number of microseconds') == (value not in ('', '0'))
 
 
 @pytest.mark.parametrize('variables, seconds', [
@@ -978,13 +978,13 @@ def test_the_watchdog_is_told_twice_an_interval(monkeypatch, variables, seconds)
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert xmsrv_module.Notifier().interval == seconds
+    assert xmsrv_module.SystemdNotifier().watchdog_interval == seconds
 
 
-def test_only_the_parent_tells_systemd(nsqd, xmsrv, systemd):
+def test_only_the_parent_tells_systemd(nsqd, program, systemd):
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, period='0', workers=2)
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=2)
+    running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
     for pid in children(running):
         with open(f'/proc/{pid}/environ', 'rb') as file:
@@ -993,20 +993,20 @@ def test_only_the_parent_tells_systemd(nsqd, xmsrv, systemd):
     stopped(running)
 
 
-def test_once_asks_for_the_time_that_it_may_take(nsqd, xmsrv, systemd):
-    xmsrv.once(nsqd, timeout='7s')
+def test_once_asks_for_the_time_that_it_may_take(nsqd, program, systemd):
+    program.once(nsqd, timeout='7s')
     assert int(systemd.fields('EXTEND_TIMEOUT_USEC')[0]) > 7e6
 
 
 # ------------------------------------------------------------------------------------------------------------- by HTTP
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_figures_under_load_and_at_the_end(nsqd, xmsrv, workers):
+def test_figures_under_load_and_at_the_end(nsqd, program, workers):
     nsqd.create(TOPIC, CHANNEL)
     nsqd.publish(TOPIC, [*bodies(20000), *['no JSON'] * 30])
     port = servers.free_ports()
-    xmsrv.configure(nsqd, period='0', workers=workers, metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=workers, metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
     stored = 'xmsrv_messages_total{outcome="stored"}'
     seen = []
     wait_until(lambda: seen.append(figure(port, stored) or 0) or seen[-1] == 20000, 'all are counted', 30)
@@ -1024,11 +1024,11 @@ def test_figures_under_load_and_at_the_end(nsqd, xmsrv, workers):
     stopped(running)
 
 
-def test_counts_of_a_dead_worker_are_not_forgotten(nsqd, xmsrv):
+def test_counts_of_a_dead_worker_are_not_forgotten(nsqd, program):
     fill(nsqd, 1000)
     port = servers.free_ports()
-    xmsrv.configure(nsqd, period='0', workers=2, metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=2, metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
     stored = 'xmsrv_messages_total{outcome="stored"}'
     wait_until(lambda: figure(port, stored) == 1000, 'all are counted')
     for pid in children(running):
@@ -1038,21 +1038,21 @@ def test_counts_of_a_dead_worker_are_not_forgotten(nsqd, xmsrv):
     stopped(running)
 
 
-def test_counts_of_workers_are_not_doubled_between_two_configurations(nsqd, xmsrv, workdir):
+def test_counts_of_workers_are_not_doubled_between_two_configurations(nsqd, program, workdir):
     """The workers have gone, and the lock of the new state-dir is another's."""
     fill(nsqd, 1000)
     port = servers.free_ports()
     settings = {'period': '0', 'workers': 2, 'metrics': {'listen': f'127.0.0.1:{port}'}}
-    xmsrv.configure(nsqd, **settings)
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, **settings)
+    running = program.start('daemon')
     stored = 'xmsrv_messages_total{outcome="stored"}'
     wait_until(lambda: figure(port, stored) == 1000, 'all are counted')
     (workdir / 'other').mkdir()
     with (workdir / 'other' / lock_files(workdir / 'state')[0].name).open('w') as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        xmsrv.configure(nsqd, state_dir=workdir / 'other', **settings)
+        program.configure(nsqd, state_dir=workdir / 'other', **settings)
         running.send_signal(signal.SIGHUP)
-        wait_until(lambda: count(xmsrv, 'waiting for process'), 'the lock is waited for')
+        wait_until(lambda: count(program, 'waiting for process'), 'the lock is waited for')
         assert figure(port, stored) == 1000
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'the workers are back')
     assert figure(port, stored) == 1000
@@ -1066,39 +1066,39 @@ def depths(port):
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_the_depth_of_the_channel_is_in_the_metrics_and_on_the_page(nsqds, xmsrv, workers):
+def test_the_depth_of_the_channel_is_in_the_metrics_and_on_the_page(nsqds, program, workers):
     """Of each nsqd whose HTTP side answers; messages flow all the same."""
     first, second = nsqds(2)
     fill(first, 500)
     fill(second, 300, 500)
     port = servers.free_ports()
-    xmsrv.configure([first, second], period='60s', workers=workers, nsq={'max-messages': 200},
-                    metrics={'listen': f'127.0.0.1:{port}', 'depth-interval': '200ms'})
-    running = xmsrv.start('daemon')
+    program.configure([first, second], period='60s', workers=workers, nsq={'max-messages': 200},
+                      metrics={'listen': f'127.0.0.1:{port}', 'depth-interval': '200ms'})
+    running = program.start('daemon')
     wait_until(lambda: 0 < sum(depths(port).values()) < 800, 'a window is over')
-    wait_until(lambda: sum(depths(port).values()) == 800 - len(xmsrv.rows()) and len(depths(port)) == 2,
+    wait_until(lambda: sum(depths(port).values()) == 800 - len(program.rows()) and len(depths(port)) == 2,
                'all that waits is in the metrics')
     assert f'<b>{sum(depths(port).values()):.0f}</b>' in get(port, '/')[1]
     second.pause(TOPIC, CHANNEL)
     wait_until(lambda: '<td>channel paused</td>' in get(port, '/')[1], 'the page says that it is paused')
     second.suspend()
     wait_until(lambda: set(depths(port)) == {first.tcp}, 'nothing is said of an nsqd that does not answer')
-    second.resume()
+    second.resume_accepting()
     wait_until(lambda: set(depths(port)) == {first.tcp, second.tcp}, 'it is back')
     stopped(running)
 
 
 def test_the_depth_is_asked_of_the_nsqds_that_nsqlookupd_names_and_no_more_once_it_is_turned_off(
-        nsqds, nsqlookupd, xmsrv):
+        nsqds, nsqlookupd, program):
     nsqd, = nsqds(1, lookupd=[nsqlookupd])
     fill(nsqd, 50)
     wait_until(lambda: nsqlookupd.producers(TOPIC), 'nsqlookupd knows it')
     port, settings = servers.free_ports(), {'period': '60s', 'nsq': {'max-messages': 20}}
     listens = {'listen': f'127.0.0.1:{port}', 'depth-interval': '200ms'}
-    xmsrv.configure(nsqlookupd, metrics=listens, **settings)
-    running = xmsrv.start('daemon')
+    program.configure(nsqlookupd, metrics=listens, **settings)
+    running = program.start('daemon')
     wait_until(lambda: depths(port) == {nsqd.tcp: 30}, 'what waits is in the metrics')
-    xmsrv.configure(nsqlookupd, metrics=listens | {'depth-interval': '0'}, **settings)
+    program.configure(nsqlookupd, metrics=listens | {'depth-interval': '0'}, **settings)
     running.send_signal(signal.SIGHUP)
     wait_until(lambda: depths(port) == {}, 'nobody asks any more')
     assert 'not known' in get(port, '/')[1]
@@ -1134,17 +1134,17 @@ def cpu_seconds(process):
 
 
 @pytest.fixture
-def site(nsqd, xmsrv):
+def site(nsqd, program):
     """A daemon that listens for HTTP, as (process, port)."""
     fill(nsqd, 0)
     port = servers.free_ports()
-    xmsrv.configure(nsqd, period='500ms', metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='500ms', metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
     wait_until(lambda: get(port, '/readyz')[0] == 200, 'it listens')
     return running, port
 
 
-def test_a_crowd_keeps_out_nobody(xmsrv, site):
+def test_a_crowd_keeps_out_nobody(program, site):
     """Whoever comes is let in, and costs the oldest its connection."""
     running, port = site
     before = open_files(running)
@@ -1153,7 +1153,7 @@ def test_a_crowd_keeps_out_nobody(xmsrv, site):
         wait_until(lambda: sum(map(at_its_end, crowd)) == 90 - 32, 'the oldest are closed')
         assert not any(map(at_its_end, crowd[-32:])) and open_files(running) <= before + 32
         assert get(port, '/healthz') == (200, 'ok\n')
-    assert count(xmsrv, 'the oldest is closed') == 5   # then they are only counted
+    assert count(program, 'the oldest is closed') == 5   # then they are only counted
     stopped(running)
 
 
@@ -1166,18 +1166,18 @@ def test_a_crowd_has_a_quarter_of_few_open_files(site):
     stopped(running)
 
 
-def test_no_open_files_left_is_said_and_waited_out(nsqd, xmsrv, site):
+def test_no_open_files_left_is_said_and_waited_out(nsqd, program, site):
     running, port = site
     limit = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (open_files(running), limit[1]))
     with contextlib.ExitStack() as stack:
         crowd = [stack.enter_context(each) for each in connect(port, 40)]
-        wait_until(lambda: count(xmsrv, 'Too many open files'), 'it is said')
+        wait_until(lambda: count(program, 'Too many open files'), 'it is said')
         used, still = cpu_seconds(running), passed(2)
         wait_until(still, 'it goes on for a while')
         assert cpu_seconds(running) - used < 0.5
         nsqd.publish(TOPIC, bodies(3))
-        wait_until(lambda: len(xmsrv.rows()) == 3, 'messages flow')
+        wait_until(lambda: len(program.rows()) == 3, 'messages flow')
         resource.prlimit(running.pid, resource.RLIMIT_NOFILE, limit)
         wait_until(lambda: get(port, '/healthz')[0] == 200, 'it accepts again')
         assert crowd
@@ -1211,11 +1211,11 @@ def test_a_request_that_is_too_large_is_refused(site, request_):
 
 @pytest.mark.parametrize('sent', [b'', HEAD, HEAD + b'Content-Length: 9\r\n\r\nxxx', HEAD + b'\r\n'],
                          ids=['nothing', 'a part of the head', 'a part of the body', 'a request, and no other'])
-def test_a_connection_that_is_idle_is_closed(nsqd, xmsrv, changed, sent):
-    changed('import xmsrv\nxmsrv.HTTP_IDLE, xmsrv.HTTP_TIME = 0.5, 0.3\n')
+def test_a_connection_that_is_idle_is_closed(nsqd, program, changed, sent):
+    changed('import xmsrv\nxmsrv.HTTP_IDLE, xmsrv.HTTP_BODY_TIMEOUT = 0.5, 0.3\n')
     port = servers.free_ports()
-    xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
     wait_until(lambda: get(port, '/healthz')[0] == 200, 'it listens')
     connection, = connect(port)
     with connection:
@@ -1226,54 +1226,54 @@ def test_a_connection_that_is_idle_is_closed(nsqd, xmsrv, changed, sent):
     stopped(running)
 
 
-def test_an_address_that_is_taken_is_waited_for_and_messages_flow(nsqd, xmsrv, systemd):
+def test_an_address_that_is_taken_is_waited_for_and_messages_flow(nsqd, program, systemd):
     fill(nsqd, 10)
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]
-        xmsrv.configure(nsqd, period='200ms', metrics={'listen': f'127.0.0.1:{port}'})
-        running = xmsrv.start('daemon')
-        wait_until(lambda: len(xmsrv.rows()) == 10, 'all are stored', 20)
+        program.configure(nsqd, period='200ms', metrics={'listen': f'127.0.0.1:{port}'})
+        running = program.start('daemon')
+        wait_until(lambda: len(program.rows()) == 10, 'all are stored', 20)
         waits = f'waiting for listen: [metrics] listen = 127.0.0.1:{port}: Address already in use'
         wait_until(lambda: any(waits in text for text in systemd.fields('STATUS')), 'systemd hears of it')
     wait_until(lambda: get(port, '/readyz') == (200, 'queue: up\nstore: up\ndead letters: up\n'), 'it listens', 40)
     wait_until(lambda: systemd.fields('STATUS')[-1].startswith('last window'), 'systemd hears of that, too')
-    assert count(xmsrv, waits) == count(xmsrv, 'listen: recovered after') == 1
+    assert count(program, waits) == count(program, 'listen: recovered after') == 1
     stopped(running)
 
 
-def test_a_bug_in_the_background_ends_it_with_70(nsqd, xmsrv, changed):
+def test_a_bug_in_the_background_ends_it_with_70(nsqd, program, changed):
     """Here of what listens: else it would never listen, and nobody would hear why."""
     changed('import xmsrv\nxmsrv.bind_sockets = None\n')
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, metrics={'listen': '127.0.0.1:9100'})
-    ended(xmsrv.start('daemon'), os.EX_SOFTWARE)
-    assert count(xmsrv, 'internal error: TypeError') == 1
+    program.configure(nsqd, metrics={'listen': '127.0.0.1:9100'})
+    ended(program.start('daemon'), os.EX_SOFTWARE)
+    assert count(program, 'internal error: TypeError') == 1
 
 
-def test_an_address_of_no_host_of_ours_ends_nothing(nsqd, xmsrv):
+def test_an_address_of_no_host_of_ours_ends_nothing(nsqd, program):
     """Nor does a name that nobody knows. 192.0.2.0/24 is nobody's: RFC 5737."""
     fill(nsqd, 10)
     for first, host in (0, '192.0.2.9'), (10, 'nowhere.invalid'):
-        xmsrv.configure(nsqd, period='200ms', metrics={'listen': f'{host}:9100'})
-        running = xmsrv.start('daemon')
-        wait_until(lambda first=first: len(xmsrv.rows()) == first + 10, 'all are stored', 20)
-        wait_until(lambda host=host: count(xmsrv, f'[metrics] listen = {host}:9100: '), 'it says so', 20)
+        program.configure(nsqd, period='200ms', metrics={'listen': f'{host}:9100'})
+        running = program.start('daemon')
+        wait_until(lambda first=first: len(program.rows()) == first + 10, 'all are stored', 20)
+        wait_until(lambda host=host: count(program, f'[metrics] listen = {host}:9100: '), 'it says so', 20)
         fill(nsqd, 10, first + 10)
-        wait_until(lambda first=first: len(xmsrv.rows()) == first + 20, 'messages flow', 20)
+        wait_until(lambda first=first: len(program.rows()) == first + 20, 'messages flow', 20)
         stopped(running)
 
 
-def test_a_reload_takes_the_same_port_of_another_address(nsqd, xmsrv):
+def test_a_reload_takes_the_same_port_of_another_address(nsqd, program):
     """0.0.0.0 can't be had beside 127.0.0.1: that one is given up first."""
     port = servers.free_ports()
-    xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
     wait_until(lambda: get(port, '/healthz')[0] == 200, 'it listens')
-    xmsrv.configure(nsqd, metrics={'listen': f'0.0.0.0:{port}'})
+    program.configure(nsqd, metrics={'listen': f'0.0.0.0:{port}'})
     running.send_signal(signal.SIGHUP)
     wait_until(lambda: listens_at(running, '00000000', port), 'it listens everywhere')
-    assert get(port, '/healthz')[0] == 200 and not count(xmsrv, 'waiting for listen')
-    xmsrv.configure(nsqd)
+    assert get(port, '/healthz')[0] == 200 and not count(program, 'waiting for listen')
+    program.configure(nsqd)
     running.send_signal(signal.SIGHUP)
     wait_until(lambda: not listens_at(running, '00000000', port), 'it listens no more')
     stopped(running)
@@ -1285,23 +1285,23 @@ def listens_at(process, address, port):
         return any(line.split()[1:4:2] == [f'{address}:{port:04X}', '0A'] for line in table)
 
 
-def test_a_reload_drops_no_scrape_and_takes_a_new_address(nsqd, xmsrv):
+def test_a_reload_drops_no_scrape_and_takes_a_new_address(nsqd, program):
     """One that is taken is waited for: it answers at the old one meanwhile."""
     fill(nsqd, 0)
     port, other = servers.free_ports(), servers.free_ports()
-    xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
     wait_until(lambda: get(port, '/healthz')[0] == 200, 'it listens')
     for reload in range(20):
         running.send_signal(signal.SIGHUP)
         assert get(port, '/healthz')[0] == 200
-        wait_until(lambda reload=reload: count(xmsrv, 'is read again') == reload + 1, 'it is read again')
+        wait_until(lambda reload=reload: count(program, 'configuration reloaded') == reload + 1, 'it is read again')
     with socket.create_server(('127.0.0.1', 0)) as taken:
-        xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{taken.getsockname()[1]}'})
+        program.configure(nsqd, metrics={'listen': f'127.0.0.1:{taken.getsockname()[1]}'})
         running.send_signal(signal.SIGHUP)
         wait_until(lambda: 'waiting for listen: ' in get(port, '/readyz')[1], 'it is reported')
     assert get(port, '/healthz')[0] == 200
-    xmsrv.configure(nsqd, metrics={'listen': f'127.0.0.1:{other}'})
+    program.configure(nsqd, metrics={'listen': f'127.0.0.1:{other}'})
     running.send_signal(signal.SIGHUP)
     wait_until(lambda: get(other, '/healthz')[0] == 200 and get(port, '/healthz')[0] == 0, 'it has moved')
     stopped(running)
@@ -1317,16 +1317,16 @@ def series(path, topic=TOPIC, channel=CHANNEL):
             for name, _, value in lines}
 
 
-def test_the_textfile_carries_its_counts_over(nsqd, xmsrv, workdir):
+def test_the_textfile_carries_its_counts_over(nsqd, program, workdir):
     path = workdir / 'x-msrv.prom'
     settings = {'metrics': {'textfile': path}}
     fill(nsqd, 10)
-    xmsrv.once(nsqd, **settings)
+    program.once(nsqd, **settings)
     first = series(path)
     assert path.stat().st_mode & 0o777 == 0o644
     assert first['xmsrv_messages_total{outcome="stored"}'] == first['xmsrv_lag_seconds_count'] == 10
     nsqd.publish(TOPIC, [*bodies(5, 10), 'no JSON'])
-    xmsrv.once(nsqd, **settings)
+    program.once(nsqd, **settings)
     second = series(path)
     assert second['xmsrv_messages_total{outcome="stored"}'] == second['xmsrv_lag_seconds_count'] == 15
     assert second['xmsrv_dead_letters_total{reason="invalid-json"}'] == 1
@@ -1336,74 +1336,74 @@ def test_the_textfile_carries_its_counts_over(nsqd, xmsrv, workdir):
 
 
 @pytest.mark.parametrize('own', [{'topic': 'other'}, {'channel': 'other'}])
-def test_the_textfile_takes_over_only_its_own_counts(nsqd, xmsrv, workdir, own):
+def test_the_textfile_takes_over_only_its_own_counts(nsqd, program, workdir, own):
     """Another topic, or another channel, has written to the same path."""
     path = workdir / 'x-msrv.prom'
     fill(nsqd, 7)
-    xmsrv.once(nsqd, metrics={'textfile': path})
+    program.once(nsqd, metrics={'textfile': path})
     names = {'topic': TOPIC, 'channel': CHANNEL} | own
     nsqd.create(**names)
     nsqd.publish(names['topic'], bodies(2))
-    said = xmsrv.once(nsqd, **own, metrics={'textfile': path}).stderr
+    said = program.once(nsqd, **own, metrics={'textfile': path}).stderr
     assert f'warning: {path}: replaces the figures of another topic or channel' in said
     for first in (2, 4):
         written = series(path, **names)
         assert written['xmsrv_received_total'] == written['xmsrv_lag_seconds_count'] == first
         assert written['xmsrv_messages_total{outcome="stored"}'] == first
         nsqd.publish(names['topic'], bodies(2))
-        said = xmsrv.once(nsqd, **own, metrics={'textfile': path}).stderr
+        said = program.once(nsqd, **own, metrics={'textfile': path}).stderr
         assert 'replaces the figures' not in said
 
 
-def test_a_success_in_the_future_does_not_stay_in_the_textfile(nsqd, xmsrv, workdir, changed):
+def test_a_success_in_the_future_does_not_stay_in_the_textfile(nsqd, program, workdir, changed):
     """It was written while the clock was wrong; the alert on the last success would be silent until then."""
     path = workdir / 'x-msrv.prom'
     changed('import time\nnow = time.time\ntime.time = lambda: now() + 1e6\n')
-    xmsrv.once(nsqd, metrics={'textfile': path})
+    program.once(nsqd, metrics={'textfile': path})
     changed('')
     nsqd.stop()
     for _ in range(2):
-        xmsrv.run('once', expect=os.EX_UNAVAILABLE)
+        program.run('once', expect=os.EX_UNAVAILABLE)
         assert series(path)['xmsrv_last_success_timestamp_seconds'] <= time.time()
 
 
-def test_a_message_from_the_future_has_no_lag(nsqd, xmsrv, workdir, changed):
+def test_a_message_from_the_future_has_no_lag(nsqd, program, workdir, changed):
     """The clock of the nsqd is ahead: a sum that falls would look to Prometheus like a restart."""
     path = workdir / 'x-msrv.prom'
     changed('import time\nnow = time.time\ntime.time = lambda: now() - 90\n')
     nsqd.publish(TOPIC, [*bodies(3), '[]'])
-    xmsrv.once(nsqd, metrics={'textfile': path})
+    program.once(nsqd, metrics={'textfile': path})
     written = series(path)
     assert (written['xmsrv_lag_seconds_count'], written['xmsrv_lag_seconds_sum']) == (3, 0)
-    letter, = map(json.loads, xmsrv.run('-q', 'replay', '--list', '--json').stdout.splitlines())
+    letter, = map(json.loads, program.run('-q', 'replay', '--list', '--json').stdout.splitlines())
     assert letter['age'] == 0
 
 
-def test_what_a_run_leaves_behind_is_in_its_textfile(nsqd, xmsrv, workdir):
+def test_what_a_run_leaves_behind_is_in_its_textfile(nsqd, program, workdir):
     path = workdir / 'x-msrv.prom'
     depth = f'xmsrv_channel_depth{{nsqd="{nsqd.tcp}"}}'
     fill(nsqd, 50)
-    xmsrv.once(nsqd, nsq={'max-messages': 20}, metrics={'textfile': path})
+    program.once(nsqd, nsq={'max-messages': 20}, metrics={'textfile': path})
     assert series(path)[depth] == 30
     nsqd.stop()
-    xmsrv.run('once', expect=os.EX_UNAVAILABLE)
+    program.run('once', expect=os.EX_UNAVAILABLE)
     assert depth not in series(path)
     nsqd.restart()
-    xmsrv.once(nsqd, nsq={'max-messages': 20}, metrics={'textfile': path, 'depth-interval': '0'})
-    assert len(xmsrv.rows()) == 40 and depth not in series(path)
+    program.once(nsqd, nsq={'max-messages': 20}, metrics={'textfile': path, 'depth-interval': '0'})
+    assert len(program.rows()) == 40 and depth not in series(path)
 
 
-def test_a_textfile_of_a_run_that_found_nobody(nsqd, xmsrv, workdir):
+def test_a_textfile_of_a_run_that_found_nobody(nsqd, program, workdir):
     """The counts of the run before it are kept, and so is its success."""
     path = workdir / 'x-msrv.prom'
     settings = {'metrics': {'textfile': path}}
     fill(nsqd, 10)
-    xmsrv.once(nsqd, **settings)
+    program.once(nsqd, **settings)
     first = series(path)
     assert (first['xmsrv_store_up'], first['xmsrv_connections{state="up"}']) == (1, 1)
     assert first['xmsrv_period_seconds'] == 10
     nsqd.stop()
-    xmsrv.once(nsqd, expect=os.EX_UNAVAILABLE, **settings)
+    program.once(nsqd, expect=os.EX_UNAVAILABLE, **settings)
     second = series(path)
     assert (second['xmsrv_store_up'], second['xmsrv_connections{state="up"}']) == (1, 0)
     assert (second['xmsrv_windows_total{result="done"}'], second['xmsrv_windows_total{result="failed"}']) == (1, 1)
@@ -1417,37 +1417,37 @@ def test_a_textfile_of_a_run_that_found_nobody(nsqd, xmsrv, workdir):
     b''.join(b'xmsrv_lag_seconds_bucket{le="%d",topic="orders",channel="x-msrv"} +Inf\n' % bound
              for bound in range(17)),
 ], ids=lambda content: ascii(content[:30]))
-def test_a_textfile_that_cannot_be_read_costs_a_warning(nsqd, xmsrv, workdir, content):
+def test_a_textfile_that_cannot_be_read_costs_a_warning(nsqd, program, workdir, content):
     path = workdir / 'x-msrv.prom'
     path.write_bytes(content)
     fill(nsqd, 10)
-    assert f'warning: {path}' in xmsrv.once(nsqd, metrics={'textfile': path}).stderr
-    assert len(xmsrv.rows()) == series(path)['xmsrv_received_total'] == 10
+    assert f'warning: {path}' in program.once(nsqd, metrics={'textfile': path}).stderr
+    assert len(program.rows()) == series(path)['xmsrv_received_total'] == 10
 
 
 @pytest.mark.parametrize('make', [os.mkdir, os.mkfifo])
-def test_a_textfile_that_cannot_be_written_costs_a_warning_and_leaves_nothing(nsqd, xmsrv, workdir, make):
+def test_a_textfile_that_cannot_be_written_costs_a_warning_and_leaves_nothing(nsqd, program, workdir, make):
     """It was fit for one when the run began."""
     fill(nsqd, 10)
-    xmsrv.configure(nsqd, idle_timeout='60s', nsq={'max-messages': 20}, metrics={'textfile': workdir / 'x-msrv.prom'})
-    running = xmsrv.start('once')
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'it is under way')
+    program.configure(nsqd, idle_timeout='60s', nsq={'max-messages': 20}, metrics={'textfile': workdir / 'x-msrv.prom'})
+    running = program.start('once')
+    wait_until(lambda: len(program.rows()) == 10, 'it is under way')
     make(workdir / 'x-msrv.prom')
     fill(nsqd, 10, 10)
     ended(running)
-    told = xmsrv.log.read_text()
-    assert f'warning: {workdir}/x-msrv.prom' in told and len(xmsrv.rows()) == 20
+    told = program.log.read_text()
+    assert f'warning: {workdir}/x-msrv.prom' in told and len(program.rows()) == 20
     assert [path.name for path in workdir.glob('x-msrv.prom*')] == ['x-msrv.prom']
 
 
-def test_a_failed_window_is_in_the_textfile(nsqd, xmsrv, workdir):
+def test_a_failed_window_is_in_the_textfile(nsqd, program, workdir):
     path = workdir / 'x-msrv.prom'
     fill(nsqd, 10)
-    xmsrv.once(nsqd)
-    xmsrv.configure(nsqd, timeout='2s', idle_timeout='60s', metrics={'textfile': path})
-    running = xmsrv.start('once')
+    program.once(nsqd)
+    program.configure(nsqd, timeout='2s', idle_timeout='60s', metrics={'textfile': path})
+    running = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is subscribed')
-    with contextlib.closing(sqlite3.connect(xmsrv.database, isolation_level=None)) as database:
+    with contextlib.closing(sqlite3.connect(program.database, isolation_level=None)) as database:
         database.execute('BEGIN IMMEDIATE')
         running.send_signal(signal.SIGSTOP)   # so that all come at once, and are one batch
         nsqd.publish(TOPIC, bodies(5, 10))

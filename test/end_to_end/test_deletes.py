@@ -15,7 +15,7 @@ import clusters
 import servers
 from aerospike_server import ENTERPRISE
 from servers import wait_until
-from xmsrv import DELETED, STALE, STORED, STORES, Deletion, Record, StoreDown, load
+from xmsrv import DELETED, STALE, STORED, STORES, Deletion, Record, StoreError, read_config
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'
 KEEP = 7 * 86400
@@ -27,8 +27,8 @@ class Sqlite:
 
     server = None
 
-    def __init__(self, xmsrv):
-        self.xmsrv = xmsrv
+    def __init__(self, program):
+        self.xmsrv = program
 
     def settings(self, **_):
         return {}
@@ -43,10 +43,10 @@ class Sqlite:
 
 
 @pytest.fixture(params=['sqlite', 'aerospike'])
-def place(request, xmsrv):
+def place(request, program):
     """Where records go: a file, and a cluster."""
     if request.param == 'sqlite':
-        yield Sqlite(xmsrv)
+        yield Sqlite(program)
         return
     with clusters.any_cluster() as cluster:
         yield cluster
@@ -58,13 +58,13 @@ def record_options(mode='tombstone', **delete):
 
 
 @pytest.fixture
-def opened(xmsrv):
+def opened(program):
     """A function: opened(place, 'remove') is an open store with deletes."""
     with contextlib.ExitStack() as stack:
         def make(place, mode='tombstone', **more):
-            xmsrv.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'}, record=record_options(mode, **more),
-                            **place.settings())
-            config, faults, _ = load(str(xmsrv.path))
+            program.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'}, record=record_options(mode, **more),
+                              **place.settings())
+            config, faults, _ = read_config(str(program.path))
             assert not faults
             store = STORES[config.store](config)
             store.open()
@@ -225,7 +225,7 @@ def what_is_left(place):
     return sorted((key, bins['gts'], 'text' not in bins) for key, bins in place.records().items())
 
 
-def test_a_run_that_is_killed_again_and_again_leaves_what_the_newest_message_says(nsqds, xmsrv, place):
+def test_a_run_that_is_killed_again_and_again_leaves_what_the_newest_message_says(nsqds, program, place):
     """From two nsqds, in any order, some of them twice, with a timeout short enough for deliveries from killed runs."""
     draw, pair = random.Random(13), nsqds(2, '--msg-timeout=1s')
     sent = [(n % 60, time, draw.random() < 0.4) for n, time in enumerate(draw.sample(range(100_000), 1200))]
@@ -234,20 +234,20 @@ def test_a_run_that_is_killed_again_and_again_leaves_what_the_newest_message_say
     for nsqd, part in zip(pair, (stream[:700], stream[700:]), strict=True):
         nsqd.create(TOPIC, CHANNEL)
         nsqd.publish(TOPIC, bodies(part))
-    xmsrv.configure(pair, record=record_options(), nsq={'max-in-flight': 100}, **place.settings(**{'batch-size': 20}))
+    program.configure(pair, record=record_options(), nsq={'max-in-flight': 100}, **place.settings(**{'batch-size': 20}))
 
     def waiting():
         return sum(nsqd.left(TOPIC, CHANNEL) for nsqd in pair)
 
     def kill_after(number):
-        before, run = waiting(), xmsrv.start('once')
+        before, run = waiting(), program.start('once')
         wait_until(lambda: run.poll() is not None or waiting() <= before - number, f'{number} messages are answered')
         run.send_signal(signal.SIGKILL)
         run.wait()
 
     for _ in range(6):
         kill_after(draw.randrange(1, 100))
-    wait_until(lambda: xmsrv.run('once') and not waiting(), 'all are answered', 60)
+    wait_until(lambda: program.run('once') and not waiting(), 'all are answered', 60)
     newest = {key: max((each for each in sent if each[0] == key), key=lambda each: each[1]) for key, _, _ in sent}
     assert what_is_left(place) == sorted(newest.values())
 
@@ -260,14 +260,14 @@ def published(nsqd, messages):
 
 
 @pytest.mark.parametrize('mode', ['tombstone', 'remove'])
-def test_a_window_counts_deletes_and_shows_them(nsqd, xmsrv, place, mode):
+def test_a_window_counts_deletes_and_shows_them(nsqd, program, place, mode):
     published(nsqd, [{'id': n, 'ts': 1, 'text': 'x'} for n in range(5)])
     options = {'record': record_options(mode), 'nsq': {'max-messages': 10}, **place.settings()}
-    assert servers.summary(xmsrv.once(nsqd, **options).stderr)['deleted'] == 0
+    assert servers.summary(program.once(nsqd, **options).stderr)['deleted'] == 0
     published(nsqd, [{'id': 0, 'ts': 2, 'op': 'd'}, {'id': 1, 'ts': 2, 'op': True}, {'id': 2, 'ts': 0, 'op': 'd'},
                      {'id': 3, 'ts': 2, 'op': 'D'}, {'id': 9, 'ts': 2, 'op': 'd'}, {'ts': 2, 'op': 'd'}])
-    textfile = xmsrv.directory / 'x.prom'
-    ran = xmsrv.once(nsqd, metrics={'textfile': textfile}, log_format='json', **options)
+    textfile = program.directory / 'x.prom'
+    ran = program.once(nsqd, metrics={'textfile': textfile}, log_format='json', **options)
     told = next(json.loads(line) for line in ran.stderr.splitlines() if '"received"' in line)
     counts = {'received': 6, 'stored': 1, 'deleted': 3, 'duplicate': 0, 'stale': 1, 'dead': 1, 'requeued': 0, 'late': 0}
     assert {name: told[name] for name in counts} == counts
@@ -280,27 +280,27 @@ def test_a_window_counts_deletes_and_shows_them(nsqd, xmsrv, place, mode):
     assert set(place.records()) == {0, 1, 2, 3, 4, *([9] if mode == 'tombstone' else [])} - gone
 
 
-def test_a_delete_needs_no_more_than_key_and_time(nsqd, xmsrv, place):
+def test_a_delete_needs_no_more_than_key_and_time(nsqd, program, place):
     """What is required of a record is not of a delete; the rules of the fields that it has are."""
     fields = {'id': 'integer, required, min 1', 'ts': 'integer, required', 'op': 'string, one-of u|d',
               'state': 'string, required, one-of open|paid'}
     published(nsqd, [{'id': 1, 'ts': 1, 'state': 'open'}, {'id': 1, 'ts': 2, 'op': 'd'},
                      {'id': 2, 'ts': 2, 'op': 'd', 'state': 'lost'}, {'id': 0, 'ts': 2, 'op': 'd'}])
-    counts = servers.summary(xmsrv.once(nsqd, message={'fields': fields}, record=record_options(values=['d']),
-                                        **place.settings()).stderr)
+    counts = servers.summary(program.once(nsqd, message={'fields': fields}, record=record_options(values=['d']),
+                                          **place.settings()).stderr)
     assert (counts['stored'], counts['deleted'], counts['dead']) == (1, 1, 2)
     details = {header['detail'] for header, _ in nsqd.letters(f'{TOPIC}.dead', expected=2)}
     assert details == {'state: not one of open|paid', 'id: value under 1'}
     assert place.records() == {1: {'gid': 1, 'gts': 2}}
 
 
-def test_paths_and_nulls_may_say_that_a_record_is_deleted(nsqd, xmsrv, place):
+def test_paths_and_nulls_may_say_that_a_record_is_deleted(nsqd, program, place):
     """As change data capture does: the state after the change is null."""
     options = {'key': 'key.id', 'time': 'source.lsn', 'delete': {'field': 'change.after', 'values': 'null'}}
     published(nsqd, [{'key': {'id': 7}, 'source': {'lsn': 1}, 'change': {'after': {'a': 1}}},
                      {'key': {'id': 8}, 'source': {'lsn': 1}, 'change': {}},
                      {'key': {'id': 7}, 'source': {'lsn': 2}, 'change': {'after': None}}])
-    counts = servers.summary(xmsrv.once(nsqd, record=options, **place.settings()).stderr)
+    counts = servers.summary(program.once(nsqd, record=options, **place.settings()).stderr)
     assert (counts['stored'], counts['deleted'], counts['stale']) == (2, 1, 0)
     assert place.records()[7] == {'gid': 7, 'gts': 2} and place.records()[8]['change'] == {}
 
@@ -310,12 +310,12 @@ def fetch(port, path):
         return answer.read().decode()
 
 
-def test_a_daemon_counts_deletes_on_its_page(nsqd, xmsrv, place):
+def test_a_daemon_counts_deletes_on_its_page(nsqd, program, place):
     published(nsqd, [{'id': 1, 'ts': 1}, {'id': 1, 'ts': 2, 'op': 'd'}, {'id': 2, 'ts': 2, 'op': 'd'}])
     port = servers.free_ports()
-    xmsrv.configure(nsqd, record=record_options(), period='1s', workers=2, metrics={'listen': f'127.0.0.1:{port}'},
-                    **place.settings())
-    xmsrv.start('daemon')
+    program.configure(nsqd, record=record_options(), period='1s', workers=2, metrics={'listen': f'127.0.0.1:{port}'},
+                      **place.settings())
+    program.start('daemon')
 
     def shown():
         with contextlib.suppress(OSError):
@@ -325,23 +325,23 @@ def test_a_daemon_counts_deletes_on_its_page(nsqd, xmsrv, place):
     wait_until(lambda: 'deleted 2,' in shown()[1] and 'class="key deleted"' in shown()[1], 'two are on the page')
 
 
-def test_dead_letters_that_delete_can_be_replayed(nsqd, xmsrv, place):
+def test_dead_letters_that_delete_can_be_replayed(nsqd, program, place):
     """With the time of their first delivery: what is newer stays."""
     strict = {'fields': {'id': 'integer, required'}}
     published(nsqd, [{'id': 'a', 'op': 'd'}, {'id': 'b', 'op': 'd'}])
     options = {'record': {**record_options(), 'time': '$timestamp'}, **place.settings()}
-    assert servers.summary(xmsrv.once(nsqd, message=strict, **options).stderr)['dead'] == 2
+    assert servers.summary(program.once(nsqd, message=strict, **options).stderr)['dead'] == 2
     published(nsqd, [{'id': 'b', 'text': 'newer'}])
-    assert servers.summary(xmsrv.once(nsqd, **options).stderr)['stored'] == 1
-    listed = xmsrv.run('replay', '--dry-run').stdout.splitlines()
+    assert servers.summary(program.once(nsqd, **options).stderr)['stored'] == 1
+    listed = program.run('replay', '--dry-run').stdout.splitlines()
     assert [line.split('  ')[-1] for line in listed[:2]] == ['would delete its record'] * 2
     assert listed[-1].startswith('0 would be stored, 2 would delete their records, 0 would stay')
-    counts = servers.summary(xmsrv.run('replay').stderr)
+    counts = servers.summary(program.run('replay').stderr)
     assert (counts['deleted'], counts['stale'], counts['dead'], counts['requeued']) == (1, 1, 0, 0)
     assert set(place.records()['a']) == {'gid', 'gts'} and place.records()['b']['text'] == 'newer'
 
 
-def test_the_example_of_orders_deletes_them(nsqd, xmsrv, cluster):
+def test_the_example_of_orders_deletes_them(nsqd, program, cluster):
     """With the message that stands there, before and after those that are older."""
     path = servers.ROOT / 'etc' / 'x-msrv-orders.conf'
     lines = path.read_text().splitlines()
@@ -349,10 +349,10 @@ def test_the_example_of_orders_deletes_them(nsqd, xmsrv, cluster):
     deletion, = [line[1:].strip() for line in lines if line.startswith('# {')]
     nsqd.create(TOPIC, CHANNEL)
     nsqd.publish(TOPIC, [older[0], deletion, *older, deletion.replace('A-17', 'B-18'), deletion.replace('order', 'n')])
-    more = {'nsq.nsqd-tcp-address': nsqd.tcp, 'state-dir': xmsrv.directory / 'state', 'aerospike.set': cluster.set,
+    more = {'nsq.nsqd-tcp-address': nsqd.tcp, 'state-dir': program.directory / 'state', 'aerospike.set': cluster.set,
             'aerospike.hosts': cluster.address}
     set_ = [f'--set={name}={value}' for name, value in more.items()]
-    counts = servers.summary(xmsrv.run('-c', path, *set_, 'once').stderr)
+    counts = servers.summary(program.run('-c', path, *set_, 'once').stderr)
     assert (counts['stored'] + counts['stale'], counts['deleted'], counts['dead']) == (3, 2, 1)
     assert cluster.records() == {key: {'order_id': key, 'version': 3} for key in ('A-17', 'B-18')}
 
@@ -364,15 +364,15 @@ def test_the_example_of_orders_deletes_them(nsqd, xmsrv, cluster):
     ({'mode': 'tombstone', 'keep': 'never'}, ['which never ends']),
     ({'mode': 'remove'}, ['the record is removed, where it is not newer']),
 ])
-def test_check_shows_what_a_message_deletes(nsqd, xmsrv, place, delete, words):
-    xmsrv.configure(nsqd, record=record_options(**delete), **place.settings())
-    body = xmsrv.directory / 'body'
+def test_check_shows_what_a_message_deletes(nsqd, program, place, delete, words):
+    program.configure(nsqd, record=record_options(**delete), **place.settings())
+    body = program.directory / 'body'
     body.write_text('{"id": 5, "ts": 9, "op": "d", "text": "x"}')
-    shown = xmsrv.run('check', '--message', body).stdout
+    shown = program.run('check', '--message', body).stdout
     assert all(word in shown for word in [*words, 'key   integer  5'])
     assert 'text' not in shown.replace(str(body), '') and ('bin ' in shown) == (delete['mode'] == 'tombstone')
     body.write_text('{"id": 5, "ts": 9, "op": "u"}')
-    assert 'delete' not in xmsrv.run('check', '--message', body).stdout
+    assert 'delete' not in program.run('check', '--message', body).stdout
 
 
 FAULTS = [
@@ -388,10 +388,10 @@ FAULTS = [
 
 
 @pytest.mark.parametrize('delete, record, fault', FAULTS)
-def test_a_fault_of_deletes_is_named(nsqd, xmsrv, delete, record, fault):
+def test_a_fault_of_deletes_is_named(nsqd, program, delete, record, fault):
     chosen = {name: value for name, value in {**record_options()['delete'], **delete}.items() if value is not None}
-    xmsrv.configure(nsqd, record={**record_options(), 'delete': chosen, **record})
-    assert fault in xmsrv.run('check', expect=78).stderr
+    program.configure(nsqd, record={**record_options(), 'delete': chosen, **record})
+    assert fault in program.run('check', expect=78).stderr
 
 
 @pytest.mark.parametrize('rule, unknown, fault', [
@@ -399,10 +399,10 @@ def test_a_fault_of_deletes_is_named(nsqd, xmsrv, delete, record, fault):
     ('boolean', 'keep', 'values = d: never comes'), ('integer', 'keep', 'values = true: never comes'),
     (None, 'reject', '[[delete]] field = op: no such field'), (None, 'drop', None),
 ])
-def test_values_that_no_message_can_have_are_a_fault(nsqd, xmsrv, rule, unknown, fault):
+def test_values_that_no_message_can_have_are_a_fault(nsqd, program, rule, unknown, fault):
     fields = {'id': 'integer', 'ts': 'integer', **({'op': rule} if rule else {})}
-    xmsrv.configure(nsqd, record=record_options(), message={'fields': fields, 'unknown-fields': unknown})
-    ran = xmsrv.run('check', expect=78 if fault else 0)
+    program.configure(nsqd, record=record_options(), message={'fields': fields, 'unknown-fields': unknown})
+    ran = program.run('check', expect=78 if fault else 0)
     assert fault is None or fault in ran.stderr
 
 
@@ -411,18 +411,19 @@ def test_values_that_no_message_can_have_are_a_fault(nsqd, xmsrv, rule, unknown,
     ('7d', True, 'tombstone', 'tombstones of [[delete]] are not removed after keep'),
     ('never', False, 'tombstone', None), ('7d', False, 'remove', None),
 ])
-def test_check_says_that_a_namespace_does_not_expire_tombstones(nsqd, xmsrv, standin, keep, without_nsup, mode, words):
+def test_check_says_that_a_namespace_does_not_expire_tombstones(nsqd, program, standin, keep, without_nsup, mode,
+                                                                words):
     standin.server.nsup_period, standin.server.allow_ttl_without_nsup = 0, without_nsup
-    xmsrv.configure(nsqd, record=record_options(mode, keep=keep), **standin.settings())
-    ran = xmsrv.run('check', '--connect', expect=69 if words else 0)
+    program.configure(nsqd, record=record_options(mode, keep=keep), **standin.settings())
+    ran = program.run('check', '--connect', expect=69 if words else 0)
     assert words is None or words in ran.stderr
     assert ('no durable deletes' in ran.stdout) == (mode == 'remove')
 
 
-def test_a_namespace_that_refuses_tombstones_stops_the_window_and_says_why(nsqd, xmsrv, standin):
+def test_a_namespace_that_refuses_tombstones_stops_the_window_and_says_why(nsqd, program, standin):
     standin.server.nsup_period = 0
     published(nsqd, [{'id': 1, 'ts': 2, 'op': 'd'}])
-    ran = xmsrv.once(nsqd, expect=75, record=record_options(), **standin.settings())
+    ran = program.once(nsqd, expect=75, record=record_options(), **standin.settings())
     assert 'tombstones of [[delete]] are refused' in ran.stderr
     assert nsqd.left(TOPIC, CHANNEL) == 1
 
@@ -436,7 +437,7 @@ def test_an_enterprise_server_is_asked_for_durable_deletes(opened, standin, edit
     store.write([change('k', 1)])
     assert store.write([delete('k', 2)]) == [DELETED]
     assert standin.records() == {} and standin.server.namespaces['test'].durable_deletes == int(durable)
-    assert store.describe()[0].endswith(', durable deletes' if durable else ', no durable deletes')
+    assert store.describe_contents()[0].endswith(', durable deletes' if durable else ', no durable deletes')
 
 
 def test_a_removal_waits_for_an_older_record_of_its_batch_that_is_tried_again(opened, standin):
@@ -458,46 +459,46 @@ def test_a_tombstone_expires_after_keep(opened, cluster):
     assert store.write([change('k', 2)]) == [STORED]
 
 
-def columns(xmsrv):
-    with contextlib.closing(sqlite3.connect(xmsrv.database)) as database:
+def columns(program):
+    with contextlib.closing(sqlite3.connect(program.database)) as database:
         return [row[1] for row in database.execute('PRAGMA table_info (records)')]
 
 
-def ends(xmsrv):
-    with contextlib.closing(sqlite3.connect(xmsrv.database)) as database:
+def ends(program):
+    with contextlib.closing(sqlite3.connect(program.database)) as database:
         return dict(database.execute('SELECT "key", expires_at FROM records'))
 
 
-def test_a_tombstone_in_a_file_ends_with_a_batch_after_keep(opened, xmsrv):
-    store = opened(Sqlite(xmsrv))
+def test_a_tombstone_in_a_file_ends_with_a_batch_after_keep(opened, program):
+    store = opened(Sqlite(program))
     store.write([change('k', 1), change('l', 1), delete('k', 3, keep=1), delete('l', 3, keep=0xFFFFFFFF)])
-    assert ends(xmsrv)['l'] == 'never' and ends(xmsrv)['k'].endswith('Z')
+    assert ends(program)['l'] == 'never' and ends(program)['k'].endswith('Z')
     assert store.write([change('k', 2), change('l', 2)]) == [STALE, STALE]
-    assert ' 0 records and 2 tombstones ' in store.describe()[0]
-    wait_until(lambda: store.write([change('other', 1)]) and 'k' not in xmsrv.records(), 'the tombstone has ended')
+    assert ' 0 records and 2 tombstones ' in store.describe_contents()[0]
+    wait_until(lambda: store.write([change('other', 1)]) and 'k' not in program.records(), 'the tombstone has ended')
     assert store.write([change('k', 2), change('l', 2)]) == [STORED, STALE]
-    assert ends(xmsrv) == {'k': None, 'l': 'never', 'other': None}
+    assert ends(program) == {'k': None, 'l': 'never', 'other': None}
 
 
-def test_a_file_without_tombstones_gets_a_column_for_them_and_keeps_what_it_has(opened, xmsrv):
-    plain = opened(Sqlite(xmsrv), 'remove')
+def test_a_file_without_tombstones_gets_a_column_for_them_and_keeps_what_it_has(opened, program):
+    plain = opened(Sqlite(program), 'remove')
     plain.write([change('k', 1), change('l', 1)])
-    assert columns(xmsrv) == ['set', 'key', 'bins', 'stored_at']
-    store = opened(Sqlite(xmsrv))
-    assert columns(xmsrv) == ['set', 'key', 'bins', 'stored_at', 'expires_at']
+    assert columns(program) == ['set', 'key', 'bins', 'stored_at']
+    store = opened(Sqlite(program))
+    assert columns(program) == ['set', 'key', 'bins', 'stored_at', 'expires_at']
     assert store.write([delete('k', 2)]) == [DELETED]
     # who opened the file before writes no record beside a tombstone's end
-    with pytest.raises(StoreDown):
+    with pytest.raises(StoreError):
         plain.write([change('k', 3)])
     plain.close()
     plain.open()
     assert plain.write([change('k', 3)]) == [STORED]
-    assert ends(xmsrv) == {'k': None, 'l': None}
+    assert ends(program) == {'k': None, 'l': None}
 
 
-def test_a_table_of_another_form_is_not_changed(opened, xmsrv):
-    with contextlib.closing(sqlite3.connect(xmsrv.database)) as database:
+def test_a_table_of_another_form_is_not_changed(opened, program):
+    with contextlib.closing(sqlite3.connect(program.database)) as database:
         database.execute('CREATE TABLE records (id INTEGER)')
-    with pytest.raises(StoreDown):
-        opened(Sqlite(xmsrv))
-    assert columns(xmsrv) == ['id']
+    with pytest.raises(StoreError):
+        opened(Sqlite(program))
+    assert columns(program) == ['id']

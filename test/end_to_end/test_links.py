@@ -65,142 +65,142 @@ def local(nsqds, workdir):
     return start
 
 
-def test_messages_and_dead_letters_cross_a_unix_socket(xmsrv, local):
+def test_messages_and_dead_letters_cross_a_unix_socket(program, local):
     nsqd, path = local()
     fill(nsqd, 3000)
     nsqd.publish(TOPIC, b'no JSON')
-    xmsrv.configure(nsq={'nsqd-tcp-address': path})
-    told = servers.summary(xmsrv.run('once').stderr)
+    program.configure(nsq={'nsqd-tcp-address': path})
+    told = servers.summary(program.run('once').stderr)
     assert (told['stored'], told['dead'], told['requeued']) == (3000, 1, 0)
-    assert (numbers(xmsrv), nsqd.left(TOPIC, CHANNEL)) == (list(range(3000)), 0)
+    assert (numbers(program), nsqd.left(TOPIC, CHANNEL)) == (list(range(3000)), 0)
     assert nsqd.stats(DEAD, REPLAY)['depth'] == 1
-    told = xmsrv.run('check', '--connect').stdout
+    told = program.run('check', '--connect').stdout
     assert f'nsqd {path}: version ' in told and f'depth of {TOPIC}/{CHANNEL} unknown' in told
-    line, = xmsrv.run('replay', '--list', '--json').stdout.splitlines()
+    line, = program.run('replay', '--list', '--json').stdout.splitlines()
     assert json.loads(line)['nsqd'] == str(path)
 
 
-def test_a_unix_socket_beside_tcp(xmsrv, local, nsqd):
+def test_a_unix_socket_beside_tcp(program, local, nsqd):
     here, path = local()
     fill(here, 10)
     fill(nsqd, 10, first=10)
-    xmsrv.once(nsq={'nsqd-tcp-address': [path, nsqd.tcp]})
-    assert numbers(xmsrv) == list(range(20))
+    program.once(nsq={'nsqd-tcp-address': [path, nsqd.tcp]})
+    assert numbers(program) == list(range(20))
 
 
-def test_an_nsqd_that_comes_back_on_its_unix_socket_is_found(xmsrv, local):
+def test_an_nsqd_that_comes_back_on_its_unix_socket_is_found(program, local):
     nsqd, path = local()
     fill(nsqd, 10)
-    xmsrv.configure(period='0', nsq={'nsqd-tcp-address': path})
-    xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'the first messages are stored')
+    program.configure(period='0', nsq={'nsqd-tcp-address': path})
+    program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 10, 'the first messages are stored')
     nsqd.stop()
-    wait_until(lambda: f'nsqd {path}: No such file or directory' in xmsrv.log.read_text(), 'it says what is away', 20)
+    wait_until(lambda: f'nsqd {path}: No such file or directory' in program.log.read_text(), 'it says what is away', 20)
     nsqd.restart()
     nsqd.publish(TOPIC, bodies(10, 10))
-    wait_until(lambda: len(xmsrv.rows()) == 20, 'the next messages are stored', 20)
+    wait_until(lambda: len(program.rows()) == 20, 'the next messages are stored', 20)
 
 
 @pytest.mark.parametrize(('make', 'words'), [
     (lambda path: None, 'No such file or directory'), (lambda path: path.touch(), 'Connection refused'),
 ], ids=['nothing there', 'a file'])
-def test_a_unix_socket_that_is_not_there_is_69(xmsrv, workdir, make, words):
+def test_a_unix_socket_that_is_not_there_is_69(program, workdir, make, words):
     path = workdir / 'nsqd.sock'
     make(path)
-    refused(xmsrv.once(nsq={'nsqd-tcp-address': path}, expect=69), f'{path}: {words}')
+    refused(program.once(nsq={'nsqd-tcp-address': path}, expect=69), f'{path}: {words}')
 
 
 @pytest.mark.parametrize(('name', 'status'), [('localhost', 0), ('nsqd.example', 69)])
-def test_tls_on_a_unix_socket_is_verified_for_localhost(xmsrv, local, authority, workdir, name, status):
+def test_tls_on_a_unix_socket_is_verified_for_localhost(program, local, authority, workdir, name, status):
     nsqd, path = local(TLS_ONLY, tls=issued(authority, workdir, name))
     fill(nsqd, 10)
-    done = xmsrv.once(nsq={'nsqd-tcp-address': path, 'tls': {'ca-file': workdir / 'ca.pem'}}, expect=status)
+    done = program.once(nsq={'nsqd-tcp-address': path, 'tls': {'ca-file': workdir / 'ca.pem'}}, expect=status)
     if status:
         refused(done, 'TLS: ')
         nothing_taken(nsqd, 10)
     else:
-        assert numbers(xmsrv) == list(range(10))
+        assert numbers(program) == list(range(10))
 
 
-def test_a_secret_that_stays_on_the_host_is_no_warning(xmsrv, workdir, secret):
+def test_a_secret_that_stays_on_the_host_is_no_warning(program, workdir, secret):
     options = {'topic': TOPIC, 'auth-secret-file': secret}
-    xmsrv.configure(nsq={**options, 'nsqd-tcp-address': '/run/nsqd.sock'})
-    assert xmsrv.run('check').stderr == ''
-    xmsrv.configure(nsq={**options, 'nsqd-tcp-address': '/run/nsqd.sock, 192.0.2.1:4150'})
-    assert 'crosses the network in the clear' in xmsrv.run('check').stderr
+    program.configure(nsq={**options, 'nsqd-tcp-address': '/run/nsqd.sock'})
+    assert program.run('check').stderr == ''
+    program.configure(nsq={**options, 'nsqd-tcp-address': '/run/nsqd.sock, 192.0.2.1:4150'})
+    assert 'crosses the network in the clear' in program.run('check').stderr
 
 
 # --- deflate
 
 @pytest.mark.parametrize('tls', [False, True], ids=['plain', 'tls'])
-def test_messages_and_dead_letters_cross_deflated(xmsrv, nsqds, authority, workdir, tls):
+def test_messages_and_dead_letters_cross_deflated(program, nsqds, authority, workdir, tls):
     """Large ones, too, which deflate to a hundredth; nsqd says that the connection is deflated."""
     certificate = issued(authority, workdir, '127.0.0.1') if tls else None
     nsqd, = nsqds(1, *([TLS_ONLY] if tls else []), tls=certificate)
     fill(nsqd, 5000)
     large = [b'{"n": %d, "text": "%s"}' % (n, b'x' * 900_000) for n in range(5000, 5010)]
     nsqd.publish(TOPIC, [*large, *unfit(10, text='y' * 300_000)])
-    xmsrv.configure(nsqd, period='0', idle_timeout='5s', message={'fields': {'n': 'integer, required'}},
-                    nsq={'compression': 'deflate', **({'tls': {'ca-file': workdir / 'ca.pem'}} if tls else {})})
-    daemon = xmsrv.start('daemon')
-    wait_until(lambda: len(xmsrv.rows()) == 5010 and nsqd.left(TOPIC, CHANNEL) == 0, 'all are stored', 30)
+    program.configure(nsqd, period='0', idle_timeout='5s', message={'fields': {'n': 'integer, required'}},
+                      nsq={'compression': 'deflate', **({'tls': {'ca-file': workdir / 'ca.pem'}} if tls else {})})
+    daemon = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 5010 and nsqd.left(TOPIC, CHANNEL) == 0, 'all are stored', 30)
     client, = nsqd.clients(TOPIC, CHANNEL)
     assert (client['deflate'], client['snappy'], client['tls']) == (True, False, tls)
-    assert numbers(xmsrv) == list(range(5010))
-    assert {len(bins.get('text', '')) for bins in xmsrv.records().values()} == {5, 900_000}
+    assert numbers(program) == list(range(5010))
+    assert {len(bins.get('text', '')) for bins in program.records().values()} == {5, 900_000}
     assert nsqd.stats(DEAD, REPLAY)['depth'] == 10
     daemon.terminate()
     assert daemon.wait(timeout=20) == 0
-    assert 'deflate, depth of orders/x-msrv 0 ' in xmsrv.run('check', '--connect').stdout
+    assert 'deflate, depth of orders/x-msrv 0 ' in program.run('check', '--connect').stdout
 
 
-def test_fewer_bytes_cross_deflated(xmsrv, nsqd):
+def test_fewer_bytes_cross_deflated(program, nsqd):
     """Of 2,000 messages that are much alike less than a quarter."""
     crossed = {}
     for compression in ('none', 'deflate'):
         nsqd.publish(TOPIC, bodies(2000))
         with proxies.Proxy(nsqd) as proxy:
-            done = xmsrv.once(nsq={'nsqd-tcp-address': proxy.addresses, 'compression': compression})
+            done = program.once(nsq={'nsqd-tcp-address': proxy.addresses, 'compression': compression})
         assert servers.summary(done.stderr)['stored'] == 2000
         crossed[compression] = proxy.size
     assert crossed['deflate'] < crossed['none'] / 4
 
 
-def test_heartbeats_cross_deflated(xmsrv, nsqd, changed):
+def test_heartbeats_cross_deflated(program, nsqd, changed):
     """nsqd closes a connection that does not answer two of them; here there is one a second."""
-    changed('import xmsrv; xmsrv.HEARTBEAT = 1.0')
+    changed('import xmsrv; xmsrv.HEARTBEAT_INTERVAL = 1.0')
     nsqd.create(TOPIC, CHANNEL)
-    xmsrv.configure(nsqd, period='0', nsq={'compression': 'deflate'})
-    xmsrv.start('daemon')
+    program.configure(nsqd, period='0', nsq={'compression': 'deflate'})
+    program.start('daemon')
     wait_until(lambda: nsqd.clients(TOPIC, CHANNEL), 'it is connected')
     connected = nsqd.clients(TOPIC, CHANNEL)[0]['connect_ts']
     wait_until(passed(4.5), 'four heartbeats')
     nsqd.publish(TOPIC, bodies(10))
-    wait_until(lambda: len(xmsrv.rows()) == 10, 'the messages are stored')
+    wait_until(lambda: len(program.rows()) == 10, 'the messages are stored')
     assert nsqd.clients(TOPIC, CHANNEL)[0]['connect_ts'] == connected
 
 
-def test_nsqd_that_refuses_deflate_is_an_error(xmsrv, nsqds):
+def test_nsqd_that_refuses_deflate_is_an_error(program, nsqds):
     """No silent fallback."""
     nsqd, = nsqds(1, '--deflate=false')
     fill(nsqd, 10)
-    refused(xmsrv.once(nsqd, nsq={'compression': 'deflate'}, expect=69),
+    refused(program.once(nsqd, nsq={'compression': 'deflate'}, expect=69),
             'compression = deflate is asked for, and this nsqd does not offer it')
     nothing_taken(nsqd, 10)
-    assert 'does not offer it' in xmsrv.run('check', '--connect', expect=69).stderr
+    assert 'does not offer it' in program.run('check', '--connect', expect=69).stderr
 
 
-def test_what_is_no_deflate_is_an_error_with_its_reason(xmsrv):
+def test_what_is_no_deflate_is_an_error_with_its_reason(program):
     greeting = proxies.frame(json.dumps(SYSTEM).encode()) + proxies.frame(b'OK')   # in the clear
     with proxies.Says(greeting) as fake:
-        refused(xmsrv.once(nsq={'nsqd-tcp-address': fake.address, 'compression': 'deflate'}, expect=69),
+        refused(program.once(nsq={'nsqd-tcp-address': fake.address, 'compression': 'deflate'}, expect=69),
                 'not what deflate makes')
 
 
-def test_nobody_asks_for_deflate_unasked(xmsrv, nsqd):
+def test_nobody_asks_for_deflate_unasked(program, nsqd):
     fill(nsqd, 10)
     with proxies.Proxy(nsqd) as proxy:
-        xmsrv.once(nsq={'nsqd-tcp-address': proxy.addresses})
+        program.once(nsq={'nsqd-tcp-address': proxy.addresses})
     asked, = proxy.arguments('IDENTIFY')
     assert json.loads(asked)['deflate'] is False and 'snappy' not in json.loads(asked)
 
@@ -250,50 +250,50 @@ def guarded(nsqds, nsqlookupd, authority, workdir):
         yield nsqd
 
 
-def test_nsqlookupd_behind_https_gets_the_secret(xmsrv, guarded, front, workdir, secret):
+def test_nsqlookupd_behind_https_gets_the_secret(program, guarded, front, workdir, secret):
     with front() as server:
-        xmsrv.once(nsq={'lookupd-http-address': f'https://{server.address}', 'auth-secret-file': secret,
-                        'tls': {'ca-file': workdir / 'ca.pem'}})
-        assert numbers(xmsrv) == list(range(10))
-        assert 'depth of orders/x-msrv 0 ' in xmsrv.run('check', '--connect').stdout
+        program.once(nsq={'lookupd-http-address': f'https://{server.address}', 'auth-secret-file': secret,
+                          'tls': {'ca-file': workdir / 'ca.pem'}})
+        assert numbers(program) == list(range(10))
+        assert 'depth of orders/x-msrv 0 ' in program.run('check', '--connect').stdout
 
 
 @pytest.mark.parametrize(('name', 'trusted', 'words'), [
     ('lookup.example', True, "IP address mismatch, certificate is not valid for '127.0.0.1'"),
     ('127.0.0.1', False, 'unable to get local issuer certificate')], ids=['another name', 'another authority'])
-def test_an_https_server_that_is_another_gets_no_secret(xmsrv, front, workdir, secret, name, trusted, words):
+def test_an_https_server_that_is_another_gets_no_secret(program, front, workdir, secret, name, trusted, words):
     with front(name) as server:
-        done = xmsrv.once(nsq={'lookupd-http-address': f'https://{server.address}', 'auth-secret-file': secret,
-                               'tls': {'ca-file': workdir / 'ca.pem'} if trusted else {}}, expect=69)
+        done = program.once(nsq={'lookupd-http-address': f'https://{server.address}', 'auth-secret-file': secret,
+                                 'tls': {'ca-file': workdir / 'ca.pem'} if trusted else {}}, expect=69)
     assert f'no nsqlookupd can be reached: nsqlookupd https://{server.address}: TLS: ' in done.stderr
     assert words in done.stderr and server.headers == []
 
 
-def test_the_secret_is_not_sent_in_the_clear_nor_where_an_answer_leads(xmsrv, nsqd, front, workdir, secret):
+def test_the_secret_is_not_sent_in_the_clear_nor_where_an_answer_leads(program, nsqd, front, workdir, secret):
     options = {'auth-secret-file': secret, 'tls': {'ca-file': workdir / 'ca.pem'}}
     with proxies.Web(lambda path: (200, b'{"producers": []}')) as plain:
-        xmsrv.once(nsq={'lookupd-http-address': plain.address, **options})
+        program.once(nsq={'lookupd-http-address': plain.address, **options})
         assert len(plain.headers) == 1 and 'Authorization' not in plain.headers[0]
         with front(status=302, more=[('Location', f'http://{plain.address}/lookup')]) as server:
-            done = xmsrv.once(nsq={'lookupd-http-address': f'https://{server.address}', **options}, expect=69)
+            done = program.once(nsq={'lookupd-http-address': f'https://{server.address}', **options}, expect=69)
         assert 'HTTP 302' in done.stderr and len(plain.headers) == 1
 
 
-def test_the_authorities_of_the_system_serve_without_tls_for_nsqd(xmsrv, registered, nsqlookupd, front, workdir,
+def test_the_authorities_of_the_system_serve_without_tls_for_nsqd(program, registered, nsqlookupd, front, workdir,
                                                                   secret, monkeypatch):
     monkeypatch.setenv('SSL_CERT_FILE', str(workdir / 'ca.pem'))
     with front(status=None) as server:
-        done = xmsrv.once(nsq={'lookupd-http-address': f'https://{server.address}'}, expect=69)
+        done = program.once(nsq={'lookupd-http-address': f'https://{server.address}'}, expect=69)
         assert 'HTTP 401' in done.stderr
         # one that can be asked beside it names the nsqd, and this one costs a warning
-        done = xmsrv.once(nsq={'lookupd-http-address': [f'https://{server.address}', nsqlookupd.http]})
-    assert numbers(xmsrv) == list(range(10))
+        done = program.once(nsq={'lookupd-http-address': [f'https://{server.address}', nsqlookupd.http]})
+    assert numbers(program) == list(range(10))
     assert f'warning: nsqlookupd https://{server.address}: HTTP 401' in done.stderr
 
 
-def test_a_secret_that_no_header_can_hold_is_not_shown(xmsrv, front, workdir, secret):
+def test_a_secret_that_no_header_can_hold_is_not_shown(program, front, workdir, secret):
     secret.write_text(f'{SECRET}\nX: y')
     with front() as server:
-        done = xmsrv.once(nsq={'lookupd-http-address': f'https://{server.address}', 'auth-secret-file': secret,
-                               'tls': {'ca-file': workdir / 'ca.pem'}}, args=['-v'], expect=69)
+        done = program.once(nsq={'lookupd-http-address': f'https://{server.address}', 'auth-secret-file': secret,
+                                 'tls': {'ca-file': workdir / 'ca.pem'}}, args=['-v'], expect=69)
     assert 'a header of HTTP takes printable ASCII' in done.stderr and SECRET not in done.stderr

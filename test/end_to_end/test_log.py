@@ -26,48 +26,49 @@ def good(number):
 
 # ------------------------------------------------------------------------------------------------------------- a notice
 
-def test_a_window_of_nothing_is_told_of_with_v_alone(nsqd, xmsrv, workdir):
+def test_a_window_of_nothing_is_told_of_with_v_alone(nsqd, program, workdir):
     """A timer makes thousands of them a day. They are counted."""
     path = workdir / 'x.prom'
     for arguments in (['once'], ['-q', 'once']):
-        xmsrv.configure(nsqd, metrics={'textfile': path})
-        assert xmsrv.run(*arguments).stderr == ''
+        program.configure(nsqd, metrics={'textfile': path})
+        assert program.run(*arguments).stderr == ''
     assert re.search(r'^xmsrv_windows_total\{.*result="done".*\} 2.0$', path.read_text(), re.MULTILINE)
 
 
-def test_a_daemon_says_nothing_of_windows_of_nothing(nsqd, xmsrv):
+def test_a_daemon_says_nothing_of_windows_of_nothing(nsqd, program):
     """Not a line, while windows come and go."""
-    xmsrv.configure(nsqd, period='50ms', idle_timeout='50ms')
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='50ms', idle_timeout='50ms')
+    running = program.start('daemon')
     servers.wait_until(lambda: nsqd.clients(TOPIC, CHANNEL), 'it is subscribed')
     servers.wait_until(passed(1), 'several windows are over')
-    assert xmsrv.log.read_text() == ''
+    assert program.log.read_text() == ''
     nsqd.publish(TOPIC, good(1))
-    servers.wait_until(lambda: ' received 1, stored 1, ' in xmsrv.log.read_text(), 'one that has something is told of')
+    servers.wait_until(lambda: ' received 1, stored 1, ' in program.log.read_text(),
+                       'one that has something is told of')
     running.terminate()
-    assert running.wait(timeout=10) == 0 and len(xmsrv.log.read_text().splitlines()) == 1
+    assert running.wait(timeout=10) == 0 and len(program.log.read_text().splitlines()) == 1
 
 
-def test_a_replay_of_nothing_is_told_of(nsqd, xmsrv):
+def test_a_replay_of_nothing_is_told_of(nsqd, program):
     """Somebody asked for it."""
-    xmsrv.configure(nsqd)
-    assert ' received 0, ' in xmsrv.run('replay').stderr
+    program.configure(nsqd)
+    assert ' received 0, ' in program.run('replay').stderr
 
 
 @pytest.mark.parametrize('number, level', [(3, 'notice'), (0, 'debug')])
-def test_the_summary_is_a_notice_where_something_came(nsqd, xmsrv, number, level):
+def test_the_summary_is_a_notice_where_something_came(nsqd, program, number, level):
     """An empty queue is no news. It has its outcome, and each line says of which pipeline it is."""
     nsqd.publish(TOPIC, good(number))
-    lines = map(json.loads, xmsrv.once(nsqd, log_format='json', args=['-v']).stderr.splitlines())
+    lines = map(json.loads, program.once(nsqd, log_format='json', args=['-v']).stderr.splitlines())
     line, = (line for line in lines if 'received' in line)
     assert (line['level'], line['outcome'], line['stored']) == (level, 'done', number)
     assert (line['topic'], line['channel']) == (TOPIC, CHANNEL)
 
 
-def test_the_summary_of_a_window_that_failed_says_so(nsqds, xmsrv):
+def test_the_summary_of_a_window_that_failed_says_so(nsqds, program):
     nsqd, = nsqds(1, '--max-msg-size=2000')
     refused_letter(nsqd)
-    lines = xmsrv.once(nsqd, log_format='json', expect=os.EX_TEMPFAIL).stderr.splitlines()
+    lines = program.once(nsqd, log_format='json', expect=os.EX_TEMPFAIL).stderr.splitlines()
     failed = [line for line in map(json.loads, lines) if line.get('outcome') == 'failed']
     assert [line['level'] for line in failed] == ['notice', 'error']
     assert {line['topic'] for line in map(json.loads, lines)} == {TOPIC}
@@ -82,7 +83,7 @@ def refused_letter(nsqd):
 # ---------------------------------------------------------------------------------------------------------- the journal
 
 # Not the path of the machine's own journal, which is there or not.
-START = 'import sys, xmsrv; xmsrv.JOURNAL = sys.argv.pop(1); sys.exit(xmsrv.main())'
+START = 'import sys, xmsrv; xmsrv.JOURNAL_SOCKET = sys.argv.pop(1); sys.exit(xmsrv.main())'
 
 
 class Journal(proxies.Thread):
@@ -141,22 +142,22 @@ def journal(workdir):
         yield made
 
 
-def under(workdir, xmsrv, *arguments, ours=True, path='socket'):
+def under(workdir, program, *arguments, ours=True, path='socket'):
     """Run the command with stderr in a file that JOURNAL_STREAM names, or not: its status, and the lines there."""
     with (workdir / 'stderr').open('w+') as stderr, (workdir / 'other').open('w') as other:
         stream = os.fstat((stderr if ours else other).fileno())
-        process = servers.spawn([sys.executable, '-c', START, workdir / path, '-c', xmsrv.path, *arguments],
+        process = servers.spawn([sys.executable, '-c', START, workdir / path, '-c', program.path, *arguments],
                                 stderr=stderr, env={**os.environ, 'JOURNAL_STREAM': f'{stream.st_dev}:{stream.st_ino}'})
         return process.wait(timeout=30), (workdir / 'stderr').read_text().splitlines()
 
 
-def test_the_journal_gets_fields(nsqds, xmsrv, workdir, journal):
+def test_the_journal_gets_fields(nsqds, program, workdir, journal):
     """Priority, pipeline, outcome and counts; nothing is left for stderr."""
     nsqd, = nsqds(1, '--max-msg-size=2000')
     refused_letter(nsqd)
     nsqd.publish(TOPIC, good(4))
-    xmsrv.configure(nsqd)
-    assert under(workdir, xmsrv, '-v', 'once') == (os.EX_TEMPFAIL, [])
+    program.configure(nsqd)
+    assert under(workdir, program, '-v', 'once') == (os.EX_TEMPFAIL, [])
     found = journal.wait_for(lambda entry: entry['MESSAGE'].startswith('requeued'))
     assert (found['PRIORITY'], found['XMSRV_OUTCOME']) == ('3', 'failed')
     found = journal.wait_for(lambda entry: 'XMSRV_RECEIVED' in entry)
@@ -172,7 +173,7 @@ def test_the_journal_gets_fields(nsqds, xmsrv, workdir, journal):
 @pytest.mark.parametrize('lines', [3, 30000], ids=['as bytes', 'as a file'])
 def test_the_journal_gets_lines_that_belong_together_as_one(workdir, journal, monkeypatch, lines):
     """One that is too large for the socket comes whole as well."""
-    monkeypatch.setattr('xmsrv.JOURNAL', str(workdir / 'socket'))
+    monkeypatch.setattr('xmsrv.JOURNAL_SOCKET', str(workdir / 'socket'))
     text = '\n'.join(f'fault {n}' for n in range(lines))
     handler = module.JournalHandler({'topic': TOPIC, 'channel': CHANNEL})
     handler.handle(logging.makeLogRecord({'msg': text, 'levelname': 'ERROR', 'levelno': logging.ERROR}))
@@ -181,62 +182,62 @@ def test_the_journal_gets_lines_that_belong_together_as_one(workdir, journal, mo
     assert journal.files == (lines > 3)
 
 
-def test_what_ends_the_program_goes_by_way_of_stderr(nsqd, xmsrv, workdir, journal):
+def test_what_ends_the_program_goes_by_way_of_stderr(nsqd, program, workdir, journal):
     """Of a datagram from a process that has ended the journal no longer finds the unit, and `systemctl status` shows
     nothing: that is for faults in the file, and for an end that is out of reach."""
-    xmsrv.configure(nsq={'nonsense': 1})
-    status, lines = under(workdir, xmsrv, 'check')
+    program.configure(nsq={'nonsense': 1})
+    status, lines = under(workdir, program, 'check')
     assert status == os.EX_CONFIG and len(lines) > 1 and all(line.startswith('<3>') for line in lines)
     nsqd.stop()
-    xmsrv.configure(nsqd)
-    status, lines = under(workdir, xmsrv, 'once')
+    program.configure(nsqd)
+    status, lines = under(workdir, program, 'once')
     assert status == os.EX_UNAVAILABLE and lines[-1].startswith('<3>no nsqd can be reached')
     assert all(entry['PRIORITY'] == '4' for entry in journal.entries)
 
 
-def test_the_journal_is_only_for_text(nsqd, xmsrv, workdir, journal):
+def test_the_journal_is_only_for_text(nsqd, program, workdir, journal):
     """Who asks for JSON gets it, on stderr."""
     nsqd.publish(TOPIC, good(1))
-    xmsrv.configure(nsqd, log_format='json')
-    status, lines = under(workdir, xmsrv, 'once')
+    program.configure(nsqd, log_format='json')
+    status, lines = under(workdir, program, 'once')
     assert status == 0 and json.loads(lines[-1])['channel'] == CHANNEL and not journal.entries
 
 
 @pytest.mark.parametrize('path', ['nowhere', 'stderr'])
-def test_stderr_has_priorities_where_the_journal_is_out_of_reach(nsqds, xmsrv, workdir, path):
+def test_stderr_has_priorities_where_the_journal_is_out_of_reach(nsqds, program, workdir, path):
     """Its socket is not there, or is none."""
     nsqd, = nsqds(1, '--max-msg-size=2000')
     refused_letter(nsqd)
-    xmsrv.configure(nsqd)
-    status, lines = under(workdir, xmsrv, '-v', 'once', path=path)
+    program.configure(nsqd)
+    status, lines = under(workdir, program, '-v', 'once', path=path)
     assert status == os.EX_TEMPFAIL and {line[:3] for line in lines} == {'<3>', '<4>', '<5>', '<7>'}
     assert any(line.startswith('<5>[orders/x-msrv] received 1, ') for line in lines)
 
 
-def test_each_line_of_several_has_its_priority(xmsrv, workdir):
+def test_each_line_of_several_has_its_priority(program, workdir):
     """All faults of a file are one message."""
-    xmsrv.configure(nsq={'topik': 'a', 'max-messages': 'many'})
-    status, lines = under(workdir, xmsrv, 'check', path='nowhere')
+    program.configure(nsq={'topik': 'a', 'max-messages': 'many'})
+    status, lines = under(workdir, program, 'check', path='nowhere')
     assert status == os.EX_CONFIG and len(lines) >= 2 and all(line.startswith('<3>') for line in lines)
 
 
-def test_a_journal_that_is_not_ours_gets_nothing(nsqd, xmsrv, workdir, journal):
+def test_a_journal_that_is_not_ours_gets_nothing(nsqd, program, workdir, journal):
     """JOURNAL_STREAM, inherited by a process with another stderr, means nothing."""
     nsqd.publish(TOPIC, good(3))
-    xmsrv.configure(nsqd)
-    status, lines = under(workdir, xmsrv, 'once', ours=False)
+    program.configure(nsqd)
+    status, lines = under(workdir, program, 'once', ours=False)
     assert status == 0 and lines[-1].startswith('[orders/x-msrv] received 3, ') and not journal.entries
 
 
-def test_text_that_is_no_utf8_reaches_the_journal(workdir, xmsrv, journal, monkeypatch):
+def test_text_that_is_no_utf8_reaches_the_journal(workdir, program, journal, monkeypatch):
     """A file name of any bytes, by both ways."""
-    monkeypatch.setattr('xmsrv.JOURNAL', str(workdir / 'socket'))
+    monkeypatch.setattr('xmsrv.JOURNAL_SOCKET', str(workdir / 'socket'))
     name = os.fsdecode(b'\xff.conf')
     record = logging.makeLogRecord({'msg': f'{name}: gone', 'levelname': 'ERROR', 'levelno': logging.ERROR})
     module.JournalHandler({'topic': TOPIC}).handle(record)
     assert r'\udcff.conf' in journal.wait_for(lambda entry: True)['MESSAGE']
-    xmsrv.path = workdir / name
-    status, lines = under(workdir, xmsrv, 'check')
+    program.path = workdir / name
+    status, lines = under(workdir, program, 'check')
     assert status == os.EX_CONFIG and r'\udcff.conf' in lines[-1]
 
 
@@ -262,8 +263,8 @@ def said(monkeypatch, clock):
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(f'{record.levelname.lower()}: {record.getMessage()}')
-    monkeypatch.setattr(module, 'repeats', module.Repeats(clock))
-    for name, value in (('handlers', [handler]), ('filters', [module.repeats]), ('propagate', False)):
+    monkeypatch.setattr(module, 'rate_limit_filter', module.RateLimitFilter(clock))
+    for name, value in (('handlers', [handler]), ('filters', [module.rate_limit_filter]), ('propagate', False)):
         monkeypatch.setattr(module.log, name, value)
     before = module.log.level
     module.log.setLevel(logging.INFO)
@@ -275,27 +276,27 @@ def test_a_fault_that_repeats_is_counted(said, clock):
     """The first few are said; when the minute is over so is how many more there were, and it begins anew."""
     for number in range(20):
         module.log.warning('nsqd %d: gone', number)
-    few = [f'warning: nsqd {number}: gone' for number in range(module.FEW)]
+    few = [f'warning: nsqd {number}: gone' for number in range(module.REPEATS_LOGGED)]
     assert said == few
-    clock.now += module.MINUTE
+    clock.now += module.REPEATS_INTERVAL
     module.log.warning('nsqd %d: gone', 99)
     assert said[len(few):] == ['warning: 15 more like this in the last minute: nsqd 19: gone', 'warning: nsqd 99: gone']
 
 
 def test_a_count_is_said_at_the_end(said):
     """And no count of what was said whole."""
-    for _ in range(module.FEW + 1):
+    for _ in range(module.REPEATS_LOGGED + 1):
         module.log.error('lost')
     module.log.warning('just once')
-    module.repeats.tell()
+    module.rate_limit_filter.log_counts()
     assert said[-2:] == ['warning: just once', 'error: 1 more like this in the last minute: lost']
-    module.repeats.tell()
-    assert len(said) == module.FEW + 2
+    module.rate_limit_filter.log_counts()
+    assert len(said) == module.REPEATS_LOGGED + 2
 
 
 def test_a_count_is_said_in_time_though_nothing_else_is(said, clock, monkeypatch):
-    monkeypatch.setattr(module, 'MINUTE', 0.2)
-    for _ in range(module.FEW + 3):
+    monkeypatch.setattr(module, 'REPEATS_INTERVAL', 0.2)
+    for _ in range(module.REPEATS_LOGGED + 3):
         module.log.warning('lost')
     clock.now += 1
     servers.wait_until(lambda: said[-1] == 'warning: 3 more like this in the last minute: lost', 'the count')
@@ -308,7 +309,7 @@ def test_one_fault_hides_no_other(said):
         module.log.error('%s', f'fault {number}')
     module.log.warning('another')
     assert [line for line in said if line.startswith('error')] == [f'error: fault {number}' for number in range(20)]
-    assert said[-1] == 'warning: another' and said.count('warning: lost') == module.FEW
+    assert said[-1] == 'warning: another' and said.count('warning: lost') == module.REPEATS_LOGGED
 
 
 @pytest.mark.parametrize('level', [logging.INFO, module.NOTICE])
@@ -335,12 +336,12 @@ def test_faults_of_many_threads_are_counted_right(said):
         thread.start()
     for thread in threads:
         thread.join(10)
-    module.repeats.tell()
-    assert len(said) == module.FEW + 1
-    assert said[-1] == f'warning: {8 * 200 - module.FEW} more like this in the last minute: lost'
+    module.rate_limit_filter.log_counts()
+    assert len(said) == module.REPEATS_LOGGED + 1
+    assert said[-1] == f'warning: {8 * 200 - module.REPEATS_LOGGED} more like this in the last minute: lost'
 
 
-def test_an_nsqd_that_comes_and_goes_does_not_fill_the_log(nsqd, xmsrv):
+def test_an_nsqd_that_comes_and_goes_does_not_fill_the_log(nsqd, program):
     """Eight times; then it stays."""
     def cut(event):
         if event.name == 'RDY' and event.connection < 8:
@@ -348,11 +349,11 @@ def test_an_nsqd_that_comes_and_goes_does_not_fill_the_log(nsqd, xmsrv):
         return True
     nsqd.publish(TOPIC, good(3))
     with proxies.Proxy(nsqd, judge=cut) as proxy:
-        done = xmsrv.once(timeout='30s', nsq={'nsqd-tcp-address': proxy.addresses})
+        done = program.once(timeout='30s', nsq={'nsqd-tcp-address': proxy.addresses})
     lost = (f'warning: queue unavailable (nsqd {proxy.addresses[0]}: the connection was closed): retrying, '
             'consumption paused')
     assert servers.summary(done.stderr)['stored'] == 3
-    assert done.stderr.splitlines().count(lost) == module.FEW == 5
+    assert done.stderr.splitlines().count(lost) == module.REPEATS_LOGGED == 5
     assert done.stderr.splitlines()[-1] == lost.replace(': ', ': 3 more like this in the last minute: ', 1)
 
 
@@ -378,19 +379,19 @@ nsqd A: disconnected
 """.strip().splitlines()
 
 
-def test_verbose_tells_the_story(nsqds, xmsrv):
+def test_verbose_tells_the_story(nsqds, program):
     """Of two nsqds, an outage of the store and a dead letter: a line for each thing that happens, with its time."""
     pair = nsqds(2)
-    xmsrv.once(pair, idle_timeout='50ms')
-    xmsrv.configure(pair, timeout='60s', idle_timeout='30s', nsq={'max-messages': 4})
-    process = xmsrv.start('-v', 'once')
+    program.once(pair, idle_timeout='50ms')
+    program.configure(pair, timeout='60s', idle_timeout='30s', nsq={'max-messages': 4})
+    process = program.start('-v', 'once')
     servers.wait_until(lambda: all(nsqd.clients(TOPIC, CHANNEL) for nsqd in pair), 'both are connected')
-    with xmsrv.locked():
+    with program.locked():
         pair[0].publish(TOPIC, good(1))
-        servers.wait_until(lambda: 'retrying' in xmsrv.log.read_text(), 'the store is down', 20)
+        servers.wait_until(lambda: 'retrying' in program.log.read_text(), 'the store is down', 20)
     pair[1].publish(TOPIC, [*good(2), '[]'])
     assert process.wait(timeout=30) == 0
-    lines = xmsrv.log.read_text().splitlines()
+    lines = program.log.read_text().splitlines()
     lines = [re.sub(r'^(debug: \d+\.\d{3}|warning:) ', '', line) for line in lines]
     told = iter([line.replace(pair[0].tcp, 'A').replace(pair[1].tcp, 'A') for line in lines])
     missing = [pattern for pattern in STORY if not any(re.fullmatch(pattern, line) for line in told)]
@@ -415,23 +416,23 @@ def test_the_time_of_a_line_does_not_follow_the_clock():
     assert 0 <= float(seconds) < 3600
 
 
-def test_verbose_tells_of_an_nsqd_that_is_away(nsqds, xmsrv):
+def test_verbose_tells_of_an_nsqd_that_is_away(nsqds, program):
     """When it is tried again."""
     up, down = nsqds(2)
     down.kill()
-    xmsrv.configure([up, down], timeout='2s', idle_timeout='1s')
-    lines = xmsrv.run('-v', 'once').stderr.splitlines()
+    program.configure([up, down], timeout='2s', idle_timeout='1s')
+    lines = program.run('-v', 'once').stderr.splitlines()
     told = [line.partition(f'nsqd {down.tcp}: ')[2] for line in lines if down.tcp in line]
     assert 'Connection refused' in told
     assert [line for line in told if re.fullmatch(r'connecting again in \d\.\d s', line)]
     assert [line for line in lines if re.search(r' window: ends after .*, the queue is idle; 0 taken, 0 under', line)]
 
 
-def test_verbose_says_why_the_window_ended(nsqd, xmsrv):
+def test_verbose_says_why_the_window_ended(nsqd, program):
     """Here a signal."""
-    xmsrv.configure(nsqd, timeout='60s', idle_timeout='60s')
-    process = xmsrv.start('-v', 'once')
-    servers.wait_until(lambda: 'window: begins, at most any number of' in xmsrv.log.read_text(), 'it runs')
+    program.configure(nsqd, timeout='60s', idle_timeout='60s')
+    process = program.start('-v', 'once')
+    servers.wait_until(lambda: 'window: begins, at most any number of' in program.log.read_text(), 'it runs')
     process.terminate()
     assert process.wait(timeout=10) == 0
-    assert re.search(r'window: ends after \d\.\d\d s, stopped; 0 taken', xmsrv.log.read_text())
+    assert re.search(r'window: ends after \d\.\d\d s, stopped; 0 taken', program.log.read_text())

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from xmsrv import MAX_BINS, Mapper, Message, Unfit, decode, decode_carefully, load, shares
+from xmsrv import MAX_BINS, InvalidMessage, Mapper, Message, decode_message, decode_with_path, rdy_shares, read_config
 
 TIMESTAMP = 1_700_000_000_000_000_000
 
 
 def unfit(function, *args):
-    """(reason, detail) of the Unfit that `function` raises."""
-    with pytest.raises(Unfit) as caught:
+    """(reason, detail) of the InvalidMessage that `function` raises."""
+    with pytest.raises(InvalidMessage) as caught:
         function(*args)
     return caught.value.reason, caught.value.detail
 
@@ -26,8 +26,8 @@ def either(function, body):
     """The decoded value, or the reason that there is none."""
     try:
         return function(body)
-    except Unfit as error:
-        return Unfit, error.reason, error.detail
+    except InvalidMessage as error:
+        return InvalidMessage, error.reason, error.detail
 
 
 def exact(value):
@@ -68,7 +68,7 @@ def nested(levels, opening='[', closing=']'):
     (b'{"a": "' + b'[' * 500 + b'"}', {'a': '[' * 500}),
 ])
 def test_is_kept_exactly(body, value):
-    assert exact(decode(body)) == exact(value)
+    assert exact(decode_message(body)) == exact(value)
 
 
 @pytest.mark.parametrize('body, reason, detail', [
@@ -132,7 +132,7 @@ def test_is_kept_exactly(body, value):
     (b'{"": 1e999}', 'unsupported-value', '"": number beyond the largest double'),
 ])
 def test_is_refused_with_reason_and_path(body, reason, detail):
-    found = unfit(decode, body)
+    found = unfit(decode_message, body)
     assert found == (reason, detail or found[1])
     assert found[1] and not found[1].startswith(':')
 
@@ -158,7 +158,7 @@ BINARY_FAULT = ('not UTF-8', 'a value expected')
     (b'\x89PNG\0\0', BINARY_FAULT),
 ])
 def test_the_detail_names_an_encoding_that_is_not_utf_8(body, words):
-    reason, detail = unfit(decode, body)
+    reason, detail = unfit(decode_message, body)
     assert reason == 'invalid-json'
     assert any(word in detail for word in ([words] if isinstance(words, str) else words)), detail
 
@@ -166,7 +166,7 @@ def test_the_detail_names_an_encoding_that_is_not_utf_8(body, words):
 def test_a_detail_is_short_and_still_names_the_rule():
     """The path is the sender's choice, the rule is what the operator looks for."""
     name = 'n' * 100
-    reason, detail = unfit(decode, ('{"' + name + '":').encode() * 20 + b'1e999' + b'}' * 20)
+    reason, detail = unfit(decode_message, ('{"' + name + '":').encode() * 20 + b'1e999' + b'}' * 20)
     assert reason == 'unsupported-value'
     assert len(detail) <= 300
     assert detail.startswith('"nnn')
@@ -194,7 +194,7 @@ pieces = st.lists(st.sampled_from([
 @settings(deadline=None)
 @given(st.binary(max_size=40) | pieces | pieces.map(lambda inner: b'{"a":' + inner + b'}'))
 def test_fast_and_careful_path_agree_on_any_bytes(body):
-    assert exact(either(decode, body)) == exact(either(decode_carefully, body))
+    assert exact(either(decode_message, body)) == exact(either(decode_with_path, body))
 
 
 @settings(deadline=None)
@@ -204,20 +204,20 @@ def test_fast_and_careful_path_agree_on_any_bytes(body):
 @example({'a': 10**18, 'b': [10**19]}, False)
 def test_fast_and_careful_path_agree_on_any_object(value, ascii_only):
     body = json.dumps(value, ensure_ascii=ascii_only).encode('utf-8', 'surrogatepass')
-    assert exact(either(decode, body)) == exact(either(decode_carefully, body))
+    assert exact(either(decode_message, body)) == exact(either(decode_with_path, body))
 
 
 @settings(deadline=None)
 @given(fit_objects, st.booleans())
 def test_what_is_fit_is_accepted_and_kept_to_the_type(value, ascii_only):
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
-    assert exact(decode(body)) == exact(value)
+    assert exact(decode_message(body)) == exact(value)
 
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=4), wild, max_size=4))
 def test_what_is_accepted_encodes_to_an_equal_value(value):
-    found = either(decode, json.dumps(value).encode())
+    found = either(decode_message, json.dumps(value).encode())
     if isinstance(found, dict):
         assert exact(json.loads(json.dumps(found, ensure_ascii=False).encode())) == exact(value)
     else:
@@ -228,21 +228,21 @@ def test_what_is_accepted_encodes_to_an_equal_value(value):
 @given(st.integers(1, 90), st.integers(0, 5))
 def test_the_depth_limit_does_not_depend_on_what_lies_beside_it(levels, beside):
     body = nested(levels)[:-1] + b', "b": [' + b','.join([b'[]'] * beside) + b']}'
-    found = either(decode, body)
+    found = either(decode_message, body)
     assert isinstance(found, dict) == (levels <= 64)
 
 
 # --- the record of a message
 
 @pytest.fixture
-def record(xmsrv):
+def record(program):
     """A function: record(body, message={...}, record={...}) is the Record that the configuration makes of `body`."""
     def make(body, **sections):
-        xmsrv.configure(**{'nsq': {'nsqd-tcp-address': '127.0.0.1:4150'}, **sections})
-        config, faults, _ = load(str(xmsrv.path))
+        program.configure(**{'nsq': {'nsqd-tcp-address': '127.0.0.1:4150'}, **sections})
+        config, faults, _ = read_config(str(program.path))
         assert not faults
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return Mapper(config).record(Message(None, b'0123456789abcdef', TIMESTAMP, 1, body))
+        return Mapper(config).build_record(Message(None, b'0123456789abcdef', TIMESTAMP, 1, body))
     return make
 
 
@@ -375,14 +375,14 @@ def test_fields_that_are_dropped_are_no_bins(record):
     assert made.bins == {'f69999': 69_999, 'gid': made.key}
 
 
-def test_a_good_message_does_not_let_the_next_one_through(xmsrv):
+def test_a_good_message_does_not_let_the_next_one_through(program):
     """Names that were found good are remembered; names that were not are looked at each time."""
-    xmsrv.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'})
-    mapper = Mapper(load(str(xmsrv.path))[0])
+    program.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'})
+    mapper = Mapper(read_config(str(program.path))[0])
     for _ in range(2):
-        mapper.record(Message(None, b'0' * 16, 1, 1, b'{"a": 1}'))
+        mapper.build_record(Message(None, b'0' * 16, 1, 1, b'{"a": 1}'))
         for body in (b'{"a": 1, "gid": 1}', b'{"a": 1, "a_name_of_17_byte": 1}'):
-            assert unfit(mapper.record, Message(None, b'0' * 16, 1, 1, body))[0] == 'bin-name'
+            assert unfit(mapper.build_record, Message(None, b'0' * 16, 1, 1, body))[0] == 'bin-name'
 
 
 # --- the [[fields]]
@@ -464,7 +464,7 @@ budgets = st.integers(0, 400)
 @settings(deadline=None)
 @given(mixed, budgets)
 def test_shares_never_go_over_the_budget_nor_over_what_one_nsqd_takes(states, budget):
-    dealt = shares(states, budget)
+    dealt = rdy_shares(states, budget)
     assert len(dealt) == len(states)
     assert sum(dealt) <= budget
     assert all(0 <= rdy <= most for rdy, (_, _, _, most) in zip(dealt, states, strict=True))
@@ -474,7 +474,7 @@ def test_shares_never_go_over_the_budget_nor_over_what_one_nsqd_takes(states, bu
 @given(mixed, budgets)
 def test_no_busy_connection_loses_what_it_has_while_the_budget_lasts(states, budget):
     asleep = sum(quiet for _, quiet, _, _ in states) if budget >= len(states) else 0
-    dealt = shares(states, budget)
+    dealt = rdy_shares(states, budget)
     if asleep + sum(rdy for rdy, quiet, _, _ in states if not quiet) <= budget:
         assert all(new >= rdy for new, (rdy, quiet, _, _) in zip(dealt, states, strict=True) if not quiet)
 
@@ -483,15 +483,15 @@ def test_no_busy_connection_loses_what_it_has_while_the_budget_lasts(states, bud
 @given(mixed, budgets)
 def test_every_connection_is_heard_when_there_is_one_for_each(states, budget):
     if budget >= len(states) + sum(rdy for rdy, quiet, _, _ in states if not quiet):
-        assert all(rdy >= 1 for rdy in shares(states, budget))
+        assert all(rdy >= 1 for rdy in rdy_shares(states, budget))
     if budget >= len(states):
-        assert all(rdy >= 1 for rdy, state in zip(shares(states, budget), states, strict=True) if state[1])
+        assert all(rdy >= 1 for rdy, state in zip(rdy_shares(states, budget), states, strict=True) if state[1])
 
 
 @settings(deadline=None)
 @given(states, budgets)
 def test_nothing_of_the_budget_lies_idle(states, budget):
-    assert sum(shares(states, budget)) == min(budget, sum(most for _, _, _, most in states))
+    assert sum(rdy_shares(states, budget)) == min(budget, sum(most for _, _, _, most in states))
 
 
 @settings(deadline=None)
@@ -500,13 +500,13 @@ def test_with_too_few_for_all_the_quiet_take_turns(states, budget):
     """The one that was heard longest ago comes first."""
     quiet = [(0, True, listening, 40) for _, _, listening, _ in states]
     if budget < len(quiet):
-        heard = [state[2] for state, rdy in zip(quiet, shares(quiet, budget), strict=True) if rdy]
-        left = [state[2] for state, rdy in zip(quiet, shares(quiet, budget), strict=True) if not rdy]
+        heard = [state[2] for state, rdy in zip(quiet, rdy_shares(quiet, budget), strict=True) if rdy]
+        left = [state[2] for state, rdy in zip(quiet, rdy_shares(quiet, budget), strict=True) if not rdy]
         assert heard and max(heard) <= min(left)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 8), budgets)
 def test_equals_get_equal_shares(number, budget):
-    dealt = shares([(0, False, 0.0, 1000)] * number, budget)
+    dealt = rdy_shares([(0, False, 0.0, 1000)] * number, budget)
     assert max(dealt) - min(dealt) <= 1

@@ -20,7 +20,7 @@ def existing():
     """The labels of each series that a query may name."""
     import xmsrv
     series = dict(OTHERS)
-    for metric in xmsrv.METRICS:
+    for metric in xmsrv.METRIC_DEFINITIONS:
         labels = TARGET | set(metric.labels)
         if metric.kind == 'histogram':
             series |= {f'{metric.name}_bucket': labels | {'le'}, f'{metric.name}_sum': labels,
@@ -154,7 +154,7 @@ def test_each_metric_is_looked_at():
     import xmsrv
     named = {name for asked in (*ALERTS, *QUERIES) for name, _ in selectors(asked.expr)[0]}
     seen = named | {re.sub(r'_(bucket|sum|count)$', '', name) for name in named}
-    assert [metric.name for metric in xmsrv.METRICS if metric.name not in seen] == []
+    assert [metric.name for metric in xmsrv.METRIC_DEFINITIONS if metric.name not in seen] == []
 
 
 # ----------------------------------------------------------------------------------------------------------- the README

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-import xmsrv as program
+import xmsrv as module
 from servers import ROOT
 
 sys.path[:0] = [str(ROOT / 'man'), str(ROOT / 'packaging')]
@@ -92,7 +92,7 @@ def test_the_program_finds_its_libraries_and_so_do_its_workers(workdir, monkeypa
     for source in (ROOT / 'xmsrv.py', ROOT / 'packaging' / '__main__.py'):
         shutil.copy(source, programs)
     python = getattr(sys, '_base_executable', sys.executable)   # not that of the venv, which has libraries of its own
-    version = f'x-msrv {program.__version__}\n'
+    version = f'x-msrv {module.__version__}\n'
     monkeypatch.delenv('PYTHONDONTWRITEBYTECODE', raising=False)
     assert run(python, *flags, programs, '--version').stdout == version
     command = run(python, *flags, '-c', f'import sys; sys.path[:0] = [{str(programs)!r}, {str(lib)!r}]\n'
@@ -166,7 +166,7 @@ def test_only_the_text_of_the_configuration_keeps_the_daemon_from_another_start(
 
 def test_what_the_units_start_are_commands_of_the_program():
     """And the options are its own."""
-    parser = program.build_parser()
+    parser = module.build_parser()
     for unit in UNITS.glob('*.service'):
         started = re.findall(r"^Exec\w+=(?:/bin/sh -c ')?/usr/bin/x-msrv ([^|\n]*)", unit.read_text(), re.MULTILINE)
         assert started
@@ -200,7 +200,7 @@ esac
 
 @pytest.fixture
 def maintain(workdir):
-    """`maintain` with a systemctl that has the active units of the file `active`, and notes its calls."""
+    """`maintain` with a systemctl that has the active units of the file `active_at`, and notes its calls."""
     script(workdir / 'bin' / 'systemctl', SYSTEMCTL)
     (workdir / 'calls').touch()
 
@@ -256,21 +256,21 @@ def test_the_option_list_of_the_manual_is_the_table():
 
 
 @pytest.mark.parametrize('number', range(3))
-def test_the_examples_of_the_manual_are_without_fault(xmsrv, number):
-    """x-msrv.conf(5), EXAMPLES."""
+def test_the_examples_of_the_manual_are_without_fault(program, number):
+    """x-msrv.conf(5), HELP_EPILOG."""
     found = re.findall(r'^\.Bd .*?\n(.*?)^\.Ed', section(CONF_PAGE, 'EXAMPLES'), re.MULTILINE | re.DOTALL)
     assert len(found) == 3
-    xmsrv.write(found[number])
-    assert 'no fault found' in xmsrv.run('check').stdout
+    program.write(found[number])
+    assert 'no fault found' in program.run('check').stdout
 
 
-def test_the_command_lines_of_the_manual_work(nsqd, xmsrv):
-    """x-msrv(8), EXAMPLES, in their order, with a message and a dead letter."""
+def test_the_command_lines_of_the_manual_work(nsqd, program):
+    """x-msrv(8), HELP_EPILOG, in their order, with a message and a dead letter."""
     lines = re.findall(r'^\.Dl x-msrv (.*)$', section(PAGE, 'EXAMPLES'), re.MULTILINE)
     assert len(lines) == 6
-    xmsrv.configure(nsqd)
+    program.configure(nsqd)
     nsqd.publish('orders', ['{"id": 1}', '[]'])
-    said = {line: xmsrv.run(*line.split()) for line in lines}
+    said = {line: program.run(*line.split()) for line in lines}
     assert 'nsqd' in said['check --connect'].stdout
     assert 'received 2, stored 1' in said['--set nsq.max-messages=10 once'].stderr
     assert 'not-an-object' in said['replay --list'].stdout
@@ -278,14 +278,14 @@ def test_the_command_lines_of_the_manual_work(nsqd, xmsrv):
 
 def test_every_command_and_status_is_in_the_manual():
     """As --help has them."""
-    page, parser = PAGE.read_text(), program.build_parser()
+    page, parser = PAGE.read_text(), module.build_parser()
     commands = parser._subparsers._group_actions[0]._choices_actions
     for command in commands:
         assert re.search(rf'^\.It Cm {command.dest}\b', page, re.MULTILINE), command.dest
         for option in parser._subparsers._group_actions[0].choices[command.dest]._option_string_actions:
             assert not option.startswith('--') or ' \\-' + option[2:].replace('-', '\\-') in page, option
     statuses = set(re.findall(r'^\.It (\d+)$', section(PAGE, 'EXIT STATUS'), re.MULTILINE))
-    assert statuses == set(re.findall(r'(\d+) \w', program.EXAMPLES.split('exit status:')[1]))
+    assert statuses == set(re.findall(r'(\d+) \w', module.HELP_EPILOG.split('exit status:')[1]))
 
 
 def diagnostics():
@@ -317,4 +317,4 @@ def test_both_changelogs_come_from_changelog_md(monkeypatch):
 
 def test_the_changelog_is_of_this_version():
     """What `make deb` and `make rpm` insist on."""
-    assert stage.releases((ROOT / 'CHANGELOG.md').read_text())[0][0] == stage.program_version() == program.__version__
+    assert stage.releases((ROOT / 'CHANGELOG.md').read_text())[0][0] == stage.program_version() == module.__version__

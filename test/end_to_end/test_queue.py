@@ -15,7 +15,7 @@ import proxies
 import servers
 from flows import in_use
 from servers import wait_until
-from xmsrv import Connection, Crew, Link, NameResolver, Publisher, QueueError
+from xmsrv import BackgroundTasks, Connection, ConnectionOptions, NameResolver, NsqdError, Publisher
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'
 
@@ -33,9 +33,9 @@ def fill(nsqd, count, first=0):
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['depth'] >= count, 'the messages are in the channel')
 
 
-def numbers(xmsrv):
+def numbers(program):
     """The numbers of all records, in order: a message stored twice is there twice."""
-    return sorted(bins['n'] for bins in xmsrv.records().values())
+    return sorted(bins['n'] for bins in program.records().values())
 
 
 def fill_timed(nsqd, count):
@@ -70,13 +70,13 @@ def ended(process, seconds=30):
 
 
 @contextlib.contextmanager
-def waiting_store(xmsrv, nsqd, proxy, held, **nsq):
+def waiting_store(program, nsqd, proxy, held, **nsq):
     """`x-msrv once` by way of the proxy, holding so many messages: until the end of this another has the database."""
     nsqd.pause(TOPIC, CHANNEL)
-    xmsrv.configure(nsq=addresses(proxy, **nsq), timeout='40s', idle_timeout='2s')
-    running = xmsrv.start('once')
+    program.configure(nsq=addresses(proxy, **nsq), timeout='40s', idle_timeout='2s')
+    running = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'x-msrv is subscribed, its store open')
-    with contextlib.closing(sqlite3.connect(xmsrv.database, isolation_level=None)) as database:
+    with contextlib.closing(sqlite3.connect(program.database, isolation_level=None)) as database:
         database.execute('BEGIN IMMEDIATE')
         nsqd.unpause(TOPIC, CHANNEL)
         wait_until(lambda: proxy.count('message') == held, 'x-msrv holds the messages')
@@ -101,42 +101,42 @@ def addresses(proxy, **options):
     ([0, 0, 0, 10, 0], 2, 2500),
     ([10], 10, 2500),
 ], ids=str)
-def test_window_takes_exactly_n_and_touches_no_other_message(xmsrv, nsqds, counts_of, limit, in_flight):
+def test_window_takes_exactly_n_and_touches_no_other_message(program, nsqds, counts_of, limit, in_flight):
     started = nsqds(len(counts_of))
     for place, (nsqd, count) in enumerate(zip(started, counts_of, strict=True)):
         fill(nsqd, count, 1000 * place)
-    done = xmsrv.once(started, timeout='20s', nsq={'max-messages': limit, 'max-in-flight': in_flight})
+    done = program.once(started, timeout='20s', nsq={'max-messages': limit, 'max-in-flight': in_flight})
     told = servers.summary(done.stderr)
     assert (told['received'], told['stored'], told['requeued'], told['late']) == (limit, limit, 0, 0)
     assert told['seconds'] < 5  # RDY moves in tens of ms; the timeout is four times that
-    assert len(xmsrv.records()) == limit
+    assert len(program.records()) == limit
     assert left(started) == sum(counts_of) - limit
     assert counts(started, 'in_flight_count') == counts(started, 'requeue_count') == 0
     attempts = [each for nsqd in started for each in nsqd.attempts(TOPIC, CHANNEL)]
     assert attempts == [1] * (sum(counts_of) - limit)
 
 
-def test_successive_windows_take_n_each_until_the_queue_is_empty(xmsrv, nsqds):
+def test_successive_windows_take_n_each_until_the_queue_is_empty(program, nsqds):
     started = nsqds(3)
     for place, nsqd in enumerate(started):
         fill(nsqd, 10, 10 * place)
     stored = []
     for _ in range(4):
-        done = xmsrv.once(started, nsq={'max-messages': 12}, args=['-v'])
+        done = program.once(started, nsq={'max-messages': 12}, args=['-v'])
         stored.append(servers.summary(done.stderr)['stored'])
     assert stored == [12, 12, 6, 0]
-    assert numbers(xmsrv) == list(range(30))
+    assert numbers(program) == list(range(30))
     assert counts(started, 'requeue_count') == counts(started, 'timeout_count') == left(started) == 0
 
 
 @pytest.mark.parametrize('in_flight', [5, 2500])
-def test_idle_nsqds_do_not_slow_a_busy_one_down(xmsrv, nsqds, in_flight):
+def test_idle_nsqds_do_not_slow_a_busy_one_down(program, nsqds, in_flight):
     """One message a tick of 25 ms would be 50 s."""
     started = nsqds(5)
     for nsqd in started:
         fill(nsqd, 0)
     fill(started[3], 2000)
-    told = servers.summary(xmsrv.once(started, timeout='40s', nsq={'max-in-flight': in_flight}).stderr)
+    told = servers.summary(program.once(started, timeout='40s', nsq={'max-in-flight': in_flight}).stderr)
     assert told['stored'] == 2000
     assert told['seconds'] < 15
 
@@ -193,12 +193,12 @@ class Credit:
 @pytest.mark.parametrize(('each', 'limit', 'in_flight'), [
     ([100], 10, 2500), ([300], 200, 7), ([100, 100, 100], 10, 2500), ([0, 100, 0], 10, 2500), ([10], 10, 2500),
 ], ids=str)
-def test_rdy_never_allows_more_than_the_window_may_take(xmsrv, nsqds, each, limit, in_flight):
+def test_rdy_never_allows_more_than_the_window_may_take(program, nsqds, each, limit, in_flight):
     started = nsqds(len(each))
     for nsqd, count in zip(started, each, strict=True):
         fill(nsqd, count)
     with proxies.Proxy(*started) as proxy:
-        xmsrv.once(nsq=addresses(proxy, **{'max-messages': limit, 'max-in-flight': in_flight}))
+        program.once(nsq=addresses(proxy, **{'max-messages': limit, 'max-in-flight': in_flight}))
     credit = Credit(limit)
     credit.follow_all(proxy)
     assert credit.finished == credit.delivered == limit
@@ -206,13 +206,13 @@ def test_rdy_never_allows_more_than_the_window_may_take(xmsrv, nsqds, each, limi
     assert max(map(int, proxy.arguments('RDY'))) <= in_flight
 
 
-def test_messages_are_requeued_with_a_delay_or_at_rdy_0(xmsrv, nsqds, workdir):
+def test_messages_are_requeued_with_a_delay_or_at_rdy_0(program, nsqds, workdir):
     """Dead letters that can't be kept come again later; the good ones beside them are finished."""
     nsqd, = nsqds(1)
     fill(nsqd, 20)
     nsqd.publish(TOPIC, [b'no JSON'] * 5)
     with proxies.Proxy(nsqd) as proxy, in_use(workdir / 'dead.json') as path:
-        done = xmsrv.once(nsq=addresses(proxy), dead_letter={'topic': '', 'file': path}, expect=75)
+        done = program.once(nsq=addresses(proxy), dead_letter={'topic': '', 'file': path}, expect=75)
     told = servers.summary(done.stderr)
     assert (told['stored'] + told['requeued'], told['dead']) == (25, 0)
     credit = Credit(10 ** 9)
@@ -222,95 +222,95 @@ def test_messages_are_requeued_with_a_delay_or_at_rdy_0(xmsrv, nsqds, workdir):
     assert counts([nsqd], 'in_flight_count') == 0
 
 
-def test_messages_beyond_n_are_handed_back_unhandled(xmsrv, nsqd):
+def test_messages_beyond_n_are_handed_back_unhandled(program, nsqd):
     """RDY has no answer, so one that was moved can race with a message: here nsqd is made to send five too many."""
     fill(nsqd, 100)
     with proxies.Proxy(nsqd, judge=lambda event: b'RDY 15\n' if event[1:] == ('RDY', b'10') else True) as proxy:
-        done = xmsrv.once(nsq=addresses(proxy, **{'max-messages': 10}))
+        done = program.once(nsq=addresses(proxy, **{'max-messages': 10}))
     told = servers.summary(done.stderr)
-    assert (told['stored'], told['requeued'], len(xmsrv.records())) == (10, 5, 10)
+    assert (told['stored'], told['requeued'], len(program.records())) == (10, 5, 10)
     assert sorted(nsqd.attempts(TOPIC, CHANNEL)) == [1] * 85 + [2] * 5
 
 
 # ------------------------------------------------------------------------------------------------- the end of a window
 
-def test_empty_queue_ends_the_window_after_idle_timeout(xmsrv, nsqds):
+def test_empty_queue_ends_the_window_after_idle_timeout(program, nsqds):
     started = nsqds(2)
     for nsqd in started:
         fill(nsqd, 0)
-    told = servers.summary(xmsrv.once(started, timeout='30s', idle_timeout='1s', args=['-v']).stderr)
+    told = servers.summary(program.once(started, timeout='30s', idle_timeout='1s', args=['-v']).stderr)
     assert 1 <= told['seconds'] < 5
     assert told['received'] == 0
 
 
-def test_paused_channel_ends_the_window_and_keeps_its_messages(xmsrv, nsqd):
+def test_paused_channel_ends_the_window_and_keeps_its_messages(program, nsqd):
     fill(nsqd, 10)
     nsqd.pause(TOPIC, CHANNEL)
-    told = servers.summary(xmsrv.once(nsqd, timeout='30s', args=['-v']).stderr)
+    told = servers.summary(program.once(nsqd, timeout='30s', args=['-v']).stderr)
     assert (told['received'], left([nsqd])) == (0, 10)
     assert told['seconds'] < 5
     nsqd.unpause(TOPIC, CHANNEL)
-    xmsrv.once(nsqd)
-    assert numbers(xmsrv) == list(range(10))
+    program.once(nsqd)
+    assert numbers(program) == list(range(10))
 
 
-def test_lone_message_does_not_wait_for_company(xmsrv, nsqd):
+def test_lone_message_does_not_wait_for_company(program, nsqd):
     """Neither nsqd's buffer nor a batch keeps it until the window ends."""
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, timeout='30s', idle_timeout='20s', nsq={'max-messages': 2})
-    running = xmsrv.start('once')
+    program.configure(nsqd, timeout='30s', idle_timeout='20s', nsq={'max-messages': 2})
+    running = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'x-msrv is subscribed')
     for number in range(2):
         nsqd.publish(TOPIC, numbered(1, number))
-        wait_until(lambda count=number + 1: len(xmsrv.records()) == count, 'the message is stored', 2)
+        wait_until(lambda count=number + 1: len(program.records()) == count, 'the message is stored', 2)
     assert ended(running, 5) == 0
 
 
-def test_messages_that_trickle_keep_the_window_open_until_timeout(xmsrv, nsqd):
+def test_messages_that_trickle_keep_the_window_open_until_timeout(program, nsqd):
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, timeout='3s', idle_timeout='1s')
-    running = xmsrv.start('once')
+    program.configure(nsqd, timeout='3s', idle_timeout='1s')
+    running = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'x-msrv is subscribed')
     for number in itertools.count():
         assert number < 5000, 'the window does not end'
         nsqd.publish(TOPIC, numbered(1, number))
-        wait_until(lambda count=number + 1: len(xmsrv.records()) == count or running.poll() is not None,
+        wait_until(lambda count=number + 1: len(program.records()) == count or running.poll() is not None,
                    'the message is stored, or the window is over')
         if running.poll() is not None:
             break
-    told = servers.summary(xmsrv.log.read_text())
+    told = servers.summary(program.log.read_text())
     assert 3 <= told['seconds'] < 6
-    assert told['stored'] == told['received'] - told['requeued'] == len(xmsrv.records())
+    assert told['stored'] == told['received'] - told['requeued'] == len(program.records())
     assert told['requeued'] == counts([nsqd], 'requeue_count') <= 1   # one may cross the RDY 0 of the window's end
     assert told['late'] == counts([nsqd], 'in_flight_count') == 0
 
 
-def test_endless_flow_ends_at_timeout_and_nothing_is_handed_back(xmsrv, nsqd):
+def test_endless_flow_ends_at_timeout_and_nothing_is_handed_back(program, nsqd):
     fill(nsqd, 5000)
-    xmsrv.configure(nsqd, timeout='2s')
-    running = xmsrv.start('once')
+    program.configure(nsqd, timeout='2s')
+    running = program.start('once')
     published = 5000
     while running.poll() is None:
         assert published < 500_000, 'the window does not end'
         if nsqd.left(TOPIC, CHANNEL) < 20_000:
             nsqd.publish(TOPIC, numbered(1000, published))
             published += 1000
-    told = servers.summary(xmsrv.log.read_text())
+    told = servers.summary(program.log.read_text())
     assert 2 <= told['seconds'] < 5
-    assert told['stored'] == told['received'] == len(xmsrv.records())
+    assert told['stored'] == told['received'] == len(program.records())
     assert told['requeued'] == told['late'] == 0
     assert left([nsqd]) == published - told['stored']
     assert counts([nsqd], 'requeue_count') == counts([nsqd], 'in_flight_count') == 0
 
 
-def test_every_fin_has_arrived_when_the_program_ends(xmsrv, nsqd):
+def test_every_fin_has_arrived_when_the_program_ends(program, nsqd):
     count = 20_000
     fill(nsqd, count)
-    xmsrv.once(nsqd, timeout='40s')
+    program.once(nsqd, timeout='40s')
     at_exit = nsqd.stats(TOPIC, CHANNEL)
     assert (at_exit['depth'], at_exit['in_flight_count'], at_exit['deferred_count']) == (0, 0, 0)
     assert (at_exit['requeue_count'], at_exit['timeout_count'], at_exit['clients']) == (0, 0, 0)
-    assert len(xmsrv.records()) == count
+    assert len(program.records()) == count
 
 
 def test_task_that_loses_a_cancellation_ends_all_the_same():
@@ -321,19 +321,19 @@ def test_task_that_loses_a_cancellation_ends_all_the_same():
         await asyncio.Event().wait()
 
     async def start_and_cancel():
-        crew = Crew()
-        crew.start(stubborn())
+        tasks = BackgroundTasks()
+        tasks.start(stubborn())
         await asyncio.sleep(0)
-        await asyncio.wait_for(crew.cancel(), 10)
-        return crew
+        await asyncio.wait_for(tasks.cancel(), 10)
+        return tasks
 
     assert not asyncio.run(start_and_cancel()).tasks
 
 
 @pytest.mark.parametrize('data', [proxies.frame(b'short', 2), b'\0\0\0\3\0\0\0\0', b'\xff' * 8], ids=repr)
 def test_frame_of_a_size_that_there_is_not_ends_its_connection(data):
-    with pytest.raises(QueueError, match='size'):
-        Connection(('127.0.0.1', 1), None).unpack(data)
+    with pytest.raises(NsqdError, match='size'):
+        Connection(('127.0.0.1', 1), None).unpack_frames(data)
 
 
 class Chunks:
@@ -359,7 +359,7 @@ class Reader(Connection):
         super().__init__(('127.0.0.1', 1), None)
         self.stream, self.bodies, self.looked_at = Chunks(data, size), [], 0
 
-    def unpack(self, data):
+    def unpack_frames(self, data):
         self.looked_at += len(data)
         return super().unpack(data)
 
@@ -368,7 +368,7 @@ class Reader(Connection):
 
     def read_all(self):
         with pytest.raises(StreamClosedError):
-            asyncio.run(self.read())
+            asyncio.run(self.read_messages())
         return self.bodies
 
 
@@ -392,15 +392,15 @@ def test_cost_of_a_large_message_grows_with_its_size(megabytes):
     assert reader.looked_at < 2 * sum(map(len, bodies)) + (1 << 18)
 
 
-def test_large_message_arrives_beside_small_ones(xmsrv, nsqds):
+def test_large_message_arrives_beside_small_ones(program, nsqds):
     nsqd, = nsqds(1, '--max-msg-size=40000000', '--max-body-size=50000000')
     nsqd.create(TOPIC, CHANNEL)
     large = b'{"n": 10, "text": "%s"}' % (b'x' * 30_000_000)
     for bodies in (numbered(10), [large], numbered(10, 11)):
         nsqd.publish(TOPIC, bodies)
-    xmsrv.once(nsqd, timeout='50s', idle_timeout='5s')
-    assert numbers(xmsrv) == list(range(21))
-    assert [len(bins['text']) for bins in xmsrv.records().values() if 'text' in bins] == [30_000_000]
+    program.once(nsqd, timeout='50s', idle_timeout='5s')
+    assert numbers(program) == list(range(21))
+    assert [len(bins['text']) for bins in program.records().values() if 'text' in bins] == [30_000_000]
     assert (left([nsqd]), counts([nsqd], 'timeout_count'), connections(nsqd)) == (0, 0, 1)
 
 
@@ -409,8 +409,8 @@ def shortlived(kind, address):
     options = types.SimpleNamespace(tls=None, auth_secret_file='', msg_timeout=None, connect_timeout=5,
                                     compression='none')
     host, _, port = address.rpartition(':')
-    made = kind((host, int(port)), Link(types.SimpleNamespace(nsq=options)), TOPIC, CHANNEL)
-    made.heartbeat = 0.1
+    made = kind((host, int(port)), ConnectionOptions(types.SimpleNamespace(nsq=options)), TOPIC, CHANNEL)
+    made.heartbeat_interval = 0.1
     return made
 
 
@@ -418,9 +418,9 @@ async def read_silence(address):
     connection = shortlived(Connection, address)
     await connection.open()
     try:
-        await connection.read()
+        await connection.read_messages()
     finally:
-        connection.drop()
+        connection.close_socket()
 
 
 async def publish_into_silence(address):
@@ -434,40 +434,40 @@ async def publish_into_silence(address):
 
 @pytest.mark.parametrize('meet', [read_silence, publish_into_silence])
 def test_connection_without_heartbeats_is_given_up_for_just_that(meet):
-    with proxies.FakeNsqd({}) as fake, pytest.raises(QueueError, match=r'^no heartbeat for 1\.2 s$'):
+    with proxies.FakeNsqd({}) as fake, pytest.raises(NsqdError, match=r'^no heartbeat for 1\.2 s$'):
         asyncio.run(meet(fake.tcp))
 
 
 @pytest.mark.slow
-def test_nsqd_that_falls_silent_is_given_up_for_want_of_a_heartbeat(xmsrv, nsqd):
+def test_nsqd_that_falls_silent_is_given_up_for_want_of_a_heartbeat(program, nsqd):
     """After two of its own, 10 s each; then it comes back."""
     fill(nsqd, 0)
-    xmsrv.configure(nsqd, period='0')
-    xmsrv.start('daemon')
+    program.configure(nsqd, period='0')
+    program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'the daemon is subscribed')
     first, = [client['remote_address'] for client in nsqd.clients(TOPIC, CHANNEL)]
     nsqd.suspend()
-    wait_until(lambda: f'warning: nsqd {nsqd.tcp}: ' in xmsrv.log.read_text(), 'the connection is given up', 40)
+    wait_until(lambda: f'warning: nsqd {nsqd.tcp}: ' in program.log.read_text(), 'the connection is given up', 40)
     nsqd.resume()
-    assert f'nsqd {nsqd.tcp}: no heartbeat for 21 s' in xmsrv.log.read_text()
-    assert 'the connection was closed' not in xmsrv.log.read_text()
+    assert f'nsqd {nsqd.tcp}: no heartbeat for 21 s' in program.log.read_text()
+    assert 'the connection was closed' not in program.log.read_text()
 
     def is_another():
         return [client for client in nsqd.clients(TOPIC, CHANNEL) if client['remote_address'] != first]
     # Until nsqd has seen that the first has gone, it may deliver there, and again only after msg-timeout.
     wait_until(lambda: len(nsqd.clients(TOPIC, CHANNEL)) == len(is_another()) == 1, 'the daemon is back', 30)
     nsqd.publish(TOPIC, numbered(5))
-    wait_until(lambda: len(xmsrv.records()) == 5, 'the messages are stored')
+    wait_until(lambda: len(program.records()) == 5, 'the messages are stored')
 
 
-def test_nsqd_that_hangs_at_the_end_holds_nothing_up(xmsrv, nsqd):
+def test_nsqd_that_hangs_at_the_end_holds_nothing_up(program, nsqd):
     fill(nsqd, 10)
     with proxies.Proxy(nsqd) as proxy:
-        with waiting_store(xmsrv, nsqd, proxy, 10, **{'max-messages': 10}) as running:
+        with waiting_store(program, nsqd, proxy, 10, **{'max-messages': 10}) as running:
             nsqd.suspend()
         assert ended(running, 10) == 0
     nsqd.resume()
-    assert numbers(xmsrv) == list(range(10))
+    assert numbers(program) == list(range(10))
 
 
 # ----------------------------------------------------------------------------------------------------------- nsqlookupd
@@ -485,31 +485,31 @@ def registered(lookupd, nsqd):
                'nsqlookupd knows the nsqd')
 
 
-def test_answers_of_all_nsqlookupds_are_merged(xmsrv, nsqds, lookupds):
+def test_answers_of_all_nsqlookupds_are_merged(program, nsqds, lookupds):
     asked = lookupds(2)
     for place, lookupd in enumerate(asked):
         nsqd, = nsqds(1, lookupd=[lookupd])
         fill(nsqd, 10, 10 * place)
         registered(lookupd, nsqd)
-    xmsrv.once(asked)
-    assert numbers(xmsrv) == list(range(20))
+    program.once(asked)
+    assert numbers(program) == list(range(20))
 
 
-def test_nsqd_named_by_two_nsqlookupds_gets_one_connection(xmsrv, nsqds, lookupds):
+def test_nsqd_named_by_two_nsqlookupds_gets_one_connection(program, nsqds, lookupds):
     asked = lookupds(2)
     nsqd, = nsqds(1, lookupd=asked)
     fill(nsqd, 10)
     for lookupd in asked:
         registered(lookupd, nsqd)
-    xmsrv.once(asked)
-    assert numbers(xmsrv) == list(range(10))
+    program.once(asked)
+    assert numbers(program) == list(range(10))
     assert connections(nsqd) == 1
 
 
-def test_nsqd_listed_twice_gets_one_connection(xmsrv, nsqd):
+def test_nsqd_listed_twice_gets_one_connection(program, nsqd):
     fill(nsqd, 10)
-    xmsrv.once(nsq={'nsqd-tcp-address': [nsqd.tcp, nsqd.tcp]})
-    assert numbers(xmsrv) == list(range(10))
+    program.once(nsq={'nsqd-tcp-address': [nsqd.tcp, nsqd.tcp]})
+    assert numbers(program) == list(range(10))
     assert connections(nsqd) == 1
 
 
@@ -544,40 +544,40 @@ def bad(makers, name):
 
 
 @pytest.mark.parametrize('fault', BAD_LOOKUPDS)
-def test_one_bad_nsqlookupd_costs_a_warning(xmsrv, nsqds, nsqlookupd, fault):
+def test_one_bad_nsqlookupd_costs_a_warning(program, nsqds, nsqlookupd, fault):
     nsqd, = nsqds(1, lookupd=[nsqlookupd])
     fill(nsqd, 10)
     registered(nsqlookupd, nsqd)
     with bad(BAD_LOOKUPDS, fault) as address:
-        done = xmsrv.once(nsq={'lookupd-http-address': [address, nsqlookupd.http]}, within=15)
-    assert numbers(xmsrv) == list(range(10))
+        done = program.once(nsq={'lookupd-http-address': [address, nsqlookupd.http]}, within=15)
+    assert numbers(program) == list(range(10))
     assert [line for line in done.stderr.splitlines() if line.startswith('warning') and address in line]
 
 
 @pytest.mark.parametrize('fault', BAD_LOOKUPDS)
-def test_no_good_nsqlookupd_is_69_soon(xmsrv, fault):
+def test_no_good_nsqlookupd_is_69_soon(program, fault):
     with bad(BAD_LOOKUPDS, fault) as address:
-        done = xmsrv.once(nsq={'lookupd-http-address': [address]}, timeout='60s', expect=69, within=15)
+        done = program.once(nsq={'lookupd-http-address': [address]}, timeout='60s', expect=69, within=15)
     assert f'no nsqlookupd can be reached: nsqlookupd {address}' in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_topic_that_nsqlookupd_does_not_know_is_an_empty_window(xmsrv, nsqlookupd):
-    done = xmsrv.once(nsqlookupd, timeout='30s', within=10, args=['-v'])
+def test_topic_that_nsqlookupd_does_not_know_is_an_empty_window(program, nsqlookupd):
+    done = program.once(nsqlookupd, timeout='30s', within=10, args=['-v'])
     assert f'no nsqd has the topic {TOPIC} yet' in done.stderr
     assert servers.summary(done.stderr)['received'] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ addresses
 
-def test_ipv6_addresses_of_nsqd_and_nsqlookupd(xmsrv, nsqds, lookupds):
+def test_ipv6_addresses_of_nsqd_and_nsqlookupd(program, nsqds, lookupds):
     lookupd, = lookupds(1, host='::1')
     nsqd, = nsqds(1, host='::1', lookupd=[lookupd])
     fill(nsqd, 10)
     registered(lookupd, nsqd)
-    xmsrv.once(nsqd, nsq={'max-messages': 4})
-    xmsrv.once(lookupd)
-    assert numbers(xmsrv) == list(range(10))
+    program.once(nsqd, nsq={'max-messages': 4})
+    program.once(lookupd)
+    assert numbers(program) == list(range(10))
 
 
 @pytest.fixture
@@ -602,14 +602,14 @@ def name_server(workdir, monkeypatch):
 
 @pytest.mark.usefixtures('name_server')
 @pytest.mark.parametrize('listening', ['127.0.0.1', '::1'])
-def test_name_of_both_families_reaches_a_server_that_listens_on_one(xmsrv, nsqds, lookupds, listening):
+def test_name_of_both_families_reaches_a_server_that_listens_on_one(program, nsqds, lookupds, listening):
     lookupd, = lookupds(1, host=listening)
     nsqd, = nsqds(1, host=listening, lookupd=[lookupd])
     fill(nsqd, 10)
     registered(lookupd, nsqd)
-    xmsrv.once(nsq={'nsqd-tcp-address': [f'localhost:{nsqd.port}'], 'max-messages': 4})
-    xmsrv.once(nsq={'lookupd-http-address': [f'localhost:{lookupd.port + 1}']})
-    assert numbers(xmsrv) == list(range(10))
+    program.once(nsq={'nsqd-tcp-address': [f'localhost:{nsqd.port}'], 'max-messages': 4})
+    program.once(nsq={'lookupd-http-address': [f'localhost:{lookupd.port + 1}']})
+    assert numbers(program) == list(range(10))
 
 
 def silent_names(count):
@@ -618,33 +618,33 @@ def silent_names(count):
 
 @pytest.mark.usefixtures('name_server')
 @pytest.mark.parametrize('host', ['127.0.0.1', 'localhost'])
-def test_names_without_an_answer_delay_no_other_nsqd(xmsrv, nsqd, host):
+def test_names_without_an_answer_delay_no_other_nsqd(program, nsqd, host):
     """More of them than there are threads in any pool; what can be reached is read before the first is given up."""
     fill(nsqd, 10)
-    xmsrv.configure(nsq={'nsqd-tcp-address': [*silent_names(40), f'{host}:{nsqd.port}'], 'connect-timeout': '20s'},
-                    timeout='60s', idle_timeout='60s')
-    running = xmsrv.start('once')
-    wait_until(lambda: len(xmsrv.records()) == 10, 'what can be reached is stored', 15)
-    assert 'silent' not in xmsrv.log.read_text()
+    program.configure(nsq={'nsqd-tcp-address': [*silent_names(40), f'{host}:{nsqd.port}'], 'connect-timeout': '20s'},
+                      timeout='60s', idle_timeout='60s')
+    running = program.start('once')
+    wait_until(lambda: len(program.records()) == 10, 'what can be reached is stored', 15)
+    assert 'silent' not in program.log.read_text()
     running.terminate()
     assert ended(running, 10) == 0
 
 
 @pytest.mark.usefixtures('name_server')
-def test_nsqlookupd_whose_name_gets_no_answer_costs_a_warning(xmsrv, nsqds, nsqlookupd):
+def test_nsqlookupd_whose_name_gets_no_answer_costs_a_warning(program, nsqds, nsqlookupd):
     nsqd, = nsqds(1, lookupd=[nsqlookupd])
     fill(nsqd, 10)
     registered(nsqlookupd, nsqd)
-    done = xmsrv.once(nsq={'lookupd-http-address': [*silent_names(10), nsqlookupd.http]}, within=20)
-    assert numbers(xmsrv) == list(range(10))
+    done = program.once(nsq={'lookupd-http-address': [*silent_names(10), nsqlookupd.http]}, within=20)
+    assert numbers(program) == list(range(10))
     assert 'nsqlookupd host9.silent:4150' in done.stderr
 
 
 @pytest.mark.usefixtures('name_server')
-def test_name_without_an_answer_is_69_and_check_asks_for_all_at_once(xmsrv):
-    xmsrv.configure(nsq={'nsqd-tcp-address': silent_names(10), 'connect-timeout': '2s'})
+def test_name_without_an_answer_is_69_and_check_asks_for_all_at_once(program):
+    program.configure(nsq={'nsqd-tcp-address': silent_names(10), 'connect-timeout': '2s'})
     for command in (['once'], ['check', '--connect']):
-        done = xmsrv.run(*command, expect=69, timeout=15)
+        done = program.run(*command, expect=69, timeout=15)
         assert 'host9.silent:4150: name server: no answer in 2 s' in done.stderr
 
 
@@ -690,57 +690,57 @@ BAD_NSQDS = {
 
 
 @pytest.mark.parametrize('fault', BAD_NSQDS)
-def test_no_nsqd_within_reach_is_69_soon(xmsrv, fault):
+def test_no_nsqd_within_reach_is_69_soon(program, fault):
     with bad(BAD_NSQDS, fault) as address:
-        done = xmsrv.once(nsq={'nsqd-tcp-address': [address]}, timeout='60s', expect=69, within=15)
+        done = program.once(nsq={'nsqd-tcp-address': [address]}, timeout='60s', expect=69, within=15)
     assert f'no nsqd can be reached: {address}' in done.stderr
-    assert not xmsrv.records()
+    assert not program.records()
 
 
 @pytest.mark.parametrize(('fault', 'text'), [
     ('silent', 'IDENTIFY: no answer in 0.4 s'), ('no connection', 'no connection in 0.4 s'),
 ])
-def test_step_of_a_connection_is_bounded_by_connect_timeout_and_named(xmsrv, fault, text):
+def test_step_of_a_connection_is_bounded_by_connect_timeout_and_named(program, fault, text):
     with bad(BAD_NSQDS, fault) as address:
-        done = xmsrv.once(nsq={'nsqd-tcp-address': [address], 'connect-timeout': '400ms'}, expect=69, within=10)
+        done = program.once(nsq={'nsqd-tcp-address': [address], 'connect-timeout': '400ms'}, expect=69, within=10)
     assert f'{address}: {text}' in done.stderr
 
 
-def test_unknown_host_is_69_soon(xmsrv):
-    done = xmsrv.once(nsq={'nsqd-tcp-address': ['nowhere.invalid:4150']}, expect=69, within=30)
+def test_unknown_host_is_69_soon(program):
+    done = program.once(nsq={'nsqd-tcp-address': ['nowhere.invalid:4150']}, expect=69, within=30)
     assert 'no nsqd can be reached: nowhere.invalid:4150' in done.stderr
 
 
 @pytest.mark.parametrize('fault', BAD_NSQDS)
-def test_bad_nsqd_beside_a_good_one_costs_a_warning(xmsrv, nsqd, fault):
+def test_bad_nsqd_beside_a_good_one_costs_a_warning(program, nsqd, fault):
     fill(nsqd, 10)
     with bad(BAD_NSQDS, fault) as address:
-        done = xmsrv.once(nsq={'nsqd-tcp-address': [address, nsqd.tcp]}, timeout='8s', within=20)
-    assert numbers(xmsrv) == list(range(10))
+        done = program.once(nsq={'nsqd-tcp-address': [address, nsqd.tcp]}, timeout='8s', within=20)
+    assert numbers(program) == list(range(10))
     assert left([nsqd]) == 0
     assert len([line for line in done.stderr.splitlines() if line.startswith('warning') and address in line]) == 1
 
 
 @pytest.mark.parametrize('how', ['kill', 'stop'])
-def test_nsqd_that_restarts_in_mid_window_loses_nothing(xmsrv, nsqds, how):
+def test_nsqd_that_restarts_in_mid_window_loses_nothing(program, nsqds, how):
     """Messages are held when the connection breaks; with a disk queue nsqd does its own part."""
     nsqd, = nsqds(1, '--mem-queue-size=0', '--sync-every=1')
     fill(nsqd, 300)
     with proxies.Proxy(nsqd) as proxy:
-        with waiting_store(xmsrv, nsqd, proxy, 100, **{'max-in-flight': 100}) as running:
+        with waiting_store(program, nsqd, proxy, 100, **{'max-in-flight': 100}) as running:
             getattr(nsqd, how)()
             # Before that it takes its answers for sent: the kernel takes them, and drops them when they are refused.
-            wait_until(lambda: 'queue unavailable' in xmsrv.log.read_text(), 'x-msrv has seen that nsqd is gone')
+            wait_until(lambda: 'queue unavailable' in program.log.read_text(), 'x-msrv has seen that nsqd is gone')
             nsqd.restart()
         assert ended(running) == 0
-    assert numbers(xmsrv) == list(range(300))
+    assert numbers(program) == list(range(300))
     assert left([nsqd]) == 0
-    told = servers.summary(xmsrv.log.read_text())
+    told = servers.summary(program.log.read_text())
     # What nsqd has delivered again before the store was free is answered there, and is not late.
     assert told['stored'] == told['received'] and 0 < told['late'] <= 100
 
 
-def test_connection_that_breaks_in_mid_flow_loses_nothing(xmsrv, nsqds):
+def test_connection_that_breaks_in_mid_flow_loses_nothing(program, nsqds):
     """nsqd hands back what was in flight after its msg-timeout; the window is still open then."""
     nsqd, = nsqds(1, '--msg-timeout=1s')
     fill_timed(nsqd, 2000)
@@ -750,43 +750,43 @@ def test_connection_that_breaks_in_mid_flow_loses_nothing(xmsrv, nsqds):
             raise ConnectionError
 
     with proxies.Proxy(nsqd, judge=cut_once) as proxy:
-        xmsrv.configure(nsq=addresses(proxy, **{'max-in-flight': 200}), timeout='60s', idle_timeout='30s')
-        running = xmsrv.start('once')
-        wait_until(lambda: len(xmsrv.records()) == 2000 and not left([nsqd]), 'all are stored and finished', 20)
+        program.configure(nsq=addresses(proxy, **{'max-in-flight': 200}), timeout='60s', idle_timeout='30s')
+        running = program.start('once')
+        wait_until(lambda: len(program.records()) == 2000 and not left([nsqd]), 'all are stored and finished', 20)
         running.terminate()
         assert ended(running) == 0
-    assert numbers(xmsrv) == list(range(2000))
+    assert numbers(program) == list(range(2000))
     assert {event.connection for event in proxy.events} == {0, 1}
-    warning, = [line for line in xmsrv.log.read_text().splitlines() if line.startswith('warning')]
+    warning, = [line for line in program.log.read_text().splitlines() if line.startswith('warning')]
     assert proxy.addresses[0] in warning
 
 
-def test_nsqd_that_comes_up_in_mid_window_is_found(xmsrv, nsqds):
+def test_nsqd_that_comes_up_in_mid_window_is_found(program, nsqds):
     late, there = nsqds(2)
     fill(late, 10)
     fill(there, 10, 10)
     late.stop()
-    xmsrv.configure([late, there], timeout='60s', idle_timeout='30s')
-    running = xmsrv.start('once')
-    wait_until(lambda: len(xmsrv.records()) == 10, 'the messages of the one that is there are stored')
+    program.configure([late, there], timeout='60s', idle_timeout='30s')
+    running = program.start('once')
+    wait_until(lambda: len(program.records()) == 10, 'the messages of the one that is there are stored')
     late.restart()
-    wait_until(lambda: len(xmsrv.records()) == 20 and not left([late, there]), 'those of the other, too', 15)
+    wait_until(lambda: len(program.records()) == 20 and not left([late, there]), 'those of the other, too', 15)
     running.terminate()
     assert ended(running) == 0
-    assert numbers(xmsrv) == list(range(20))
-    warning, = [line for line in xmsrv.log.read_text().splitlines() if line.startswith('warning')]
+    assert numbers(program) == list(range(20))
+    warning, = [line for line in program.log.read_text().splitlines() if line.startswith('warning')]
     assert late.tcp in warning
 
 
-def test_error_that_ends_a_connection_is_said_and_the_window_goes_on(xmsrv, nsqd):
+def test_error_that_ends_a_connection_is_said_and_the_window_goes_on(program, nsqd):
     fill(nsqd, 10)
 
     def too_much_once(event):
         return b'RDY 999999\n' if event.connection == 0 and event.name == 'RDY' else True
 
     with proxies.Proxy(nsqd, judge=too_much_once) as proxy:
-        done = xmsrv.once(nsq=addresses(proxy))
-    assert numbers(xmsrv) == list(range(10))
+        done = program.once(nsq=addresses(proxy))
+    assert numbers(program) == list(range(10))
     warning, = [line for line in done.stderr.splitlines() if line.startswith('warning')]
     assert proxy.addresses[0] in warning
     assert 'E_INVALID' in warning
@@ -798,16 +798,16 @@ def test_error_that_ends_a_connection_is_said_and_the_window_goes_on(xmsrv, nsqd
 @pytest.mark.parametrize(('args', 'option'), [
     (['--msg-timeout=1s'], {}), (['--msg-timeout=3s'], {'msg-timeout': '1s'}),
 ], ids=str)
-def test_held_messages_are_touched_so_that_none_comes_twice(xmsrv, nsqds, args, option):
+def test_held_messages_are_touched_so_that_none_comes_twice(program, nsqds, args, option):
     nsqd, = nsqds(1, *args)
     fill_timed(nsqd, 10)
     with proxies.Proxy(nsqd) as proxy:
-        with waiting_store(xmsrv, nsqd, proxy, 10, **{'max-messages': 10}, **option) as running:
+        with waiting_store(program, nsqd, proxy, 10, **{'max-messages': 10}, **option) as running:
             wait_until(lambda: proxy.count('TOUCH') >= 50, 'more than twice the msg-timeout has passed')
         assert ended(running) == 0
     assert timed_out(nsqd) == left([nsqd]) == 0
     assert (proxy.count('message'), proxy.count('FIN'), proxy.count('error')) == (10, 10, 0)
-    assert numbers(xmsrv) == list(range(10))
+    assert numbers(program) == list(range(10))
 
 
 def swallow_touch(event):
@@ -826,55 +826,55 @@ def cut_at_first_touch(event):
     (['--msg-timeout=1s'], cut_at_first_touch),
     (['--msg-timeout=1s', '--max-msg-timeout=2s'], lambda event: True),
 ], ids=['TOUCH lost', 'connection lost', 'max-msg-timeout'])
-def test_second_copy_of_a_held_message_joins_the_first(xmsrv, nsqds, args, judge):
+def test_second_copy_of_a_held_message_joins_the_first(program, nsqds, args, judge):
     nsqd, = nsqds(1, *args)
     fill_timed(nsqd, 10)
     with proxies.Proxy(nsqd, judge=judge) as proxy:
-        with waiting_store(xmsrv, nsqd, proxy, 10) as running:
+        with waiting_store(program, nsqd, proxy, 10) as running:
             wait_until(lambda: proxy.count('message') == 20, 'all have come again')
         assert ended(running) == 0
-    told = servers.summary(xmsrv.log.read_text())
+    told = servers.summary(program.log.read_text())
     assert (told['received'], told['stored'], told['late']) == (10, 10, 0)
     assert (proxy.count('FIN'), proxy.count('error'), left([nsqd])) == (10, 0, 0)
-    assert numbers(xmsrv) == list(range(10))
+    assert numbers(program) == list(range(10))
 
 
-def test_refused_fin_is_counted_and_warned_of_and_the_record_stays(xmsrv, nsqds):
+def test_refused_fin_is_counted_and_warned_of_and_the_record_stays(program, nsqds):
     nsqd, = nsqds(1, '--msg-timeout=1s')
     fill_timed(nsqd, 10)
     with proxies.Proxy(nsqd, judge=swallow_touch) as proxy:
-        with waiting_store(xmsrv, nsqd, proxy, 10, **{'max-messages': 10}) as running:
+        with waiting_store(program, nsqd, proxy, 10, **{'max-messages': 10}) as running:
             wait_until(lambda: timed_out(nsqd) == 10, 'nsqd has taken the messages back')
         assert ended(running) == 0
-    log = xmsrv.log.read_text()
+    log = program.log.read_text()
     assert proxy.arguments('error')[0].startswith(b'E_FIN_FAILED')
     assert log.count('late: E_FIN_FAILED') == 6   # five are said, and then how many more came
     assert '5 more like this in the last minute' in log
-    assert numbers(xmsrv) == list(range(10))
+    assert numbers(program) == list(range(10))
     told = servers.summary(log)
     assert (told['stored'], told['late'], told['requeued']) == (10, 10, 0)
     assert nsqd.attempts(TOPIC, CHANNEL) == [2] * 10
 
 
-def test_redelivery_in_a_later_window_rewrites_the_same_record(xmsrv, nsqds):
+def test_redelivery_in_a_later_window_rewrites_the_same_record(program, nsqds):
     nsqd, = nsqds(1, '--msg-timeout=1s')
     fill_timed(nsqd, 10)
     with proxies.Proxy(nsqd, judge=lambda event: event.name != 'FIN') as proxy:
-        xmsrv.once(nsq=addresses(proxy, **{'max-messages': 10}))
-    first = xmsrv.records()
+        program.once(nsq=addresses(proxy, **{'max-messages': 10}))
+    first = program.records()
     assert (len(first), left([nsqd])) == (10, 10)
     wait_until(lambda: timed_out(nsqd) == 10, 'nsqd has taken the messages back')
-    done = xmsrv.once(nsqd)
+    done = program.once(nsqd)
     assert servers.summary(done.stderr)['stored'] == 10
-    assert xmsrv.records() == first
+    assert program.records() == first
     assert left([nsqd]) == 0
 
 
-def test_message_of_many_attempts_is_still_stored(xmsrv, nsqd):
+def test_message_of_many_attempts_is_still_stored(program, nsqd):
     fill(nsqd, 1)
     nsqd.bounce(TOPIC, CHANNEL, 10)
-    xmsrv.once(nsqd)
-    assert numbers(xmsrv) == [0]
+    program.once(nsqd)
+    assert numbers(program) == [0]
     assert left([nsqd]) == 0
 
 
@@ -886,12 +886,12 @@ def test_message_of_many_attempts_is_still_stored(xmsrv, nsqd):
     (['--min-output-buffer-timeout=100ms'], {}),
     (['--max-output-buffer-size=16384'], {}),
 ], ids=str)
-def test_identify_over_the_limits_is_tried_once_more_with_defaults(xmsrv, nsqds, args, option):
+def test_identify_over_the_limits_is_tried_once_more_with_defaults(program, nsqds, args, option):
     nsqd, = nsqds(1, *args)
     fill(nsqd, 100)
     with proxies.Proxy(nsqd) as proxy:
-        done = xmsrv.once(nsq=addresses(proxy, **option))
-    assert numbers(xmsrv) == list(range(100))
+        done = program.once(nsq=addresses(proxy, **option))
+    assert numbers(program) == list(range(100))
     assert (proxy.count('IDENTIFY'), left([nsqd])) == (2, 0)
     warning, = [line for line in done.stderr.splitlines() if line.startswith('warning')]
     assert 'E_BAD_BODY' in warning
@@ -899,37 +899,37 @@ def test_identify_over_the_limits_is_tried_once_more_with_defaults(xmsrv, nsqds,
 
 
 @pytest.mark.slow
-def test_idle_connection_with_default_heartbeats_is_kept(xmsrv, nsqds):
+def test_idle_connection_with_default_heartbeats_is_kept(program, nsqds):
     """nsqd's own default is a heartbeat each 30 s, three times what x-msrv asks for and was refused here."""
     nsqd, = nsqds(1, '--max-heartbeat-interval=5s')
     fill(nsqd, 0)
-    done = xmsrv.once(nsqd, timeout='25s', idle_timeout='25s')
+    done = program.once(nsqd, timeout='25s', idle_timeout='25s')
     assert connections(nsqd) == 2  # the one that was refused, and the one after it
     assert len([line for line in done.stderr.splitlines() if line.startswith('warning')]) == 1
 
 
-def test_rdy_respects_the_limit_of_nsqd(xmsrv, nsqds):
+def test_rdy_respects_the_limit_of_nsqd(program, nsqds):
     nsqd, = nsqds(1, '--max-rdy-count=5')
     fill(nsqd, 500)
     with proxies.Proxy(nsqd) as proxy:
-        xmsrv.once(nsq=addresses(proxy))
-    assert numbers(xmsrv) == list(range(500))
+        program.once(nsq=addresses(proxy))
+    assert numbers(program) == list(range(500))
     assert max(map(int, proxy.arguments('RDY'))) == 5
     assert proxy.count('error') == 0
 
 
 # ----------------------------------------------------------------------------------------------------- more than one
 
-def test_two_consumers_of_a_channel_share_its_messages(xmsrv, nsqd, workdir):
+def test_two_consumers_of_a_channel_share_its_messages(program, nsqd, workdir):
     """Each takes half, exactly."""
     fill(nsqd, 5000)
     (workdir / 'second').mkdir()
     second = servers.Xmsrv(workdir / 'second')
     try:
-        for program in (xmsrv, second):
-            program.configure(nsqd, timeout='40s', idle_timeout='10s', nsq={'max-messages': 2500})
-        assert [ended(running) for running in [program.start('once') for program in (xmsrv, second)]] == [0, 0]
-        taken = [numbers(program) for program in (xmsrv, second)]
+        for each in (program, second):
+            each.configure(nsqd, timeout='40s', idle_timeout='10s', nsq={'max-messages': 2500})
+        assert [ended(running) for running in [each.start('once') for each in (program, second)]] == [0, 0]
+        taken = [numbers(each) for each in (program, second)]
     finally:
         second.close()
     assert [len(each) for each in taken] == [2500, 2500]
@@ -937,12 +937,12 @@ def test_two_consumers_of_a_channel_share_its_messages(xmsrv, nsqd, workdir):
     assert left([nsqd]) == counts([nsqd], 'timeout_count') == counts([nsqd], 'requeue_count') == 0
 
 
-def test_each_channel_of_a_topic_gets_every_message(xmsrv, nsqd):
+def test_each_channel_of_a_topic_gets_every_message(program, nsqd):
     fill(nsqd, 0)
     nsqd.create(TOPIC, 'other')
     nsqd.publish(TOPIC, numbered(100))
     for channel in (CHANNEL, 'other'):
-        done = xmsrv.once(nsqd, channel=channel)
+        done = program.once(nsqd, channel=channel)
         assert servers.summary(done.stderr)['stored'] == 100
         assert nsqd.left(TOPIC, channel) == 0
-    assert numbers(xmsrv) == list(range(100))  # the key does not depend on the channel
+    assert numbers(program) == list(range(100))  # the key does not depend on the channel

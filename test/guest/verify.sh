@@ -245,7 +245,7 @@ do_reload() {
     ends publish reload-b 5
     t 'the old one stays in force' within 15 all_stored reload-b 10
     t 'a bad file and a HUP by hand are reported' kill -HUP "$pid"
-    t 'in full' within 10 says 'the configuration as it was stays in force' journalctl -q -u x-msrv-daemon -b
+    t 'in full' within 10 says 'keeping the current configuration' journalctl -q -u x-msrv-daemon -b
     t 'it is the same process' same x-msrv-daemon MainPID "$pid"
     systemctl stop x-msrv-daemon
 }

@@ -52,7 +52,7 @@ def test_promtool_takes_the_names_of_the_metrics(promtool):
     """Prometheus' conventions: units, _total, help."""
     import xmsrv
     text = ''
-    for metric in xmsrv.METRICS:
+    for metric in xmsrv.METRIC_DEFINITIONS:
         labels = ','.join(f'{label}="x"' for label in metric.labels)
         text += f'# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}\n'
         if metric.kind == 'histogram':

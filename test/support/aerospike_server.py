@@ -723,7 +723,7 @@ class AerospikeServer:
         return sum(record.set == set.encode() for record in self._records(namespace).values())
 
     def hang(self):
-        """Take connections and requests, and do and answer nothing until resume()."""
+        """Take connections and requests, and do and answer nothing until resume_accepting()."""
         self._hung = True
 
     def resume(self):
@@ -747,7 +747,7 @@ class AerospikeServer:
             join(connection)
 
     def listen(self, empty=False):
-        """Come back after refuse(), on the same port."""
+        """Come back after refuse_constant(), on the same port."""
         if empty:
             for namespace in self.namespaces.values():
                 namespace.records = {}

@@ -20,14 +20,14 @@ def options(**sections):
     for name, value in sections.items():
         option = name.replace('_', '-')
         given[option] = {**given.get(option, {}), **value} if isinstance(value, dict) else value
-    config, faults, _ = xmsrv.typed(given)
+    config, faults, _ = xmsrv.build_config(given)
     assert not [fault for fault in faults if fault.kind is xmsrv.FaultKind.TEXT], faults
     return config
 
 
 class Stream:
-    """What tornado's IOStream is to a connection. `sent`: commands, without their line ends. A read gives what `feed`
-    has put there, and waits without end where that is nothing."""
+    """What tornado's IOStream is to a connection. `sent`: commands, without their line ends. A read gives what
+    `feed_window` has put there, and waits without end where that is nothing."""
 
     def __init__(self):
         self.sent, self.chunks, self.closed = [], asyncio.Queue(), False
@@ -46,8 +46,9 @@ class Stream:
 
 
 class AnsweringStream:
-    """The stream of an nsqd that answers each command `delay` seconds later, with the frames that `answers` has for its
-    name; one that is named without any stays unanswered. sent: what was written; commands: the names of it."""
+    """The stream of an nsqd that answers each command `delay` seconds later, with the frames that `outcomes_by_code`
+    has for its name; one that is named without any stays unanswered. sent: what was written; commands: the names of
+    it."""
 
     def __init__(self, delay=0.0, **answers):
         self.answers = {'IDENTIFY': [frame(RESPONSE, b'{}')], 'CLS': [frame(RESPONSE, b'CLOSE_WAIT')],
@@ -118,7 +119,7 @@ class Queue:
     def __init__(self):
         self.in_flight, self.finished, self.requeues = {}, [], []
         self.requeued = self.late = 0
-        self.idle_since, self.exhausted, self.credit = None, False, None
+        self.idle_since, self.is_exhausted, self.credit = None, False, None
 
     def start(self, credit, deliver):
         self.credit, self.deliver = credit, deliver
@@ -136,7 +137,7 @@ class Queue:
         self.requeues += [(self.in_flight.pop(message.key).n, delay) for message in messages]
         self.requeued += len(messages)
 
-    def hold(self, messages):
+    def hold_messages(self, messages):
         pass
 
     def send(self, *numbers, attempts=1, body=None):

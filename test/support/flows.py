@@ -11,7 +11,7 @@ from servers import wait_until
 
 TOPIC, CHANNEL, DEAD, REPLAY = 'orders', 'x-msrv', 'orders.dead', 'x-msrv-replay'
 SHORT = '--msg-timeout=1s'
-STRICT = {'fields': {'id': 'integer, required'}}   # [message], which unfit() does not pass
+STRICT = {'fields': {'id': 'integer, required'}}   # [message], which rejection() does not pass
 RELAXED = {}                                       # and here it does
 
 
@@ -46,14 +46,14 @@ def publish_at_once(pair, each, chunk):
         thread.join()
 
 
-def numbers(xmsrv):
+def numbers(program):
     """The `n` of each record in SQLite, in order: twice in the list where a message became two records."""
-    return sorted(bins['n'] for _, _, bins, _ in xmsrv.rows())
+    return sorted(bins['n'] for _, _, bins, _ in program.rows())
 
 
-def received(xmsrv):
+def received(program):
     """How many messages the log (-v) tells of, so far."""
-    return sum(map(int, re.findall(r'nsqd \S+: (\d+) messages', xmsrv.log.read_text())))
+    return sum(map(int, re.findall(r'nsqd \S+: (\d+) messages', program.log.read_text())))
 
 
 def passed(seconds):
@@ -80,8 +80,8 @@ def unfit(number, first=0, **more):
     return [json.dumps({'id': f'{n}', **more}).encode() for n in range(first, first + number)]
 
 
-def bury(xmsrv, nsqd, messages, **settings):
+def bury(program, nsqd, messages, **settings):
     """Publish messages and run a window with STRICT; all of them end as dead letters."""
     nsqd.publish(TOPIC, messages)
-    count = servers.summary(xmsrv.once(nsqd, message=STRICT, **settings).stderr)
+    count = servers.summary(program.once(nsqd, message=STRICT, **settings).stderr)
     assert (count['dead'], count['requeued']) == (len(messages), 0)

@@ -35,7 +35,7 @@ def damaged(body, seed):
             body.replace(b'"n"', b'"n": 1, "n"', 1)][seed % 4]
 
 
-def check(nsqd, xmsrv, rows, **settings_):
+def check(nsqd, program, rows, **settings_):
     """Any message at all, in windows of `settings_` to topics of their own: equal in the store, or dead byte for byte.
     `rows(topic)` gives what is stored of one, as (key, bins)."""
     topics = (f'topic-{number}' for number in itertools.count())
@@ -47,7 +47,7 @@ def check(nsqd, xmsrv, rows, **settings_):
         bodies = [encoded(n, value, ascii_only) for n, (_, value) in enumerate(batch)]
         bodies += [damaged(body, seed + n) for n, body in enumerate(bodies[:8])] + [b'[]', b'1', b'\0', b'\xff']
         topic = next(topics)
-        dead = window(nsqd, xmsrv, topic, bodies, settings_)
+        dead = window(nsqd, program, topic, bodies, settings_)
         stored = equals(rows(topic), bodies)
         neither = collections.Counter(bodies) - collections.Counter(stored + dead)
         assert not neither, 'these are not stored with their very value, nor dead with their very bytes'
@@ -82,7 +82,7 @@ def nested(levels):
     return value
 
 
-def check_sizes(nsqd, xmsrv, rows, own_bins=1, **settings_):
+def check_sizes(nsqd, program, rows, own_bins=1, **settings_):
     """Messages at the limits of every size: each is equal in the store, or dead because no store can hold it.
     own_bins: how many bins are not of the message (id-bin, time-bin)."""
     topics = (f'sizes-{number}' for number in itertools.count())
@@ -97,20 +97,20 @@ def check_sizes(nsqd, xmsrv, rows, own_bins=1, **settings_):
         values = [value for value in values if len(json.dumps(value)) < (1 << 20) - 4096]
         bodies = [json.dumps(value).encode() for value in values]
         topic = next(topics)
-        dead = window(nsqd, xmsrv, topic, bodies, settings_)
-        unfit = [body for body, value in zip(bodies, values, strict=True)
-                 if len(value) + own_bins > 32767 or max(map(len, value)) > 15]
-        assert collections.Counter(dead) == collections.Counter(unfit)
+        dead = window(nsqd, program, topic, bodies, settings_)
+        rejection = [body for body, value in zip(bodies, values, strict=True)
+                     if len(value) + own_bins > 32767 or max(map(len, value)) > 15]
+        assert collections.Counter(dead) == collections.Counter(rejection)
         assert sorted(equals(rows(topic), bodies) + dead) == sorted(bodies)
 
     round_trip()
 
 
-def window(nsqd, xmsrv, topic, bodies, settings_):
+def window(nsqd, program, topic, bodies, settings_):
     """One window over `bodies`: the bodies of the dead letters."""
     nsqd.create(topic, 'x-msrv')
     nsqd.publish(topic, bodies)
-    done = xmsrv.once(nsqd, topic=topic, nsq={'max-messages': len(bodies)}, **settings_)
+    done = program.once(nsqd, topic=topic, nsq={'max-messages': len(bodies)}, **settings_)
     counts = servers.summary(done.stderr)
     assert (counts['received'], counts['stored'] + counts['dead']) == (len(bodies), len(bodies))
     letters = nsqd.drain(f'{topic}.dead', 'x-msrv-replay', expected=counts['dead'])

@@ -7,10 +7,20 @@ import types
 import pytest
 
 import clock
-from xmsrv import STORED, Answer, Batcher, Breaker, BreakerState, Crew, Health, StoreExecutor, close_store
+from xmsrv import (
+    STORED,
+    BackgroundTasks,
+    Batcher,
+    Breaker,
+    BreakerState,
+    Health,
+    StoreExecutor,
+    WriteResult,
+    close_store,
+)
 
-AWAY = Answer('retry', -15, 'no answer')
-BUSY = Answer('busy', 14, 'the record is busy')
+AWAY = WriteResult('retry', -15, 'no answer')
+BUSY = WriteResult('busy', 14, 'the record is busy')
 
 
 class Store:
@@ -48,13 +58,13 @@ def run(store, numbers, seconds, size=4, writers=2, most=1 << 20, more=()):
         return again
 
     async def main():
-        tasks = Crew()
+        tasks = BackgroundTasks()
         batcher = Batcher('store', tasks, Health(), store.write, settle, (size, most), writers, 2)
-        batcher.add([message(n) for n in numbers])
+        batcher.add_messages([message(n) for n in numbers])
         loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         for second, later in more:
             await asyncio.sleep(begun + second - loop.time())
-            batcher.add([message(n) for n in later])
+            batcher.add_messages([message(n) for n in later])
         await asyncio.sleep(begun + seconds - loop.time())
         assert not tasks.error
         await tasks.cancel()
@@ -100,7 +110,7 @@ def test_one_message_that_fails_its_whole_batch_ends_up_alone_and_holds_up_nobod
     settled, batcher = run(store, range(8), 60, size=8, more=[(second, [100 + second]) for second in range(1, 50)])
     assert settled.pop(5) == 'unsettled'
     assert settled == dict.fromkeys([*range(5), 6, 7, *range(101, 150)], 'stored')
-    assert not batcher.failing
+    assert not batcher.is_failing
     late = [at for at, batch in store.calls if batch[0] > 100]
     assert max(at - 1000 - int(at - 1000 + 0.001) for at in late) < 6
 
@@ -116,7 +126,7 @@ def test_nothing_is_unsettled_by_an_outage_of_any_length():
     store = Store(lambda batch, now: AWAY)
     settled, batcher = run(store, range(20), 3600)
     assert settled == {}
-    assert batcher.failing
+    assert batcher.is_failing
 
 
 def test_a_busy_record_is_no_outage_and_is_tried_again_by_itself():
@@ -138,8 +148,8 @@ def test_a_lone_busy_record_does_not_open_the_breaker():
 def test_health_fails_with_the_breaker_and_recovers_with_it(kept):
     store = Store(lambda batch, now: AWAY if not kept or now < 1001 else STORED)
     _, batcher = run(store, [1], 10)
-    assert batcher.health.up('store') is kept
-    assert batcher.health.trouble == (None if kept else 'store unavailable: no answer')
+    assert batcher.health.is_up('store') is kept
+    assert batcher.health.failure_text == (None if kept else 'store unavailable: no answer')
 
 
 def test_breaker_goes_from_closed_to_open_to_half_open_and_back():
@@ -179,7 +189,7 @@ def test_the_first_background_task_that_fails_is_the_error_and_a_cancelled_one_i
         raise error
 
     async def main():
-        tasks = Crew()
+        tasks = BackgroundTasks()
         sleeping = tasks.start(asyncio.sleep(100))
         done = tasks.start(asyncio.sleep(1))
         await done
@@ -205,7 +215,7 @@ def test_tasks_that_lose_a_cancellation_are_cancelled_again():
                 await asyncio.sleep(1000)
 
     async def main():
-        tasks = Crew()
+        tasks = BackgroundTasks()
         tasks.start(stubborn())
         await asyncio.sleep(1)
         await asyncio.wait_for(tasks.cancel(), 10)
@@ -227,11 +237,11 @@ def test_all_that_is_pending_goes_in_one_batch_where_it_fits():
         store = Store(lambda batch, now: STORED)
 
         async def main(number=number, size=size, store=store):
-            tasks = Crew()
+            tasks = BackgroundTasks()
             batcher = Batcher('store', tasks, Health(), store.write, lambda *_: (), (4, 1000), 1, 2)
-            batcher.add([message(n, size) for n in range(number)])
+            batcher.add_messages([message(n, size) for n in range(number)])
             await asyncio.sleep(1)
-            assert (batcher.pending_bytes, len(batcher.pending), batcher.at_rest) == (0, 0, True)
+            assert (batcher.pending_bytes, len(batcher.pending), batcher.is_at_rest) == (0, 0, True)
             await tasks.cancel()
         clock.run(main())
         assert [len(batch) for _, batch in store.calls] == batches
@@ -242,7 +252,7 @@ def test_what_some_batches_failed_with_while_others_were_accepted_is_no_outage_o
     store = Store(lambda batch, now: AWAY if 3 in batch else STORED)
     settled, batcher = run(store, range(4), 30, more=[(0.05 * n, [100 + n]) for n in range(1, 100)])
     assert settled[3] == 'unsettled' and len(settled) == 103
-    assert batcher.breaker.state is BreakerState.CLOSED and batcher.health.up('store')
+    assert batcher.breaker.state is BreakerState.CLOSED and batcher.health.is_up('store')
     tries = [at - 1000 for at, batch in store.calls if 3 in batch]
     assert 4 <= len(tries) <= 6 and tries[-1] < 5
 

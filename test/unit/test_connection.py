@@ -11,7 +11,18 @@ import clock
 import fakes
 import xmsrv
 from fakes import ERROR, RESPONSE, AnsweringStream, frame
-from xmsrv import Connection, Consumer, Crew, Health, Link, NameResolver, Publisher, QueueError, Subscription, explained
+from xmsrv import (
+    BackgroundTasks,
+    Connection,
+    ConnectionOptions,
+    Consumer,
+    Health,
+    NameResolver,
+    NsqdError,
+    Publisher,
+    Subscription,
+    describe_error,
+)
 
 ADDRESS = '127.0.0.1', 4150
 HEARTBEAT = frame(RESPONSE, b'_heartbeat_')
@@ -29,7 +40,7 @@ def error(text):
 def with_connection(monkeypatch, steps, *streams, make=None, tls=None, secret=None, **nsq):
     """Runs `steps(connection, *streams)`. streams: the arguments of an AnsweringStream for each attempt to connect."""
     async def main():
-        link = Link(fakes.options(nsq={'connect-timeout': '5s', **nsq}))
+        link = ConnectionOptions(fakes.options(nsq={'connect-timeout': '5s', **nsq}))
         made = [AnsweringStream(**each) for each in streams or ({},)]
         waiting = iter(made)
 
@@ -38,7 +49,7 @@ def with_connection(monkeypatch, steps, *streams, make=None, tls=None, secret=No
 
         async def connect_tcp(connection):
             connection.stream = next(waiting)
-        link.credentials, link.tls_options = credentials, tls
+        link.load_credentials, link.tls_options = credentials, tls
         monkeypatch.setattr(Connection, 'connect_tcp', connect_tcp)
         connection = make(link) if make else Connection(ADDRESS, link, 'orders', 'x-msrv')
         try:
@@ -71,7 +82,7 @@ def test_identify_says_who_we_are_and_asks_for_what_a_window_needs(monkeypatch):
 def test_what_nsqd_refuses_as_a_whole_is_asked_again_with_its_own_defaults(monkeypatch):
     async def steps(connection, first, second):
         await connection.open()
-        assert (first.closed, second.commands, connection.heartbeat) == (True, ['IDENTIFY', 'SUB'], 60.0)
+        assert (first.closed, second.commands, connection.heartbeat_interval) == (True, ['IDENTIFY', 'SUB'], 60.0)
         assert not {'heartbeat_interval', 'output_buffer_size'} & json.loads(second.sent[0][17:]).keys()
     with_connection(monkeypatch, steps, {'IDENTIFY': error(b'E_BAD_BODY IDENTIFY heartbeat interval')}, {})
 
@@ -79,16 +90,16 @@ def test_what_nsqd_refuses_as_a_whole_is_asked_again_with_its_own_defaults(monke
 @pytest.mark.parametrize('step', ['IDENTIFY', 'SUB'])
 def test_any_other_error_ends_the_handshake_and_leaves_no_socket(monkeypatch, step):
     async def steps(connection, stream):
-        with pytest.raises(QueueError, match='E_INVALID no'):
+        with pytest.raises(NsqdError, match='E_INVALID no'):
             await connection.open()
-        assert (stream.closed, connection.lost) == (True, True)
+        assert (stream.closed, connection.is_closed) == (True, True)
     with_connection(monkeypatch, steps, {step: error(b'E_INVALID no')})
 
 
 @pytest.mark.parametrize('step', ['IDENTIFY', 'SUB'])
 def test_each_step_is_bounded_and_named(monkeypatch, step):
     async def steps(connection, stream):
-        with pytest.raises(QueueError, match=f'{step}: no answer in 5 s'):
+        with pytest.raises(NsqdError, match=f'{step}: no answer in 5 s'):
             await connection.open()
         assert asyncio.get_running_loop().time() == pytest.approx(1005)
         assert stream.closed
@@ -100,7 +111,7 @@ def test_a_time_out_of_the_kernels_is_not_ours(monkeypatch):
         async def fails():
             raise TimeoutError(110, 'Connection timed out')
         with pytest.raises(TimeoutError, match='Connection timed out'):
-            await connection.within('TCP', fails())
+            await connection.limit_step('TCP', fails())
     with_connection(monkeypatch, steps)
 
 
@@ -116,7 +127,7 @@ def test_heartbeats_in_the_handshake_are_answered(monkeypatch):
     ((1 << 20) + 1).to_bytes(4, 'big') + bytes(4)])
 def test_an_answer_that_is_no_frame_is_no_nsqd(monkeypatch, data):
     async def steps(connection, stream):
-        with pytest.raises(QueueError, match='not an nsqd'):
+        with pytest.raises(NsqdError, match='not an nsqd'):
             await connection.open()
     with_connection(monkeypatch, steps, {'IDENTIFY': [data]})
 
@@ -126,7 +137,7 @@ def test_an_answer_of_any_size_that_a_frame_may_have_is_one(monkeypatch, size):
     async def steps(connection, stream):
         connection.stream = stream
         stream.feed(frame(RESPONSE, b'x' * size))
-        assert await connection.answer() == b'x' * size
+        assert await connection.read_response() == b'x' * size
     with_connection(monkeypatch, steps)
 
 
@@ -134,7 +145,7 @@ def test_an_answer_of_any_size_that_a_frame_may_have_is_one(monkeypatch, size):
                                     b'{"max_msg_timeout": null}', b'{"output_buffer_timeout": true}'])
 def test_what_no_nsqd_answers_to_identify_ends_the_handshake(monkeypatch, answer):
     async def steps(connection, stream):
-        with pytest.raises(QueueError, match='not an answer of nsqd'):
+        with pytest.raises(NsqdError, match='not an answer of nsqd'):
             await connection.open()
         assert stream.commands == ['IDENTIFY']
     with_connection(monkeypatch, steps, {'IDENTIFY': [frame(RESPONSE, answer)]})
@@ -142,7 +153,7 @@ def test_what_no_nsqd_answers_to_identify_ends_the_handshake(monkeypatch, answer
 
 def test_a_subscription_that_is_not_answered_by_ok_is_none(monkeypatch):
     async def steps(connection, stream):
-        with pytest.raises(QueueError, match='perhaps'):
+        with pytest.raises(NsqdError, match='perhaps'):
             await connection.open()
     with_connection(monkeypatch, steps, {'SUB': [frame(RESPONSE, b'perhaps')]})
 
@@ -151,7 +162,7 @@ def test_the_round_trip_is_measured_by_identify(monkeypatch):
     async def steps(connection, stream):
         await connection.open()
         assert connection.round_trip == pytest.approx(0.4)
-        assert connection.heard == pytest.approx(1000.8)   # SUB has its own
+        assert connection.last_read == pytest.approx(1000.8)   # SUB has its own
     with_connection(monkeypatch, steps, {'delay': 0.4})
 
 
@@ -170,15 +181,15 @@ def test_no_secret_crosses_before_tls_is_there(monkeypatch):
     ({}, {}, 'does not offer it'), ({'tls_v1': False}, {}, 'does not offer it'),
     ({'tls_v1': True, 'auth_required': True}, {'TLS': error(b'E_INVALID failed')}, 'E_INVALID'),
     ({'tls_v1': True, 'auth_required': True}, {'TLS': []}, 'TLS: no answer in 5 s'),
-    ({'tls_v1': True}, {}, 'does not do it'),
+    ({'tls_v1': True}, {}, 'does not use AUTH'),
     ({'tls_v1': True, 'auth_required': True}, {'AUTH': error(b'E_AUTH_FAILED')}, 'E_AUTH_FAILED')])
 def test_what_was_asked_for_and_is_not_there_ends_the_handshake(monkeypatch, offered, fault, text):
     async def steps(connection, stream):
-        with pytest.raises(QueueError, match=text):
+        with pytest.raises(NsqdError, match=text):
             await connection.open()
         assert 'SUB' not in stream.commands
         assert ('AUTH' in stream.commands) is ('AUTH' in fault)
-        assert connection.lost
+        assert connection.is_closed
     with_connection(monkeypatch, steps, {'IDENTIFY': info(**offered), **fault}, tls='the context', secret=b'secret')
 
 
@@ -194,35 +205,35 @@ def test_a_certificate_that_is_not_good_ends_the_connection(monkeypatch):
 
 def test_auth_that_only_nsqd_wants_is_named(monkeypatch):
     async def steps(connection, stream):
-        with pytest.raises(QueueError, match='auth-secret-file is not set'):
+        with pytest.raises(NsqdError, match='auth-secret-file is not set'):
             await connection.open()
     with_connection(monkeypatch, steps, {'IDENTIFY': info(auth_required=True)})
 
 
 def test_a_secret_that_cannot_be_read_is_an_error_of_this_attempt(tmp_path):
     secret = tmp_path / 'secret'
-    link = Link(fakes.options(nsq={'auth-secret-file': str(secret)}))
-    with pytest.raises(QueueError, match='No such file'):
-        asyncio.run(link.credentials())
+    link = ConnectionOptions(fakes.options(nsq={'auth-secret-file': str(secret)}))
+    with pytest.raises(NsqdError, match='No such file'):
+        asyncio.run(link.load_credentials())
     secret.write_text('first\n')
-    assert asyncio.run(link.credentials()) == (None, b'first')
+    assert asyncio.run(link.load_credentials()) == (None, b'first')
     secret.write_text('second\n')
-    assert asyncio.run(link.credentials()) == (None, b'second')
-    assert asyncio.run(Link(fakes.options()).credentials()) == (None, None)
+    assert asyncio.run(link.load_credentials()) == (None, b'second')
+    assert asyncio.run(ConnectionOptions(fakes.options()).load_credentials()) == (None, None)
 
 
 @pytest.mark.parametrize(('fault', 'text'), [
     (TimeoutError(), 'no answer in time'), (StreamClosedError(), 'the connection was closed'),
     (StreamClosedError(ConnectionRefusedError(111, 'Connection refused')), 'Connection refused'),
-    (QueueError('E_INVALID'), 'E_INVALID'), (UnicodeError(), 'UnicodeError'), (OSError(5, 'broken'), 'broken')])
+    (NsqdError('E_INVALID'), 'E_INVALID'), (UnicodeError(), 'UnicodeError'), (OSError(5, 'broken'), 'broken')])
 def test_an_error_in_a_few_words(fault, text):
-    assert explained(fault) == text
+    assert describe_error(fault) == text
 
 
 def test_a_certificate_is_refused_in_openssls_words():
     fault = ssl.SSLCertVerificationError(1, 'long text')
     fault.verify_message = 'Hostname mismatch'
-    assert explained(fault) == 'TLS: Hostname mismatch'
+    assert describe_error(fault) == 'TLS: Hostname mismatch'
 
 
 def test_to_leave_says_when_nsqd_wants_tls_and_nothing_else(monkeypatch):
@@ -230,10 +241,10 @@ def test_to_leave_says_when_nsqd_wants_tls_and_nothing_else(monkeypatch):
         async def steps(connection, stream, fails=fails):
             await connection.open()
             if fails:
-                with pytest.raises(QueueError, match=fails):
-                    await connection.leave()
+                with pytest.raises(NsqdError, match=fails):
+                    await connection.close_unsubscribed()
             else:
-                await connection.leave()
+                await connection.close_unsubscribed()
             assert (stream.commands[-1], stream.closed) == ('CLS', True)
         kind = RESPONSE if answer == b'CLOSE_WAIT' else ERROR
         with_connection(monkeypatch, steps, {'CLS': [frame(kind, answer)]})
@@ -243,9 +254,9 @@ def test_nothing_is_written_to_a_connection_that_is_lost(monkeypatch):
     async def steps(connection, stream):
         await connection.open()
         stream.close()
-        connection.send(b'NOP\n')
-        assert connection.lost
-        connection.send(b'NOP\n')
+        connection.send_command(b'NOP\n')
+        assert connection.is_closed
+        connection.send_command(b'NOP\n')
         assert stream.commands == ['IDENTIFY', 'SUB']
     with_connection(monkeypatch, steps)
 
@@ -253,7 +264,7 @@ def test_nothing_is_written_to_a_connection_that_is_lost(monkeypatch):
 # -- a subscription
 
 def subscription(link):
-    return Subscription(ADDRESS, Consumer(fakes.options(), Crew(), link, 'orders', 'x-msrv', Health()))
+    return Subscription(ADDRESS, Consumer(fakes.options(), BackgroundTasks(), link, 'orders', 'x-msrv', Health()))
 
 
 @pytest.mark.parametrize(('members', 'limits'), [
@@ -263,7 +274,7 @@ def subscription(link):
 def test_the_limits_are_those_that_nsqd_names(monkeypatch, members, limits):
     async def steps(connection, stream):
         await connection.open()
-        assert (connection.max_rdy, connection.msg_timeout, connection.max_msg_timeout, connection.silence) == limits
+        assert (connection.max_rdy, connection.msg_timeout, connection.max_msg_timeout, connection.idle_delay) == limits
     with_connection(monkeypatch, steps, {'IDENTIFY': info(**members)}, make=subscription)
 
 
@@ -288,8 +299,8 @@ def test_rdy_is_sent_when_it_changes_and_a_new_one_gives_another_chance(monkeypa
 def test_a_subscription_closes_at_close_wait_and_not_before(monkeypatch):
     async def steps(connection, stream):
         await connection.open()
-        connection.respond(RESPONSE, b'CLOSE_WAIT')   # nobody has asked for it
-        reading = asyncio.ensure_future(connection.read())
+        connection.on_response(RESPONSE, b'CLOSE_WAIT')   # nobody has asked for it
+        reading = asyncio.ensure_future(connection.read_messages())
         closing = asyncio.ensure_future(connection.close())
         stream.feed(frame(RESPONSE, b'OK'))
         await asyncio.sleep(0.4)
@@ -327,13 +338,13 @@ def test_a_publish_ends_with_its_answer_and_a_heartbeat_is_none(monkeypatch):
 def answering_late(link):
     """A publisher whose nsqd answers half a second after its heartbeat."""
     connection = publisher(link)
-    send = connection.send
+    send = connection.send_command
 
     def sending(data):
         send(data)
         if data.startswith(b'MPUB'):
             asyncio.get_running_loop().call_later(0.5, connection.stream.feed, frame(RESPONSE, b'OK'))
-    connection.send = sending
+    connection.send_command = sending
     return connection
 
 
@@ -350,9 +361,9 @@ def test_a_publish_without_an_answer_is_given_up_after_5_s(monkeypatch):
 def test_an_error_of_a_publish_reaches_whoever_waits_and_ends_the_connection(monkeypatch):
     async def steps(connection, stream):
         await connection.open()
-        with pytest.raises(QueueError, match='E_BAD_MESSAGE'):
+        with pytest.raises(NsqdError, match='E_BAD_MESSAGE'):
             await connection.publish([b'one'])
-        assert (stream.closed, connection.lost) == (True, True)
+        assert (stream.closed, connection.is_closed) == (True, True)
         connection.close()
     with_connection(monkeypatch, steps, {'MPUB': error(b'E_BAD_MESSAGE')}, make=publisher)
 
@@ -362,7 +373,7 @@ def test_a_connection_that_ends_without_a_publish_is_lost_and_no_error(monkeypat
         await connection.open()
         stream.close()
         await asyncio.sleep(0.1)
-        assert connection.lost and connection.reader.done() and not connection.reader.exception()
+        assert connection.is_closed and connection.reader.done() and not connection.reader.exception()
     with_connection(monkeypatch, steps, make=publisher)
 
 
@@ -405,7 +416,7 @@ def test_whoever_asks_for_a_name_that_is_looked_up_waits_for_that_thread(monkeyp
         def start(self):
             pass
     monkeypatch.setattr(xmsrv.threading, 'Thread', Thread)
-    first, second, other = (NameResolver().lookup(name, 0) for name in ('a', 'a', 'b'))
+    first, second, other = (NameResolver().start_lookup(name, 0) for name in ('a', 'a', 'b'))
     assert first is second is not other
     assert [(args[1], daemon) for _, args, daemon in threads] == [(('a', 0), True), (('b', 0), True)]
     first.cancel()

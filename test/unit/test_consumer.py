@@ -9,15 +9,16 @@ from tornado.iostream import StreamClosedError
 import clock
 import fakes
 import xmsrv
-from xmsrv import Consumer, Crew, Health, Link, QueueError, Subscription, Unavailable
+from xmsrv import BackgroundTasks, ConnectionOptions, Consumer, Health, NsqdError, Subscription, Unavailable
 
 
 def connect(consumer, port=4150):
     """A connection that is up, with a stream that only notes what is sent."""
     connection = Subscription(('127.0.0.1', port), consumer)
     connection.stream = fakes.Stream()
-    connection.max_rdy, connection.msg_timeout, connection.max_msg_timeout, connection.silence = 2500, 60.0, 900.0, 0.05
-    connection.heard = asyncio.get_running_loop().time()
+    connection.max_rdy, connection.msg_timeout, connection.max_msg_timeout, connection.idle_delay = (
+        2500, 60.0, 900.0, 0.05)
+    connection.last_read = asyncio.get_running_loop().time()
     consumer.addresses.append(connection.address)
     consumer.connect_errors[connection.address] = None
     consumer.connections.append(connection)
@@ -28,22 +29,22 @@ class Window:
     """What a window is to a consumer: a credit, and the messages that it accepted."""
 
     def __init__(self, credit):
-        self.left, self.accepted = credit, []
+        self.messages_left, self.accepted = credit, []
 
     def credit(self):
-        return self.left
+        return self.messages_left
 
     def accept(self, messages):
         self.accepted += messages
-        self.left -= len(messages)
+        self.messages_left -= len(messages)
 
 
 def with_consumer(steps, connections=1, credit=100, **nsq_options):
     """Runs `steps(consumer, window, *connections)`, with a window of so much credit."""
     async def main():
         config = fakes.options(nsq=nsq_options)
-        tasks, window = Crew(), Window(credit)
-        consumer = Consumer(config, tasks, Link(config), 'orders', 'x-msrv', Health())
+        tasks, window = BackgroundTasks(), Window(credit)
+        consumer = Consumer(config, tasks, ConnectionOptions(config), 'orders', 'x-msrv', Health())
         up = [connect(consumer, 4150 + place) for place in range(connections)]
         consumer.start(window.credit, window.accept)
         consumer.on_credit_change()
@@ -54,8 +55,8 @@ def with_consumer(steps, connections=1, credit=100, **nsq_options):
 
 def come(connection, *numbers, **more):
     """Messages come on a connection."""
-    connection.heard = asyncio.get_running_loop().time()
-    messages = [fakes.message(n, conn=connection, now=connection.heard, **more) for n in numbers]
+    connection.last_read = asyncio.get_running_loop().time()
+    messages = [fakes.message(n, conn=connection, now=connection.last_read, **more) for n in numbers]
     connection.deliver(messages)
     return messages
 
@@ -98,28 +99,28 @@ def test_rdy_counts_bytes_and_is_0_at_max_held():
 
 def test_at_max_held_no_other_nsqd_may_send_either_and_that_at_once():
     async def steps(consumer, window, one, two):
-        consumer.held.size = 100
+        consumer.in_flight_bytes.expected_size = 100
         consumer.on_credit_change()
         assert (one.rdy, two.rdy) == (5, 5)
         come(one, 1, body=b'x' * 1000)
-        assert (taken(one)[-1], taken(two)[-1], consumer.budget) == ('RDY 0', 'RDY 0', 0)
+        assert (taken(one)[-1], taken(two)[-1], consumer.rdy_budget) == ('RDY 0', 'RDY 0', 0)
     with_consumer(steps, connections=2, **{'max-held': '1000'})
 
 
 def test_at_the_end_of_the_credit_no_other_nsqd_may_send_either():
     async def steps(consumer, window, one, two):
-        consumer.held.size = 1
+        consumer.in_flight_bytes.expected_size = 1
         come(one, *range(10))    # more than its RDY: they crossed a lower one
-        assert (window.left, one.rdy, two.rdy) == (0, 0, 0)
+        assert (window.messages_left, one.rdy, two.rdy) == (0, 0, 0)
     with_consumer(steps, connections=2, credit=10)
 
 
 def test_what_comes_shows_that_the_nsqd_is_not_idle():
     async def steps(consumer, window, connection):
         consumer.mark_idle(asyncio.get_running_loop().time() + 1)
-        assert (connection.idle, connection.tried, consumer.idle_since) == (True, True, 1001.0)
+        assert (connection.idle, connection.proven_idle, consumer.idle_since) == (True, True, 1001.0)
         come(connection, 1)
-        assert (connection.idle, connection.tried, consumer.idle_since) == (False, False, None)
+        assert (connection.idle, connection.proven_idle, consumer.idle_since) == (False, False, None)
     with_consumer(steps)
 
 
@@ -135,14 +136,14 @@ def test_after_the_end_of_a_window_rdy_is_0_and_nothing_goes_to_it():
 def test_the_next_window_begins_with_its_own_credit_and_counts():
     async def steps(consumer, window, connection):
         consumer.requeue(come(connection, 1, 2))
-        consumer.late, consumer.idle_since, connection.idle, connection.tried = 3, 1.0, True, True
+        consumer.late, consumer.idle_since, connection.idle, connection.proven_idle = 3, 1.0, True, True
         consumer.stop()
         after = Window(7)
         consumer.start(after.credit, after.accept)
         consumer.on_credit_change()
         assert taken(connection)[-2:] == ['RDY 0', 'RDY 7']
         assert (consumer.requeued, consumer.late, consumer.idle_since) == (0, 0, None)
-        assert (connection.idle, connection.tried) == (False, False)
+        assert (connection.idle, connection.proven_idle) == (False, False)
         come(connection, 3)
         assert (len(window.accepted), len(after.accepted)) == (2, 1)
     with_consumer(steps)
@@ -156,7 +157,7 @@ def test_each_message_is_answered_once_and_a_delay_is_in_milliseconds():
         consumer.finish(messages)
         consumer.finish(messages)
         assert taken(connection) == ['REQ 0000000000000001 2000', 'FIN 0000000000000002']
-        assert (consumer.requeued, consumer.late, consumer.held.total, connection.in_flight) == (1, 0, 0, 0)
+        assert (consumer.requeued, consumer.late, consumer.in_flight_bytes.total, connection.in_flight) == (1, 0, 0, 0)
     with_consumer(steps)
 
 
@@ -164,7 +165,7 @@ def test_an_answer_for_a_connection_that_is_gone_is_late():
     async def steps(consumer, window, one, two):
         messages = [*come(one, 1, 2), *come(two, 3)]
         taken(two)
-        one.drop()
+        one.close_socket()
         consumer.requeue(messages)
         assert (consumer.late, consumer.requeued, taken(two)) == (2, 1, ['REQ 0000000000000003 0'])
     with_consumer(steps, connections=2)
@@ -178,7 +179,7 @@ def test_an_answer_that_finds_out_that_its_connection_is_gone_is_late_too():
             raise StreamClosedError
         connection.stream.write = closed
         consumer.finish(messages)
-        assert (consumer.late, connection.lost, consumer.in_flight) == (2, True, {})
+        assert (consumer.late, connection.is_closed, consumer.in_flight) == (2, True, {})
     with_consumer(steps)
 
 
@@ -188,10 +189,10 @@ def test_an_answer_that_finds_out_that_its_connection_is_gone_is_late_too():
 def test_a_refused_answer_is_late_and_no_error(answer, late, requeued):
     async def steps(consumer, window, connection):
         consumer.requeue(come(connection, 1))
-        connection.respond(nsq.FRAME_TYPE_ERROR, answer)
+        connection.on_response(nsq.FRAME_TYPE_ERROR, answer)
         assert (consumer.late, consumer.requeued) == (late, requeued)
-        with pytest.raises(QueueError, match='E_INVALID'):
-            connection.respond(nsq.FRAME_TYPE_ERROR, b'E_INVALID what')
+        with pytest.raises(NsqdError, match='E_INVALID'):
+            connection.on_response(nsq.FRAME_TYPE_ERROR, b'E_INVALID what')
     with_consumer(steps)
 
 
@@ -201,7 +202,7 @@ def test_a_second_copy_joins_the_first_and_the_answer_goes_to_where_it_came_from
         await asyncio.sleep(3)
         come(two, 1)
         assert window.accepted == [first]
-        assert (one.in_flight, two.in_flight, first.touched, first.received) == (0, 1, 1003.0, 1003.0)
+        assert (one.in_flight, two.in_flight, first.touched_at, first.received_at) == (0, 1, 1003.0, 1003.0)
         taken(one), taken(two)
         consumer.finish([first])
         assert (taken(one), taken(two)) == ([], ['FIN 0000000000000001'])
@@ -211,8 +212,8 @@ def test_a_second_copy_joins_the_first_and_the_answer_goes_to_where_it_came_from
 def test_what_is_held_back_stays_in_flight_and_rdy_is_raised_by_it():
     async def steps(consumer, window, connection):
         messages = come(connection, 1, 2)
-        consumer.hold(messages)
-        consumer.hold(messages)   # it counts once
+        consumer.hold_messages(messages)
+        consumer.hold_messages(messages)   # it counts once
         consumer.on_credit_change()
         assert (connection.held_back, taken(connection)[-1], len(consumer.in_flight)) == (2, 'RDY 10', 2)
         consumer.requeue(messages)
@@ -226,7 +227,7 @@ def test_touch_goes_at_half_of_msg_timeout_until_max_msg_timeout():
         begun = asyncio.get_running_loop().time()
         come(connection, 1)
         taken(connection)
-        task = consumer.tasks.start(consumer.tick())
+        task = consumer.tasks.start(consumer.run_ticks())
         times = []
         while asyncio.get_running_loop().time() < begun + 60:
             await asyncio.sleep(0.25)
@@ -243,7 +244,7 @@ def test_touch_goes_on_between_windows_too():
         come(connection, 1)
         consumer.stop()
         taken(connection)
-        consumer.tasks.start(consumer.tick())
+        consumer.tasks.start(consumer.run_ticks())
         await asyncio.sleep(3)
         assert taken(connection) == ['TOUCH 0000000000000001']
     with_consumer(steps)
@@ -253,7 +254,7 @@ def test_touch_begins_with_what_crosses_the_end_of_a_window():
     async def steps(consumer, window, connection):
         connection.msg_timeout = 4.0
         consumer.stop()
-        consumer.tasks.start(consumer.tick())
+        consumer.tasks.start(consumer.run_ticks())
         await asyncio.sleep(100)       # nothing is in flight: it sleeps
         come(connection, 1)
         taken(connection)
@@ -264,11 +265,11 @@ def test_touch_begins_with_what_crosses_the_end_of_a_window():
 
 def test_rdy_by_bytes_counts_what_is_in_flight_and_not_held_back():
     async def steps(consumer, window, connection):
-        consumer.held.size = 100
+        consumer.in_flight_bytes.expected_size = 100
         messages = come(connection, *range(4), body=b'x' * 100)
-        assert (consumer.held.room, consumer.budget) == (6, 10)
-        consumer.hold(messages[:3])
-        assert consumer.budget == 7
+        assert (consumer.in_flight_bytes.free_slots, consumer.rdy_budget) == (6, 10)
+        consumer.hold_messages(messages[:3])
+        assert consumer.rdy_budget == 7
     with_consumer(steps, credit=1000, **{'max-held': '1000'})
 
 
@@ -277,15 +278,16 @@ def test_the_queue_is_idle_once_each_nsqd_could_deliver_for_a_while_and_did_not(
         loop = asyncio.get_running_loop()
         one.round_trip = 0.3
         consumer.mark_idle(loop.time() + 0.1)
-        assert (one.tried, two.tried, consumer.idle_since) == (False, True, None)   # one answer is still on its way
+        # one answer is still on its way
+        assert (one.proven_idle, two.proven_idle, consumer.idle_since) == (False, True, None)
         consumer.mark_idle(loop.time() + 0.4)
-        assert (one.tried, two.tried, consumer.idle_since) == (True, True, loop.time() + 0.4)
+        assert (one.proven_idle, two.proven_idle, consumer.idle_since) == (True, True, loop.time() + 0.4)
         consumer.mark_idle(loop.time() + 0.5)
         assert consumer.idle_since == loop.time() + 0.4
         one.last_data = loop.time() + 0.5    # a part of a message
         consumer.mark_idle(loop.time() + 0.51)
         assert (one.idle, consumer.idle_since) == (False, None)
-        window.left = 0
+        window.messages_left = 0
         consumer.mark_idle(loop.time() + 5)
         assert consumer.idle_since is None   # nothing may come, so nothing is said of the queue
     with_consumer(steps, connections=2)
@@ -306,7 +308,7 @@ def test_an_nsqd_that_may_not_send_is_not_idle():
 
 def test_an_idle_nsqd_is_found_by_the_tick_and_its_rdy_goes_to_the_others():
     async def steps(consumer, window, one, two):
-        consumer.tasks.start(consumer.tick())
+        consumer.tasks.start(consumer.run_ticks())
         for n in range(20):
             consumer.finish(come(one, n))
             await asyncio.sleep(0.02)
@@ -319,7 +321,7 @@ def test_an_idle_nsqd_is_found_by_the_tick_and_its_rdy_goes_to_the_others():
 async def near_the_end(consumer, one, two):
     """Of 20 messages that may come, `one` has sent its 10, and `two` has been silent for long enough to be idle."""
     assert (one.rdy, two.rdy) == (10, 10)
-    consumer.tasks.start(consumer.tick())
+    consumer.tasks.start(consumer.run_ticks())
     consumer.finish(come(one, *range(10)))
     await asyncio.sleep(0.1)
     assert (two.idle, one.rdy, two.rdy) == (True, 0, 1)
@@ -333,7 +335,7 @@ def test_rdy_goes_to_another_nsqd_only_when_the_first_has_heard_that_it_lost_it(
         assert (one.rdy, two.rdy) == (0, 1)
         consumer.finish(come(two, *range(10, 19)))   # it had not heard yet
         await asyncio.sleep(0.02)
-        assert (window.left, one.rdy + two.rdy) == (1, 1)
+        assert (window.messages_left, one.rdy + two.rdy) == (1, 1)
     with_consumer(steps, connections=2, credit=20)
 
 
@@ -344,7 +346,7 @@ def test_an_nsqd_that_stays_silent_loses_its_rdy_soon():
             await asyncio.sleep(0.001)
         assert 0.3 <= asyncio.get_running_loop().time() - 1000 < 0.36 and two.rdy == 1
         consumer.finish(come(one, *range(20, 29)))
-        assert window.left == 1 and one.rdy + two.rdy <= 1
+        assert window.messages_left == 1 and one.rdy + two.rdy <= 1
         await asyncio.sleep(0.4)
         assert one.rdy + two.rdy == 1
     with_consumer(steps, connections=2, credit=20)
@@ -364,7 +366,7 @@ def test_a_far_nsqd_hears_later():
 
 def test_what_an_nsqd_has_not_heard_yet_holds_up_nobody_while_there_is_plenty():
     async def steps(consumer, window, one, two):
-        consumer.tasks.start(consumer.tick())
+        consumer.tasks.start(consumer.run_ticks())
         for n in range(6):
             consumer.finish(come(one, n))
             await asyncio.sleep(0.02)
@@ -377,7 +379,7 @@ def test_an_nsqd_gets_back_at_once_what_it_may_not_have_heard_that_it_lost():
         await near_the_end(consumer, one, two)
         consumer.finish(come(two, 10))
         consumer.on_credit_change()
-        assert (window.left, one.rdy, two.rdy, two.unheard) == (9, 0, 5, 4)
+        assert (window.messages_left, one.rdy, two.rdy, two.unheard) == (9, 0, 5, 4)
     with_consumer(steps, connections=2, credit=20)
 
 
@@ -386,7 +388,7 @@ def test_touch_follows_the_shortest_msg_timeout_of_all():
         one.msg_timeout, two.msg_timeout = 100.0, 4.0
         come(one, 1), come(two, 2)
         taken(one), taken(two)
-        consumer.tasks.start(consumer.tick())
+        consumer.tasks.start(consumer.run_ticks())
         await asyncio.sleep(8)
         assert [command for command in taken(one) if 'TOUCH' in command] == []
         assert [command for command in taken(two) if 'TOUCH' in command] == ['TOUCH 0000000000000002'] * 3
@@ -397,7 +399,7 @@ def test_a_heartbeat_is_answered_between_messages_and_while_no_window_takes_any(
     async def steps(consumer, window, connection):
         consumer.stop()
         taken(connection)
-        reading = asyncio.ensure_future(connection.read())
+        reading = asyncio.ensure_future(connection.read_messages())
         heartbeat = fakes.frame(nsq.FRAME_TYPE_RESPONSE, b'_heartbeat_')
         connection.stream.feed(heartbeat + fakes.message_frame(b'%016d' % 1) + heartbeat)
         await asyncio.sleep(1)
@@ -410,10 +412,10 @@ def test_a_heartbeat_is_answered_between_messages_and_while_no_window_takes_any(
 def test_a_silent_nsqd_is_given_up_after_two_heartbeats_and_a_second():
     async def steps(consumer, window, connection):
         begun = asyncio.get_running_loop().time()
-        reading = asyncio.ensure_future(connection.read())
+        reading = asyncio.ensure_future(connection.read_messages())
         await asyncio.sleep(15)
         connection.stream.feed(fakes.frame(nsq.FRAME_TYPE_RESPONSE, b'_heartbeat_'))
-        with pytest.raises(QueueError, match='no heartbeat for 21 s'):
+        with pytest.raises(NsqdError, match='no heartbeat for 21 s'):
             await asyncio.wait_for(reading, 100)
         assert asyncio.get_running_loop().time() - begun == pytest.approx(36)
     with_consumer(steps)
@@ -421,12 +423,12 @@ def test_a_silent_nsqd_is_given_up_after_two_heartbeats_and_a_second():
 
 def test_a_frame_in_pieces_is_read_whole_and_its_parts_are_activity():
     async def steps(consumer, window, connection):
-        reading = asyncio.ensure_future(connection.read())
+        reading = asyncio.ensure_future(connection.read_messages())
         data = fakes.message_frame(b'%016d' % 1, b'{"n": "%s"}' % (b'x' * 1000)) + fakes.message_frame(b'%016d' % 2)
         for start in range(0, len(data), 100):
             connection.stream.feed(data[start:start + 100])
             await asyncio.sleep(0.01)
-            assert start + 100 >= len(data) or connection.last_data == connection.heard
+            assert start + 100 >= len(data) or connection.last_data == connection.last_read
         assert [len(message.body) for message in window.accepted] == [1009, 2]
         reading.cancel()
     with_consumer(steps)
@@ -437,8 +439,8 @@ def test_a_frame_of_an_impossible_size_ends_the_connection(size):
     async def steps(consumer, window, connection):
         kind = nsq.FRAME_TYPE_MESSAGE if size == 29 else nsq.FRAME_TYPE_RESPONSE
         connection.stream.feed(size.to_bytes(4, 'big', signed=True) + kind.to_bytes(4, 'big') + b'x' * 40)
-        with pytest.raises(QueueError, match='size'):
-            await asyncio.wait_for(connection.read(), 100)
+        with pytest.raises(NsqdError, match='size'):
+            await asyncio.wait_for(connection.read_messages(), 100)
     with_consumer(steps)
 
 
@@ -446,12 +448,12 @@ def test_what_was_asked_for_and_is_not_offered_ends_the_handshake_before_a_secre
     async def steps(consumer, window, connection):
         taken(connection)
         connection.info = {}
-        with pytest.raises(QueueError, match='does not offer it'):
+        with pytest.raises(NsqdError, match='does not offer it'):
             await connection.start_tls(None)
-        with pytest.raises(QueueError, match='does not do it'):
+        with pytest.raises(NsqdError, match='does not use AUTH'):
             await asyncio.wait_for(connection.authenticate(b'secret'), 1)
         connection.info = {'auth_required': True}
-        with pytest.raises(QueueError, match='AUTH required'):
+        with pytest.raises(NsqdError, match='AUTH required'):
             await connection.authenticate(None)
         assert taken(connection) == []
     with_consumer(steps)
@@ -460,7 +462,7 @@ def test_what_was_asked_for_and_is_not_offered_ends_the_handshake_before_a_secre
 def test_a_connection_closes_behind_all_answers_and_after_close_wait():
     async def steps(consumer, window, connection):
         come(connection, 1)
-        reading = asyncio.ensure_future(connection.read())
+        reading = asyncio.ensure_future(connection.read_messages())
         taken(connection)
         closing = asyncio.ensure_future(consumer.close())
         await asyncio.sleep(0.2)
@@ -485,9 +487,9 @@ def test_an_nsqd_that_does_not_answer_cls_holds_up_nobody():
 def test_a_lost_connection_is_a_failure_of_the_queue_only_when_it_was_the_last():
     async def steps(consumer, window, one, two):
         consumer.on_disconnect(one, 'gone')
-        assert (consumer.health.up('queue'), consumer.connections) == (True, [two])
+        assert (consumer.health.is_up('queue'), consumer.connections) == (True, [two])
         consumer.on_disconnect(two, 'gone')
-        assert not consumer.health.up('queue')
+        assert not consumer.health.is_up('queue')
         assert one.stream.closed and two.stream.closed
     with_consumer(steps, connections=2)
 
@@ -514,13 +516,13 @@ def test_nsqds_that_are_named_no_more_are_not_connected_again(monkeypatch):
 
 def test_a_source_is_exhausted_when_nobody_has_the_topic_or_all_of_rdy_is_in_flight():
     async def steps(consumer, window, connection):
-        assert not consumer.exhausted
+        assert not consumer.is_exhausted
         messages = come(connection, *range(10))
-        assert consumer.exhausted
+        assert consumer.is_exhausted
         consumer.finish(messages[:1])
-        assert not consumer.exhausted
+        assert not consumer.is_exhausted
         consumer.addresses.clear()
-        assert consumer.exhausted
+        assert consumer.is_exhausted
     with_consumer(steps, **{'max-in-flight': '10'})
 
 
@@ -539,7 +541,8 @@ def opened(monkeypatch, steps, fates, found=None, poller=None, **nsq_options):
         await asyncio.sleep(0.01 * port)
         if isinstance(fate, Exception):
             raise fate
-        connection.max_rdy, connection.msg_timeout, connection.max_msg_timeout, connection.silence = 9, 60.0, 900.0, 1
+        connection.max_rdy, connection.msg_timeout, connection.max_msg_timeout, connection.idle_delay = (
+            9, 60.0, 900.0, 1)
         connection.lasts = fate
 
     async def read(connection):
@@ -547,15 +550,15 @@ def opened(monkeypatch, steps, fates, found=None, poller=None, **nsq_options):
         raise StreamClosedError
 
     async def find_nsqds(config, topic, patience=None, news=None):
-        assert patience == xmsrv.LOOKUP_PATIENCE
+        assert patience == xmsrv.LOOKUP_GRACE
         return dict.fromkeys(('127.0.0.1', port) for port in (fates if found is None else found))
 
     async def main():
         monkeypatch.setattr(Subscription, 'open', open)
-        monkeypatch.setattr(Subscription, 'read', read)
+        monkeypatch.setattr(Subscription, 'read_messages', read)
         monkeypatch.setattr(xmsrv, 'find_nsqds', find_nsqds)
-        config, tasks = fakes.options(nsq=nsq_options), Crew()
-        consumer = Consumer(config, tasks, Link(config), 'orders', 'x-msrv', Health())
+        config, tasks = fakes.options(nsq=nsq_options), BackgroundTasks()
+        consumer = Consumer(config, tasks, ConnectionOptions(config), 'orders', 'x-msrv', Health())
         consumer.poller = poller
         await steps(consumer, attempts)
         await tasks.cancel()
@@ -570,9 +573,9 @@ def test_a_source_is_open_when_the_first_nsqd_is_connected(monkeypatch):
         await consumer.open()
         assert [connection.address[1] for connection in consumer.connections] == [2]
         assert asyncio.get_running_loop().time() == pytest.approx(1000.02)
-        assert not consumer.all_tried()
+        assert not consumer.has_tried_all()
         await asyncio.sleep(0.02)
-        assert [connection.address[1] for connection in consumer.connections] == [2, 3] and consumer.all_tried()
+        assert [connection.address[1] for connection in consumer.connections] == [2, 3] and consumer.has_tried_all()
         assert consumer.connect_errors[('127.0.0.1', 1)] == 'Connection refused'
     opened(monkeypatch, steps, {1: [REFUSED], 2: [99], 3: [99]})
 
@@ -590,7 +593,7 @@ def test_a_source_without_any_nsqd_names_the_fault_of_each(monkeypatch):
 def test_a_topic_that_no_nsqd_has_is_an_open_source_with_nothing_to_come(monkeypatch):
     async def steps(consumer, attempts):
         await consumer.open()
-        assert consumer.exhausted and consumer.all_tried() and attempts == []
+        assert consumer.is_exhausted and consumer.has_tried_all() and attempts == []
     opened(monkeypatch, steps, {}, found=[])
 
 
@@ -612,7 +615,7 @@ class Poller:
     async def run(self):
         pass
 
-    async def fresh_answer(self):
+    async def wait_for_answer(self):
         self.asked += 1
         await asyncio.sleep(0.5)
         self.consumer.update_nsqds(dict.fromkeys(('127.0.0.1', port) for port in self.named))
@@ -625,9 +628,9 @@ def test_a_connection_that_ends_is_made_again_once_nsqlookupd_still_names_the_ns
         poller.consumer = consumer
         await consumer.open()
         await asyncio.sleep(1.5)
-        assert (consumer.connections, consumer.health.up('queue'), poller.asked) == ([], False, 1)
+        assert (consumer.connections, consumer.health.is_up('queue'), poller.asked) == ([], False, 1)
         await asyncio.sleep(0.5)
-        assert (len(consumer.connections), consumer.health.up('queue'), len(attempts)) == (1, True, 2)
+        assert (len(consumer.connections), consumer.health.is_up('queue'), len(attempts)) == (1, True, 2)
         assert consumer.connect_errors == {('127.0.0.1', 1): None}
         poller.named = []
         await asyncio.sleep(60)
@@ -645,7 +648,7 @@ def test_an_nsqd_that_is_named_no_more_stays_for_as_long_as_its_connection(monke
         await asyncio.sleep(5)
         assert len(consumer.connections) == 1
         await asyncio.sleep(60)
-        assert (consumer.connections, consumer.health.up('queue'), len(attempts)) == ([], False, 1)
+        assert (consumer.connections, consumer.health.is_up('queue'), len(attempts)) == ([], False, 1)
         consumer.update_nsqds({('127.0.0.1', 1): None})   # it is named again: that is worth a try at once
         await asyncio.sleep(0.1)
         assert len(attempts) == 2 and consumer.connections

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmsrv import CHUNK, DeflateStream, QueueError
+from xmsrv import READ_SIZE, DeflateStream, NsqdError
 
 
 class Pipe:
@@ -34,14 +34,14 @@ def cut(data, size):
 
 
 @settings(deadline=None)
-@given(st.lists(st.binary(max_size=300) | st.integers(0, 3 * CHUNK).map(bytes), min_size=1, max_size=4),
+@given(st.lists(st.binary(max_size=300) | st.integers(0, 3 * READ_SIZE).map(bytes), min_size=1, max_size=4),
        st.integers(1, 70000))
 def test_what_comes_out_is_what_went_in(parts, size):
     async def read_all():
         stream, found = DeflateStream(Pipe(cut(deflated(parts), size))), b''
         while len(found) < sum(map(len, parts)):
-            data = await stream.read_bytes(CHUNK, partial=True)
-            assert 0 < len(data) <= CHUNK
+            data = await stream.read_bytes(READ_SIZE, partial=True)
+            assert 0 < len(data) <= READ_SIZE
             found += data
         return found
     assert asyncio.run(read_all()) == b''.join(parts)
@@ -59,13 +59,13 @@ def test_an_answer_of_the_handshake_is_read_to_its_last_byte_and_no_further(data
 def test_much_from_little_comes_a_chunk_at_a_time():
     """100 MB of 100 KB: no more than a chunk is in memory, and no byte is read from the socket meanwhile."""
     small = deflated([bytes(100 << 20)])
-    assert len(small) < CHUNK
+    assert len(small) < READ_SIZE
     pipe = Pipe([small])
 
     async def read():
         stream = DeflateStream(pipe)
-        return [len(await stream.read_bytes(CHUNK, partial=True)) for _ in range((100 << 20) // CHUNK)]
-    assert set(asyncio.run(read())) == {CHUNK}
+        return [len(await stream.read_bytes(READ_SIZE, partial=True)) for _ in range((100 << 20) // READ_SIZE)]
+    assert set(asyncio.run(read())) == {READ_SIZE}
 
 
 def test_what_is_written_is_flushed_at_once():
@@ -82,5 +82,5 @@ def test_what_is_written_is_flushed_at_once():
     (b'\xff' * 20, 'not what deflate makes'), (zlib.compress(b'a' * 100), 'not what deflate makes'),
     (zlib.compressobj(wbits=-zlib.MAX_WBITS).flush(), 'has ended')], ids=['rubbish', "zlib's header", 'its end'])
 def test_what_is_no_deflate_ends_the_connection(data, words):
-    with pytest.raises(QueueError, match=words):
+    with pytest.raises(NsqdError, match=words):
         asyncio.run(DeflateStream(Pipe([data])).read_bytes(8))

@@ -13,19 +13,19 @@ from aerospike_helpers.batch.records import Remove, Write
 import fakes
 from xmsrv import (
     DELETED,
-    NEVER,
     STALE,
     STORED,
     STORES,
+    TTL_NEVER,
     Deletion,
-    Figures,
+    InvalidMessage,
     Mapper,
+    Metrics,
     Record,
-    StoreDown,
-    Unfit,
+    StoreError,
     lasting_tombstones,
+    merge_metrics,
     readings_of,
-    together,
     tombstone_obstacles,
 )
 
@@ -37,7 +37,7 @@ def options(record=None, **delete):
 
 
 def mapped(body, config=None):
-    return Mapper(config or options()).record(fakes.message(body=json.dumps(body).encode()))
+    return Mapper(config or options()).build_record(fakes.message(body=json.dumps(body).encode()))
 
 
 # -- which messages delete
@@ -66,12 +66,12 @@ def test_a_tombstone_has_key_and_time_alone_and_its_own_ttl(id_bin, bins):
     record = mapped({'id': 1, 'ts': 2, 'op': 'd', 'text': 'x', 'more': [1]}, config)
     assert (record.key, record.bins, record.time, record.ttl) == (1, bins, 2, 2 * 86400)
     assert mapped({'id': 1, 'ts': 2}, options(keep='never')).ttl is None
-    assert mapped({'id': 1, 'ts': 2, 'op': 'd'}, options(keep='never')).ttl == NEVER
+    assert mapped({'id': 1, 'ts': 2, 'op': 'd'}, options(keep='never')).ttl == TTL_NEVER
 
 
 def test_what_no_bin_could_hold_is_no_matter_for_a_delete():
     assert mapped({'id': 1, 'ts': 2, 'op': 'd', 'a name of very many letters': 1}).bins == {'gid': 1, 'gts': 2}
-    with pytest.raises(Unfit, match='over 15 bytes'):
+    with pytest.raises(InvalidMessage, match='over 15 bytes'):
         mapped({'id': 1, 'ts': 2, 'a name of very many letters': 1})
 
 
@@ -81,7 +81,7 @@ def test_what_no_bin_could_hold_is_no_matter_for_a_delete():
     ({'id': 1, 'ts': 2**63}, 'unsupported-value: ts: integer outside 64 bit'),
 ])
 def test_a_delete_without_a_good_key_and_time_is_a_dead_letter(body, unfit):
-    with pytest.raises(Unfit, match=unfit):
+    with pytest.raises(InvalidMessage, match=unfit):
         mapped({**body, 'op': 'd'})
 
 
@@ -93,11 +93,12 @@ def test_a_delete_is_checked_in_what_it_has(unknown):
                            message={'fields': fields, 'unknown-fields': unknown})
     assert mapped({'id': 1, 'ts': 2, 'op': 'd'}, config).bins == {'gid': 1, 'gts': 2}
     for more, detail in (({'n': 0}, 'n: value under 1'), ({'n': 'x'}, 'n: not an integer')):
-        with pytest.raises(Unfit, match=detail):
+        with pytest.raises(InvalidMessage, match=detail):
             mapped({'id': 1, 'ts': 2, 'op': 'd', **more}, config)
-    with pytest.raises(Unfit, match='n: missing'):
+    with pytest.raises(InvalidMessage, match='n: missing'):
         mapped({'id': 1, 'ts': 2, 'op': 'u'}, config)
-    refused = pytest.raises(Unfit, match='other: unknown field') if unknown == 'reject' else contextlib.nullcontext()
+    refused = (pytest.raises(InvalidMessage, match='other: unknown field') if unknown == 'reject'
+               else contextlib.nullcontext())
     with refused:
         mapped({'id': 1, 'ts': 2, 'op': 'd', 'other': 1}, config)
 
@@ -113,7 +114,7 @@ def test_a_null_beside_it_is_as_in_any_message():
     body = {'id': 1, 'ts': 2, 'op': 'd', 'after': None}
     assert isinstance(mapped(body), Deletion)
     config = fakes.options(record={'key': 'id', 'time': 'ts', 'delete': DELETE}, message={'nulls': 'reject'})
-    with pytest.raises(Unfit, match='after: null'):
+    with pytest.raises(InvalidMessage, match='after: null'):
         mapped(body, config)
 
 
@@ -125,11 +126,11 @@ def test_what_a_word_may_stand_for(word, values):
 
 
 def test_a_delete_counts_as_one_and_its_age_is_observed():
-    figures, messages = Figures(), [fakes.message(n) for n in range(3)]
-    figures.settled(DELETED, messages, 10.0)
-    total = together([figures.snapshot()])
-    assert total.number('xmsrv_lag_seconds_count') == 3
-    assert total.number('xmsrv_messages_total', 'deleted') == 0     # before any window has told
+    metrics, messages = Metrics(), [fakes.message(n) for n in range(3)]
+    metrics.add_settled(DELETED, messages, 10.0)
+    total = merge_metrics([metrics.take_snapshot()])
+    assert total.value_of('xmsrv_lag_seconds_count') == 3
+    assert total.value_of('xmsrv_messages_total', 'deleted') == 0     # before any window has told
 
 
 # -- Aerospike
@@ -207,9 +208,9 @@ def test_a_removal_has_its_filter_and_is_durable_where_it_can_be(monkeypatch, in
 
 def test_a_cluster_that_does_not_say_its_edition_is_asked_again_later(monkeypatch):
     client = Client(release='odd')
-    with pytest.raises(StoreDown, match='which edition') as raised:
+    with pytest.raises(StoreError, match='which edition') as raised:
         store_on(monkeypatch, client, options(mode='remove'))
-    assert raised.value.again
+    assert raised.value.retryable
     store_on(monkeypatch, client, options())    # tombstones are writes, in any edition
 
 
@@ -264,7 +265,7 @@ def test_not_found_is_no_answer_to_a_write(monkeypatch):
     (60, {'nsup-period': '0', 'allow-ttl-without-nsup': 'false'}, True, False),
     (60, {'nsup-period': '0', 'allow-ttl-without-nsup': 'true'}, False, True),
     (60, {'nsup-period': '120', 'allow-ttl-without-nsup': 'false'}, False, False), (60, {}, False, False),
-    (NEVER, {'nsup-period': '0'}, False, False), (None, {'nsup-period': '0'}, False, False),
+    (TTL_NEVER, {'nsup-period': '0'}, False, False), (None, {'nsup-period': '0'}, False, False),
 ])
 def test_what_a_namespace_does_with_tombstones(keep, namespace, refused, lasting):
     assert bool(list(tombstone_obstacles(keep, namespace))) is refused

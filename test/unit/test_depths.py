@@ -18,7 +18,7 @@ def asked(monkeypatch, answers, seconds=100):
 
     async def stats(address, http_port, topic, query):
         assert (http_port, topic) == (None, 'orders')
-        answer = answers[hosts.index(xmsrv.spelled(address))]
+        answer = answers[hosts.index(xmsrv.format_address(address))]
         if answer == 'hangs':
             await asyncio.sleep(1e6)
         return answer

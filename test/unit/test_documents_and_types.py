@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fakes
-from xmsrv import AerospikeStore, Mapper, Record, Unfit, typed, typed_bins
+from xmsrv import AerospikeStore, InvalidMessage, Mapper, Record, build_config, typed_bins
 
 POINT = {'type': 'Point', 'coordinates': [7.45, 46.95]}
 
 
 def mapped(value, **sections):
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return Mapper(fakes.options(**sections)).record(fakes.message(7, body))
+    return Mapper(fakes.options(**sections)).build_record(fakes.message(7, body))
 
 
 def bins(value, fields=(), unknown='keep', nulls='omit', **record):
@@ -25,7 +25,7 @@ def bins(value, fields=(), unknown='keep', nulls='omit', **record):
 
 
 def refused(value, *args, **options):
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(InvalidMessage) as caught:
         bins(value, *args, **options)
     return caught.value.reason, caught.value.detail
 
@@ -87,7 +87,7 @@ def test_names_of_a_document_are_of_any_length():
 
 def faults(**sections):
     given_ = {'nsq': {'nsqd-tcp-address': '127.0.0.1:4150', 'topic': 't'}, 'store': 'sqlite', **sections}
-    return [str(each) for each in typed(given_)[1] if each.section]
+    return [str(each) for each in build_config(given_)[1] if each.section]
 
 
 # --- base64

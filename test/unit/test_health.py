@@ -5,7 +5,7 @@ import logging
 import pytest
 
 import clock
-from xmsrv import FEW, MORE, Health, Repeats, log
+from xmsrv import REPEATS_LOGGED, REPEATS_TEMPLATE, Health, RateLimitFilter, log
 
 
 @pytest.fixture
@@ -27,16 +27,16 @@ def lines(monkeypatch):
 def test_a_failure_is_said_once_and_its_end_with_how_long_it_took(lines):
     async def main():
         health = Health()
-        assert (health.up('store'), health.trouble) == (True, None)
-        health.fail('store', 'no answer', kind='batch')
+        assert (health.is_up('store'), health.failure_text) == (True, None)
+        health.report_failure('store', 'no answer', kind='batch')
         await asyncio.sleep(2)
-        health.fail('store', 'no answer of another node', kind='batch')
-        assert (health.up('store'), health.up('queue')) == (False, True)
-        assert health.trouble == 'store unavailable: no answer of another node'
+        health.report_failure('store', 'no answer of another node', kind='batch')
+        assert (health.is_up('store'), health.is_up('queue')) == (False, True)
+        assert health.failure_text == 'store unavailable: no answer of another node'
         await asyncio.sleep(3)
-        health.recover('store')
-        health.recover('store')
-        assert (health.up('store'), health.trouble) == (True, None)
+        health.report_recovery('store')
+        health.report_recovery('store')
+        assert (health.is_up('store'), health.failure_text) == (True, None)
     clock.run(main())
     assert lines == [('WARNING', 'store unavailable (no answer): retrying, consumption paused'),
                      ('DEBUG', 'store unavailable (no answer of another node): retrying, consumption paused'),
@@ -46,11 +46,11 @@ def test_a_failure_is_said_once_and_its_end_with_how_long_it_took(lines):
 def test_a_failure_of_another_kind_is_a_warning_again_and_the_same_is_none(lines):
     async def main():
         health = Health()
-        health.fail('queue', 'refused')
-        health.fail('queue', 'refused')
-        health.fail('queue', 'no name')
-        health.fail('dead letters', 'full')
-        assert health.trouble == 'queue unavailable: no name; dead letters unavailable: full'
+        health.report_failure('queue', 'refused')
+        health.report_failure('queue', 'refused')
+        health.report_failure('queue', 'no name')
+        health.report_failure('dead letters', 'full')
+        assert health.failure_text == 'queue unavailable: no name; dead letters unavailable: full'
     clock.run(main())
     assert [level for level, _ in lines] == ['WARNING', 'DEBUG', 'WARNING', 'WARNING']
     assert lines[-1][1] == 'dead letters unavailable (full): retrying'    # for the queue flows meanwhile
@@ -60,15 +60,15 @@ def test_what_repeats_is_counted_and_said_when_the_minute_is_over(lines, monkeyp
     monkeypatch.setattr(log, 'level', logging.INFO)
     log.manager._clear_cache()
     time = [100.0]
-    repeats = Repeats(lambda: time[0])
+    repeats = RateLimitFilter(lambda: time[0])
     monkeypatch.setattr(repeats, 'set_timer', lambda: None)
 
     def passes(text, *arguments, level=logging.WARNING):
         return repeats.filter(logging.LogRecord('x-msrv', level, '', 0, text, arguments, None))
-    assert [passes('late: %s', n) for n in range(FEW + 3)] == [True] * FEW + [False] * 3
+    assert [passes('late: %s', n) for n in range(REPEATS_LOGGED + 3)] == [True] * REPEATS_LOGGED + [False] * 3
     assert passes('another: %s', 1) and passes('late: %s', 9, level=logging.INFO)
     time[0] += 59
     assert not passes('late: %s', 10)
     time[0] += 2
     assert passes('late: %s', 11)
-    assert lines == [('WARNING', MORE % (4, 'late: 10'))]
+    assert lines == [('WARNING', REPEATS_TEMPLATE % (4, 'late: 10'))]

@@ -12,16 +12,16 @@ import fakes
 import xmsrv
 from xmsrv import (
     DEAD,
-    HISTORY,
-    Crew,
+    MAX_HISTORY,
+    BackgroundTasks,
     DeadLetterFileSource,
-    DeadLetters,
-    Unfit,
+    DeadLetterSink,
+    InvalidMessage,
     append_durably,
-    enveloped,
-    filed,
-    opened,
-    unfiled,
+    decode_line,
+    decode_topic,
+    encode_line,
+    encode_topic,
 )
 
 ONE, TWO, THREE = b'{"n": 1}\n', b'{"n": 2}\n', b'{"n": 3}\n'
@@ -29,8 +29,9 @@ ONE, TWO, THREE = b'{"n": 1}\n', b'{"n": 2}\n', b'{"n": 3}\n'
 
 def letter(n, body=b'{"n": 1}', **more):
     """A line of a file."""
-    return filed({'reason': 'schema', 'detail': 'n: no', 'id': f'{n:016d}', 'attempts': 1, 'timestamp': str(1000 + n),
-                  'time': '2026-11-24T03:44:00Z', **more}, body)
+    return encode_line({'reason': 'schema', 'detail': 'n: no', 'id': f'{n:016d}', 'attempts': 1,
+                        'timestamp': str(1000 + n),
+                        'time': '2026-11-24T03:44:00Z', **more}, body)
 
 
 # -- appending
@@ -84,13 +85,13 @@ def test_a_file_that_another_has_locked_is_not_written_to(tmp_path, monkeypatch)
 
 def test_a_file_that_was_replaced_before_it_was_locked_is_opened_again(tmp_path, monkeypatch):
     (tmp_path / 'dead').write_bytes(b'')
-    lock, replaced = xmsrv.lock, []
+    lock, replaced = xmsrv.lock_file, []
 
     def slow(fd, seconds):
         lock(fd, seconds)
         if not replaced:
             replaced.append((tmp_path / 'dead').rename(tmp_path / 'old'))
-    monkeypatch.setattr(xmsrv, 'lock', slow)
+    monkeypatch.setattr(xmsrv, 'lock_file', slow)
     append_durably(str(tmp_path / 'dead'), [ONE])
     assert ((tmp_path / 'dead').read_bytes(), (tmp_path / 'old').read_bytes()) == (ONE, b'')
 
@@ -107,10 +108,10 @@ def test_only_a_regular_file_takes_dead_letters(tmp_path, device):
 @pytest.mark.parametrize('body', [b'{"n": 1}', b'', b'\xff\x00\n', b'two\nlines', 'ä'.encode()])
 def test_both_forms_of_a_letter_read_back_as_the_same_message(body):
     header = {'reason': 'schema', 'id': '0123456789abcdef', 'attempts': 3, 'timestamp': '1732419840000000001'}
-    for _, message in (opened(enveloped(header, body)), unfiled(filed(header, body))):
+    for _, message in (decode_topic(encode_topic(header, body)), decode_line(encode_line(header, body))):
         assert (message.body, message.id, message.attempts) == (body, b'0123456789abcdef', 3)
         assert message.timestamp == 1732419840000000001
-    assert filed(header, body).count(b'\n') == 1
+    assert encode_line(header, body).count(b'\n') == 1
 
 
 HEADER = b'{"reason": "schema", "id": "0123456789abcdef", "attempts": 1, "timestamp": "5"}'
@@ -119,22 +120,23 @@ HEADER = b'{"reason": "schema", "id": "0123456789abcdef", "attempts": 1, "timest
 @pytest.mark.parametrize('broken', [b'', b'[]', b'{}', b'{"reason": "none"}', b'null', letter(1)[:-9], HEADER,
                                     letter(1, reason='other'), letter(1, timestamp='9' * 30), b'[' * 100000])
 def test_what_is_no_letter_is_said_to_be_none(broken):
-    for read in (opened, unfiled):
-        with pytest.raises(Unfit) as caught:
+    for read in (decode_topic, decode_line):
+        with pytest.raises(InvalidMessage) as caught:
             read(broken)
         assert caught.value.reason == 'invalid-json'
 
 
 def test_the_history_grows_to_a_limit_and_keeps_the_latest():
     header = json.loads(letter(1))
-    for n in range(HISTORY + 5):
-        header = xmsrv.failed_again(header, Unfit('key', f'try {n}'))
-    assert (header['detail'], len(header['history'])) == (f'try {HISTORY + 4}', 20)
+    for n in range(MAX_HISTORY + 5):
+        header = xmsrv.with_history(header, InvalidMessage('key', f'try {n}'))
+    assert (header['detail'], len(header['history'])) == (f'try {MAX_HISTORY + 4}', 20)
     assert [entry['detail'] for entry in header['history']] == [f'try {n}' for n in range(4, 24)]
 
 
 def test_the_envelope_has_where_it_came_from_and_the_first_time_as_text():
-    header = xmsrv.envelope(fakes.message(3, conn='nsqd:1', attempts=2), 'k', Unfit('key', 'none'), 'orders', 'x-msrv')
+    header = xmsrv.build_envelope(fakes.message(3, conn='nsqd:1', attempts=2), 'k', InvalidMessage('key', 'none'),
+                                  'orders', 'x-msrv')
     assert header.pop('time')
     assert header == {'reason': 'key', 'detail': 'none', 'key': 'k', 'topic': 'orders', 'channel': 'x-msrv',
                       'nsqd': 'nsqd:1', 'id': f'{3:016d}', 'attempts': 2, 'timestamp': '1003'}
@@ -148,25 +150,25 @@ class Publisher:
     made = []
 
     def __init__(self, address, link, topic, channel):
-        self.address, self.topic, self.channel, self.lost, self.published = address, topic, channel, False, []
+        self.address, self.topic, self.channel, self.is_closed, self.published = address, topic, channel, False, []
         self.made.append(self)
 
     def __str__(self):
-        return xmsrv.spelled(self.address)
+        return xmsrv.format_address(self.address)
 
     async def open(self):
         if self.address[1] in self.down:
             raise ConnectionRefusedError(errno.ECONNREFUSED, 'refused')
 
     async def publish(self, bodies):
-        assert not self.lost
-        bodies = [opened(body)[1].body for body in bodies]
+        assert not self.is_closed
+        bodies = [decode_topic(body)[1].body for body in bodies]
         if self.fault and any(b'bad' in body for body in bodies):
             raise self.fault
         self.published.append(bodies)
 
     def close(self):
-        self.lost = True
+        self.is_closed = True
 
 
 @pytest.fixture
@@ -177,12 +179,12 @@ def keep(tmp_path, monkeypatch):
             messages = []
             for n, (port, body) in enumerate(sent):
                 messages.append(fakes.message(n, body, types.SimpleNamespace(address=('127.0.0.1', port))))
-                messages[-1].unfit = Unfit('schema', 'no')
+                messages[-1].rejection = InvalidMessage('schema', 'no')
             path = {'file': str(tmp_path / 'dead')} if file else {}
             config = fakes.options(dead_letter={**path, **dead_letter})
-            sink = DeadLetters(config, None)
+            sink = DeadLetterSink(config, None)
             try:
-                return await sink.keep(messages)
+                return await sink.write_dead_letters(messages)
             finally:
                 sink.close()
         monkeypatch.setattr(xmsrv, 'Publisher', Publisher)
@@ -190,7 +192,7 @@ def keep(tmp_path, monkeypatch):
         results = asyncio.run(main())
         lines = (tmp_path / 'dead').read_bytes().splitlines() if (tmp_path / 'dead').exists() else []
         return (results, [body for publisher in Publisher.made for bodies in publisher.published for body in bodies],
-                [unfiled(line)[1].body for line in lines])
+                [decode_line(line)[1].body for line in lines])
     return kept
 
 
@@ -202,12 +204,12 @@ def test_letters_go_to_the_topic_of_the_nsqd_that_delivered_them(keep):
 
 def test_the_header_has_the_key_where_it_is_known():
     for key, expected in (('$id', True), ('id', False)):
-        sink = DeadLetters(fakes.options(record={'key': key}), None)
+        sink = DeadLetterSink(fakes.options(record={'key': key}), None)
         message = fakes.message(1)
-        message.unfit = Unfit('schema', 'no')
-        assert sink.header(message)['key'] == (message.key if expected else None)
+        message.rejection = InvalidMessage('schema', 'no')
+        assert sink.build_header(message)['key'] == (message.key if expected else None)
         message.record = xmsrv.Record('k', {}, None)
-        assert sink.header(message)['key'] == 'k'
+        assert sink.build_header(message)['key'] == 'k'
         sink.close()
 
 
@@ -218,12 +220,12 @@ def test_what_the_topic_has_taken_makes_no_file(keep, tmp_path):
 
 def test_what_the_topic_refuses_goes_to_the_file_and_the_others_are_published(keep):
     bodies = [b'a', b'b', b'bad', b'd', b'e']
-    results, published, lines = keep(*((1, body) for body in bodies), fault=xmsrv.QueueError('E_BAD_MESSAGE'))
+    results, published, lines = keep(*((1, body) for body in bodies), fault=xmsrv.NsqdError('E_BAD_MESSAGE'))
     assert (results, sorted(published), lines) == ([DEAD] * 5, [b'a', b'b', b'd', b'e'], [b'bad'])
 
 
 def test_without_a_file_what_is_refused_away_or_unknown_is_said_to_be(keep):
-    results, *_ = keep((1, b'bad'), (2, b'b'), file=False, down=[2], fault=xmsrv.QueueError('E_BAD_MESSAGE'))
+    results, *_ = keep((1, b'bad'), (2, b'b'), file=False, down=[2], fault=xmsrv.NsqdError('E_BAD_MESSAGE'))
     assert [(result.outcome, result.reason) for result in results] == [('unkept', 'refused'), ('unkept', 'away')]
     results, *_ = keep((1, b'bad'), file=False, fault=TimeoutError())
     assert [(result.outcome, result.reason) for result in results] == [('unkept', 'unknown')]
@@ -245,15 +247,15 @@ def test_discarded_letters_go_nowhere(keep):
 
 
 def test_a_connection_that_refused_a_letter_is_closed_and_another_one_made(keep):
-    keep((1, b'bad'), (1, b'b'), fault=xmsrv.QueueError('E_BAD_MESSAGE'))
+    keep((1, b'bad'), (1, b'b'), fault=xmsrv.NsqdError('E_BAD_MESSAGE'))
     assert len(Publisher.made) == 3    # both, the bad one, the good one
-    assert all(publisher.lost for publisher in Publisher.made)
+    assert all(publisher.is_closed for publisher in Publisher.made)
 
 
 def test_the_log_names_the_letter_and_the_option_that_would_keep_it(keep, caplog):
     caplog.set_level('WARNING', 'x-msrv')
-    for file, fault, hint in ((False, xmsrv.QueueError('E_BAD_MESSAGE'), True), (False, TimeoutError(), False),
-                              (True, xmsrv.QueueError('E_BAD_MESSAGE'), False)):
+    for file, fault, hint in ((False, xmsrv.NsqdError('E_BAD_MESSAGE'), True), (False, TimeoutError(), False),
+                              (True, xmsrv.NsqdError('E_BAD_MESSAGE'), False)):
         caplog.clear()
         keep((1, b'bad'), file=file, fault=fault)
         line, = [record.getMessage() for record in caplog.records]
@@ -265,23 +267,23 @@ def test_a_connection_that_was_lost_is_made_anew(monkeypatch):
     async def main():
         monkeypatch.setattr(xmsrv, 'Publisher', Publisher)
         Publisher.made, Publisher.down, Publisher.fault = [], (), None
-        sink = DeadLetters(fakes.options(), None)
+        sink = DeadLetterSink(fakes.options(), None)
         message = fakes.message(1, b'a', types.SimpleNamespace(address=('127.0.0.1', 1)))
-        message.unfit = Unfit('schema', 'no')
+        message.rejection = InvalidMessage('schema', 'no')
         for lost in (False, True, False):
-            assert await sink.keep([message]) == [DEAD]
+            assert await sink.write_dead_letters([message]) == [DEAD]
             assert len(Publisher.made) == 1 + (len(Publisher.made) > 1)
-            Publisher.made[-1].lost = lost
+            Publisher.made[-1].is_closed = lost
         sink.close()
     asyncio.run(main())
     assert [len(publisher.published) for publisher in Publisher.made] == [2, 1]
-    assert Publisher.made[-1].lost
+    assert Publisher.made[-1].is_closed
 
 
 def test_a_batch_that_is_refused_while_the_run_ends_is_not_halved(keep, monkeypatch):
     async def publish(publisher, bodies):
         publisher.sink.close()
-        raise xmsrv.QueueError('E_BAD_MESSAGE')
+        raise xmsrv.NsqdError('E_BAD_MESSAGE')
 
     def made(address, link, topic, channel):
         publisher = Publisher(address, link, topic, channel)
@@ -291,12 +293,12 @@ def test_a_batch_that_is_refused_while_the_run_ends_is_not_halved(keep, monkeypa
     async def main():
         messages = [fakes.message(n, b'a', types.SimpleNamespace(address=('127.0.0.1', 1))) for n in range(4)]
         for message in messages:
-            message.unfit = Unfit('schema', 'no')
-        return await sink.keep(messages)
+            message.rejection = InvalidMessage('schema', 'no')
+        return await sink.write_dead_letters(messages)
     Publisher.made, Publisher.down = [], ()
     monkeypatch.setattr(Publisher, 'publish', publish)
     monkeypatch.setattr(xmsrv, 'Publisher', made)
-    sink = DeadLetters(fakes.options(), None)
+    sink = DeadLetterSink(fakes.options(), None)
     assert {result.reason for result in asyncio.run(main())} == {'refused'}
     assert len(Publisher.made) == 1
 
@@ -330,7 +332,7 @@ def test_a_lock_that_is_given_back_in_time_is_had(tmp_path, monkeypatch):
 def replayed(path, steps):
     """Runs `steps(source, messages)` with a source that has read the whole file."""
     async def main():
-        tasks, messages = Crew(), []
+        tasks, messages = BackgroundTasks(), []
         source = DeadLetterFileSource(fakes.options(), tasks, str(path), looking=False)
         source.start(lambda: 1000, messages.extend)
         await source.open()
@@ -350,10 +352,10 @@ def test_what_was_stored_leaves_the_file_and_the_rest_stays_in_its_order(tmp_pat
 
     def steps(source, messages):
         first, second, nothing, third = messages
-        second.unfit = nothing.unfit = Unfit('key', 'today')
+        second.rejection = nothing.rejection = InvalidMessage('key', 'today')
         source.finish([first])
         source.requeue([second, nothing, third])
-        source.commit()
+        source.rewrite_file()
     replayed(path, steps)
     blank, two, foreign, three = path.read_bytes().splitlines(keepends=True)
     assert (blank, foreign, three) == (b'\n', b'no letter\n', letter(3))
@@ -372,7 +374,7 @@ def test_the_new_file_is_durable_before_it_takes_the_old_ones_name_and_the_name_
         source.finish(messages[:1])
         append_durably(str(path), [letter(3)])
         del calls[:]
-        source.commit()
+        source.rewrite_file()
     replayed(path, steps)
     assert calls == [('fsync', f'{path}.replay'), ('fsync', f'{path}.replay'), ('rename', f'{path}.replay'),
                      ('fsync', str(tmp_path))]
@@ -396,7 +398,7 @@ def test_the_last_lock_keeps_a_letter_that_is_appended_while_the_file_is_exchang
 
     def steps(source, messages):
         source.finish(messages[:1])
-        source.commit()
+        source.rewrite_file()
     replayed(path, steps)
     assert outcome == ['locked']
     append_durably(str(path), [letter(3)])
@@ -414,7 +416,7 @@ def test_a_file_that_was_cut_or_replaced_meanwhile_stays_as_it_is(tmp_path, chan
             path.rename(tmp_path / 'old')
         path.write_bytes(letter(1))
         with pytest.raises(OSError, match='meanwhile'):
-            source.commit()
+            source.rewrite_file()
     replayed(path, steps)
     assert path.read_bytes() == letter(1)
     assert not (tmp_path / 'dead.replay').exists()
@@ -424,7 +426,7 @@ def test_nothing_changes_where_nothing_was_stored_nor_failed(tmp_path):
     path = tmp_path / 'dead'
     path.write_bytes(letter(1))
     before = path.stat().st_ino
-    replayed(path, lambda source, messages: (source.requeue(messages), source.commit()))
+    replayed(path, lambda source, messages: (source.requeue(messages), source.rewrite_file()))
     assert (path.stat().st_ino, path.read_bytes()) == (before, letter(1))
 
 
@@ -432,7 +434,7 @@ def test_what_a_replay_that_was_killed_has_left_is_not_in_the_new_file(tmp_path)
     path = tmp_path / 'dead'
     path.write_bytes(letter(1) + letter(2))
     (tmp_path / 'dead.replay').write_bytes(letter(9) * 5)
-    replayed(path, lambda source, messages: (source.finish(messages[:1]), source.commit()))
+    replayed(path, lambda source, messages: (source.finish(messages[:1]), source.rewrite_file()))
     assert path.read_bytes() == letter(2)
 
 
@@ -451,7 +453,7 @@ def test_a_source_that_is_read_is_exhausted_only_when_all_is_answered(tmp_path):
     path.write_bytes(letter(1))
 
     def steps(source, messages):
-        assert not source.exhausted
+        assert not source.is_exhausted
         source.finish(messages)
-        assert (source.exhausted, source.held_bytes) == (True, 0)
+        assert (source.is_exhausted, source.held_bytes) == (True, 0)
     replayed(path, steps)

@@ -66,7 +66,7 @@ def test_no_nsqlookupd_that_answers_is_said_once_as_well(monkeypatch, lines):
         await poller.look_up()
     asyncio.run(ask())
     assert [level for level, _ in lines] == ['WARNING', 'DEBUG']
-    assert lines[0][1].endswith('going on with the nsqds that are known')
+    assert lines[0][1].endswith('keeping the known nsqds')
 
 
 # -- what nsqlookupd and nsqd say over HTTP
@@ -207,7 +207,7 @@ def test_nsqlookupd_is_asked_every_5_seconds_and_at_once_when_somebody_wants_to_
     async def steps(poller, times):
         await asyncio.sleep(11)
         assert times == pytest.approx([5, 10.1])
-        await asyncio.wait_for(poller.fresh_answer(), 1)
+        await asyncio.wait_for(poller.wait_for_answer(), 1)
         assert times[2:] == pytest.approx([11])
         await asyncio.sleep(6)
         assert times[3:] == pytest.approx([16.1])
@@ -218,8 +218,8 @@ def test_nsqlookupd_is_asked_every_5_seconds_and_at_once_when_somebody_wants_to_
 def test_who_waits_for_a_fresh_answer_gets_one_that_was_asked_for_after_that(monkeypatch, answer):
     async def steps(poller, times):
         await asyncio.sleep(5.05)                # a question is under way
-        first = asyncio.ensure_future(poller.fresh_answer())
-        gone = asyncio.ensure_future(poller.fresh_answer())
+        first = asyncio.ensure_future(poller.wait_for_answer())
+        gone = asyncio.ensure_future(poller.wait_for_answer())
         await asyncio.sleep(0.01)
         gone.cancel()
         await asyncio.sleep(0.06)

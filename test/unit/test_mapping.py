@@ -4,17 +4,17 @@ import zlib
 import pytest
 
 import fakes
-from xmsrv import COUNTED_AGAIN, MAX_BINS, Mapper, Unfit, decode, decoded_members
+from xmsrv import COUNTED_AGAIN, MAX_BINS, InvalidMessage, Mapper, decode_message, decoded_members
 
 DEEP = b'[' * 62 + b']' * 62    # in a member of an object, under a list: 64 levels
 
 
 def mapped(body, conn=None, **sections):
-    return Mapper(fakes.options(**sections)).record(fakes.message(7, body, conn))
+    return Mapper(fakes.options(**sections)).build_record(fakes.message(7, body, conn))
 
 
 def refused(body, **sections):
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(InvalidMessage) as caught:
         mapped(body, **sections)
     return caught.value.reason, caught.value.detail
 
@@ -41,7 +41,7 @@ def test_the_key_is_id_time_and_checksum_and_the_same_for_each_delivery():
     (b'{"n": [' + DEEP + b']}', None), (b'{"n": [' + DEEP + b'], "b": "\\\\"}', None),
 ])
 def test_what_is_good_is_kept_as_it_is(body, fields):
-    decoded = decode(body)
+    decoded = decode_message(body)
     assert fields is None or decoded == fields
 
 
@@ -49,7 +49,7 @@ def test_what_is_good_is_kept_as_it_is(body, fields):
 def test_a_name_that_comes_twice_is_seen_whatever_came_before(monkeypatch, before):
     monkeypatch.setattr(decoded_members, 'doubtful', 0)
     for body in before:
-        assert decode(body) == {'t': '12:30'}
+        assert decode_message(body) == {'t': '12:30'}
     for body in (b'{"a": 1, "a": 1}', b'{"b": [{"a": 1, "a": 1}]}', b'{"a": {"b": ":", "b": {}}}',
                  b'{"a":1,"b:a":1,"a":2}', b'{"a": "\\"", "a": "\\\\"}', b'{"a\\n": 1, "a\\n": 1}'):
         assert refused(body)[1].endswith('the name comes twice')
@@ -59,11 +59,11 @@ def test_a_colon_in_a_string_leaves_it_open_for_a_while_what_the_count_says(monk
     monkeypatch.setattr(decoded_members, 'doubtful', 0)
     for body, doubtful in ((b'{"a": {"b": 1}}', 0), (b'{"t": "12:30"}', COUNTED_AGAIN),
                            (b'{"a": 1}', COUNTED_AGAIN - 1)):
-        decode(body)
+        decode_message(body)
         assert decoded_members.doubtful == doubtful
     decoded_members.doubtful = 0
     for _ in range(2):
-        decode(b'{"a": {"b": 1}}')
+        decode_message(b'{"a": {"b": 1}}')
         assert decoded_members.doubtful == 0
 
 
@@ -88,8 +88,8 @@ def test_a_colon_in_a_string_leaves_it_open_for_a_while_what_the_count_says(monk
     (b'\x1f\x8b\x08', 'invalid-json', 'gzip'), ('{"a": 1}'.encode('utf-16-le'), 'invalid-json', 'UTF-16'),
 ])
 def test_what_a_store_would_bend_is_refused_with_its_place(body, reason, detail):
-    with pytest.raises(Unfit) as caught:
-        decode(body)
+    with pytest.raises(InvalidMessage) as caught:
+        decode_message(body)
     assert caught.value.reason == reason and detail in caught.value.detail
 
 

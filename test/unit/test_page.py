@@ -7,7 +7,7 @@ import pytest
 
 import fakes
 import xmsrv
-from xmsrv import ChannelDepth, Chart, Figures, History, Totals, page, together
+from xmsrv import ChannelDepth, Chart, History, Metrics, MetricTotals, merge_metrics, render_page
 
 STORED_KIND = 'xmsrv_messages_total'
 
@@ -22,21 +22,22 @@ def history_of(*samples, nsqds=1):
 
 
 class Fake:
-    """What page() asks of a Daemon."""
+    """What render_page() asks of a Daemon."""
 
     def __init__(self, figures=None, engine=None, **sections):
         self.config = fakes.options(**sections)
-        self.history, self.engine = History(), engine
-        self.ends, self.failures, self.state = dict.fromkeys(xmsrv.ENDS, True), {}, 'last window: nothing came'
-        self.figures = figures or Figures()
+        self.history, self.runner = History(), engine
+        self.end_states, self.end_failures, self.status_line = dict.fromkeys(xmsrv.ENDS,
+                                                                             True), {}, 'last window: nothing came'
+        self.metrics = figures or Metrics()
 
-    def total(self):
-        return together([self.figures.snapshot()])
+    def total_metrics(self):
+        return merge_metrics([self.metrics.take_snapshot()])
 
 
 def shown(daemon, part):
     """The text of a part of the page, by its id: tags are blanks."""
-    text = page(daemon).decode()
+    text = render_page(daemon).decode()
     found = re.search(rf'<(\w+) id="{part}".*?</\1>', text, re.DOTALL)[0]
     return re.sub(r'\s+', ' ', html.unescape(re.sub('<[^>]*>', ' ', found))).strip()
 
@@ -51,18 +52,18 @@ def test_an_end_is_up_or_down_since_its_last_change():
 
 
 def test_samples_are_taken_each_interval_and_the_oldest_go():
-    history, figures = History(), Figures()
+    history, metrics = History(), Metrics()
     for second in range(2000):
-        if history.due(second):
-            figures.add(STORED_KIND, 30, 'stored')
-            history.note_counts(together([figures.snapshot()]), second)
+        if history.is_due(second):
+            metrics.increment(STORED_KIND, 30, 'stored')
+            history.note_counts(merge_metrics([metrics.take_snapshot()]), second)
     assert [sample.time for sample in history.samples] == list(range(1090, 2000, 10))
-    assert history.lately(60) == (60, 180, 0) and history.lately(900) == (900, 2700, 0)
+    assert history.recent_rates(60) == (60, 180, 0) and history.recent_rates(900) == (900, 2700, 0)
 
 
 def test_nothing_is_said_of_the_last_minute_before_two_samples():
-    assert history_of((5, 0)).lately(60) is None
-    assert history_of((5, 0), (25, 0)).lately(60) == (10, 20, 40)
+    assert history_of((5, 0)).recent_rates(60) is None
+    assert history_of((5, 0), (25, 0)).recent_rates(60) == (10, 20, 40)
 
 
 @pytest.mark.parametrize(('waiting', 'words'), [
@@ -76,16 +77,16 @@ def test_nothing_is_said_of_the_last_minute_before_two_samples():
 ])
 def test_the_backlog_grows_falls_or_is_steady(waiting, words):
     history = history_of(*((0, each) for each in waiting))
-    assert xmsrv.trend(waiting[-1], history.growth()) == words
+    assert xmsrv.describe_trend(waiting[-1], history.depth_growth()) == words
 
 
 def test_an_nsqd_that_says_nothing_for_a_while_makes_no_growth():
     """Its messages are there all the time: only times with the same number of nsqds are compared."""
     history = history_of(*((0, 500) for _ in range(6)), nsqds=2)
     history.samples += [sample._replace(time=60 + sample.time, waiting=100, nsqds=1) for sample in history.samples]
-    assert history.growth() == 0
+    assert history.depth_growth() == 0
     history.depths.popitem()
-    assert history.growth() == 0
+    assert history.depth_growth() == 0
 
 
 @pytest.mark.parametrize(('most', 'end'), [(0, 1), (0.3, 0.5), (1, 1), (1.01, 2), (2, 2), (4, 5), (7, 10), (100, 100),
@@ -97,19 +98,19 @@ def test_an_axis_ends_at_a_round_number(most, end):
 @pytest.mark.parametrize(('number', 'text'), [(0, '0'), (0.25, '0.25'), (7.5, '7.5'), (940, '940'), (12_500, '12.5k'),
                                               (3_000_000, '3M'), (4.56e9, '4.56G')])
 def test_numbers_are_brief(number, text):
-    assert xmsrv.brief(number) == text
+    assert xmsrv.format_number(number) == text
 
 
 @pytest.mark.parametrize(('seconds', 'text'), [(-1, '0 s'), (45, '45 s'), (119, '119 s'), (120, '2 min'),
                                                (7199, '120 min'), (7200, '2 h'), (108_000, '30 h'), (432_000, '5 d')])
 def test_durations_are_rounded(seconds, text):
-    assert xmsrv.rounded(seconds) == text
+    assert xmsrv.format_duration(seconds) == text
 
 
 def test_a_moment_has_its_day_where_it_was_another():
     now = 1_700_000_000
-    assert xmsrv.since(now - 30, now) == '22:12:50Z (30 s)'
-    assert xmsrv.since(now - 86400 * 3, now) == '2023-11-11 22:13:20Z (3 d)'
+    assert xmsrv.format_moment(now - 30, now) == '22:12:50Z (30 s)'
+    assert xmsrv.format_moment(now - 86400 * 3, now) == '2023-11-11 22:13:20Z (3 d)'
 
 
 def test_the_chart_of_rates_has_an_axis_and_a_bar_for_each_kind():
@@ -137,13 +138,14 @@ def test_a_chart_of_all_samples_stays_in_its_frame():
 def test_the_page_escapes_whatever_it_shows():
     """Detail of a dead letter, status, nsqd, failure and topic, each with all that HTML takes apart."""
     nasty = '</td><i title="a" lang=\'b\'>&amp;{{ 1 }}'
-    total = Totals()
+    total = MetricTotals()
     total.recent.append((1_700_000_000.5, 'schema', nasty))
     daemon = Fake(engine=types.SimpleNamespace(connections={nasty: (0, 0, nasty)}))
-    daemon.config.nsq.topic, daemon.total, daemon.state, daemon.failures = nasty, lambda: total, nasty, {'store': nasty}
-    daemon.ends['store'] = False
+    daemon.config.nsq.topic, daemon.total_metrics, daemon.status_line, daemon.end_failures = (
+        nasty, lambda: total, nasty, {'store': nasty})
+    daemon.end_states['store'] = False
     daemon.history.depths = {nasty: ChannelDepth(1, nasty)}
-    text = page(daemon).decode()
+    text = render_page(daemon).decode()
     assert '<i' not in text and text.count(html.escape(nasty)) == 8   # five and 3 of the nsqd
     assert '<td>2023-11-14T22:13:20Z</td>' in text and 'class="down">store: down<' in text
     assert 'http:' not in text and 'https:' not in text and '<script' not in text
@@ -151,13 +153,13 @@ def test_the_page_escapes_whatever_it_shows():
 
 def test_the_page_says_since_when_and_why_an_end_is_down():
     daemon = Fake()
-    daemon.ends['store'], daemon.failures = False, {'store': 'no answer of the cluster'}
+    daemon.end_states['store'], daemon.end_failures = False, {'store': 'no answer of the cluster'}
     assert re.fullmatch(r'queue: up since \S+Z \(0 s\); 1 of 1 nsqds are not connected '
                         r'store: down since \S+Z \(0 s\); no answer of the cluster dead letters: up since \S+Z \(0 s\)',
                         shown(daemon, 'ends'))
-    assert '<title>DOWN: x-msrv orders/x-msrv</title>' in page(daemon).decode()
-    daemon.ends['store'] = True
-    assert '<title>x-msrv orders/x-msrv</title>' in page(daemon).decode()
+    assert '<title>DOWN: x-msrv orders/x-msrv</title>' in render_page(daemon).decode()
+    daemon.end_states['store'] = True
+    assert '<title>x-msrv orders/x-msrv</title>' in render_page(daemon).decode()
 
 
 def test_the_page_has_a_line_for_each_nsqd():
@@ -172,18 +174,18 @@ def test_the_page_has_a_line_for_each_nsqd():
 
 
 def test_the_numbers_of_the_page():
-    figures = Figures()
-    figures.add(STORED_KIND, 12_000, 'stored')
-    figures.set('xmsrv_in_flight', 42)
-    figures.lag.observe_all([2.0] * 12_000)
-    daemon = Fake(figures)
+    metrics = Metrics()
+    metrics.increment(STORED_KIND, 12_000, 'stored')
+    metrics.set_gauge('xmsrv_in_flight', 42)
+    metrics.lag.observe_all([2.0] * 12_000)
+    daemon = Fake(metrics)
     assert 'not known no nsqd answers by HTTP' in shown(daemon, 'depth')
     assert shown(daemon, 'rate') == 'stored/s, last minute none yet'
     for second in 0, 10, 20, 30:
         daemon.history.depths = {'a': ChannelDepth(900 - 10 * second, '')}
-        daemon.history.note_counts(daemon.total(), second)
-        figures.add(STORED_KIND, 1000, 'stored')
-        figures.lag.observe_all([0.5] * 1000)
+        daemon.history.note_counts(daemon.total_metrics(), second)
+        metrics.increment(STORED_KIND, 1000, 'stored')
+        metrics.lag.observe_all([0.5] * 1000)
     assert shown(daemon, 'depth') == 'waiting in the channel 600 falls by 10/s, empty in 60 s'
     assert shown(daemon, 'rate') == 'stored/s, last minute 100 100 in 30 s'
     assert shown(daemon, 'lag') == 'mean age when stored 0.5 s 0.5 s in 30 s'

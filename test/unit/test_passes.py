@@ -9,31 +9,31 @@ import clock
 import fakes
 from xmsrv import (
     STORED,
-    Answer,
-    Choice,
-    Crew,
+    BackgroundTasks,
     DeadLetterFileSource,
     End,
-    Figures,
     Health,
-    Listing,
+    InvalidMessage,
+    Metrics,
     Replay,
-    Unfit,
-    envelope,
-    enveloped,
-    filed,
-    opened,
-    unfiled,
+    ReplayFilter,
+    ReplayListing,
+    WriteResult,
+    build_envelope,
+    decode_line,
+    decode_topic,
+    encode_line,
+    encode_topic,
 )
 
-AWAY = Answer('retry', -15, 'no answer')
+AWAY = WriteResult('retry', -15, 'no answer')
 
 
-def letter(n, reason='schema', wrap=enveloped, body=None):
+def letter(n, reason='schema', wrap=encode_topic, body=None):
     """The dead letter of message `n`, which was published at n seconds."""
     message = fakes.message(n, body or b'{"n": %d}' % n)
     message.timestamp = n * 10 ** 9
-    return wrap(envelope(message, None, Unfit(reason, 'no'), 'orders', 'x-msrv'), message.body)
+    return wrap(build_envelope(message, None, InvalidMessage(reason, 'no'), 'orders', 'x-msrv'), message.body)
 
 
 def passed(steps=None, path=None, write=lambda now: STORED, seconds=0.01, kind=Replay, choice=None, **sections):
@@ -42,7 +42,7 @@ def passed(steps=None, path=None, write=lambda now: STORED, seconds=0.01, kind=R
     written = []
 
     async def main():
-        loop, tasks = asyncio.get_running_loop(), Crew()
+        loop, tasks = asyncio.get_running_loop(), BackgroundTasks()
         config = fakes.options(**{'timeout': '10s', 'idle-timeout': '500ms', **sections})
 
         async def call(messages):
@@ -55,21 +55,23 @@ def passed(steps=None, path=None, write=lambda now: STORED, seconds=0.01, kind=R
             while True:
                 tasks.wake.set()
                 await asyncio.sleep(0.025)
-        source = DeadLetterFileSource(config, tasks, str(path), looking=kind is Listing) if path else fakes.Queue()
+        source = (DeadLetterFileSource(config, tasks, str(path), looking=kind is ReplayListing) if path
+                  else fakes.Queue())
         pipeline = types.SimpleNamespace(
-            config=config, source=source, tasks=tasks, metrics=Figures(), health=Health(), write=call, keep=None,
-            store=types.SimpleNamespace(batch_size=4, writers=1, patience=2.0))
+            config=config, source=source, tasks=tasks, metrics=Metrics(), health=Health(), write=call,
+                                         write_dead_letters=None,
+            store=types.SimpleNamespace(batch_size=4, writers=1, call_timeout=2.0))
         ticking = asyncio.ensure_future(tick())
         if path:
             await source.open()
-        window = kind(pipeline, unfiled if path else opened, choice or Choice())
+        window = kind(pipeline, decode_line if path else decode_topic, choice or ReplayFilter())
         running = asyncio.ensure_future(window.run())
         await asyncio.sleep(0)
         if steps:
             await steps(window, source)
         await asyncio.wait_for(running, 10000)
         if path:
-            source.commit()
+            source.rewrite_file()
             await source.close()
         ticking.cancel()
         await tasks.cancel()
@@ -87,7 +89,7 @@ def sent(*letters):
 
 def file_of(tmp_path, *numbers, **more):
     path = tmp_path / 'dead'
-    path.write_bytes(b''.join(letter(n, wrap=filed, **more) for n in numbers))
+    path.write_bytes(b''.join(letter(n, wrap=encode_line, **more) for n in numbers))
     return path
 
 
@@ -103,8 +105,8 @@ def test_a_pass_that_leaves_all_out_lasts_for_as_long_as_letters_come():
         for n in range(10):
             queue.send(n, body=letter(n))
             await asyncio.sleep(1.9)
-    window, written = passed(steps, timeout='2s', choice=Choice(reasons=('key',)))
-    assert (window.count['received'], window.left_out, written) == (10, 10, [])
+    window, written = passed(steps, timeout='2s', choice=ReplayFilter(reasons=('key',)))
+    assert (window.count['received'], window.filtered_count, written) == (10, 10, [])
     assert window.end_reason is End.TIMEOUT and 19 < window.times.seconds < 19.3
 
 
@@ -135,7 +137,7 @@ def test_letters_that_fail_again_are_held_till_the_end_and_come_round_once():
     held = []
 
     async def steps(window, queue):
-        queue.hold = held.extend
+        queue.hold_messages = held.extend
         queue.send(0, body=letter(0, body=b'{"n": '))
         await asyncio.sleep(1)
         assert ([message.n for message in held], queue.requeues, window.pending_count) == ([0], [], 0)
@@ -154,22 +156,23 @@ def test_an_outage_in_the_middle_leaves_what_was_not_stored(tmp_path):
 
 
 def test_a_pass_stores_at_the_rate_that_was_asked_for():
-    _, written = passed(sent(*(letter(n) for n in range(30))), choice=Choice(rate=10), timeout='2s')
+    _, written = passed(sent(*(letter(n) for n in range(30))), choice=ReplayFilter(rate=10), timeout='2s')
     times = [at for at, _ in written]
     assert len(times) == 30 and 2.89 <= times[-1] - times[0] <= 3.0
     assert all(0.09 <= b - a <= 0.12 for a, b in zip(times, times[1:], strict=False))
 
 
 def test_a_high_rate_goes_in_batches():
-    _, written = passed(sent(*(letter(n) for n in range(30))), choice=Choice(rate=30))
+    _, written = passed(sent(*(letter(n) for n in range(30))), choice=ReplayFilter(rate=30))
     times = [at for at, _ in written]
     assert 0.85 <= times[-1] - times[0] <= 1 and len(set(times)) == 11   # one, then 3 at a time
 
 
 @pytest.mark.parametrize(('choice', 'chosen'), [
-    (Choice(), [0, 1, 2, 3]), (Choice(reasons=('key', 'rejected')), [1, 3]), (Choice(since=2 * 10 ** 9), [2, 3]),
-    (Choice(reasons=('key',), since=2 * 10 ** 9), [3]), (Choice(limit=3), [0, 1, 2]),
-    (Choice(reasons=('schema',), limit=1), [0])])
+    (ReplayFilter(), [0, 1, 2, 3]), (ReplayFilter(reasons=('key', 'rejected')), [1, 3]),
+                                                (ReplayFilter(since=2 * 10 ** 9), [2, 3]),
+    (ReplayFilter(reasons=('key',), since=2 * 10 ** 9), [3]), (ReplayFilter(limit=3), [0, 1, 2]),
+    (ReplayFilter(reasons=('schema',), limit=1), [0])])
 def test_only_what_was_asked_for_is_stored(choice, chosen):
     letters = [letter(n, reason) for n, reason in enumerate(('schema', 'key', 'schema', 'key'))]
     window, written = passed(sent(*letters), choice=choice)
@@ -181,16 +184,16 @@ def test_only_what_was_asked_for_is_stored(choice, chosen):
 
 def test_what_is_no_letter_was_asked_for_only_where_all_are(caplog):
     caplog.set_level('INFO', 'x-msrv')
-    for choice, left_out in ((Choice(), 0), (Choice(since=1), 2)):
+    for choice, left_out in ((ReplayFilter(), 0), (ReplayFilter(since=1), 2)):
         window, written = passed(sent(b'no letter', b'{}\n{}'), choice=choice)
-        assert (window.left_out, window.count['received'], written) == (left_out, 2, [])
+        assert (window.filtered_count, window.count['received'], written) == (left_out, 2, [])
         assert [n for n, _ in window.source.requeues] == [0, 1]
         assert (window.exit_status, window.pending_count) == (0, 0)
 
 
 def test_what_fails_again_stays_with_todays_reason(tmp_path):
     path = tmp_path / 'dead'
-    path.write_bytes(letter(1, wrap=filed, body=b'{"n": ') + letter(2, wrap=filed))
+    path.write_bytes(letter(1, wrap=encode_line, body=b'{"n": ') + letter(2, wrap=encode_line))
     window, written = passed(path=path)
     assert [n for _, n in written] == [2] and window.count['requeued'] == 1
     again = json.loads(path.read_bytes())
@@ -209,17 +212,17 @@ def test_letters_that_fail_again_count_as_progress():
 
 def test_a_look_keeps_everything_where_it_is():
     letters = [letter(n, reason) for n, reason in enumerate(('schema', 'key', 'schema', 'key'))]
-    window, written = passed(sent(*letters), kind=Listing, choice=Choice(reasons=('key',), limit=1))
+    window, written = passed(sent(*letters), kind=ReplayListing, choice=ReplayFilter(reasons=('key',), limit=1))
     assert ([message.n for message in window.letters], written, window.source.finished) == ([1], [], [])
     assert sorted(n for n, _ in window.source.requeues) == [0, 1, 2, 3]
-    assert window.left_out == 2
-    window, _ = passed(sent(*letters), kind=Listing, choice=Choice(limit=5000))
+    assert window.filtered_count == 2
+    window, _ = passed(sent(*letters), kind=ReplayListing, choice=ReplayFilter(limit=5000))
     assert window.source.max_in_flight == 5000 and len(window.letters) == 4
 
 
 def test_a_look_at_a_file_ends_with_it(tmp_path):
     path = file_of(tmp_path, *range(3000))
     before = path.read_bytes()
-    window, _ = passed(path=path, kind=Listing)
+    window, _ = passed(path=path, kind=ReplayListing)
     assert len(window.letters) == 3000 and path.read_bytes() == before
     assert not (tmp_path / 'dead.replay').exists()

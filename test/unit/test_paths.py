@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fakes
-from xmsrv import Mapper, Path, Unfit, typed
+from xmsrv import InvalidMessage, Mapper, Path, build_config
 
 ORDER = {'customer': {'id': 7, 'address': {'city': 'Bern', 'zip': '3000'}, 'a.b': 1}, 'items': [{'id': 1}, {'id': 2}],
          'at': {'ms': 5}, 'n': 1}
 
 
 def mapped(value, **sections):
-    return Mapper(fakes.options(**sections)).record(fakes.message(7, json.dumps(value).encode()))
+    return Mapper(fakes.options(**sections)).build_record(fakes.message(7, json.dumps(value).encode()))
 
 
 def bins(value, fields=(), unknown='keep', nulls='omit', **record):
@@ -22,7 +22,7 @@ def bins(value, fields=(), unknown='keep', nulls='omit', **record):
 
 
 def refused(value, *args, **options):
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(InvalidMessage) as caught:
         bins(value, *args, **options)
     return caught.value.reason, caught.value.detail
 
@@ -189,7 +189,7 @@ def test_a_bin_of_a_path_is_not_taken_by_a_field_of_its_name():
 def test_metadata_become_bins():
     sources = {'$attempts': 'tries', '$nsqd': 'from', '$timestamp': 'at', '$topic': 'topic'}
     message = fakes.message(7, b'{"n": 1}', '192.0.2.1:4150', attempts=3)
-    made = Mapper(fakes.options(record={'id-bin': '', 'bins': sources})).record(message)
+    made = Mapper(fakes.options(record={'id-bin': '', 'bins': sources})).build_record(message)
     assert made.bins == {'n': 1, 'tries': 3, 'from': '192.0.2.1:4150', 'at': 1007, 'topic': 'orders'}
 
 
@@ -217,7 +217,7 @@ def test_metadata_become_bins():
 ])
 def test_faults_of_paths_are_named(sections, fault):
     given_ = {'nsq': {'nsqd-tcp-address': '127.0.0.1:4150', 'topic': 't'}, 'store': 'sqlite', **sections}
-    faults = typed(given_)[1]
+    faults = build_config(given_)[1]
     assert [str(each)[:len(fault)] for each in faults if each.section != ''] == [fault]
 
 

@@ -13,12 +13,12 @@ import fakes
 import xmsrv
 from xmsrv import (
     End,
-    Figures,
     Health,
-    Stopper,
+    Metrics,
+    SignalHandler,
     Store,
-    StoreAway,
-    StoreDown,
+    StoreError,
+    StoreUnavailable,
     Window,
     WindowLimits,
     open_pipeline,
@@ -52,7 +52,7 @@ def test_what_is_told_to_end_while_it_closes_is_closed_all_the_same(opens):
         def new_queue(tasks):
             queues.append(SlowQueue(tasks, opens))
             return queues[0]
-        async with open_pipeline(None, Store(), new_queue, Figures(), Health()):
+        async with open_pipeline(None, Store(), new_queue, Metrics(), Health()):
             await asyncio.sleep(1000)
 
     async def main():
@@ -74,7 +74,7 @@ class FailingStore(Store):
     """A Store that can't be opened."""
 
     def open(self):
-        raise StoreDown('no such host')
+        raise StoreError('no such host')
 
 
 def test_a_store_that_cannot_be_opened_is_away_before_any_queue_is_asked():
@@ -83,8 +83,8 @@ def test_a_store_that_cannot_be_opened_is_away_before_any_queue_is_asked():
             raise AssertionError('the store comes first')
 
     async def main():
-        with pytest.raises(StoreAway, match='no such host'):
-            async with open_pipeline(None, FailingStore(), lambda tasks: Queue(tasks, True), Figures(), Health()):
+        with pytest.raises(StoreUnavailable, match='no such host'):
+            async with open_pipeline(None, FailingStore(), lambda tasks: Queue(tasks, True), Metrics(), Health()):
                 raise AssertionError('it is open')
     clock.run(main())
 
@@ -145,18 +145,18 @@ def ran(monkeypatch, stopper=None, **sections):
         return open_pipeline(config, store, new_source, figures, health)
     monkeypatch.setitem(xmsrv.STORES, 'aerospike', ListStore)
     monkeypatch.setattr(xmsrv, 'topic_pipeline', pipeline)
-    monkeypatch.setattr(xmsrv.Notifier, 'say', lambda notifier, **fields: told.append(fields))
-    figures = Figures()
-    status = asyncio.run(run_once(config, stopper or types.SimpleNamespace(window=None), figures))
-    return status, stores[0], sources[0], told, figures
+    monkeypatch.setattr(xmsrv.SystemdNotifier, 'send_fields', lambda notifier, **fields: told.append(fields))
+    metrics = Metrics()
+    status = asyncio.run(run_once(config, stopper or types.SimpleNamespace(window=None), metrics))
+    return status, stores[0], sources[0], told, metrics
 
 
 def test_once_is_one_window_and_its_figures(monkeypatch):
-    status, store, source, told, figures = ran(monkeypatch)
+    status, store, source, told, metrics = ran(monkeypatch)
     assert (status, len(store.records), sorted(source.finished)) == (0, 5, [0, 1, 2, 3, 4])
-    total = xmsrv.together([figures.snapshot()])
-    assert total.number('xmsrv_messages_total', 'stored') == 5
-    assert all(total.number(name) == 1 for name in xmsrv.UP.values())
+    total = xmsrv.merge_metrics([metrics.take_snapshot()])
+    assert total.value_of('xmsrv_messages_total', 'stored') == 5
+    assert all(total.value_of(name) == 1 for name in xmsrv.UP_METRICS.values())
     # what systemd may wait: each step of the handshake, the window, a call of the store, and some more
     assert told == [{'EXTEND_TIMEOUT_USEC': int((8 * 5 + 60 + 5 + 5) * 1e6)}]
 
@@ -169,10 +169,11 @@ def test_once_takes_at_most_n(monkeypatch):
 def test_a_signal_ends_what_runs_and_what_is_opened():
     async def main():
         queue, ended = fakes.Queue(), []
-        stopper = Stopper()
+        stopper = SignalHandler()
         window = Window(types.SimpleNamespace(
-            config=fakes.options(), source=queue, tasks=xmsrv.Crew(), metrics=Figures(), health=Health(), write=None,
-            keep=None, store=Store()), WindowLimits(0, 1, 1), None)
+            config=fakes.options(), source=queue, tasks=xmsrv.BackgroundTasks(), metrics=Metrics(), health=Health(),
+                                              write=None,
+            write_dead_letters=None, store=Store()), WindowLimits(0, 1, 1), None)
         stopper.window = window
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(0.01)

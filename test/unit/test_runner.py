@@ -12,23 +12,23 @@ import fakes
 import xmsrv
 from xmsrv import (
     STORED,
-    Answer,
     BreakerState,
     Daemon,
     End,
-    Figures,
     Health,
+    Metrics,
     Pipeline,
     RunLock,
-    StoreAway,
-    StoreDown,
-    Team,
+    StoreError,
+    StoreUnavailable,
+    Supervisor,
     Unavailable,
     WindowRunner,
     Worker,
+    WriteResult,
 )
 
-AWAY = Answer('retry', -15, 'no answer')
+AWAY = WriteResult('retry', -15, 'no answer')
 
 
 def now():
@@ -46,7 +46,7 @@ class Runner:
         self.queue.connections, self.queue.addresses = [1], [1]
         config = fakes.options(**{'timeout': '2s', 'idle-timeout': '500ms', **sections})
         monkeypatch.setattr(xmsrv, 'topic_pipeline', self.pipeline)
-        self.runner = WindowRunner(config, Figures(), self.grant, self.reports.append)
+        self.runner = WindowRunner(config, Metrics(), self.grant, self.reports.append)
 
     @contextlib.asynccontextmanager
     async def pipeline(self, config, store, figures, health):
@@ -54,7 +54,7 @@ class Runner:
         fault = self.fault()
         if fault:
             raise fault
-        tasks = xmsrv.Crew()
+        tasks = xmsrv.BackgroundTasks()
 
         async def tick():
             while True:
@@ -67,8 +67,9 @@ class Runner:
         tasks.start(tick())
         self.tasks = tasks
         yield types.SimpleNamespace(
-            config=config, source=self.queue, tasks=tasks, metrics=figures, health=health, write=call, keep=None,
-            store=types.SimpleNamespace(batch_size=4, writers=2, patience=2.0))
+            config=config, source=self.queue, tasks=tasks, metrics=figures, health=health, write=call,
+                                    write_dead_letters=None,
+            store=types.SimpleNamespace(batch_size=4, writers=2, call_timeout=2.0))
         await tasks.cancel()
 
     async def grant(self):
@@ -127,7 +128,7 @@ def test_a_store_that_failed_is_opened_again_and_probed_by_one_batch_at_a_time(m
         await it.window()
         it.queue.send(1)
         await asyncio.sleep(4)
-        assert len(it.opened) == 2 and not it.runner.health.up('store')
+        assert len(it.opened) == 2 and not it.runner.health.is_up('store')
         assert it.queue.requeues == [(1, 0)]
         second = await it.window()
         assert second.store_batcher.breaker.state is BreakerState.HALF_OPEN
@@ -136,25 +137,25 @@ def test_a_store_that_failed_is_opened_again_and_probed_by_one_batch_at_a_time(m
         it.queue.send(*range(10, 30))
         under_way.append(len(second.store_batcher.calls))
         await asyncio.sleep(0.5)
-        assert it.runner.health.up('store') and len(it.queue.finished) == 20
+        assert it.runner.health.is_up('store') and len(it.queue.finished) == 20
     Runner(monkeypatch, write=write).run(steps)
     assert under_way == [1]
 
 
-@pytest.mark.parametrize(('fault', 'end'), [(StoreAway('gone'), 'store'), (Unavailable('gone'), 'queue')])
+@pytest.mark.parametrize(('fault', 'end'), [(StoreUnavailable('gone'), 'store'), (Unavailable('gone'), 'queue')])
 def test_an_end_that_is_away_is_tried_again_with_backoff(monkeypatch, fault, end):
     async def steps(it):
         await asyncio.sleep(300)
-        assert it.runner.ends[end] is False and it.runner.trouble.startswith(f'{end} unavailable: gone')
-        assert it.runner.ends['queue'] is False
+        assert it.runner.end_states[end] is False and it.runner.failure_text.startswith(f'{end} unavailable: gone')
+        assert it.runner.end_states['queue'] is False
         if end == 'queue':
-            assert it.runner.ends['store'] is True
+            assert it.runner.end_states['store'] is True
     it = Runner(monkeypatch, fault=lambda: fault).run(steps)
     delays = [b - a for a, b in zip(it.opened, it.opened[1:], strict=False)]
     assert 0.5 <= delays[0] <= 1 and 15 <= max(delays) <= 30 and len(delays) < 25
 
 
-@pytest.mark.parametrize('reason', ['stop', 'leave'])
+@pytest.mark.parametrize('reason', ['stop', 'end_after_window'])
 def test_between_windows_an_end_is_heard_at_once(monkeypatch, reason):
     async def steps(it):
         await asyncio.sleep(0.5)
@@ -168,7 +169,7 @@ def test_a_reload_writes_what_is_pending_and_starts_no_other_window(monkeypatch)
     async def steps(it):
         window = await it.window()
         it.queue.send(*range(20))
-        it.runner.leave()
+        it.runner.end_after_window()
         await asyncio.sleep(3)
         assert (window.end_reason, len(it.queue.finished), it.grants) == (End.RELOAD, 20, 1)
         assert it.runner.task.done()
@@ -178,27 +179,27 @@ def test_a_reload_writes_what_is_pending_and_starts_no_other_window(monkeypatch)
 def test_ends_are_those_of_health_and_of_the_connections(monkeypatch):
     async def steps(it):
         await it.window()
-        assert it.runner.ends == {'queue': True, 'store': True, 'dead letters': True}
+        assert it.runner.end_states == {'queue': True, 'store': True, 'dead letters': True}
         it.queue.connections = []
-        assert it.runner.ends['queue'] is False
-        it.runner.health.fail('dead letters', 'away')
-        assert it.runner.ends['dead letters'] is False
+        assert it.runner.end_states['queue'] is False
+        it.runner.health.report_failure('dead letters', 'away')
+        assert it.runner.end_states['dead letters'] is False
     Runner(monkeypatch).run(steps)
 
 
 def test_the_store_recovers_in_a_quiet_topic_but_not_while_messages_wait(monkeypatch):
     async def steps(it):
         await it.window()
-        it.runner.health.fail('store', 'gone')
+        it.runner.health.report_failure('store', 'gone')
         await asyncio.sleep(2)
-        assert not it.runner.health.up('store')    # something may come
+        assert not it.runner.health.is_up('store')    # something may come
         it.queue.idle_since = now()
         it.runner.window.pending_count += 1
         await asyncio.sleep(2)
-        assert not it.runner.health.up('store')
+        assert not it.runner.health.is_up('store')
         it.runner.window.pending_count -= 1
         await asyncio.sleep(1)
-        assert it.runner.health.up('store')
+        assert it.runner.health.is_up('store')
     Runner(monkeypatch, period='0').run(steps)
 
 
@@ -206,9 +207,9 @@ def test_a_call_that_hangs_is_not_healthy(monkeypatch):
     async def steps(it):
         window = await it.window()
         time = asyncio.get_running_loop().time()
-        assert it.runner.healthy(time)
+        assert it.runner.is_healthy(time)
         window.store_batcher.calls.append(time)
-        assert it.runner.healthy(time + 3.9) and not it.runner.healthy(time + 4.1)
+        assert it.runner.is_healthy(time + 3.9) and not it.runner.is_healthy(time + 4.1)
         window.store_batcher.calls.clear()
     Runner(monkeypatch).run(steps)
 
@@ -218,16 +219,16 @@ def test_a_call_that_hangs_is_not_healthy(monkeypatch):
 def test_a_store_that_raises_is_an_outage_or_a_stop_for_each_message():
     class Store(xmsrv.Store):
         def write(self, records):
-            raise StoreDown('gone', again=records[0] == 'again')
+            raise StoreError('gone', retryable=records[0] == 'again')
 
     async def main():
         executor = xmsrv.StoreExecutor(1)
-        pipeline = Pipeline(None, None, Store(), executor, None, None, Figures(), Health())
+        pipeline = Pipeline(None, None, Store(), executor, None, None, Metrics(), Health())
         results = [await pipeline.write([types.SimpleNamespace(record=word)] * 2) for word in ('again', 'never')]
         executor.shutdown()
         return results
     again, never = asyncio.run(main())
-    assert again == [Answer('retry', 'down', 'gone')] * 2 and never == [Answer('stop', 'down', 'gone')] * 2
+    assert again == [WriteResult('retry', 'down', 'gone')] * 2 and never == [WriteResult('stop', 'down', 'gone')] * 2
 
 
 def test_an_error_in_a_window_requeues_what_is_in_flight_before_the_connections_close():
@@ -239,7 +240,7 @@ def test_an_error_in_a_window_requeues_what_is_in_flight_before_the_connections_
     queue.open = queue.close = open_or_close
 
     async def main():
-        async with xmsrv.open_pipeline(None, Stores(), lambda tasks: queue, Figures(), Health()):
+        async with xmsrv.open_pipeline(None, Stores(), lambda tasks: queue, Metrics(), Health()):
             queue.send(1, 2)
             raise ZeroDivisionError
 
@@ -255,9 +256,9 @@ def test_an_error_in_a_window_requeues_what_is_in_flight_before_the_connections_
 class Engine:
     """What a daemon keeps going."""
 
-    endless, trouble, left, stopped = False, None, 0, 0
+    endless, failure_text, left, stopped = False, None, 0, 0
 
-    def leave(self):
+    def end_after_window(self):
         self.left += 1
 
     def stop(self):
@@ -271,7 +272,7 @@ def daemon(tmp_path, monkeypatch):
         (tmp_path / 'orders.conf').write_text(
             f'state-dir = {tmp_path}/state\nstore = sqlite\nworkers = 2\n{more}\n'
             '[nsq]\nnsqd-tcp-address = 127.0.0.1:1\ntopic = orders\nmax-messages = 5\n')
-    monkeypatch.setattr(xmsrv, 'set_up_log_of', lambda config, arguments: None)
+    monkeypatch.setattr(xmsrv, 'set_up_configured_log', lambda config, arguments: None)
     write()
     made = Daemon(types.SimpleNamespace(config=str(tmp_path / 'orders.conf'), set_before=[], set_after=[],
                                         command='daemon', verbose=0, quiet=0))
@@ -280,20 +281,20 @@ def daemon(tmp_path, monkeypatch):
 
 
 def test_a_reload_puts_the_new_file_in_force_and_ends_the_engine(daemon):
-    daemon.engine = engine = Engine()
+    daemon.runner = engine = Engine()
     daemon.write('timeout = 3s')
-    daemon.hang_up()
+    daemon.on_hangup()
     assert (daemon.config.timeout, engine.left) == (3.0, 1)
-    team = daemon.new_engine()
+    team = daemon.new_runner()
     assert (team.raw['timeout'], team.config.timeout) == ('3s', 3.0)
 
 
 @pytest.mark.parametrize('fault', ['timeout = never', 'no-option = 1', '[nsq'])
 def test_a_faulty_file_changes_nothing(daemon, fault):
-    daemon.engine = engine = Engine()
+    daemon.runner = engine = Engine()
     before = daemon.config
     daemon.write(fault)
-    daemon.hang_up()
+    daemon.on_hangup()
     assert (daemon.config, engine.left) == (before, 0)
 
 
@@ -305,8 +306,8 @@ def test_the_lock_follows_the_state_directory_and_the_old_one_is_given_back(daem
         assert daemon.lock is old
         daemon.config.state_dir = str(tmp_path / 'other')
         await daemon.hold_lock()
-        assert daemon.lock.path.startswith(str(tmp_path / 'other')) and daemon.lock.holds
-        assert not old.holds
+        assert daemon.lock.path.startswith(str(tmp_path / 'other')) and daemon.lock.is_held
+        assert not old.is_held
         daemon.lock.release()
     clock.run(main())
 
@@ -316,7 +317,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(daemon):
         await daemon.hold_lock()
         os.unlink(daemon.lock.path)
         await daemon.hold_lock()
-        assert daemon.lock.holds
+        assert daemon.lock.is_held
         daemon.lock.release()
     clock.run(main())
 
@@ -324,13 +325,13 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(daemon):
 def test_a_lock_that_another_has_is_waited_for_and_the_status_says_so(daemon):
     async def main():
         other = RunLock(daemon.config, daemon.arguments.config)
-        assert other.take() is None
+        assert other.try_acquire() is None
         waiting = asyncio.ensure_future(daemon.hold_lock())
         await asyncio.sleep(5)
-        assert not waiting.done() and f'waiting for process {os.getpid()}' in daemon.state
+        assert not waiting.done() and f'waiting for process {os.getpid()}' in daemon.status_line
         other.release()
         await asyncio.wait_for(waiting, 1)
-        assert daemon.lock.holds
+        assert daemon.lock.is_held
         daemon.lock.release()
     clock.run(main())
 
@@ -338,7 +339,7 @@ def test_a_lock_that_another_has_is_waited_for_and_the_status_says_so(daemon):
 def test_a_signal_ends_the_wait_for_a_lock(daemon):
     async def main():
         other = RunLock(daemon.config, daemon.arguments.config)
-        other.take()
+        other.try_acquire()
         waiting = asyncio.ensure_future(daemon.hold_lock())
         await asyncio.sleep(1)
         daemon.stop()
@@ -362,7 +363,7 @@ class Process:
     def say(self, **fields):
         state = {'state': 'idle', 'seen': 0, 'healthy': True, 'windows': [], 'trouble': None,
                  'failures': {}, 'connections': {},
-                 'ends': dict.fromkeys(xmsrv.ENDS, True), 'figures': Figures().snapshot(), **fields}
+                 'ends': dict.fromkeys(xmsrv.ENDS, True), 'figures': Metrics().take_snapshot(), **fields}
         self.stdout.feed_data(json.dumps(state).encode() + b'\n')
 
     def exit(self, status=0):
@@ -396,9 +397,9 @@ def with_team(monkeypatch, steps, workers=2, n=5, end=True, **sections):
         monkeypatch.setattr(asyncio, 'create_subprocess_exec', start)
         config = fakes.options(**{'period': '10s', 'workers': str(workers), 'nsq': {'max-messages': str(n)},
                                   **sections})
-        team = Team(types.SimpleNamespace(
+        team = Supervisor(types.SimpleNamespace(
             config=config, raw={'the': 'raw'}, arguments=types.SimpleNamespace(config='x', verbose=0, quiet=0),
-            figures=Figures(), past=xmsrv.Totals(), note=lambda window: None,
+            metrics=Metrics(), past=xmsrv.MetricTotals(), on_window_end=lambda window: None,
             schedule=xmsrv.Schedule(10)))
         running = asyncio.ensure_future(team.run())
         await asyncio.sleep(0.01)
@@ -454,20 +455,20 @@ def test_nobody_starts_while_another_has_its_grant_of_the_last_period(monkeypatc
 
 def test_the_end_of_a_worker_frees_its_grant_keeps_its_figures_and_another_is_started(monkeypatch):
     async def steps(team, processes):
-        figures = Figures()
-        figures.add('xmsrv_received_total', 7)
+        metrics = Metrics()
+        metrics.increment('xmsrv_received_total', 7)
         for process in processes:
-            process.say(figures=figures.snapshot())
+            process.say(figures=metrics.take_snapshot())
         await asyncio.sleep(0.1)
         processes[0].exit(-9)
         await asyncio.sleep(1.5)
         assert len(processes) == 3
-        total = xmsrv.together([*team.gauges(), team.past.snapshot()])
-        assert (total.number('xmsrv_received_total'), total.number('xmsrv_worker_restarts_total')) == (14, 1)
-        assert not any(team.ends.values())
+        total = xmsrv.merge_metrics([*team.current_metrics(), team.dead_worker_metrics.take_snapshot()])
+        assert (total.value_of('xmsrv_received_total'), total.value_of('xmsrv_worker_restarts_total')) == (14, 1)
+        assert not any(team.end_states.values())
         processes[2].say()
         await asyncio.sleep(0.1)
-        assert all(team.ends.values())
+        assert all(team.end_states.values())
     with_team(monkeypatch, steps)
 
 
@@ -484,7 +485,7 @@ def test_workers_that_never_stay_up_end_the_daemon(monkeypatch):
 
 def test_a_reload_has_workers_finish_their_windows_and_kills_one_that_does_not(monkeypatch):
     async def steps(team, processes):
-        team.leave()
+        team.end_after_window()
         assert [process.lines[-1] for process in processes] == [{'leave': True}] * 2
         processes[0].exit()
         await asyncio.sleep(9)
@@ -511,19 +512,19 @@ def test_a_worker_that_is_silent_or_sick_is_not_healthy_and_one_that_is_stuck_is
         for process in processes:
             process.say()
         await asyncio.sleep(0)
-        assert team.healthy(loop.time())
+        assert team.is_healthy(loop.time())
         processes[0].say(healthy=False)
         await asyncio.sleep(0.1)
-        assert not team.healthy(loop.time())
+        assert not team.is_healthy(loop.time())
         processes[0].say()
         await asyncio.sleep(4)
-        assert team.healthy(loop.time())
+        assert team.is_healthy(loop.time())
         processes[1].say()
         await asyncio.sleep(2)
-        assert not team.healthy(loop.time())
+        assert not team.is_healthy(loop.time())
         assert [process.signals for process in processes] == [[], []]
         await asyncio.sleep(117)
-        team.healthy(loop.time())
+        team.is_healthy(loop.time())
         assert [process.signals for process in processes] == [['kill'], []]
     with_team(monkeypatch, steps)
 
@@ -531,12 +532,12 @@ def test_a_worker_that_is_silent_or_sick_is_not_healthy_and_one_that_is_stuck_is
 def test_a_worker_hears_of_grants_a_reload_and_the_end_of_its_parent():
     async def main():
         worker, flow = Worker(None), Engine()
-        worker.flow, worker.state = flow, xmsrv.WorkerState.IDLE
+        worker.runner, worker.state = flow, xmsrv.WorkerState.IDLE
         stdin = asyncio.StreamReader()
-        task = asyncio.ensure_future(worker.listen(stdin))
+        task = asyncio.ensure_future(worker.read_commands(stdin))
         stdin.feed_data(b'{"grant": 3, "number": 1}\n')
         assert await worker.grants.get() == 3
-        assert (worker.state, worker.seen) == (xmsrv.WorkerState.BUSY, 1)
+        assert (worker.state, worker.last_grant) == (xmsrv.WorkerState.BUSY, 1)
         stdin.feed_data(b'{"leave": true}\n')
         await asyncio.sleep(0.1)
         assert (flow.left, flow.stopped) == (1, 0)
@@ -548,20 +549,20 @@ def test_a_worker_hears_of_grants_a_reload_and_the_end_of_its_parent():
 
 def test_a_team_says_what_is_wrong_each_thing_once(monkeypatch):
     async def steps(team, processes):
-        assert team.trouble == ''
+        assert team.failure_text == ''
         for process in processes:
             process.say(trouble='store unavailable: gone', ends={**dict.fromkeys(xmsrv.ENDS, True), 'store': False})
         await asyncio.sleep(0.1)
-        assert team.trouble == 'store unavailable: gone'
-        assert team.ends == {'queue': True, 'store': False, 'dead letters': True}
+        assert team.failure_text == 'store unavailable: gone'
+        assert team.end_states == {'queue': True, 'store': False, 'dead letters': True}
         processes[1].exit(1)
         await asyncio.sleep(0.1)
-        assert team.trouble == 'worker 2 has ended; store unavailable: gone'
+        assert team.failure_text == 'worker 2 has ended; store unavailable: gone'
         await asyncio.sleep(1)
         processes[2].say()
         processes[0].say()
         await asyncio.sleep(0.1)
-        assert (team.trouble, all(team.ends.values())) == ('', True)
+        assert (team.failure_text, all(team.end_states.values())) == ('', True)
     with_team(monkeypatch, steps)
 
 
@@ -578,7 +579,7 @@ def test_windows_of_workers_are_reported_with_their_counts(monkeypatch):
     reports = []
 
     async def steps(team, processes):
-        team.report = reports.append
+        team.on_window_end = reports.append
         window = {'count': {'stored': 3}, 'seconds': 1.5, 'ended': 7}
         processes[0].say(windows=[window, window])
         await asyncio.sleep(0.1)
@@ -611,7 +612,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch):
         monkeypatch.setattr(asyncio, 'create_subprocess_exec', fails)
         processes[0].exit(1)
         await asyncio.sleep(2)
-        assert team.trouble.startswith('worker 1 has ended')
+        assert team.failure_text.startswith('worker 1 has ended')
         monkeypatch.setattr(asyncio, 'create_subprocess_exec', start)
         await asyncio.sleep(30)
         assert len(processes) == 3
@@ -630,9 +631,9 @@ def test_a_worker_is_this_module_again_with_the_same_file_and_without_systemd(mo
         monkeypatch.setenv('WATCHDOG_USEC', '1')
         monkeypatch.setenv('WATCHDOG_PID', '1')
         team.arguments.verbose, team.arguments.quiet = 2, 1
-        member = xmsrv.Member(7)
-        await team.start(member)
-        assert member.process.lines == [{'raw': {'the': 'raw'}}]
+        worker = xmsrv.WorkerHandle(7)
+        await team.start_worker(worker)
+        assert worker.process.lines == [{'raw': {'the': 'raw'}}]
     with_team(monkeypatch, steps)
     (command, options), = seen
     assert command[-6:] == ('-c', 'x', '-v', '-v', '-q', 'worker') and 'import xmsrv' in command[-7]
@@ -641,7 +642,8 @@ def test_a_worker_is_this_module_again_with_the_same_file_and_without_systemd(mo
 
 
 def test_how_a_process_ended_in_words():
-    assert (xmsrv.told(0), xmsrv.told(3), xmsrv.told(-9)) == ('exit status 0', 'exit status 3', 'killed by SIGKILL')
+    assert (xmsrv.describe_exit(0), xmsrv.describe_exit(3),
+            xmsrv.describe_exit(-9)) == ('exit status 0', 'exit status 3', 'killed by SIGKILL')
 
 
 def test_with_a_window_without_end_each_worker_has_a_grant_of_its_own(monkeypatch):
@@ -675,9 +677,10 @@ def said(monkeypatch, steps):
 
     async def main():
         worker = Worker(None)
-        worker.flow = types.SimpleNamespace(
-            gauges=lambda: [Figures().snapshot()], healthy=lambda now: True, ends=dict.fromkeys(xmsrv.ENDS, True),
-            trouble='x', failures={}, connections={})
+        worker.runner = types.SimpleNamespace(
+            current_metrics=lambda: [Metrics().take_snapshot()], is_healthy=lambda now: True,
+                                              end_states=dict.fromkeys(xmsrv.ENDS, True),
+            failure_text='x', end_failures={}, connections={})
         await steps(worker)
     clock.run(main())
     assert {fd for fd, _ in lines} <= {1}
@@ -686,7 +689,7 @@ def said(monkeypatch, steps):
 
 def test_a_worker_that_waits_for_its_grant_is_idle_and_says_so_at_once(monkeypatch):
     async def steps(worker):
-        waiting = asyncio.ensure_future(worker.grant())
+        waiting = asyncio.ensure_future(worker.wait_for_grant())
         await asyncio.sleep(0)
         assert worker.state is xmsrv.WorkerState.IDLE
         worker.grants.put_nowait(4)
@@ -697,7 +700,7 @@ def test_a_worker_that_waits_for_its_grant_is_idle_and_says_so_at_once(monkeypat
 
 def test_a_worker_says_twice_a_second_how_it_is_and_tells_of_each_window_once(monkeypatch):
     async def steps(worker):
-        talking = asyncio.ensure_future(worker.talk())
+        talking = asyncio.ensure_future(worker.send_status_regularly())
         await asyncio.sleep(0.1)
         worker.windows.append(types.SimpleNamespace(count={'stored': 1}, times=types.SimpleNamespace(seconds=2.0)))
         await asyncio.sleep(1.5)
@@ -715,26 +718,26 @@ def test_figures_of_a_runner_follow_its_window_and_its_ends(monkeypatch):
         await it.window()
         it.queue.send(1, 2)
         await asyncio.sleep(0.1)
-        total = xmsrv.together(it.runner.gauges())
-        assert total.number('xmsrv_messages_total', 'stored') == 2
-        assert {total.number(name) for name in xmsrv.UP.values()} == {1}
-        assert (total.number('xmsrv_connections', 'up'), total.number('xmsrv_connections', 'down')) == (1, 1)
-        assert total.number(xmsrv.SUCCESS) > 0
-        it.runner.health.fail('store', 'gone')
-        assert xmsrv.together(it.runner.gauges()).number(xmsrv.UP['store']) == 0
+        total = xmsrv.merge_metrics(it.runner.current_metrics())
+        assert total.value_of('xmsrv_messages_total', 'stored') == 2
+        assert {total.value_of(name) for name in xmsrv.UP_METRICS.values()} == {1}
+        assert (total.value_of('xmsrv_connections', 'up'), total.value_of('xmsrv_connections', 'down')) == (1, 1)
+        assert total.value_of(xmsrv.LAST_SUCCESS) > 0
+        it.runner.health.report_failure('store', 'gone')
+        assert xmsrv.merge_metrics(it.runner.current_metrics()).value_of(xmsrv.UP_METRICS['store']) == 0
     Runner(monkeypatch, period='0').run(steps)
 
 
 def test_a_topic_that_nobody_has_yet_is_said_and_so_is_a_queue_without_connections(monkeypatch):
     async def steps(it):
         await it.window()
-        assert it.runner.trouble == ''
+        assert it.runner.failure_text == ''
         it.queue.connections = []
-        assert it.runner.trouble == 'queue unavailable: no nsqd is connected'
+        assert it.runner.failure_text == 'queue unavailable: no nsqd is connected'
         it.queue.addresses = []
-        assert it.runner.trouble == 'queue unavailable: no nsqd has the topic orders yet'
-        it.runner.health.fail('queue', 'refused')
-        assert it.runner.trouble == 'queue unavailable: refused'
+        assert it.runner.failure_text == 'queue unavailable: no nsqd has the topic orders yet'
+        it.runner.health.report_failure('queue', 'refused')
+        assert it.runner.failure_text == 'queue unavailable: refused'
     Runner(monkeypatch).run(steps)
 
 
@@ -742,7 +745,7 @@ def test_a_runner_that_is_told_to_end_before_it_runs_opens_nothing(monkeypatch):
     it = Runner(monkeypatch)
 
     async def main():
-        it.runner.leave()
+        it.runner.end_after_window()
         assert await asyncio.wait_for(it.runner.run(), 1) == 0
     clock.run(main())
     assert it.opened == []

@@ -5,15 +5,15 @@ import types
 import pytest
 
 import fakes
-from xmsrv import Backoff, Busy, RunLock, Schedule, Unavailable, locked
+from xmsrv import AlreadyRunning, Backoff, RunLock, Schedule, Unavailable, hold_run_lock
 
 
 def starts(period, *late):
     """The times at which windows start, where each is so late."""
     schedule, now, times = Schedule(period), 100.0, []
     for seconds in late:
-        now += schedule.wait(now) + seconds
-        schedule.start(now)
+        now += schedule.seconds_to_start(now) + seconds
+        schedule.start_period(now)
         times.append(now)
     return times
 
@@ -33,18 +33,18 @@ def test_no_period_is_one_window_after_the_other():
 def test_delays_double_up_to_the_most_and_begin_anew_after_a_success(monkeypatch):
     monkeypatch.setattr('random.uniform', lambda low, high: high)
     backoff = Backoff(0.1, 5)
-    assert [backoff.next() for _ in range(8)] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
+    assert [backoff.next_delay() for _ in range(8)] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
     backoff.tries = 10 ** 6
-    assert backoff.next() == 5
-    backoff.reset()
-    assert backoff.next() == 0.1
+    assert backoff.next_delay() == 5
+    backoff.reset_delay()
+    assert backoff.next_delay() == 0.1
 
 
 def test_delays_have_jitter_and_never_more_than_the_most():
     delays = set()
     for _ in range(100):
         backoff = Backoff(8, 5)
-        delays.add(backoff.next())
+        delays.add(backoff.next_delay())
     assert len(delays) > 50 and min(delays) >= 2.5 and max(delays) <= 5
 
 
@@ -59,14 +59,14 @@ def config(tmp_path):
 def test_two_runs_of_one_file_exclude_each_other_by_whatever_name(config, tmp_path):
     (tmp_path / 'link.conf').symlink_to('orders.conf')
     lock, other = RunLock(config, tmp_path / 'orders.conf'), RunLock(config, tmp_path / 'link.conf')
-    assert lock.take() is None and lock.holds
-    assert other.take() == str(os.getpid()) and not other.holds
-    with pytest.raises(Busy, match=str(os.getpid())), locked(config, tmp_path / 'link.conf'):
+    assert lock.try_acquire() is None and lock.is_held
+    assert other.try_acquire() == str(os.getpid()) and not other.is_held
+    with pytest.raises(AlreadyRunning, match=str(os.getpid())), hold_run_lock(config, tmp_path / 'link.conf'):
         pass
     assert (tmp_path / lock.path).read_text() == f'{os.getpid()}\n{tmp_path}/orders.conf\n'
     lock.release()
-    assert not lock.holds and (tmp_path / lock.path).read_text() == ''
-    assert other.take() is None
+    assert not lock.is_held and (tmp_path / lock.path).read_text() == ''
+    assert other.try_acquire() is None
     other.release()
 
 
@@ -74,32 +74,32 @@ def test_two_files_of_one_name_do_not(config, tmp_path):
     (tmp_path / 'more').mkdir()
     (tmp_path / 'more' / 'orders.conf').touch()
     lock, other = RunLock(config, tmp_path / 'orders.conf'), RunLock(config, tmp_path / 'more' / 'orders.conf')
-    assert (lock.take(), other.take()) == (None, None)
+    assert (lock.try_acquire(), other.try_acquire()) == (None, None)
     lock.release()
     other.release()
 
 
 def test_a_lock_whose_file_was_removed_or_replaced_is_no_lock(config, tmp_path):
     lock = RunLock(config, tmp_path / 'orders.conf')
-    assert lock.take() is None
+    assert lock.try_acquire() is None
     os.unlink(lock.path)
-    assert not lock.holds
+    assert not lock.is_held
     another = RunLock(config, tmp_path / 'orders.conf')
-    assert another.take() is None
-    assert another.holds and not lock.holds
+    assert another.try_acquire() is None
+    assert another.is_held and not lock.is_held
     lock.release()
-    assert another.holds
+    assert another.is_held
     another.release()
 
 
 def test_a_state_directory_that_cannot_be_is_unavailable(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(Unavailable):
-        RunLock(types.SimpleNamespace(state_dir=str(tmp_path / 'file' / 'state')), 'x.conf').take()
+        RunLock(types.SimpleNamespace(state_dir=str(tmp_path / 'file' / 'state')), 'x.conf').try_acquire()
 
 
 def test_a_lock_is_given_back_at_the_end_whatever_happens(config, tmp_path):
-    with pytest.raises(ZeroDivisionError), locked(config, tmp_path / 'orders.conf'):
+    with pytest.raises(ZeroDivisionError), hold_run_lock(config, tmp_path / 'orders.conf'):
         raise ZeroDivisionError
-    with locked(config, tmp_path / 'orders.conf'):
+    with hold_run_lock(config, tmp_path / 'orders.conf'):
         pass

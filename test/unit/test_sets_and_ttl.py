@@ -8,17 +8,17 @@ import aerospike
 import pytest
 
 import fakes
-from xmsrv import MAX_TTL, Mapper, Record, SqliteStore, Unfit, sets_of, typed
+from xmsrv import MAX_TTL, InvalidMessage, Mapper, Record, SqliteStore, build_config, sets_of
 from xmsrv import AerospikeStore as Store
 
 
 def mapped(value, **record):
     options = fakes.options(record=record)
-    return Mapper(options).record(fakes.message(7, json.dumps(value).encode()))
+    return Mapper(options).build_record(fakes.message(7, json.dumps(value).encode()))
 
 
 def refused(value, **record):
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(InvalidMessage) as caught:
         mapped(value, **record)
     return caught.value.reason, caught.value.detail
 
@@ -73,7 +73,7 @@ def test_set_and_ttl_are_found_before_bins_get_their_names():
 def test_faults_are_named(sections, fault):
     given = {'nsq': {'nsqd-tcp-address': '127.0.0.1:4150', 'topic': 't'},
              'aerospike': {'hosts': '127.0.0.1:3000', 'namespace': 'test'}, **sections}
-    faults = [str(each) for each in typed(given)[1] if each.section]
+    faults = [str(each) for each in build_config(given)[1] if each.section]
     assert len(faults) == 1 and faults[0].startswith(fault), faults
 
 
@@ -104,7 +104,7 @@ def test_sqlite_keeps_the_records_of_each_set_apart(tmp_path):
         assert outcomes(store.write(records)) == ['stored'] * 5
         assert rows(tmp_path) == {('a', 1): {'t': 'a', 'n': 4}, ('b', 1): {'t': 'b', 'n': 1},
                                   ('a', '1'): {'t': 'a', 'n': 2}, ('rest', 1): {'t': None, 'n': 3}}
-        assert '4 records in 3 sets' in store.describe()[0]
+        assert '4 records in 3 sets' in store.describe_contents()[0]
 
 
 def test_sqlite_judges_a_record_by_the_one_in_its_own_set(tmp_path):
@@ -122,7 +122,7 @@ def test_sqlite_creates_in_each_set_and_looks_records_up_by_the_index(tmp_path):
         assert outcomes(store.write(records)) == ['stored', 'stored', 'duplicate']
         asked = []
         store.db.set_trace_callback(asked.append)
-        store.stored(records)
+        store.read_stored(records)
         plan = ' '.join(row[3] for row in store.db.execute(f'EXPLAIN QUERY PLAN {asked[0]}'))
         assert 'SEARCH records USING PRIMARY KEY' in plan and 'SCAN records' not in plan
 
@@ -186,7 +186,7 @@ SET = 'ns=test:set={}:objects=1:stop-writes-count={};'
 def described(monkeypatch, sets, nsup=120, **record):
     info = {'build': '8.1.0.0', 'namespace/test': NAMESPACE.format(nsup), 'sets/test': sets,
             'sets/test/rest': SET.format('rest', 0)}
-    return opened(monkeypatch, Client(info), **record).describe()
+    return opened(monkeypatch, Client(info), **record).describe_contents()
 
 
 def test_check_counts_the_sets_where_messages_name_them(monkeypatch):

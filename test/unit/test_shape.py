@@ -19,16 +19,16 @@ MAX_ATTRIBUTES, MAX_LINES = 20, 40
 FLAGS = {
     'FieldRule.required': 'a word of the configuration, never changed',
     'Message.held_back': 'whether RDY is raised for it: one bit for each of thousands of messages',
-    'Connection.lost': 'whether the socket has ended: set once',
+    'Connection.is_closed': 'whether the socket has ended: set once',
     'Subscription.idle': 'a measured fact, which RdyAllocator deals by',
-    'Subscription.tried': 'a measured fact: RDY was above 0 for long enough',
-    'AerospikeStore.proven': 'a fact about the cluster: set once, by the first write that it accepts',
-    'DeadLetters.closed': 'set once, by close()',
+    'Subscription.proven_idle': 'a measured fact: RDY was above 0 for long enough',
+    'AerospikeStore.write_accepted': 'a fact about the cluster: set once, by the first write that it accepts',
+    'DeadLetterSink.closed': 'set once, by close()',
     'Batcher.stopped': "set once, by stop(): the end of its window, which is that window's state",
-    'WindowLimits.lasting': 'a wish: an argument, never changed',
+    'WindowLimits.keeps_excess': 'a wish: an argument, never changed',
     'DeadLetterFileSource.read_all': 'a fact about the file: its last line was read',
-    'Daemon.stopping': 'set once, by a signal',
-    'Member.healthy': 'what the worker said of itself last',
+    'Daemon.is_stopping': 'set once, by a signal',
+    'WorkerHandle.is_healthy': 'what the worker said of itself last',
 }
 
 # Sections in which a function may still have no hints; mypy.ini loosens what it has to for them. None is added.

@@ -12,13 +12,14 @@ import pytest
 
 import fakes
 import xmsrv
-from xmsrv import MAX_BINS, STORES, Record, StoreDown, log
+from xmsrv import MAX_BINS, STORES, Record, StoreError, log
 
 ERRORS = aerospike.exception
 
 
 class Client:
-    """Answers each record as `answers` says (key -> code, 0 where it is not named), and keeps what it was asked."""
+    """Answers each record as `outcomes_by_code` says (key -> code, 0 where it is not named), and keeps what it was
+    asked."""
 
     def __init__(self, answers=None, refuses=(), stored=None):
         self.answers, self.refuses, self.stored = answers or {}, refuses, stored or {}
@@ -91,7 +92,7 @@ def test_each_answer_beside_a_good_write(monkeypatch, caplog, code, outcome, rea
     with opened(monkeypatch, Client({'bad': code})) as store:
         good, bad = store.write(records('good', 'bad'))
     assert (good.outcome, bad.outcome, bad.reason) == ('stored', outcome, reason)
-    said = [record for record in caplog.records if 'tried again' in record.getMessage()]
+    said = [record for record in caplog.records if 'are retried' in record.getMessage()]
     assert bool(said) is (code in (5, 27, 3, 999))    # the log says so of an answer that nobody has thought of
 
 
@@ -150,7 +151,7 @@ def test_with_newest_wins_each_write_carries_its_own_time_and_the_whole_policy(m
     from aerospike_helpers import expressions as exp
     client = Client()
     with opened(monkeypatch, client, record={'key': 'id'}) as store:
-        writes = [store.as_write(record) for record in [*records('a', time=5), *records('b', time=6)]]
+        writes = [store.build_write(record) for record in [*records('a', time=5), *records('b', time=6)]]
     for write, moment in zip(writes, (5, 6), strict=True):
         wanted = exp.Or(exp.Not(exp.BinExists('gts')), exp.LE(exp.IntBin('gts'), moment)).compile()
         assert write.policy['expressions'] == wanted
@@ -205,7 +206,7 @@ def test_forbidden_after_a_good_write_stops_and_names_the_cause(monkeypatch, fac
 def test_a_server_that_takes_no_batches_of_writes_is_refused(monkeypatch, version, taken):
     client = Client()
     client.info = {'build': version}
-    fails = contextlib.nullcontext() if taken else pytest.raises(StoreDown, match='too old')
+    fails = contextlib.nullcontext() if taken else pytest.raises(StoreError, match='too old')
     with fails, opened(monkeypatch, client):
         pass
 
@@ -234,7 +235,7 @@ def test_a_server_that_takes_no_batches_of_writes_is_refused(monkeypatch, versio
     (60, {'nsup-period': '0', 'allow-ttl-without-nsup': 'false'}, {}, 'a ttl is refused'),
 ])
 def test_why_a_node_forbids_writes(ttl, namespace, set_, obstacle):
-    found = list(xmsrv.write_obstacles(xmsrv.NEVER if ttl == -1 else ttl, namespace, set_))
+    found = list(xmsrv.write_obstacles(xmsrv.TTL_NEVER if ttl == -1 else ttl, namespace, set_))
     assert len(found) == bool(obstacle) and (not obstacle or obstacle in found[0]), found
 
 
@@ -244,13 +245,13 @@ FACTS = {'build': '8.1.1.2', 'namespace/test': 'nsup-period=120;default-ttl=0;ma
 
 
 def described(monkeypatch, *nodes, **sections):
-    """What describe() says of nodes that answer so."""
+    """What describe_contents() says of nodes that answer so."""
     client = Client()
     client.info_all = lambda question, policy=None: {
         f'node{number}': next(((None, text) for name, text in node.items() if question.startswith(name)),
                               ('error', None)) for number, node in enumerate(nodes)}
     with opened(monkeypatch, client, **sections) as store:
-        return store.describe()
+        return store.describe_contents()
 
 
 def test_a_cluster_is_described_with_its_records_each_counted_once(monkeypatch):
@@ -284,7 +285,7 @@ def test_a_namespace_that_is_not_there_is_named_with_those_that_are(monkeypatch)
 
 def test_a_node_that_does_not_say_its_limits_has_none_and_a_cluster_that_says_nothing_is_down(monkeypatch):
     assert described(monkeypatch, {name: text for name, text in FACTS.items() if name != 'get-config'})[1] == []
-    with pytest.raises(StoreDown, match='no node answers'):
+    with pytest.raises(StoreError, match='no node answers'):
         described(monkeypatch, {}, {})
 
 
@@ -295,16 +296,16 @@ def test_an_info_question_that_fails_is_an_outage_with_its_name(monkeypatch):
             asked.append(policy)
             raise ERRORS.TimeoutError('x')
         asked, client.info_all = [], fails
-        with pytest.raises(StoreDown, match='9 TimeoutError'):
-            store.ask('build')
-        with pytest.raises(StoreDown):
-            store.ask('build', time.monotonic() + 2)
+        with pytest.raises(StoreError, match='9 TimeoutError'):
+            store.query_info('build')
+        with pytest.raises(StoreError):
+            store.query_info('build', time.monotonic() + 2)
         assert asked[0] is None and 1900 < asked[1]['timeout'] <= 2000
 
 
 @pytest.mark.parametrize(('seconds', 'taken'), [(1, 1000), (0.0004, 50), (-5, 50), (1e9, 0x7FFFFFFF)])
 def test_a_limit_is_never_0_nor_over_what_the_client_counts(seconds, taken):
-    assert xmsrv.milliseconds(seconds) == taken
+    assert xmsrv.to_milliseconds(seconds) == taken
 
 
 @pytest.mark.parametrize(('code', 'text', 'reason'), [
@@ -316,7 +317,7 @@ def test_a_limit_is_never_0_nor_over_what_the_client_counts(seconds, taken):
     ('ERR_CLIENT', 'Invalid proto version 72', 'what answers there is no Aerospike server'),
     ('ERR_NOT_AUTHENTICATED', '', 'not authenticated')])
 def test_the_clients_line_about_a_host_in_words(code, text, reason):
-    assert xmsrv.reason_of(code, text) == reason
+    assert xmsrv.connect_reason(code, text) == reason
 
 
 class Module:
@@ -344,7 +345,7 @@ def test_the_reason_for_each_host_is_taken_from_the_clients_log():
                      'Failed to connect to seed db1 3000. AEROSPIKE_ERR_TIMEOUT ', 'something else'):
             module.handler(3, 'function', 'path', 7, line)
     assert module.handler is None
-    assert connect_log.reasons() == [
+    assert connect_log.failed_hosts() == [
         'db1:3000: no answer in time', '[::1]:3000: TLS: certificate verify failed; Connection refused',
         'db2:3000: not known']
 
@@ -357,7 +358,7 @@ def test_a_cluster_that_cannot_be_reached_is_named_with_the_reason(monkeypatch):
         raise error
     monkeypatch.setattr(aerospike, 'client', connect)
     store = STORES['aerospike'](fakes.options())
-    with pytest.raises(StoreDown, match='127.0.0.1:3000: test.orders: -10 ConnectionError: Failed to connect'):
+    with pytest.raises(StoreError, match='127.0.0.1:3000: test.orders: -10 ConnectionError: Failed to connect'):
         store.open()
     assert store.client is None
     store.close()
@@ -382,7 +383,7 @@ def test_one_node_of_several_hosts_is_enough(monkeypatch, hosts, nodes, found):
         return Partial()
     monkeypatch.setattr(aerospike, 'client', connect)
     store = STORES['aerospike'](fakes.options(aerospike={'hosts': [host.strip() for host in hosts.split(',')]}))
-    fails = contextlib.nullcontext() if found else pytest.raises(StoreDown)
+    fails = contextlib.nullcontext() if found else pytest.raises(StoreError)
     with fails:
         store.open()
     assert bool(store.client) is found and len(closed) == (len(configs) == 2 and not found)
@@ -410,7 +411,7 @@ def test_the_client_is_told_of_hosts_names_user_and_certificates(monkeypatch, tm
 
 
 def test_a_password_that_is_gone_by_now_is_an_outage(monkeypatch, tmp_path):
-    with pytest.raises(StoreDown, match='password: No such file'), opened(
+    with pytest.raises(StoreError, match='password: No such file'), opened(
             monkeypatch, Client(), aerospike={'user': 'me', 'password-file': str(tmp_path / 'password')}):
         pass
 
@@ -421,10 +422,10 @@ def test_an_answer_is_told_with_its_name_and_advice_and_whether_it_may_have_been
         result, = store.write(records('bad'))
         assert result.detail.endswith('answer 9 TimeoutError (see whether the nodes are overloaded or gone)')
         write = types.SimpleNamespace(result=9, in_doubt=True, ops=[1])
-        assert store.answer('retry', write).detail.endswith(', perhaps written')
+        assert store.build_result('retry', write).detail.endswith(', perhaps written')
         write = types.SimpleNamespace(result=9, in_doubt=False, ops=[1] * 4001)
-        assert 'a record of 4001 bins takes the server long' in store.answer('retry', write).detail
-        assert store.named(12345) == '12345 not known to the client'
+        assert 'a record of 4001 bins takes the server long' in store.build_result('retry', write).detail
+        assert store.describe_code(12345) == '12345 not known to the client'
 
 
 def test_the_time_that_is_stored_and_cannot_be_read_is_tried_again(monkeypatch):
@@ -442,9 +443,9 @@ def test_an_error_that_is_nobodys_is_everybodys(monkeypatch):
     client = Client()
     client.batch_write = lambda batch, policy: types.SimpleNamespace(result=-8)
     with opened(monkeypatch, client) as store:
-        write = store.as_write(records('a')[0])
+        write = store.build_write(records('a')[0])
         write.result = 0
-        store.call([write], time.monotonic() + 1)
+        store.send_batch([write], time.monotonic() + 1)
         assert write.result == -8
 
 
@@ -522,7 +523,7 @@ def test_sqlite_judges_only_what_is_in_its_own_set(tmp_path):
         assert outcomes(store, 'k') == ['stored']
     with sqlite_store(tmp_path, record={'write': 'create'}, sqlite={'set': 'two'}) as store:
         assert outcomes(store, 'k', 'k') == ['stored', 'duplicate']
-        line, problems = store.describe()
+        line, problems = store.describe_contents()
         assert '1 records in set two' in line and problems == []
 
 
@@ -540,9 +541,9 @@ def test_sqlite_says_so_where_somebody_else_has_written(tmp_path, bins, detail):
 def test_sqlite_finds_out_at_once_that_the_table_is_another(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / 'records.sqlite')) as database:
         database.execute('CREATE TABLE records (a, b)')
-    with pytest.raises(StoreDown) as caught, sqlite_store(tmp_path):
+    with pytest.raises(StoreError) as caught, sqlite_store(tmp_path):
         pass
-    assert not caught.value.again
+    assert not caught.value.retryable
 
 
 def test_sqlite_leaves_nothing_of_its_first_look(tmp_path):
@@ -553,26 +554,26 @@ def test_sqlite_leaves_nothing_of_its_first_look(tmp_path):
 
 def test_sqlite_rolls_back_and_only_a_lock_may_pass(tmp_path):
     with sqlite_store(tmp_path) as store:
-        store.patience = 0
+        store.call_timeout = 0
         store.db.execute('PRAGMA busy_timeout = 0')
         other = sqlite3.connect(tmp_path / 'records.sqlite', isolation_level=None)
         other.execute('BEGIN IMMEDIATE')
-        with pytest.raises(StoreDown) as caught:
+        with pytest.raises(StoreError) as caught:
             store.write(records('a'))
-        assert caught.value.again
+        assert caught.value.retryable
         other.execute('ROLLBACK')
         other.execute('DROP TABLE records')
         other.close()
-        with pytest.raises(StoreDown) as caught:
+        with pytest.raises(StoreError) as caught:
             store.write(records('a'))
-        assert not caught.value.again and not store.db.in_transaction
+        assert not caught.value.retryable and not store.db.in_transaction
 
 
 def test_sqlite_notices_that_its_file_was_replaced(tmp_path):
     with sqlite_store(tmp_path) as store:
         (tmp_path / 'records.sqlite').rename(tmp_path / 'old')
         (tmp_path / 'records.sqlite').touch()
-        with pytest.raises(StoreDown, match='replaced'):
+        with pytest.raises(StoreError, match='replaced'):
             store.write(records('a'))
 
 
@@ -581,6 +582,6 @@ def test_sqlite_takes_no_device(tmp_path):
     store = STORES['sqlite'](types.SimpleNamespace(
         sqlite=types.SimpleNamespace(path=str(tmp_path / 'records.sqlite'), set='s'),
         record=types.SimpleNamespace(write='replace', time_bin=None, set_field=None, delete=None)))
-    with pytest.raises(StoreDown) as caught:
+    with pytest.raises(StoreError) as caught:
         store.open()
     assert caught.value.__cause__.errno == errno.EINVAL

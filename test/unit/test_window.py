@@ -10,23 +10,23 @@ from fakes import Queue, numbered
 from xmsrv import (
     DEAD,
     STORED,
-    Answer,
-    Crew,
+    BackgroundTasks,
     End,
-    Figures,
     Health,
     Mapper,
+    Metrics,
     RecordQueue,
     Window,
     WindowLimits,
     WindowState,
+    WriteResult,
     decoded_size,
 )
 
-LETTERS_AWAY = Answer('unkept', 'away', 'nsqd is away')
-AWAY, STOP = Answer('retry', -15, 'no answer'), Answer('stop', 20, 'no such namespace')
-REFUSED = Answer('refused', 4, 'answer 4 ParamError')
-UNKEPT = Answer('unkept', 'refused', 'nsqd: E_BAD_MESSAGE')
+LETTERS_AWAY = WriteResult('unkept', 'away', 'nsqd is away')
+AWAY, STOP = WriteResult('retry', -15, 'no answer'), WriteResult('stop', 20, 'no such namespace')
+REFUSED = WriteResult('refused', 4, 'answer 4 ParamError')
+UNKEPT = WriteResult('unkept', 'refused', 'nsqd: E_BAD_MESSAGE')
 
 
 def config(**more):
@@ -36,7 +36,7 @@ def config(**more):
 def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, keep=DEAD, **more):
     """Runs a window, and `steps(window, queue)` beside it. Returns (window, queue)."""
     async def main():
-        loop, queue, tasks = asyncio.get_running_loop(), Queue(), Crew()
+        loop, queue, tasks = asyncio.get_running_loop(), Queue(), BackgroundTasks()
         options = config(**more)
 
         async def call(messages):
@@ -49,8 +49,9 @@ def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, k
         async def keep_all(messages):
             return [keep(loop.time() - 1000) if callable(keep) else keep] * len(messages)
         pipeline = types.SimpleNamespace(
-            config=options, source=queue, tasks=tasks, metrics=Figures(), health=Health(), write=call, keep=keep_all,
-            store=types.SimpleNamespace(batch_size=4, writers=2, patience=2.0))
+            config=options, source=queue, tasks=tasks, metrics=Metrics(), health=Health(), write=call,
+                                         write_dead_letters=keep_all,
+            store=types.SimpleNamespace(batch_size=4, writers=2, call_timeout=2.0))
 
         async def tick():
             while True:
@@ -121,7 +122,7 @@ def test_the_first_reason_stays_but_for_one_that_does_not_drain():
     async def steps(window, queue):
         window.end(End.IDLE)
         window.end(End.TIMEOUT)
-        assert (window.end_reason, window.credit(), window.left > 0) == (End.IDLE, 0, True)
+        assert (window.end_reason, window.credit(), window.messages_left > 0) == (End.IDLE, 0, True)
         window.end(End.SIGNAL)
         window.end(End.STORE_FAILED, 'gone')
     window, _ = window_of(steps)
@@ -153,7 +154,7 @@ def test_a_call_that_never_comes_back_does_not_hold_the_window():
 
 
 def test_records_that_are_busy_to_the_end_are_a_failure():
-    window, queue = window_of(sent(1), write=lambda numbers, now: Answer('busy', 14, 'hot'))
+    window, queue = window_of(sent(1), write=lambda numbers, now: WriteResult('busy', 14, 'hot'))
     assert (window.end_reason, window.exit_status, queue.requeues) == (End.STORE_FAILED, 75, [(1, 0)])
 
 
@@ -164,7 +165,7 @@ def test_credit_is_0_in_an_outage_one_batch_for_the_probe_and_then_what_is_left(
         queue.send(*range(4))
         await asyncio.sleep(0.02)
         seen.append((window.store_batcher.breaker.state.value, window.credit()))
-        while window.store_batcher.failing:
+        while window.store_batcher.is_failing:
             await asyncio.sleep(0.001)
         seen.append(window.credit())
         queue.idle_since = asyncio.get_running_loop().time()
@@ -176,7 +177,7 @@ def test_credit_is_0_in_an_outage_one_batch_for_the_probe_and_then_what_is_left(
 def test_a_keeper_that_is_away_for_a_moment_gets_the_time_to_come_back():
     window, queue = window_of(sent(1, body=b'[]'), keep=lambda now: LETTERS_AWAY if now < 3 else DEAD)
     assert (window.count['dead'], queue.finished, queue.requeues, window.exit_status) == (1, [1], [], 0)
-    assert window.pipeline.health.up('dead letters')
+    assert window.pipeline.health.is_up('dead letters')
 
 
 def test_a_letter_waits_for_its_keeper_for_5_seconds_and_then_makes_room():
@@ -192,7 +193,7 @@ def test_a_letter_waits_for_its_keeper_for_5_seconds_and_then_makes_room():
     window, queue = window_of(steps, (0, 30.0, 0.5), keep=LETTERS_AWAY)
     assert queue.requeues == [(1, 1)] and 5 <= when[0] <= 10.1
     assert (window.end_reason, window.exit_status) == (End.DEAD_LETTERS_FAILED, 75)
-    assert not window.pipeline.health.up('dead letters')
+    assert not window.pipeline.health.is_up('dead letters')
 
 
 def test_a_letter_that_comes_again_does_not_wait_for_its_keeper():
@@ -218,7 +219,7 @@ def test_good_messages_are_stored_while_the_keeper_is_away():
 def test_a_source_that_has_ended_ends_the_window_at_once_when_all_is_settled():
     async def steps(window, queue):
         queue.send(*range(8))
-        queue.exhausted = True
+        queue.is_exhausted = True
         await asyncio.sleep(0)
         assert window.end_reason is None    # they are still being written
     window, queue = window_of(steps)
@@ -227,7 +228,7 @@ def test_a_source_that_has_ended_ends_the_window_at_once_when_all_is_settled():
 
 def test_a_window_of_a_daemon_waits_though_nobody_has_the_topic_yet():
     async def steps(window, queue):
-        queue.exhausted = True
+        queue.is_exhausted = True
     window, _ = window_of(steps, (0, 3.0, 10.0, True))
     assert window.end_reason is End.TIMEOUT and 3 <= window.times.seconds < 3.2
 
@@ -269,7 +270,7 @@ def test_a_store_that_takes_nothing_is_said_once_for_all_batches(caplog):
     window, _ = window_of(sent(*range(8)), write=lambda numbers, now: STOP)    # two batches are under way
     assert [record.getMessage() for record in caplog.records] == [
         'no such namespace; the window ends, its messages are requeued']
-    assert not window.pipeline.health.up('store')
+    assert not window.pipeline.health.is_up('store')
 
 
 def test_a_lone_refusal_names_message_and_key(caplog):
@@ -285,7 +286,7 @@ def test_the_summary_is_worth_a_notice_where_something_came(caplog, steps, level
     caplog.set_level('DEBUG', 'x-msrv')
     window, _ = window_of(steps)
     caplog.clear()
-    assert window.report() == 0
+    assert window.report_end() == 0
     record, = caplog.records
     assert (record.levelname, record.fields['outcome'], window.failed) == (level, 'done', False)
     assert record.getMessage().startswith('[orders/x-msrv] received ')
@@ -297,7 +298,7 @@ def test_a_failed_window_to_which_nothing_came_is_worth_a_notice_and_counts(capl
     caplog.set_level('DEBUG', 'x-msrv')
     window, _ = window_of(steps)
     caplog.clear()
-    assert window.report() == 75
+    assert window.report_end() == 75
     assert [(record.levelname, record.getMessage()) for record in caplog.records][1:] == [
         ('ERROR', 'the window failed: gone')]
     assert caplog.records[0].levelname == 'NOTICE'
@@ -326,21 +327,21 @@ def test_messages_that_were_requeued_without_a_fault_are_worth_a_warning(caplog)
     caplog.set_level('DEBUG', 'x-msrv')
     window, _ = window_of(steps)
     caplog.clear()
-    assert window.report() == 0
+    assert window.report_end() == 0
     assert [record.levelname for record in caplog.records] == ['WARNING']
 
 
 def test_a_failed_window_says_what_failed_and_how_many_went_back(caplog):
     window, _ = window_of(sent(*range(6)), write=lambda numbers, now: STOP)
     caplog.clear()
-    assert window.report() == 75
+    assert window.report_end() == 75
     assert [(record.levelname, record.getMessage(), record.fields['outcome']) for record in caplog.records][-1] == (
         'ERROR', 'requeued 6 messages: no such namespace', 'failed')
 
 
 def test_a_window_without_an_nsqd_at_its_end_has_failed():
     async def steps(window, queue):
-        window.pipeline.health.fail('queue', 'refused')
+        window.pipeline.health.report_failure('queue', 'refused')
     for lasting, reason in ((True, End.QUEUE_FAILED), (False, End.TIMEOUT)):
         window, _ = window_of(steps, (0, 1.0, 0.5, lasting))
         assert (window.end_reason, window.detail) == (reason, 'refused' if lasting else '')
@@ -371,7 +372,7 @@ def test_a_dead_letter_that_nobody_keeps_is_requeued_with_a_delay_that_grows(att
     assert queue.requeues == [(1, delay)]
     assert (window.end_reason, window.exit_status) == (End.DEAD_LETTERS_FAILED, 75)
     assert window.detail == '1 dead letters could not be kept'
-    assert window.pipeline.health.up('dead letters')    # the keeper works: it refuses this one
+    assert window.pipeline.health.is_up('dead letters')    # the keeper works: it refuses this one
 
 
 def test_letters_that_nobody_keeps_do_not_end_the_window_nor_use_it_up_twice():
@@ -411,13 +412,13 @@ def test_the_memory_of_what_is_decoded_is_bounded_and_everything_is_stored():
     window, queue = window_of(sent(*range(30), body=body), write=write, max_held=3 * decoded_size(body))
     assert len(queue.finished) == window.count['stored'] == 30
     assert max(most) <= 3
-    assert window.records.decoded == 0
+    assert window.records.decoded_bytes == 0
 
 
 def test_one_message_larger_than_the_bound_is_decoded_alone():
-    queue = RecordQueue(types.SimpleNamespace(record=lambda message: None), 10)
+    queue = RecordQueue(types.SimpleNamespace(build_record=lambda message: None), 10)
     queue.waiting.extend(numbered(n, body=b'x' * 100) for n in range(3))
-    fit, _ = queue.take(100)
-    assert (len(fit), queue.take(100)) == (1, ([], []))
+    fit, _ = queue.take_records(100)
+    assert (len(fit), queue.take_records(100)) == (1, ([], []))
     queue.release(fit)
-    assert len(queue.take(100)[0]) == 1
+    assert len(queue.take_records(100)[0]) == 1

@@ -37,11 +37,11 @@ def bars(look, kind):
 
 def plain(look, url):
     """Whether a page asked for nothing but itself, takes nothing of a message for HTML, and pleases the browser."""
-    return look.requests == [url] and not look.complaints and '<script' not in look.html
+    return look.requests == [url] and not look.sqlite_errors and '<script' not in look.html
 
 
 @pytest.fixture
-def site(nsqds, xmsrv, changed, standin):
+def site(nsqds, program, changed, standin):
     """A daemon with windows of 40 on two nsqds, of which one has more than it takes: (nsqds, xmsrv, URL, standin)."""
     changed(HASTE)
     started = nsqds(2)
@@ -49,13 +49,13 @@ def site(nsqds, xmsrv, changed, standin):
     fill(started[1], 20, 20_000)
     started[0].publish(TOPIC, BAD)
     port = servers.free_ports()
-    xmsrv.configure(started, period='300ms', nsq={'max-messages': 40, 'max-in-flight': 40},
-                    metrics={'listen': f'127.0.0.1:{port}', 'depth-interval': '300ms'},
-                    **standin.settings(**{'total-timeout': '300ms'}))
-    running = xmsrv.start('daemon')
+    program.configure(started, period='300ms', nsq={'max-messages': 40, 'max-in-flight': 40},
+                      metrics={'listen': f'127.0.0.1:{port}', 'depth-interval': '300ms'},
+                      **standin.settings(**{'total-timeout': '300ms'}))
+    running = program.start('daemon')
     wait_until(lambda: get(port, '/')[1].count('<rect class="waiting"') > 8 and standin.stored() > 200,
                'there is something to see', 30)
-    yield started, xmsrv, f'http://127.0.0.1:{port}/', standin
+    yield started, program, f'http://127.0.0.1:{port}/', standin
     stopped(running)
 
 
@@ -98,17 +98,17 @@ def test_the_page_in_an_outage(site, browser):
     standin.server.listen()
 
 
-def test_the_page_in_streaming_mode_with_workers(nsqd, xmsrv, changed, browser):
+def test_the_page_in_streaming_mode_with_workers(nsqd, program, changed, browser):
     """As much as with windows; and dead letters, of which nothing is taken for HTML."""
     changed(HASTE)
     nsqd.create(TOPIC, CHANNEL)
     nsqd.publish(TOPIC, [*bodies(3000), *BAD])
     port = servers.free_ports()
-    xmsrv.configure(nsqd, period='0', workers=2, metrics={'listen': f'127.0.0.1:{port}', 'depth-interval': '300ms'})
-    running = xmsrv.start('daemon')
+    program.configure(nsqd, period='0', workers=2, metrics={'listen': f'127.0.0.1:{port}', 'depth-interval': '300ms'})
+    running = program.start('daemon')
     with contextlib.ExitStack() as stack:
         stack.callback(stopped, running)
-        wait_until(lambda: len(xmsrv.rows()) == 3000, 'all are stored', 20)
+        wait_until(lambda: len(program.rows()) == 3000, 'all are stored', 20)
         nsqd.publish(TOPIC, bodies(500, 3000))
         url = f'http://127.0.0.1:{port}/'
         wait_until(lambda: get(port, '/')[1].count('<rect class="stored"') > 0, 'they are on the chart', 20)
