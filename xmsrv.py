@@ -88,7 +88,7 @@ from tornado.iostream import IOStream, StreamClosedError
 from tornado.netutil import Resolver, bind_sockets
 from tornado.tcpclient import TCPClient
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 log = logging.getLogger('x-msrv')
 NOTICE = (logging.INFO + logging.WARNING) // 2   # lines that an operator wants to see of a run without problems
