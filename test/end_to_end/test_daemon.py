@@ -233,7 +233,7 @@ def test_a_worker_that_is_silent_for_long_is_killed_and_replaced(nsqds, program,
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
     silent, other = children(running)
     os.kill(silent, signal.SIGSTOP)
-    wait_until(lambda: count(program, f'(process {silent}) ended: killed by SIGKILL'), 'it is killed', 20)
+    wait_until(lambda: count(program, f'(pid {silent}) ended: killed by SIGKILL'), 'it is killed', 20)
     assert count(program, f'(pid {silent}) is not responding')   # twice where it was slow to start
     wait_until(lambda: len(children(running)) == 2 and nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'it is replaced', 20)
     assert other in children(running) and silent not in children(running)
@@ -249,7 +249,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(nsqd, program, workdir, 
     fill(nsqd, 10)
     program.configure(nsqd, period='0', workers=2)
     running = program.start('daemon')
-    failed = '(process none) ended: it could not be started: No such file or directory'
+    failed = '(pid none) ended: it could not be started: No such file or directory'
     wait_until(lambda: count(program, failed) >= 3, 'it is tried again')
     assert running.poll() is None and not program.rows()
     (workdir / 'there').touch()
@@ -259,7 +259,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(nsqd, program, workdir, 
 
 @pytest.mark.slow
 def test_workers_of_which_none_can_be_started_end_the_daemon(nsqd, program, changed):
-    changed('import xmsrv\nxmsrv.own_command = lambda: ["/nonexistent/python"]\n')
+    changed('import xmsrv\nxmsrv.worker_command = lambda: ["/nonexistent/python"]\n')
     program.configure(nsqd, period='0', workers=2)
     ended(program.start('daemon'), os.EX_SOFTWARE, 60)
     assert count(program, 'could not be started') >= 5 and count(program, 'every worker keeps failing to start') == 1
@@ -1345,7 +1345,7 @@ def test_the_textfile_takes_over_only_its_own_counts(nsqd, program, workdir, own
     nsqd.create(**names)
     nsqd.publish(names['topic'], bodies(2))
     said = program.once(nsqd, **own, metrics={'textfile': path}).stderr
-    assert f'warning: {path}: replaces the figures of another topic or channel' in said
+    assert f'warning: {path}: replaces the metrics of another topic or channel' in said
     for first in (2, 4):
         written = series(path, **names)
         assert written['xmsrv_received_total'] == written['xmsrv_lag_seconds_count'] == first

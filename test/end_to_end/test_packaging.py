@@ -96,7 +96,7 @@ def test_the_program_finds_its_libraries_and_so_do_its_workers(workdir, monkeypa
     monkeypatch.delenv('PYTHONDONTWRITEBYTECODE', raising=False)
     assert run(python, *flags, programs, '--version').stdout == version
     command = run(python, *flags, '-c', f'import sys; sys.path[:0] = [{str(programs)!r}, {str(lib)!r}]\n'
-                  'import xmsrv; print(*xmsrv.own_command(), sep="\\n")').stdout.splitlines()
+                  'import xmsrv; print(*xmsrv.worker_command(), sep="\\n")').stdout.splitlines()
     assert command[1:] == [*flags, str(programs)]
     assert run(*command, '--version').stdout == version
 

@@ -895,7 +895,7 @@ def test_identify_over_the_limits_is_tried_once_more_with_defaults(program, nsqd
     assert (proxy.count('IDENTIFY'), left([nsqd])) == (2, 0)
     warning, = [line for line in done.stderr.splitlines() if line.startswith('warning')]
     assert 'E_BAD_BODY' in warning
-    assert 'trying with its own defaults' in warning
+    assert 'retrying IDENTIFY with the defaults of nsqd' in warning
 
 
 @pytest.mark.slow
