@@ -3402,6 +3402,10 @@ class Subscription(Connection):
             self.rdy = rdy
             self.send_command(nsq.ready(rdy))
 
+    def claim_at(self, now: float) -> int:
+        """How many messages nsqd may send, by its RDY and by one that it may not have heard of yet."""
+        return max(0, self.rdy - self.held_back) + self.unheard_at(now)
+
     def unheard_at(self, now: float) -> int:
         """`unheard`, which is over when nsqd has heard of its RDY."""
         return self.unheard if now - self.lowered_at < RDY_HEARD + self.round_trip else 0
@@ -5294,6 +5298,9 @@ class Consumer:
     def reduce_rdy(self, connection: Subscription) -> None:
         """Lowers the RDY of a connection by the messages that arrived on it, near the end of the window or of max-held:
         before a FIN can free a slot, and without changing the RDY of other connections."""
+        spare = min(self.credit() if self.credit else 0, self.in_flight_bytes.free_slots)
+        if spare >= self.max_in_flight:   # RDY adds up to no more; with 100 nsqds the sums below cost a third of a read
+            return
         budget = self.rdy_budget
         connection.set_rdy(RdyAllocator.reduced_rdy(connection, self.connections, budget))
         if budget == 0 or self.in_flight_bytes.free_slots < self.max_in_flight:   # else a tick is soon enough
@@ -5302,18 +5309,22 @@ class Consumer:
     def on_credit_change(self) -> None:
         """Distributes the budget to the connections."""
         plenty = self.credit is not None and self.credit() > 2 * self.max_in_flight
-        for connection, rdy in RdyAllocator.allocate_rdy(self.connections, self.rdy_budget, keep=not plenty):
-            raised = rdy > connection.rdy and not plenty
-            connection.set_rdy(min(rdy, self.most_rdy(connection)) if raised else rdy)
+        now = asyncio.get_running_loop().time()
+        claimed = 0 if plenty else sum([connection.claim_at(now) for connection in self.connections])
+        for connection, share in RdyAllocator.allocate_rdy(self.connections, self.rdy_budget, keep=not plenty):
+            claim, rdy = connection.claim_at(now), share
+            if rdy > connection.rdy and not plenty:
+                rdy = min(rdy, self.most_rdy(connection, claimed - claim))
+            connection.set_rdy(rdy)
+            claimed += connection.claim_at(now) - claim
 
-    def most_rdy(self, connection: Subscription) -> int:
-        """To what the RDY of a connection may be raised now. An nsqd that is slow looks like one that is idle: until it
-        has heard that its RDY is lower, it may still send what it had, so that is nobody else's.
+    def most_rdy(self, connection: Subscription, others: int) -> int:
+        """To what the RDY of a connection may be raised now; others: what all others may still send. An nsqd that is
+        slow looks like one that is idle: until it has heard that its RDY is lower, it may still send what it had, so
+        that is nobody else's.
 
         Example: 10 may come, A has RDY 10 and is silent, so it is lowered to 1. B waits for RDY_HEARD, then it gets 9.
         """
-        now = asyncio.get_running_loop().time()
-        others = sum([max(0, c.rdy - c.held_back) + c.unheard_at(now) for c in self.connections if c is not connection])
         credit = self.credit() if self.credit else 0
         return max(connection.rdy, credit + connection.held_back - others)
 

@@ -303,7 +303,7 @@ MUTANTS = (
     Mutant('delays of REQ in seconds', "(b'REQ %%s %d\\n' % (delay * 1000), messages)", "(b'REQ %%s %d\\n' % delay, messages)"),
     Mutant('what is held back uses up RDY', '        rdys = [(c, share and share + c.held_back)', '        rdys = [(c, share)'),
 
-    Mutant('RDY goes to another at once', 'min(rdy, self.most_rdy(connection)) if raised else rdy)', 'rdy)'),
+    Mutant('RDY goes to another at once', 'rdy = min(rdy, self.most_rdy(connection, claimed - claim))', 'pass'),
     Mutant('a lower RDY is never heard', 'return self.unheard if now - self.lowered_at < RDY_HEARD + self.round_trip else 0', 'return self.unheard'),
     Mutant('a far nsqd hears as soon', 'RDY_HEARD + self.round_trip else 0', 'RDY_HEARD else 0'),
     Mutant('what came is still to come', 'self.unheard = max(0, self.unheard - len(messages))', 'pass'),
