@@ -3544,9 +3544,9 @@ class ChannelDepth(NamedTuple):
 async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, ChannelDepth]:
     """What waits for a channel on each nsqd that says so, by address as text. An nsqd or nsqlookupd that does not
     answer is left out without a word: the consumer has one for it."""
-    addresses = config.nsq.lookupd_http_address
-    nsqds = (await look_up(addresses, topic, LOOKUP_GRACE))[0] if addresses else dict.fromkeys(
-        config.nsq.nsqd_tcp_address)
+    nsqds: Nsqds = dict.fromkeys(config.nsq.nsqd_tcp_address)
+    if config.nsq.lookupd_http_address:
+        nsqds = (await look_up(config, topic, LOOKUP_GRACE))[0]
     found: dict[str, ChannelDepth] = {}
 
     async def ask(address: Address, http_port: int | None) -> None:

@@ -161,7 +161,7 @@ def test_what_comes_beyond_n_is_kept_for_the_next_window(nsqds, program):
 @pytest.mark.slow
 def test_workers_killed_ten_times_lose_nothing(nsqds, program, changed):
     """Each killed in mid-flow; one that was up for a while is started again after a second, not later and later."""
-    changed('import xmsrv\nxmsrv.STAYS_UP = 0.5\n')
+    changed('import xmsrv\nxmsrv.WORKER_STABLE_TIME = 0.5\n')
     nsqd, = nsqds(1, '--msg-timeout=1s')
     nsqd.create(TOPIC, CHANNEL)
     nsqd.lapse(TOPIC, CHANNEL)
@@ -225,7 +225,7 @@ def test_a_daemon_whose_workers_do_not_stay_up_ends_with_70(nsqd, program, chang
 
 def test_a_worker_that_is_silent_for_long_is_killed_and_replaced(nsqds, program, changed):
     """It has a message, which comes again. Nothing else ends: no watchdog is there that would."""
-    changed('import xmsrv\nxmsrv.SILENCE_OF_WORKERS, xmsrv.WORKER_KILL_TIME = 1.0, 2.0\n')
+    changed('import xmsrv\nxmsrv.WORKER_SILENCE, xmsrv.WORKER_KILL_TIME = 1.0, 2.0\n')
     nsqd, = nsqds(1, '--msg-timeout=1s')
     fill(nsqd, 0)
     program.configure(nsqd, period='0', workers=2)
@@ -895,7 +895,7 @@ def test_a_store_call_that_never_ends_starves_the_watchdog(nsqd, program, system
     stopped(running)
 
 
-HANGS = ('import threading, xmsrv\nwrite = xmsrv.SqliteStore.write\nxmsrv.SqliteStore.patience = 1.0\n'
+HANGS = ('import threading, xmsrv\nwrite = xmsrv.SqliteStore.write\nxmsrv.SqliteStore.call_timeout = 1.0\n'
          'def hang(self, records):\n    open("called", "w").close()\n    threading.Event().wait(600)\n'
          'xmsrv.SqliteStore.write = hang\n'
          'xmsrv.SqliteStore.close = lambda self: open("closed", "w").close()\n')
@@ -1083,7 +1083,7 @@ def test_the_depth_of_the_channel_is_in_the_metrics_and_on_the_page(nsqds, progr
     wait_until(lambda: '<td>channel paused</td>' in get(port, '/')[1], 'the page says that it is paused')
     second.suspend()
     wait_until(lambda: set(depths(port)) == {first.tcp}, 'nothing is said of an nsqd that does not answer')
-    second.resume_accepting()
+    second.resume()
     wait_until(lambda: set(depths(port)) == {first.tcp, second.tcp}, 'it is back')
     stopped(running)
 
@@ -1212,7 +1212,7 @@ def test_a_request_that_is_too_large_is_refused(site, request_):
 @pytest.mark.parametrize('sent', [b'', HEAD, HEAD + b'Content-Length: 9\r\n\r\nxxx', HEAD + b'\r\n'],
                          ids=['nothing', 'a part of the head', 'a part of the body', 'a request, and no other'])
 def test_a_connection_that_is_idle_is_closed(nsqd, program, changed, sent):
-    changed('import xmsrv\nxmsrv.HTTP_IDLE, xmsrv.HTTP_BODY_TIMEOUT = 0.5, 0.3\n')
+    changed('import xmsrv\nxmsrv.HTTP_IDLE_TIMEOUT, xmsrv.HTTP_BODY_TIMEOUT = 0.5, 0.3\n')
     port = servers.free_ports()
     program.configure(nsqd, metrics={'listen': f'127.0.0.1:{port}'})
     running = program.start('daemon')

@@ -207,7 +207,7 @@ def test_130_is_an_interrupted_check_without_a_word(program):
     with proxies.Says() as silent:
         program.configure(nsq={'nsqd-tcp-address': silent.address})
         running = program.start('check', '--connect')
-        servers.wait_until(lambda: silent.reserved_bins, 'it is connected')
+        servers.wait_until(lambda: silent.taken, 'it is connected')
         running.send_signal(signal.SIGINT)
         assert running.wait(timeout=10) == 130
     assert 'Traceback' not in program.log.read_text()
@@ -306,7 +306,7 @@ def test_69_is_a_store_out_of_reach(nsqd, program, workdir, command):
 @pytest.mark.parametrize('loud', [[], ['-v']])
 def test_70_is_what_nobody_foresaw(program, changed, loud):
     """A line says what it was; the traceback is for -v."""
-    changed('import xmsrv\nxmsrv.sample = lambda: 1 / 0\n')
+    changed('import xmsrv\nxmsrv.sample_config = lambda: 1 / 0\n')
     said = program.run(*loud, 'config', '--sample', expect=os.EX_SOFTWARE).stderr
     assert said.startswith('error: internal error: ZeroDivisionError: ')
     assert ('Traceback' in said) == bool(loud)

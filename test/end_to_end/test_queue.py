@@ -361,7 +361,7 @@ class Reader(Connection):
 
     def unpack_frames(self, data):
         self.looked_at += len(data)
-        return super().unpack(data)
+        return super().unpack_frames(data)
 
     def deliver(self, messages):
         self.bodies += [message.body for message in messages]

@@ -421,7 +421,7 @@ def test_nothing_to_replay_is_a_fault(nsqd, program, arguments, settings):
 def test_a_file_that_is_not_there_yet_is_no_fault(nsqd, program, workdir, arguments):
     """It comes with the first dead letter, and not by replay."""
     program.configure(nsqd, **in_file(workdir / 'dead.json'))
-    assert 'no letter to replay' in program.run('replay', *arguments).stderr
+    assert 'no dead letter to replay' in program.run('replay', *arguments).stderr
     assert not list(workdir.glob('dead.json*'))
 
 

@@ -293,7 +293,7 @@ def test_nsqd_without_tls_gets_neither_secret_nor_subscription(program, ours, se
         done = program.once(nsq={'nsqd-tcp-address': [fake.tcp], 'auth-secret-file': secret,
                                  'tls': {'ca-file': ours.file}}, expect=69)
     only_identify(fake)
-    refused(done, 'TLS is asked for')
+    refused(done, 'TLS is configured')
 
 
 def test_real_nsqd_without_tls_gets_neither_secret_nor_subscription(program, nsqd, ours, secret):
@@ -302,7 +302,7 @@ def test_real_nsqd_without_tls_gets_neither_secret_nor_subscription(program, nsq
         done = program.once(nsq={'nsqd-tcp-address': proxy.addresses, 'auth-secret-file': secret,
                                  'tls': {'ca-file': ours.file}}, expect=69)
     assert [event.name for event in proxy.events] == ['magic', 'IDENTIFY', 'response']
-    refused(done, 'TLS is asked for')
+    refused(done, 'TLS is configured')
     nothing_taken(nsqd)
 
 
@@ -409,7 +409,7 @@ def test_nsqd_without_auth_never_sees_the_secret(program, nsqd, secret):
     with proxies.Proxy(nsqd) as proxy:
         done = program.once(nsq={'nsqd-tcp-address': proxy.addresses, 'auth-secret-file': secret}, expect=69)
     assert [event.name for event in proxy.events] == ['magic', 'IDENTIFY', 'response']
-    refused(done, 'auth is asked for')
+    refused(done, 'auth-secret-file is set')
     nothing_taken(nsqd)
 
 

@@ -723,7 +723,7 @@ class AerospikeServer:
         return sum(record.set == set.encode() for record in self._records(namespace).values())
 
     def hang(self):
-        """Take connections and requests, and do and answer nothing until resume_accepting()."""
+        """Take connections and requests, and do and answer nothing until resume()."""
         self._hung = True
 
     def resume(self):
