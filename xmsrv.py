@@ -1453,7 +1453,7 @@ OPTIONS = (
            'Processes of the daemon that share max-messages; for more than one core.'),
     Option('', 'log-format', 'text', one_of('text', 'json'), 'text, or json: an object a line.'),
     Option('', 'store', 'aerospike', one_of('aerospike', 'sqlite'),
-           'Where records go: to [aerospike], or for a first run to a file, [sqlite].'),
+           'Store of the records: [aerospike], or for a first run a file, [sqlite].'),
     Option('nsq', 'nsqd-tcp-address', '', list_of(nsqd_address),
            'host:port of each nsqd, or the path of its unix socket, separated by commas; or:'),
     Option('nsq', 'lookupd-http-address', '', list_of(lookupd_address),

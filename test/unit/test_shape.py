@@ -4,6 +4,7 @@ import bisect
 import inspect
 import re
 import symtable
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ SOURCE = inspect.getsource(xmsrv)
 TREE = ast.parse(SOURCE)
 DASHES = '# ' + '-' * 117
 MAX_ATTRIBUTES, MAX_LINES = 20, 40
+# `xmsrv.NAME =` or `xmsrv.CLASS.NAME =`, at the beginning of a line in a string, too
+REPLACED = r'(?:(?<![.\w])|(?<=\\n))xmsrv\.(\w+)(?:\.(\w+))?(?= = |, xmsrv\.)'
 
 # Attributes that hold True or False. None of them decides what a state should: each is a fact or a wish, with one
 # place that sets it. A new one needs its reason here; where two or more describe one thing, make them an Enum.
@@ -149,3 +152,11 @@ def test_what_is_public_says_what_it_is(kind):
     public = [node for scope in [TREE, *(node for node, _ in classes())] for node in scope.body
               if isinstance(node, kind) and not node.name.startswith('_')]
     assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+def test_what_tests_replace_is_there():
+    """A name that the module no longer has would be set in vain, and its test would see nothing."""
+    for path in sorted(Path(__file__).parent.parent.rglob('test_*.py')):
+        for name, member in re.findall(REPLACED, path.read_text()):
+            assert hasattr(xmsrv, name), f'{path.name}: xmsrv.{name}'
+            assert not member or hasattr(getattr(xmsrv, name), member), f'{path.name}: xmsrv.{name}.{member}'
