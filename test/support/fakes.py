@@ -6,6 +6,7 @@ import re
 import socket
 
 import nsq
+import pytest
 from tornado.iostream import StreamClosedError
 
 import xmsrv
@@ -154,6 +155,25 @@ def numbered(n, attempts=1, body=None, now=0.0):
     message = Numbered(None, b'%016d' % n, n, attempts, body or json.dumps({'n': n}).encode(), now)
     message.n = n
     return message
+
+
+def mapped(value, **sections):
+    """The Record that a Mapper of these sections makes of a message: of its body, or of a value for it."""
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return xmsrv.Mapper(options(**sections)).build_record(message(7, body))
+
+
+def bins_of(value, fields=(), unknown='keep', nulls='omit', **record):
+    """The bins of such a record, without id-bin."""
+    sections = {'fields': dict(fields), 'unknown-fields': unknown, 'nulls': nulls}
+    return mapped(value, message=sections, record={'id-bin': '', **record}).bins
+
+
+def refused(value, *args, **options):
+    """(reason, detail) of the message that bins_of() can make nothing of."""
+    with pytest.raises(xmsrv.InvalidMessage) as caught:
+        bins_of(value, *args, **options)
+    return caught.value.reason, caught.value.detail
 
 
 def record_system_calls(monkeypatch, *names):

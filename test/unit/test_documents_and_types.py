@@ -9,25 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fakes
-from xmsrv import AerospikeStore, InvalidMessage, Mapper, Record, build_config, typed_bins
+from fakes import bins_of, mapped, refused
+from xmsrv import AerospikeStore, Record, build_config, typed_bins
 
 POINT = {'type': 'Point', 'coordinates': [7.45, 46.95]}
-
-
-def mapped(value, **sections):
-    body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return Mapper(fakes.options(**sections)).build_record(fakes.message(7, body))
-
-
-def bins(value, fields=(), unknown='keep', nulls='omit', **record):
-    message = {'fields': dict(fields), 'unknown-fields': unknown, 'nulls': nulls}
-    return mapped(value, message=message, record={'id-bin': '', **record}).bins
-
-
-def refused(value, *args, **options):
-    with pytest.raises(InvalidMessage) as caught:
-        bins(value, *args, **options)
-    return caught.value.reason, caught.value.detail
 
 
 # --- document-bin
@@ -39,12 +24,12 @@ DOC = {'document-bin': 'doc'}
     {}, {'n': 1}, {'a': None, 'b': {'c': None}, 'l': [None]}, {'': {'': ''}}, {'x' * 1000: 1, 'gid': 2, 'doc': 3},
     {f'field number {n}': n for n in range(100_000)}])
 def test_a_document_is_the_message_as_it_is(value):
-    assert bins(value, **DOC) == {'doc': value}
+    assert bins_of(value, **DOC) == {'doc': value}
 
 
 def test_a_document_has_as_many_levels_as_a_message():
     deep = b'{"a":' * 64 + b'1' + b'}' * 64
-    assert bins(deep, **DOC) == {'doc': json.loads(deep)}
+    assert bins_of(deep, **DOC) == {'doc': json.loads(deep)}
     assert refused(b'{"a":' * 65 + b'1' + b'}' * 65, **DOC)[0] == 'unsupported-value'
 
 
@@ -61,8 +46,8 @@ def test_fields_of_a_document_have_rules_and_may_be_dropped_or_rejected():
     fields = {'a name of a field': ['integer', 'required'], 'b.c': 'string'}
     good = {'a name of a field': 1, 'b': {'c': 'x'}}
     for unknown in ('keep', 'drop', 'reject'):
-        assert bins(good, fields, unknown, **DOC, bins={'b.c': 'c'}) == {'doc': good, 'c': 'x'}
-    assert bins({**good, 'd': 1, 'b': {'c': 'x', 'd': 1}}, fields, 'drop', **DOC) == {'doc': good}
+        assert bins_of(good, fields, unknown, **DOC, bins={'b.c': 'c'}) == {'doc': good, 'c': 'x'}
+    assert bins_of({**good, 'd': 1, 'b': {'c': 'x', 'd': 1}}, fields, 'drop', **DOC) == {'doc': good}
     assert refused({**good, 'd': None}, fields, 'reject', **DOC) == ('schema', 'd: unknown field')
     assert refused({**good, 'a name of a field': None}, fields, **DOC) == ('schema', '"a name of a field": missing')
 
@@ -70,7 +55,7 @@ def test_fields_of_a_document_have_rules_and_may_be_dropped_or_rejected():
 def test_nulls_of_a_document_may_be_rejected():
     assert refused({'a': None}, nulls='reject', **DOC) == ('schema', 'a: null')
     assert refused({'a': {'b': None}}, nulls='reject', **DOC, bins={'a.b': 'b'}) == ('schema', 'a.b: null')
-    assert bins({'a': {'b': None}}, nulls='reject', **DOC) == {'doc': {'a': {'b': None}}}
+    assert bins_of({'a': {'b': None}}, nulls='reject', **DOC) == {'doc': {'a': {'b': None}}}
 
 
 @pytest.mark.parametrize(('record', 'name'), [
@@ -95,7 +80,7 @@ def faults(**sections):
 @given(st.binary(max_size=50))
 def test_what_is_base64_is_kept_as_it_came(value):
     text = base64.b64encode(value).decode()
-    assert bins({'f': text}, {'f': ['base64', 'required']}) == {'f': text}
+    assert bins_of({'f': text}, {'f': ['base64', 'required']}) == {'f': text}
 
 
 @pytest.mark.parametrize('value', ['A', 'AA', 'AAA', 'AA=', 'AAA==', 'AAAA=', '====', 'A===', 'AA==AA==', ' AAAA',
@@ -108,14 +93,14 @@ def test_what_is_no_base64_is_a_dead_letter(value):
                                               (4, 'length over 3')])
 def test_limits_of_base64_are_of_its_bytes(size, detail):
     text, fields = base64.b64encode(bytes(size)).decode(), {'f': ['base64', 'min 1', 'max 3']}
-    assert refused({'f': text}, fields)[1] == f'f: {detail}' if detail else bins({'f': text}, fields) == {'f': text}
+    assert refused({'f': text}, fields)[1] == f'f: {detail}' if detail else bins_of({'f': text}, fields) == {'f': text}
 
 
 # --- geojson
 
 @pytest.mark.parametrize('value', [POINT, json.dumps(POINT), {'type': 'x'}, ' {"type": ""}\n'])
 def test_what_looks_like_geojson_is_kept_as_it_came(value):
-    assert bins({'f': value}, {'f': 'geojson'}) == {'f': value}
+    assert bins_of({'f': value}, {'f': 'geojson'}) == {'f': value}
 
 
 @pytest.mark.parametrize('value', [5, [], True, {}, {'type': 1}, '', '[]', 'Point', '{"type": 1}', '{"type": "P"',
@@ -136,7 +121,7 @@ def test_rules_that_do_not_fit_are_faults(line, rule):
 
 def test_a_geometry_may_have_rules_of_its_own_inside():
     fields = {'at': 'geojson', 'at.coordinates[0]': ['number', 'required']}
-    assert bins({'at': POINT}, fields) == {'at': POINT}
+    assert bins_of({'at': POINT}, fields) == {'at': POINT}
     assert refused({'at': {'type': 'Point', 'coordinates': ['x']}}, fields)[1] == 'at.coordinates[0]: not a number'
 
 

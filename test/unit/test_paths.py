@@ -1,30 +1,15 @@
 """Paths into a message: how they are written, what they find, and what each option makes of them."""
-import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fakes
-from xmsrv import InvalidMessage, Mapper, Path, build_config
+from fakes import bins_of, mapped, refused
+from xmsrv import Mapper, Path, build_config
 
 ORDER = {'customer': {'id': 7, 'address': {'city': 'Bern', 'zip': '3000'}, 'a.b': 1}, 'items': [{'id': 1}, {'id': 2}],
          'at': {'ms': 5}, 'n': 1}
-
-
-def mapped(value, **sections):
-    return Mapper(fakes.options(**sections)).build_record(fakes.message(7, json.dumps(value).encode()))
-
-
-def bins(value, fields=(), unknown='keep', nulls='omit', **record):
-    message = {'fields': dict(fields), 'unknown-fields': unknown, 'nulls': nulls}
-    return mapped(value, message=message, record={'id-bin': '', **record}).bins
-
-
-def refused(value, *args, **options):
-    with pytest.raises(InvalidMessage) as caught:
-        bins(value, *args, **options)
-    return caught.value.reason, caught.value.detail
 
 
 # --- how a path is written
@@ -111,14 +96,14 @@ def test_a_rule_on_a_path_names_it(line, detail):
                                    {'customer': {'id': 5}}])
 def test_a_field_inside_that_is_absent_or_null_breaks_no_rule_but_required(value):
     kept = {name: item for name, item in value.items() if item is not None}
-    assert bins({'n': 1, **value}, {'customer.id': 'integer'}) == {'n': 1, **kept}
+    assert bins_of({'n': 1, **value}, {'customer.id': 'integer'}) == {'n': 1, **kept}
     if value != {'customer': {'id': 5}}:
         assert refused(value, {'customer.id': ['integer', 'required']}) == ('schema', 'customer.id: missing')
 
 
 def test_an_object_that_is_named_has_its_own_rules_and_those_of_the_fields_inside():
     fields = {'customer': ['object', 'max 3'], 'customer.id': 'integer', 'items': 'any', 'items[0].id': 'integer'}
-    assert bins(ORDER, fields) == ORDER
+    assert bins_of(ORDER, fields) == ORDER
     assert refused({'customer': {'id': 'x', 'b': 1, 'c': 2, 'd': 3}}, fields) == (
         'schema', 'customer.id: not an integer; customer: length over 3')
     assert refused({'items': 5}, fields) == ('schema', 'items: not a list')
@@ -128,20 +113,20 @@ FIELDS = {'customer.id': 'integer', 'customer.address.city': 'string', 'items[0]
 
 
 def test_drop_keeps_what_is_named_with_the_objects_around_it():
-    assert bins({**ORDER, 'x': 1}, FIELDS, 'drop') == {
+    assert bins_of({**ORDER, 'x': 1}, FIELDS, 'drop') == {
         'customer': {'id': 7, 'address': {'city': 'Bern'}}, 'items': ORDER['items'], 'n': 1}
-    assert bins({'customer': {'x': 1, 'address': {'x': 1}}, 'n': 1}, FIELDS, 'drop') == {'n': 1}
-    assert bins(ORDER, {**FIELDS, 'customer.address': 'object'}, 'drop')['customer'] == {
+    assert bins_of({'customer': {'x': 1, 'address': {'x': 1}}, 'n': 1}, FIELDS, 'drop') == {'n': 1}
+    assert bins_of(ORDER, {**FIELDS, 'customer.address': 'object'}, 'drop')['customer'] == {
         'id': 7, 'address': ORDER['customer']['address']}
-    assert bins({'customer': {'id': 1, 'address': None}}, FIELDS, 'drop') == {'customer': {'id': 1, 'address': None}}
+    assert bins_of({'customer': {'id': 1, 'address': None}}, FIELDS, 'drop') == {'customer': {'id': 1, 'address': None}}
 
 
 def test_reject_names_what_is_unknown_inside():
     assert refused({**ORDER, 'x': 1}, FIELDS, 'reject') == (
         'schema', 'at: unknown field; customer."a.b": unknown field; customer.address.zip: unknown field')
     known = {'customer': {'id': 7, 'address': {'city': 'Bern'}}, 'items': [{'id': 1, 'x': 2}], 'n': 1}
-    assert bins(known, FIELDS, 'reject') == known
-    assert bins(ORDER, {'customer': 'object', 'items': 'any', 'at': 'any', **FIELDS}, 'reject') == ORDER
+    assert bins_of(known, FIELDS, 'reject') == known
+    assert bins_of(ORDER, {'customer': 'object', 'items': 'any', 'at': 'any', **FIELDS}, 'reject') == ORDER
 
 
 # --- [[bins]]
@@ -151,20 +136,21 @@ BINS = {'customer.address.city': 'city', 'items[0].id': 'first', 'n': 'number', 
 
 def test_a_field_inside_gets_a_bin_and_stays_in_its_object():
     value = {name: ORDER[name] for name in ('customer', 'items', 'n')}
-    assert bins(value, bins=BINS) == {
+    assert bins_of(value, bins=BINS) == {
         'customer': ORDER['customer'], 'items': ORDER['items'], 'number': 1, 'city': 'Bern', 'first': 1}
 
 
 def test_with_drop_it_is_taken_out_of_its_object():
     fields = {**FIELDS, 'customer.absent': 'any'}
     value = {**ORDER, 'x': 1}
-    assert bins(value, fields, 'drop', bins=BINS) == {
+    assert bins_of(value, fields, 'drop', bins=BINS) == {
         'customer': {'id': 7}, 'items': ORDER['items'], 'number': 1, 'city': 'Bern', 'first': 1}
     taken = {'customer.id': 'customer', 'customer.address.city': 'city'}
-    assert bins(ORDER, {'customer.id': 'any', 'customer.address.city': 'any'}, 'drop', bins=taken) == {
+    assert bins_of(ORDER, {'customer.id': 'any', 'customer.address.city': 'any'}, 'drop', bins=taken) == {
         'customer': 7, 'city': 'Bern'}
     whole = {'customer': 'object', 'customer.address.city': 'string'}
-    assert bins({'customer': {'address': {'city': 'Bern'}}}, whole, 'drop', bins={'customer.address.city': 'city'}) == {
+    city = {'customer.address.city': 'city'}
+    assert bins_of({'customer': {'address': {'city': 'Bern'}}}, whole, 'drop', bins=city) == {
         'customer': {'address': {}}, 'city': 'Bern'}
 
 
@@ -177,9 +163,9 @@ def test_the_key_is_found_before_anything_is_taken_out():
 
 def test_a_null_inside_is_no_bin_or_a_dead_letter():
     value = {'a': {'b': None}}
-    assert bins(value, bins={'a.b': 'b'}) == value
+    assert bins_of(value, bins={'a.b': 'b'}) == value
     assert refused(value, nulls='reject', bins={'a.b': 'b'}) == ('schema', 'a.b: null')
-    assert bins({'a': {}}, nulls='reject', bins={'a.b': 'b'}) == {'a': {}}
+    assert bins_of({'a': {}}, nulls='reject', bins={'a.b': 'b'}) == {'a': {}}
 
 
 def test_a_bin_of_a_path_is_not_taken_by_a_field_of_its_name():
