@@ -4974,7 +4974,7 @@ REQUEUE_DELAYS = 1, 600     # seconds: of the first delivery that can't be settl
 
 
 class Source(typing.Protocol):
-    """The source of a window's read_messages: the nsqds (Consumer), or a file of dead letters (DeadLetterFileSource).
+    """The source of a window's messages: the nsqds (Consumer), or a file of dead letters (DeadLetterFileSource).
 
     It delivers messages while `credit()` is positive, and answers them. in_flight: key -> Message without an answer
     yet. requeued, late: counts since start().
@@ -6713,7 +6713,7 @@ class WorkerState(enum.StrEnum):
 
 
 class WorkerHandle:
-    """The parent's view of a worker process. last_grant: of the last grant, as a status line may have crossed it."""
+    """The parent's view of a worker process. last_grant: its number, as a status line may have crossed the grant."""
 
     def __init__(self, place: int) -> None:
         self.index, self.state, self.last_grant = place, WorkerState.STARTING, 0
