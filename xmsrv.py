@@ -789,7 +789,7 @@ class NullMetric:
 
 
 class NullMetrics(Metrics):
-    """Figures of a run that writes them nowhere: to import prometheus_client takes 10 ms, a tenth of a short run."""
+    """Metrics of a run that writes them nowhere: to import prometheus_client takes 10 ms, a tenth of a short run."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, Any] = {}
@@ -811,8 +811,8 @@ def samples_of(families: Iterable[Any]) -> list[list[Any]]:
 
 
 class MetricTotals:
-    """Figures of several processes, or of one run after the other, as one. numbers: by (series, value of each label).
-    recent: as Figures have it. constant: labels that every series gets."""
+    """The metrics of several processes, or of one run after the other, added up. numbers: by (series, value of each
+    label). recent: as Metrics have it. constant: labels that every series gets."""
 
     def __init__(self, constant: Mapping[str, str] | None = None) -> None:
         self.constant = constant or {}
@@ -852,7 +852,7 @@ class MetricTotals:
 
 
 def merge_metrics(snapshots: Iterable[Snapshot], constant: Mapping[str, str] | None = None) -> MetricTotals:
-    """Figures of several processes as one."""
+    """The metrics of several processes, added up."""
     total = MetricTotals(constant)
     for snapshot in snapshots:
         total.merge_snapshot(snapshot)
@@ -860,7 +860,7 @@ def merge_metrics(snapshots: Iterable[Snapshot], constant: Mapping[str, str] | N
 
 
 def format_exposition(metrics: MetricTotals, process: bool = False) -> bytes:
-    """Figures in Prometheus' text format; where that is wished with those of this process (CPU, memory)."""
+    """The metrics in Prometheus' text format; on request with those of this process (CPU, memory)."""
     import prometheus_client
     registry = prometheus_client.CollectorRegistry()
     registry.register(metrics)
@@ -3625,7 +3625,7 @@ class Store:
         """Connects. Raises StoreError."""
 
     def write(self, records):
-        """Writes the records, each whole or not at all, durably. Returns an Answer for each. Raises StoreError when
+        """Writes the records, each whole or not at all, durably. Returns a WriteResult for each. Raises StoreError when
         none of them was written."""
         raise StoreError('no store', retryable=False)
 
@@ -3789,7 +3789,7 @@ class SqliteStore(Store):
         return answers
 
     def judge_record(self, record: Record, there: dict[tuple[str, str | int], Any]) -> WriteResult:
-        """The Answer for one record, and in `there` what is stored after it."""
+        """The WriteResult for one record, and in `there` what is stored after it."""
         place = self.set_and_key(record)
         answer = self.compare_stored(record, there[place]) if place in there else STORED
         if answer is STORED and self.mode == 'update':
@@ -4191,7 +4191,7 @@ class AerospikeStore(Store):
 
     @staticmethod
     def success_of(record: Record) -> WriteResult:
-        """The Answer for a record whose write was done."""
+        """The WriteResult for a record whose write was done."""
         return DELETED if isinstance(record, Deletion) else STORED
 
     def spare_other_sets(self, writes: list[Any], answers: list[WriteResult], deadline: float) -> None:
@@ -7043,8 +7043,8 @@ class Worker:
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Daemon:
-    """The long-lived process: it holds the lock, keeps one WindowRunner or Team running, reloads its configuration, and
-    reports its state to systemd and by HTTP."""
+    """The long-lived process: it holds the lock, keeps one WindowRunner or Supervisor running, reloads its
+    configuration, and reports its state to systemd and by HTTP."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.metrics, self.notifier = arguments, Metrics(), SystemdNotifier()
@@ -7136,7 +7136,7 @@ class Daemon:
         return status
 
     def new_runner(self) -> WindowRunner | Supervisor:
-        """A WindowRunner in this process, or a Team of workers."""
+        """A WindowRunner in this process, or a Supervisor of workers."""
         self.schedule.period = self.config.period   # the last start counts, even with another configuration
         if self.config.workers > 1:
             return Supervisor(self)

@@ -1352,7 +1352,7 @@ def test_the_textfile_takes_over_only_its_own_counts(nsqd, program, workdir, own
         assert written['xmsrv_messages_total{outcome="stored"}'] == first
         nsqd.publish(names['topic'], bodies(2))
         said = program.once(nsqd, **own, metrics={'textfile': path}).stderr
-        assert 'replaces the figures' not in said
+        assert 'replaces the metrics' not in said
 
 
 def test_a_success_in_the_future_does_not_stay_in_the_textfile(nsqd, program, workdir, changed):

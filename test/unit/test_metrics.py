@@ -14,7 +14,7 @@ from xmsrv import BUCKET_BOUNDS, METRIC_DEFINITIONS, OUTCOMES, Metrics, MetricTo
 
 
 def numbers(*figures):
-    """What so many Figures have together, by series and labels."""
+    """what so many Metrics have together, by series and labels."""
     return merge_metrics([each.take_snapshot() for each in figures]).numbers
 
 
