@@ -37,7 +37,7 @@ def bars(look, kind):
 
 def plain(look, url):
     """Whether a page asked for nothing but itself, takes nothing of a message for HTML, and pleases the browser."""
-    return look.requests == [url] and not look.sqlite_errors and '<script' not in look.html
+    return look.requests == [url] and not look.complaints and '<script' not in look.html
 
 
 @pytest.fixture
