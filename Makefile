@@ -159,7 +159,7 @@ test-packages: venv nsq deb rpm guests image-tools build/schemas/.made  ## what 
 	@missing=; for pair in lintian:lintian rpmlint:rpmlint mandoc:mandoc cpio:cpio uscan:devscripts autopkgtest:autopkgtest; do \
 		command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
 	[ -z "$$missing" ] || $(call apt,$$missing) || $(call stop,some tools are missing here: apt-get install$$missing)
-	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 2 --timeout 600 test/packages $(ARGS)
+	@XMSRV_PACKAGES=1 $(V)/python -m pytest -n 2 --dist loadgroup --timeout 600 test/packages $(ARGS)
 
 # What boots Debian systems here: their roots, their repositories, Vagrant's syntax.
 guests:
