@@ -1082,18 +1082,19 @@ def aerospike_name_parser(most):
     """A validator of a namespace or set: at most `most` bytes, and nothing that the info protocol takes apart."""
     def check_name(value):
         if not re.fullmatch(r'[^\s:;,]+', single_value(value)):
-            raise ValueError('not a name for Aerospike: no white space and none of : ; ,')
+            raise ValueError('not a name for Aerospike: at least one character, no white space and none of : ; ,')
         if len(value.encode()) > most:
             raise ValueError(f'{len(value.encode())} bytes; Aerospike takes {most} at most')
         return value
     return check_name
 
 
-def parse_ttl(value):
-    """`default` as 0, `never` as TTL_NEVER, a duration as whole seconds: what the Aerospike client takes for them."""
+def parse_ttl(value, words='default, never'):
+    """`default` as 0, `never` as TTL_NEVER, a duration as whole seconds: what the Aerospike client takes for them.
+    words: those that an error names."""
     if value in ('default', 'never'):
         return 0 if value == 'default' else TTL_NEVER
-    seconds = parse_quantity(value, TIME_UNITS, 'default, never or a duration such as 1h, 30d')
+    seconds = parse_quantity(value, TIME_UNITS, f'{words} or a duration such as 1h, 30d')
     if not 1 <= seconds <= MAX_TTL or seconds % 1:
         raise ValueError('a whole number of seconds, from 1s to 3650d')
     return int(seconds)
@@ -1103,7 +1104,7 @@ def time_to_keep(value):
     """`never` as TTL_NEVER, or a duration as whole seconds."""
     if value == 'default':
         raise ValueError('never, or a duration such as 1h, 30d')
-    return parse_ttl(value)
+    return parse_ttl(value, 'never')
 
 
 def parse_address(value):
@@ -1124,6 +1125,8 @@ def parse_address(value):
 def nsqd_address(value: Any) -> tuple[str, int]:
     """As address(), or the path of a unix socket, with 0 for its port."""
     if not single_value(value).startswith('/'):
+        if '/' in value:
+            raise ValueError('not host:port, nor the whole path of a unix socket, as /run/nsqd.sock')
         found: tuple[str, int] = parse_address(value)
         return found
     if '\0' in value or len(os.fsencode(value)) > MAX_SOCKET_PATH:
@@ -1314,6 +1317,7 @@ TYPE_CHECKS = {
     'geojson': lambda value: isinstance(value, (dict, str)),   # MessageSchema looks into it
 }
 SCALAR_TYPES = {'string': str, 'integer': int, 'number': float}
+ARTICLES = {'integer': 'an ', 'object': 'an ', 'base64': ''}   # of TYPE_CHECKS, where it is not `a `
 
 
 class FieldRule(NamedTuple):
@@ -1326,7 +1330,7 @@ class FieldRule(NamedTuple):
 
 def type_validator(name):
     """A voluptuous validator: the value is of the JSON type `name`; nothing is converted."""
-    fits, rule = TYPE_CHECKS[name], f'not {"an" if name[0] in "aeiou" else "a"} {name}'
+    fits, rule = TYPE_CHECKS[name], f'not {ARTICLES.get(name, "a ")}{name}'
 
     def check_type(value):
         if not fits(value):
@@ -1954,6 +1958,8 @@ def delete_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
         yield Fault('record', 'key', '$id', 'never the same for two messages: [[delete]] needs a field as key')
     elif record.write != 'replace':
         yield Fault('record', 'write', record.write, '[[delete]] needs replace: the newest message of a key wins')
+    if delete.field and 'null' in delete.values and message.nulls == 'reject' and len(delete.field.steps) == 1:
+        yield Fault('record.delete', 'values', 'null', 'never comes: [message] has nulls = reject')
     if delete.field in message.fields:
         yield from impossible_values(message, delete)
     elif delete.field and message.fields and message.unknown_fields == 'reject' and not any(
@@ -1967,8 +1973,6 @@ def impossible_values(message: types.SimpleNamespace, delete: types.SimpleNamesp
         if word != 'null' and not any(is_accepted(message.fields[delete.field].check, value)
                                       for value in readings_of(word)):
             yield Fault('record.delete', 'values', word, f'never comes: [[fields]] says otherwise of {delete.field}')
-    if 'null' in delete.values and message.nulls == 'reject' and len(delete.field.steps) == 1:
-        yield Fault('record.delete', 'values', 'null', 'never comes: [message] has nulls = reject')
 
 
 def is_accepted(check: Callable[[Any], Any], value: object) -> bool:
@@ -3485,8 +3489,11 @@ async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, link: C
     try:
         response = await client.fetch(f'{address}/lookup?topic={topic.replace("#", "%23")}',
                                       **await lookup_options(address, link))
-        return {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
-                for p in json.loads(response.body)['producers']}
+        found: Nsqds = {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
+                        for p in json.loads(response.body)['producers']}
+        if not all(port for _, port in found):   # 0 would mean a unix socket of this machine
+            raise ValueError('a tcp_port of 0')
+        return found
     except HTTPError as error:   # also a timeout, and an answer that breaks off
         if no_such_topic(error):
             return {}
@@ -7130,7 +7137,8 @@ class Daemon:
             self.metrics.set_period(self.config)
             self.runner = engine = self.new_runner()
             if self.config.workers > 1:
-                log.info('%d workers, a window every %g s', self.config.workers, self.config.period)
+                log.info('%d workers, %s', self.config.workers,
+                         f'a window every {self.config.period:g} s' if self.config.period else 'without pauses')
             status = await engine.run()
             self.runner = None
         return status
@@ -7999,6 +8007,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A validator of the options' table for an argument: its rule is said, and not the name of a function."""
+    def parse_argument(value: str) -> Any:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f'{value}: {error}') from None
+    return parse_argument
+
+
 def add_replay_options(parser: argparse.ArgumentParser) -> None:
     """The options of replay."""
     parser.epilog = ('Letters that --reason and --since leave out stay where they are. Of a topic only max-in-flight '
@@ -8014,10 +8032,10 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--json', action='store_true', help='with --list or --dry-run: a JSON object a line')
     parser.add_argument('--reason', action='append', choices=REASONS, metavar='R', default=[],
                         help='those with this reason (may be repeated): ' + ', '.join(REASONS))
-    parser.add_argument('--since', type=parse_duration, metavar='DURATION',
+    parser.add_argument('--since', type=argument_type(parse_duration), metavar='DURATION',
                         help='those published within, say, 2h or 30d')
-    parser.add_argument('--limit', type=parse_positive, metavar='N', help='at most N of them')
-    parser.add_argument('--rate', type=parse_positive, metavar='N', help='at most N a second')
+    parser.add_argument('--limit', type=argument_type(parse_positive), metavar='N', help='at most N of them')
+    parser.add_argument('--rate', type=argument_type(parse_positive), metavar='N', help='at most N a second')
 
 
 def load_available_config(arguments: argparse.Namespace) -> types.SimpleNamespace:

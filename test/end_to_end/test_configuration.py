@@ -154,6 +154,8 @@ def test_all_faults_are_reported_at_once(faults):
      '[nsq] lookupd-http-address = localhost: not host:port (IPv6 in brackets, [::1]:4150)'),
     (TOP + '[nsq]\ntopic = orders\nnsqd-tcp-address = ::1:4150\n',
      '[nsq] nsqd-tcp-address = ::1:4150: not host:port (IPv6 in brackets, [::1]:4150)'),
+    (TOP + '[nsq]\ntopic = orders\nnsqd-tcp-address = ~/n.sock\n',
+     '[nsq] nsqd-tcp-address = ~/n.sock: not host:port, nor the whole path of a unix socket, as /run/nsqd.sock'),
     (VALID.replace('orders', 'a b'),
      '[nsq] topic = a b: not a name for NSQ: letters, digits, . _ - and at the end perhaps #ephemeral'),
     (VALID.replace('orders', 'x' * 65) + '[dead-letter]\ntopic = dead\n',
@@ -207,7 +209,9 @@ def test_all_faults_are_reported_at_once(faults):
      '[aerospike] hosts: missing (or set store = sqlite, for a first run)'),
     (CLUSTER.replace('namespace = test\n', ''),
      '[aerospike] namespace: missing (or set store = sqlite, for a first run)'),
-    (CLUSTER + 'set = a:b\n', '[aerospike] set = a:b: not a name for Aerospike: no white space and none of : ; ,'),
+    (CLUSTER + 'set = a:b\n',
+     '[aerospike] set = a:b: not a name for Aerospike: '
+     'at least one character, no white space and none of : ; ,'),
     (CLUSTER + f'set = {"x" * 64}\n', f'[aerospike] set = {"x" * 64}: 64 bytes; Aerospike takes 63 at most'),
     (CLUSTER.replace('orders', 'x' * 64) + '[dead-letter]\ntopic = dead\n',
      f'[aerospike] set = {"x" * 64}: the topic has over 63 bytes: name a set'),
@@ -844,6 +848,13 @@ def test_wrong_usage_is_said_in_one_line(program, args):
     done = program.run(*args, expect=64)
     assert done.stdout == ''
     assert re.fullmatch(r'x-msrv( \w+)?: .*; see x-msrv( \w+)? --help\n', done.stderr)
+
+
+@pytest.mark.parametrize('args, rule', [
+    (('--limit', '0'), '--limit: 0: at least 1'), (('--rate', 'x'), '--rate: x: not a whole number'),
+    (('--since', 'x'), '--since: x: not a duration such as')])
+def test_an_argument_of_replay_says_its_rule(program, args, rule):
+    assert f'argument {rule}' in program.run('replay', *args, expect=64).stderr
 
 
 def test_help_fits_one_screen_and_names_every_command_and_status(program):

@@ -406,6 +406,12 @@ def test_values_that_no_message_can_have_are_a_fault(nsqd, program, rule, unknow
     assert fault is None or fault in ran.stderr
 
 
+def test_a_delete_by_a_null_that_is_rejected_is_a_fault(nsqd, program):
+    record = {'key': 'id', 'delete': {'field': 'op', 'values': 'null'}}
+    program.configure(nsqd, record=record, message={'nulls': 'reject'})
+    assert 'values = null: never comes: [message] has nulls = reject' in program.run('check', expect=78).stderr
+
+
 @pytest.mark.parametrize('keep, without_nsup, mode, words', [
     ('7d', False, 'tombstone', 'tombstones of [[delete]] are refused'),
     ('7d', True, 'tombstone', 'tombstones of [[delete]] are not removed after keep'),

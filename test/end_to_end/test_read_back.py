@@ -340,7 +340,7 @@ def test_check_shows_what_each_option_makes_of_a_message(program):
         'bin   tries  integer  $attempts (made by nsqd)', 'bin   topic  string   "orders"']
     assert 'ttl   as ttl in [record]' in checked(program, {**value, 'keep': None})
     assert checked(program, {**value, 't': 'a b'}, 65) == (
-        'error: schema: t: not a name for Aerospike: no white space and none of : ; ,\n')
+        'error: schema: t: not a name for Aerospike: at least one character, no white space and none of : ; ,\n')
     program.configure(**aerospike_, record={'document-bin': 'doc', 'id-bin': '', 'bins': {'c.b': 'cb'}})
     assert checked(program, value)[2:] == ['bin   cb   string   ""', f'bin   doc  map      {json.dumps(value)}']
 

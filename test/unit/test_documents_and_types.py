@@ -86,7 +86,7 @@ def test_what_is_base64_is_kept_as_it_came(value):
 @pytest.mark.parametrize('value', ['A', 'AA', 'AAA', 'AA=', 'AAA==', 'AAAA=', '====', 'A===', 'AA==AA==', ' AAAA',
                                    'AAAA\n', 'AAAA====', 'AB==', 'AAB=', 'AA-_', 'AA\u00e9A', 5, True, [], {}, 1.5])
 def test_what_is_no_base64_is_a_dead_letter(value):
-    assert refused({'f': value}, {'f': 'base64'}) == ('schema', 'f: not a base64')
+    assert refused({'f': value}, {'f': 'base64'}) == ('schema', 'f: not base64')
 
 
 @pytest.mark.parametrize(('size', 'detail'), [(0, 'length under 1'), (1, None), (2, None), (3, None),
