@@ -30,13 +30,14 @@ nsq: build/bin/.built  ## build nsqd, nsqlookupd and the other NSQ tools into bu
 demo: venv nsq  ## messages from a real nsqd become records: see it work
 	@$(V)/python test/demo
 
-test: lint nsq curl  ## lint, then the tests on the real nsqd; some minutes (ARGS='-k name' for some of them)
+test: lint nsq shell-tools  ## lint, then the tests on the real nsqd; some minutes (ARGS='-k name' for some of them)
 	@echo "running the tests"
 	@$(V)/python -m pytest $(ARGS)
 
-# The documents' commands publish and look by it.
-curl:
-	@command -v curl >/dev/null || $(call apt,curl) || $(call stop,no curl on PATH: apt-get install curl)
+# The documents' commands publish by curl, and look by both.
+shell-tools:
+	@missing=; for tool in curl sqlite3; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	[ -z "$$missing" ] || $(call apt,$$missing) || $(call stop,some tools are missing here: apt-get install$$missing)
 
 test-web: venv nsq  ## the daemon's page in chromium; pictures of it in build/page
 	@command -v chromium >/dev/null || $(call apt,chromium) || $(call stop,no chromium on PATH: apt-get install chromium)
@@ -229,5 +230,5 @@ build/vendor/.$(ARCH): vendor/build.txt vendor/requirements.txt packaging/librar
 
 comma = ,
 .DELETE_ON_ERROR:
-.PHONY: help venv nsq demo test curl test-web test-monitoring lint mutants bench soak pins clean vendor deb rpm test-packages man \
+.PHONY: help venv nsq demo test shell-tools test-web test-monitoring lint mutants bench soak pins clean vendor deb rpm test-packages man \
 	install installcheck guests image image-tools test-image

@@ -194,13 +194,15 @@ DELETED = WriteResult('deleted')       # durably: no record of that key is there
 DUPLICATE = WriteResult('duplicate')   # the key was there, and write = create
 STALE = WriteResult('stale')           # the stored record of that key is newer
 DEAD = WriteResult('dead')             # durably kept as dead letter, or discarded by wish
-# and WriteResult('rejected', reason, detail): can never be stored and WriteResult('refused', code, detail): not stored,
-# and nobody knows yet whether the message is to blame and WriteResult('busy', code, detail): not stored now; the store
-# works and WriteResult('retry', code, detail): not stored, or nobody knows, for the store does not work; it may later
-# and WriteResult('stop', code, detail): not stored; the window ends and WriteResult('set-full', code, detail): the set
-# of the record takes no new ones; other sets may and WriteResult('unkept', reason, detail): a dead letter that can't be
-# kept; reason: `away`, `refused_keys` or `unknown` and WriteResult('unsettled', None, detail): nobody knows what is
-# wrong with the message; it comes again later
+# The others carry a reason or code, and a detail:
+#   rejected, reason   it can never be stored
+#   refused, code      not stored, and nobody knows yet whether the message is to blame
+#   busy, code         not stored now; the store works
+#   retry, code        not stored, or nobody knows, for the store does not work; it may later
+#   stop, code         not stored; the window ends
+#   set-full, code     the set of the record takes no new ones; other sets may
+#   unkept, reason     a dead letter that can't be kept: `away`, `refused` or `unknown`
+#   unsettled, None    nobody knows what is wrong with the message; it comes again later
 
 
 def distinct_results(results: Sequence[WriteResult]) -> Sequence[WriteResult]:
@@ -2472,7 +2474,7 @@ def decode_message(body: bytes) -> dict[str, Any]:
             if end == len(text) and value.__class__ is dict:
                 return value
         except (ValueError, StopIteration):
-            pass   # decode_carefully says why
+            pass   # decode_with_path says why
     return decode_with_path(body)
 
 

@@ -219,7 +219,7 @@ MUTANTS = (
     Mutant('no fsync in sync_directory', "    try:\n        os.fsync(fd)\n    finally:", '    try:\n        pass\n    finally:'),
     Mutant('no fsync of the rewritten file', '        os.fsync(self.new_file.fileno())\n', '        pass\n'),
     Mutant('no last fsync of the rewritten file', 'self.new_file)   # what came meanwhile\n        self.sync_new_file()',
-           'self.new_file)   # what came meanwhile\n        self.new_file.start_batches()'),
+           'self.new_file)   # what came meanwhile\n        self.new_file.flush()'),
     Mutant('no fsync after the rename', '        sync_directory(os.path.dirname(self.topic))\n', ''),
     Mutant('no truncation of a torn write', '                os.ftruncate(fd, end)\n            raise', '                pass\n            raise'),
     Mutant('a torn line is joined', "(b'\\n' if torn else b'') + b''.join(lines)", "b''.join(lines)"),

@@ -7,7 +7,7 @@ import servers
 from documents import Stage, answers, commands
 
 # make: it runs these tests. The others: tools that a system on which the tests run need not have.
-ELSEWHERE = {'make', 'docker', 'kubectl', 'aql', 'sqlite3'}
+ELSEWHERE = {'make', 'docker', 'kubectl'}
 DOCUMENTS = ['README.md', *sorted(str(path.relative_to(servers.ROOT)) for path in (servers.ROOT / 'docs').glob('*.md'))]
 PLAYED = [(file, heading) for file in DOCUMENTS for heading, blocks in answers(file).items()
           if any(kind in ('sh', 'ini') for kind, _ in blocks)]

@@ -200,7 +200,7 @@ esac
 
 @pytest.fixture
 def maintain(workdir):
-    """`maintain` with a systemctl that has the active units of the file `active_at`, and notes its calls."""
+    """`maintain` with a systemctl that has the active units of the file `active`, and notes its calls."""
     script(workdir / 'bin' / 'systemctl', SYSTEMCTL)
     (workdir / 'calls').touch()
 

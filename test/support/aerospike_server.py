@@ -747,7 +747,7 @@ class AerospikeServer:
             join(connection)
 
     def listen(self, empty=False):
-        """Come back after refuse_constant(), on the same port."""
+        """Come back after refuse(), on the same port."""
         if empty:
             for namespace in self.namespaces.values():
                 namespace.records = {}

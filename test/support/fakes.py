@@ -28,7 +28,7 @@ def options(**sections):
 
 class Stream:
     """What tornado's IOStream is to a connection. `sent`: commands, without their line ends. A read gives what
-    `feed_window` has put there, and waits without end where that is nothing."""
+    `feed` has put there, and waits without end where that is nothing."""
 
     def __init__(self):
         self.sent, self.chunks, self.closed = [], asyncio.Queue(), False
@@ -47,7 +47,7 @@ class Stream:
 
 
 class AnsweringStream:
-    """The stream of an nsqd that answers each command `delay` seconds later, with the frames that `outcomes_by_code`
+    """The stream of an nsqd that answers each command `delay` seconds later, with the frames that `answers`
     has for its name; one that is named without any stays unanswered. sent: what was written; commands: the names of
     it."""
 

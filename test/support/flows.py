@@ -11,7 +11,7 @@ from servers import wait_until
 
 TOPIC, CHANNEL, DEAD, REPLAY = 'orders', 'x-msrv', 'orders.dead', 'x-msrv-replay'
 SHORT = '--msg-timeout=1s'
-STRICT = {'fields': {'id': 'integer, required'}}   # [message], which rejection() does not pass
+STRICT = {'fields': {'id': 'integer, required'}}   # [message], which unfit() does not pass
 RELAXED = {}                                       # and here it does
 
 

@@ -447,7 +447,7 @@ class Xmsrv:
         return subprocess.CompletedProcess(process.args, status, stdout, stderr)
 
     def once(self, servers=(), *, expect=0, within=60, args=(), **settings):
-        """configure(servers, **settings), then one window of at most `limit_step` seconds: its CompletedProcess."""
+        """configure(servers, **settings), then one window of at most `within` seconds: its CompletedProcess."""
         self.configure(servers, **settings)
         return self.run(*args, 'once', expect=expect, timeout=within)
 

@@ -18,7 +18,7 @@ ERRORS = aerospike.exception
 
 
 class Client:
-    """Answers each record as `outcomes_by_code` says (key -> code, 0 where it is not named), and keeps what it was
+    """Answers each record as `answers` says (key -> code, 0 where it is not named), and keeps what it was
     asked."""
 
     def __init__(self, answers=None, refuses=(), stored=None):
