@@ -288,6 +288,12 @@ def test_every_command_and_status_is_in_the_manual():
     assert statuses == set(re.findall(r'(\d+) \w', module.HELP_EPILOG.split('exit status:')[1]))
 
 
+def test_no_line_of_a_manual_is_longer_than_mandoc_likes():
+    for page in sorted((ROOT / 'man').glob('*.[58]')):
+        lines = page.read_text().splitlines()
+        assert [line for line in lines if len(line.encode()) > 80 and not line.startswith('.')] == [], page.name
+
+
 def diagnostics():
     """The fixed parts of the lines that the manual explains, each as a list."""
     items = re.findall(r'^\.It (.*Sy .*)$', section(PAGE, 'DIAGNOSTICS').split('diagnostics:')[1], re.MULTILINE)
