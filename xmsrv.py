@@ -3556,7 +3556,7 @@ async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, Cha
     nsqds: Nsqds = dict.fromkeys(config.nsq.nsqd_tcp_address)
     if config.nsq.lookupd_http_address:
         nsqds = (await look_up(config, topic, LOOKUP_GRACE))[0]
-    found: dict[str, ChannelDepth] = {}
+    found: dict[Address, ChannelDepth] = {}
 
     async def ask(address: Address, http_port: int | None) -> None:
         stats = await topic_stats(address, http_port, topic, '&include_clients=false')
@@ -3566,12 +3566,11 @@ async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, Cha
             paused = [name for name, each in (('topic', stats), ('channel', channel_stats(stats, channel)))
                       if each.get('paused')]
             in_topic, in_channel = topic_and_channel_depth(stats, channel)
-            found[format_address(address)] = ChannelDepth(in_topic + in_channel, ', '.join(paused))
+            found[address] = ChannelDepth(in_topic + in_channel, ', '.join(paused))
     with contextlib.suppress(TimeoutError):   # who has answered by then has
         async with asyncio.timeout(LOOKUP_TIMEOUT):
             await asyncio.gather(*(ask(*each) for each in nsqds.items()))
-    return {format_address(address): found[format_address(address)] for address in nsqds
-            if format_address(address) in found}
+    return {format_address(address): found[address] for address in nsqds if address in found}
 
 
 async def topic_stats(address: Address, http_port: int | None, topic: str,
@@ -4222,13 +4221,13 @@ class AerospikeStore(Store):
     def build_write(self, record):
         """A record as the client takes it; without newest-wins its policy is the client's own default."""
         write, policy = self.op, None
+        key = self.namespace, record.set or self.set, record.key
         if self.filter:
             before, (op, kind, _, children), after = self.filter
             moment = (op, kind, {'val': record.time}, children)
             policy = {**self.policy, 'expressions': [*before, moment, *after]}
         if isinstance(record, Deletion) and self.removes:
-            return self.batch.Remove((self.namespace, record.set or self.set, record.key),
-                                     {**self.removal, 'expressions': policy['expressions']})
+            return self.batch.Remove(key, {**self.removal, 'expressions': policy['expressions']})
         if record.ttl:
             policy = {**(policy or self.policy), 'ttl': record.ttl}
         ops = [{'op': write, 'bin': name, 'val': value} for name, value in record.bins.items()]
@@ -4236,7 +4235,7 @@ class AerospikeStore(Store):
             for op in ops:
                 if op['bin'] in self.encoders:
                     op['val'] = self.encoders[op['bin']](op['val'])
-        return self.Write((self.namespace, record.set or self.set, record.key), ops, None, policy)
+        return self.Write(key, ops, None, policy)
 
     def send_batch(self, writes, deadline):
         """Writes a batch and sets the code of each answer. The client refuses a batch as a whole: then each half is
@@ -4256,8 +4255,8 @@ class AerospikeStore(Store):
                 self.send_batch(writes[half:], deadline)
 
     def send_wide_apart(self, writes, deadline):
-        """Like call(), but wide records are sent last and one by one, so that a slow one delays only itself. Records
-        that the deadline leaves no time for are not sent and get the answer of a timeout."""
+        """Like send_batch(), but wide records are sent last and one by one, so that a slow one delays only itself.
+        Records that the deadline leaves no time for are not sent and get the answer of a timeout."""
         others = [write for write in writes if len(write.ops) <= WIDE_RECORD]
         if others:
             self.send_batch(others, deadline)
