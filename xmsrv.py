@@ -2888,8 +2888,7 @@ HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_tim
 OUTPUT_BUFFER_TIMEOUT = 25       # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 OUTPUT_BUFFER_SIZE = 64 * 1024   # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK_INTERVAL = 0.025            # seconds between looks at RDY, idleness and TOUCH
-# seconds and a round trip after which an nsqd has heard of a lower RDY, which has no answer
-RDY_HEARD = 0.25
+RDY_HEARD = 2 * OUTPUT_BUFFER_TIMEOUT / 1000   # seconds and a round trip for nsqd to hear of RDY, which has no answer
 DEFLATE_LEVEL = 1                # of what is sent: FINs, whose ids hardly get smaller at any
 PUBLISH_TIMEOUT = 5.0            # seconds for nsqd to take a batch of dead letters
 CLOSE_TIMEOUT = 1.0              # seconds to wait for CLOSE_WAIT
@@ -3077,6 +3076,7 @@ class Connection:
         self.last_read = 0.0     # loop time of the last read
         self.last_data = 0.0     # loop time of the last read that had a message, or a part of one
         self.round_trip = 0.0    # seconds from a command to its answer, as the handshake had it
+        self.silence_timer: asyncio.TimerHandle   # of check_silence(), while messages are read
         self.heartbeat_interval = HEARTBEAT_INTERVAL
 
     def __str__(self) -> str:
@@ -3213,7 +3213,32 @@ class Connection:
                 self.is_closed = True
 
     async def read_messages(self) -> None:
-        """Delivers messages until the connection ends; then raises the reason."""
+        """Delivers messages until the connection ends; then raises the reason: NsqdError when nothing has arrived for
+        two heartbeats and a second."""
+        silence = 2 * self.heartbeat_interval + 1
+        self.last_read = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(None) as bound:
+                self.check_silence(silence, bound)
+                await self.deliver_all()
+        except TimeoutError:
+            if not bound.expired():   # the kernel has given up first
+                raise
+            raise NsqdError(f'no heartbeat for {silence:g} s') from None
+        finally:
+            self.silence_timer.cancel()
+
+    def check_silence(self, silence: float, bound: asyncio.Timeout) -> None:
+        """Ends the reading when nothing has arrived for `silence` seconds, else looks again when that may be so: a time
+        limit for each read would cost a third of what a small read does."""
+        loop, due = asyncio.get_running_loop(), self.last_read + silence
+        if due > loop.time():
+            self.silence_timer = loop.call_at(due, self.check_silence, silence, bound)
+        else:
+            bound.reschedule(due)
+
+    async def deliver_all(self) -> NoReturn:
+        """Delivers messages without end."""
         while True:
             messages = self.unpack_frames(await self.read_frames())
             if messages or self.buffer:
@@ -3236,15 +3261,8 @@ class Connection:
                 return b''.join(chunks) if self.buffer else chunks[1]
 
     async def read_chunk(self) -> bytes:
-        """The next bytes. Raises NsqdError when none arrive for two heartbeats and a second."""
-        silence = 2 * self.heartbeat_interval + 1
-        try:
-            async with asyncio.timeout(silence) as bound:
-                chunk = await self.stream.read_bytes(READ_SIZE, partial=True)
-        except TimeoutError:
-            if not bound.expired():   # the kernel has given up first
-                raise
-            raise NsqdError(f'no heartbeat for {silence:g} s') from None
+        """The next bytes."""
+        chunk: bytes = await self.stream.read_bytes(READ_SIZE, partial=True)
         self.last_read = asyncio.get_running_loop().time()
         return chunk
 
@@ -5608,9 +5626,10 @@ class Window:
             fit, invalid = self.records.take_records(self.store_batcher.size)   # so that a full batch starts at once
             if invalid:
                 self.reject_invalid(invalid)
-            if not fit:
+            if fit:
+                self.store_batcher.add_messages(fit)
+            if len(fit) < self.store_batcher.size:   # no more wait, or no more may be decoded
                 return
-            self.store_batcher.add_messages(fit)
 
     def count_received(self, number: int) -> None:
         """Counts received messages."""

@@ -9,7 +9,7 @@ from tornado.iostream import StreamClosedError
 import clock
 import fakes
 import xmsrv
-from xmsrv import BackgroundTasks, ConnectionOptions, Consumer, Health, NsqdError, Subscription, Unavailable
+from xmsrv import RDY_HEARD, BackgroundTasks, ConnectionOptions, Consumer, Health, NsqdError, Subscription, Unavailable
 
 
 def connect(consumer, port=4150):
@@ -323,7 +323,8 @@ async def near_the_end(consumer, one, two):
     assert (one.rdy, two.rdy) == (10, 10)
     consumer.tasks.start(consumer.run_ticks())
     consumer.finish(come(one, *range(10)))
-    await asyncio.sleep(0.1)
+    while two.rdy == 10:
+        await asyncio.sleep(0.001)
     assert (two.idle, one.rdy, two.rdy) == (True, 0, 1)
 
 
@@ -331,7 +332,7 @@ def test_rdy_goes_to_another_nsqd_only_when_the_first_has_heard_that_it_lost_it(
     """An nsqd that is slow and one that is idle look the same: what a slow one sends still fits into the window."""
     async def steps(consumer, window, one, two):
         await near_the_end(consumer, one, two)
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(RDY_HEARD * 0.9)
         assert (one.rdy, two.rdy) == (0, 1)
         consumer.finish(come(two, *range(10, 19)))   # it had not heard yet
         await asyncio.sleep(0.02)
@@ -342,9 +343,10 @@ def test_rdy_goes_to_another_nsqd_only_when_the_first_has_heard_that_it_lost_it(
 def test_an_nsqd_that_stays_silent_loses_its_rdy_soon():
     async def steps(consumer, window, one, two):
         await near_the_end(consumer, one, two)
+        lowered_at = asyncio.get_running_loop().time()
         while one.rdy < 9:
             await asyncio.sleep(0.001)
-        assert 0.3 <= asyncio.get_running_loop().time() - 1000 < 0.36 and two.rdy == 1
+        assert RDY_HEARD <= asyncio.get_running_loop().time() - lowered_at < RDY_HEARD + 0.06 and two.rdy == 1
         consumer.finish(come(one, *range(20, 29)))
         assert window.messages_left == 1 and one.rdy + two.rdy <= 1
         await asyncio.sleep(0.4)
@@ -357,9 +359,9 @@ def test_a_far_nsqd_hears_later():
         two.round_trip = 0.5
         await asyncio.sleep(0.5)
         await near_the_end(consumer, one, two)
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(0.5)
         assert one.rdy == 0
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(RDY_HEARD + 0.05)
         assert one.rdy > 0
     with_consumer(steps, connections=2, credit=20)
 
