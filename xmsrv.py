@@ -2726,9 +2726,11 @@ class Mapper:
         # Names at the top that get another bin; and (bin, source) of all else that [[bins]] takes out of a message.
         top = {} if record.document_bin else {path: name for path, name in record.bins.items() if is_top(path)}
         self.renamed = {path.steps[0]: name for path, name in top.items()}
-        self.sources = [(name, source) for source, name in record.bins.items() if source not in top]
-        self.moved = [source.steps for _, source in self.sources if isinstance(source, Path)] if (
-            message.unknown_fields == 'drop' and not record.document_bin) else []
+        # The deepest first: with `drop` a field is taken out of its object before that gets a bin, whatever the order.
+        self.sources = sorted(((name, source) for source, name in record.bins.items() if source not in top),
+                              key=lambda pair: -len(pair[1].steps) if isinstance(pair[1], Path) else 0)
+        self.kept_names = self.schema.names if (
+            self.schema and message.unknown_fields == 'drop' and not record.document_bin) else None
         # Makes the bins of the fields; None where each is a bin of its own name, as mostly: a call less a message.
         self.layout = (self.document_bins if record.document_bin else self.mapped_bins if self.sources
                        else self.renamed_bins if self.renamed else None)
@@ -2839,7 +2841,7 @@ class Mapper:
 
     def values_of_sources(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
         """The bins that [[bins]] makes of paths and metadata. With `unknown-fields = drop` a field is taken out of its
-        object, else it stays there, too. A null is no bin, as at the top."""
+        object, also where that has a bin of its own; else it stays there, too. A null is no bin, as at the top."""
         found = {}
         for name, source in self.sources:
             value = (self.message_metadata(source, message) if isinstance(source, str)
@@ -2848,8 +2850,8 @@ class Mapper:
                 raise InvalidMessage('schema', f'{source.label}: null')
             if value is not None and value is not UNKNOWN:
                 found[name] = value
-        for steps in self.moved:
-            take_out(fields, steps, self.schema.names)   # type: ignore[union-attr]  # `drop` needs [[fields]]
+            if self.kept_names is not None and isinstance(source, Path):
+                take_out(fields, source.steps, self.kept_names)
         return found
 
     def message_metadata(self, source: str, message: Message) -> str | int:

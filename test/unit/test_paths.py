@@ -1,10 +1,12 @@
 """Paths into a message: how they are written, what they find, and what each option makes of them."""
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fakes
+import xmsrv
 from fakes import bins_of, mapped, refused
 from xmsrv import Mapper, Path, build_config
 
@@ -152,6 +154,81 @@ def test_with_drop_it_is_taken_out_of_its_object():
     city = {'customer.address.city': 'city'}
     assert bins_of({'customer': {'address': {'city': 'Bern'}}}, whole, 'drop', bins=city) == {
         'customer': {'address': {}}, 'city': 'Bern'}
+
+
+ORDERS = pytest.mark.parametrize('lines', [('a.b', 'a.b.c'), ('a.b.c', 'a.b')], ids=['parent first', 'child first'])
+
+
+@ORDERS
+@pytest.mark.parametrize(('fields', 'unknown', 'expected'), [
+    # kept: the child stays in each object around it
+    ({}, 'keep', {'a': {'b': {'c': 1, 'd': 2}, 'x': 3}, 'parent': {'c': 1, 'd': 2}, 'child': 1}),
+    # taken out: no object holds what has a bin of its own
+    ({'a.b.c': 'any', 'a.b.d': 'any', 'a.x': 'any'}, 'drop', {'a': {'x': 3}, 'parent': {'d': 2}, 'child': 1}),
+    ({'a.b': 'object', 'a.b.c': 'any'}, 'drop', {'parent': {'d': 2}, 'child': 1}),
+    ({'a': 'object'}, 'drop', {'a': {'x': 3}, 'parent': {'d': 2}, 'child': 1}),
+    # an object that is empty then is no bin
+    ({'a.b.c': 'any'}, 'drop', {'child': 1}),
+])
+def test_a_parent_and_its_child_have_their_bins_in_any_order_of_lines(lines, fields, unknown, expected):
+    names = {'a.b': 'parent', 'a.b.c': 'child'}
+    value = {'a': {'b': {'c': 1, 'd': 2}, 'x': 3}}
+    assert bins_of(value, fields, unknown, bins={path: names[path] for path in lines}) == expected
+
+
+@ORDERS
+def test_a_parent_that_is_named_and_has_nothing_left_is_an_empty_object(lines):
+    names = {'a.b': 'parent', 'a.b.c': 'child'}
+    found = bins_of({'a': {'b': {'c': 1}}}, {'a.b': 'object', 'a.b.c': 'any'}, 'drop',
+                    bins={path: names[path] for path in lines})
+    assert found == {'child': 1, 'parent': {}}
+
+
+PLACES = ['a', 'a.b', 'a.b.c', 'a.b.c.d', 'a.b.e', 'a.f', 'a.f[0]', 'a.f[0].g', 'h', 'h.i', 'h.i.j']
+insides = st.recursive(st.integers(0, 9) | st.none(), lambda children: st.dictionaries(
+    st.sampled_from('bcdegij'), children, max_size=4), max_leaves=12)
+objects = st.dictionaries(st.sampled_from('bcfi'), insides, max_size=3) | st.fixed_dictionaries(
+    {'b': st.fixed_dictionaries({'c': st.fixed_dictionaries({'d': insides}), 'e': insides}),
+     'f': st.lists(st.dictionaries(st.just('g'), insides), max_size=2), 'i': st.fixed_dictionaries({'j': insides})})
+
+
+def outcome(mapper, value):
+    """The bins of a message, or why it is refused."""
+    try:
+        return mapper.build_record(fakes.message(7, json.dumps(value).encode())).bins
+    except xmsrv.InvalidMessage as rejection:
+        return rejection.reason, rejection.detail
+
+
+@given(st.fixed_dictionaries({'a': objects, 'h': objects}), st.lists(st.sampled_from(PLACES), unique=True, min_size=2),
+       st.lists(st.sampled_from(PLACES[3:]), unique=True), st.randoms(use_true_random=False))
+def test_any_order_of_lines_makes_the_same_bins(value, sources, fields, random):
+    bins = {source: f'bin of {source}' for source in sources}
+    lines = list(bins.items())
+    random.shuffle(lines)
+    mappers = [Mapper(fakes.options(
+        message={'fields': {'a': 'any', 'h': 'any', **dict.fromkeys(fields, 'any')}, 'unknown-fields': 'drop'},
+        record={'id-bin': '', 'bins': each})) for each in (bins, dict(lines))]
+    found, shuffled = [outcome(mapper, value) for mapper in mappers]
+    assert found == shuffled
+    if isinstance(found, tuple):   # a value is of another type than a path needs
+        return
+    for source, name in bins.items():
+        path = Path.parse(source)
+        whole = path.get(value)
+        # found, whatever other line took out of it or around it
+        assert (name in found) == (whole is not None)
+        if not isinstance(whole, dict):
+            assert found.get(name) == whole
+            continue
+        # of what other lines name inside it, only what lies in a list stays
+        within = [each for each in map(Path.parse, sources) if path.leads_to(each) and each != path]
+        taken = [each for each in within if all(isinstance(step, str) for step in each.steps)]
+        for each in within:
+            rest = Path('', each.steps[len(path.steps):])
+            stays = not any(other.leads_to(each) for other in taken)
+            assert rest.descend(found[name]) == (each.get(value) if stays else None)
+
 
 
 def test_the_key_is_found_before_anything_is_taken_out():
