@@ -1573,14 +1573,16 @@ class FaultKind(enum.Enum):
     UNAVAILABLE = 'something that the text names, and that may yet come'
 
 
-class Fault(collections.namedtuple('Fault', 'section option value rule kind variable',
-                                   defaults=(FaultKind.TEXT, ''))):
+class Fault(collections.namedtuple('Fault', 'section option value rule kind variable line',
+                                   defaults=(FaultKind.TEXT, '', 0))):
     """A fault of the configuration: its place, the value, the rule that it breaks, and its FaultKind. variable: the
-    variable of the environment that brought the value; none for the file and --set."""
+    variable of the environment that brought the value; none for the file and --set. line: where it is the line that
+    can't be read."""
 
     def __str__(self):
         parts = self.section.split('.') if self.section else []
-        where = ''.join('[' * depth + part + ']' * depth + ' ' for depth, part in enumerate(parts, 1))
+        where = f'line {self.line}: ' if self.line else ''
+        where += ''.join('[' * depth + part + ']' * depth + ' ' for depth, part in enumerate(parts, 1))
         shown = ', '.join(self.value) if isinstance(self.value, list) else self.value
         given = f' = {truncate_text(str(shown), 200)}' if self.value is not None else ''
         return f'{f"environment: {self.variable}" if self.variable else where + self.option}{given}: {self.rule}'
@@ -1614,18 +1616,65 @@ def read_file(filename, settings=()):
         with open(filename, encoding='utf-8-sig') as file:
             text = file.read()
         raw = configobj.ConfigObj(text.split('\n'), interpolation=False)
+        faults = []
+        raw.walk(lambda section, name: faults.extend(unquoted_comments(text, section, name)))
     except configobj.ConfigObjError as error:
-        raise ConfigError('\n'.join(f'{filename}: {fault}' for fault in error.errors or [error])) from None
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f'{filename}: {getattr(error, "strerror", None) or error}') from None
-    faults = []
-    raw.walk(lambda section, name: faults.extend(unquoted_comments(text, section, name)))
+        faults = list(syntax_faults(text.split('\n'), error.errors))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f'{filename}: line {error.object.count(10, 0, error.start) + 1}: not UTF-8') from None
+    except OSError as error:
+        raise ConfigError(f'{filename}: {error.strerror}') from None
     if faults:
         raise ConfigError('\n'.join(f'{filename}: {fault}' for fault in faults))
     raw = raw.dict()
     for setting in settings:
         apply_setting(raw, setting)
     return raw
+
+
+# What configobj says of a line, and the rule that it breaks.
+SYNTAX_RULES = {
+    'Invalid line': 'neither OPTION = VALUE nor [SECTION]',
+    'Duplicate': 'stands twice, first in line',
+    'Cannot compute the section depth': 'has not as many [ as ]',
+    'Section too nested': 'stands in no section: [SECTION] first, then [[SUBSECTION]]',
+    'Parse error in value': 'a quote that does not end, or a comma without a value',
+    'Parse error in multiline value': 'three quotes that do not end',
+}
+
+
+def syntax_faults(lines: Sequence[str], errors: Iterable[configobj.ConfigObjError]) -> Iterator[Fault]:
+    """Yields a Fault for each line that configobj can't read; not for one that stands twice only because a line above
+    it can't be read."""
+    places = [*line_places(lines)]
+    for error in errors:
+        section, name = places[error.line_number - 1]
+        rule = next((rule for text, rule in SYNTAX_RULES.items() if str(error).startswith(text)), str(error))
+        if isinstance(error, configobj.DuplicateError):
+            first = places.index((section, name)) + 1
+            if first == error.line_number:
+                continue
+            rule += f' {first}'
+        written = re.fullmatch(r'\s*(\[.*\])\s*(?:#.*)?|[^=]*?=\s*(.*)', error.line)
+        heading, value = written.groups() if written else (error.line.strip(), None)
+        yield Fault(section, heading and re.sub(r'(?<=\[)\s+|\s+(?=\])', '', heading) or name, value, rule,
+                    line=error.line_number)
+
+
+def line_places(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields the section in which each line stands, and the name of its option or subsection."""
+    above: list[str] = []
+    for line in lines:
+        heading = re.match(r'\s*(\[+)([^\[\]]+)', line)
+        name = (heading[2] if heading else line.partition('=')[0]).strip().strip('"\'')
+        above = above[:len(heading[1]) - 1] if heading else above
+        yield '.'.join(above), name
+        above = [*above, name] if heading else above
+
+
+def section_path(section: configobj.Section) -> str:
+    """The name of a section of configobj as options have it."""
+    return f'{section.parent.name}.{section.name}' if section.depth > 1 else section.name or ''
 
 
 def unquoted_comments(text, section, name):
@@ -1635,7 +1684,7 @@ def unquoted_comments(text, section, name):
     """
     comment, value = section.inline_comments.get(name), section[name]
     end = value[-1] if isinstance(value, list) and value else value
-    where = f'{section.parent.name}.{section.name}' if section.depth > 1 else section.name or ''
+    where = section_path(section)
     if not comment or not isinstance(end, str) or not may_contain_hash(where, name, end):
         return
     line = re.search(rf'^\s*["\']?{re.escape(name)}["\']?\s*=[^\n]*?({re.escape(end)}[ \t]*{re.escape(comment)})\s*$',
@@ -1897,10 +1946,19 @@ def unknown_paths(message: types.SimpleNamespace, record: types.SimpleNamespace)
     """Yields the paths of [record] that lead to no field, where only those of [[fields]] are known."""
     if not message.fields or message.unknown_fields == 'keep':
         return
+    rule = 'no such field in [message] [[fields]]'
     for option, path in [('key', record.key), ('time', record.time), ('ttl-field', record.ttl_field),
-                         ('set-field', record.set_field), *(('bins', path) for path in record.bins)]:
-        if isinstance(path, Path) and not any(known.leads_to(path) or path.leads_to(known) for known in message.fields):
-            yield Fault('record', option, str(path), 'no such field in [message] [[fields]]')
+                         ('set-field', record.set_field)]:
+        if isinstance(path, Path) and not is_known(path, message):
+            yield Fault('record', option, str(path), rule)
+    for path, name in record.bins.items():
+        if isinstance(path, Path) and not is_known(path, message):
+            yield Fault('record.bins', str(path), name, rule)
+
+
+def is_known(path: Path, message: types.SimpleNamespace) -> bool:
+    """Whether [[fields]] names a field, one inside it, or one around it."""
+    return any(known.leads_to(path) or path.leads_to(known) for known in message.fields)
 
 
 def conflicting_types(fields: dict[Path, FieldRule]) -> Iterator[Fault]:
@@ -1926,14 +1984,18 @@ def parent_types(fields: Iterable[Path]) -> dict[Path, set[str]]:
 
 def bin_faults(message: types.SimpleNamespace, record: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the bins that more than one value would go into, and the names that are too long for one."""
-    reserved = [name for name in (record.id_bin, record.time_bin, record.document_bin) if name]
     named = top_names(message, record)
-    targets = [*reserved, *record.bins.values(), *named]
-    for name in sorted({name for name in targets if targets.count(name) > 1}):
-        yield Fault('record', 'bins', name, 'more than one value would go into this bin')
+    lines = [('record', 'id-bin', record.id_bin), ('record', 'time-bin', record.time_bin),
+             ('record', 'document-bin', record.document_bin),
+             *(('record.bins', str(path), name) for path, name in record.bins.items())]
+    for name, group in group_by_key([line for line in lines if line[2]], lambda line: line[2]):
+        *others, last = [f'[[bins]] {option}' if section == 'record.bins' else option for section, option, _ in group]
+        others += [f'[[fields]] {name}'] * (name in named)
+        if others:
+            yield Fault(*group[-1], f'more than one value would go into this bin, also that of {" and ".join(others)}')
     key = record.key
     if (isinstance(key, Path) and len(key.steps) == 1 and key not in message.fields and not record.document_bin
-            and record.bins.get(key, key.steps[0]) in reserved):
+            and record.bins.get(key, key.steps[0]) in (record.id_bin, record.time_bin)):
         yield Fault('record', 'key', str(key), 'its bin is also id-bin or time-bin: rename one of them')
     for name in sorted(named):
         if len(name.encode()) > MAX_BIN_NAME:
@@ -1941,12 +2003,15 @@ def bin_faults(message: types.SimpleNamespace, record: types.SimpleNamespace) ->
 
 
 def top_names(message: types.SimpleNamespace, record: types.SimpleNamespace) -> set[str]:
-    """The names at the top of a message that become bins under these names, as far as [[fields]] knows them."""
+    """The names at the top of a message that become bins under these names, as far as [[fields]] knows them. With
+    `drop` a field of [[bins]] leaves nothing behind, unless it lies in a list."""
     if record.document_bin:
         return set()
-    kept = (path for path in message.fields if message.unknown_fields != 'drop' or path not in record.bins)
-    return {str(path.steps[0]) for path in kept} - {path.steps[0] for path in record.bins
-                                                    if isinstance(path, Path) and len(path.steps) == 1}
+    moved = {path for path in record.bins if isinstance(path, Path)
+             and (len(path.steps) == 1 or message.unknown_fields == 'drop' and path in message.fields
+                  and not any(isinstance(step, int) for step in path.steps))}
+    tops = {path.steps[0] for path in moved if len(path.steps) == 1}
+    return {str(path.steps[0]) for path in message.fields if path not in moved} - tops
 
 
 def delete_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
@@ -1964,8 +2029,7 @@ def delete_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
         yield Fault('record.delete', 'values', 'null', 'never comes: [message] has nulls = reject')
     if delete.field in message.fields:
         yield from impossible_values(message, delete)
-    elif delete.field and message.fields and message.unknown_fields == 'reject' and not any(
-            known.leads_to(delete.field) or delete.field.leads_to(known) for known in message.fields):
+    elif delete.field and message.fields and message.unknown_fields == 'reject' and not is_known(delete.field, message):
         yield Fault('record.delete', 'field', str(delete.field), 'no such field in [message] [[fields]]')
 
 
@@ -2216,10 +2280,19 @@ def dump_config(raw: dict[str, Any], settings: Sequence[Setting] | None = None) 
                 target[option.name] = value
                 if settings is not None and value != option.default:
                     remark_origin(target, option, settings)
+    printed.walk(require_quotable)
+    return '\n'.join(line.rstrip() for line in printed.write()) + '\n'
+
+
+def require_quotable(section: configobj.Section, name: str) -> None:
+    """Raises ConfigError for an option whose name or value can't be written."""
     try:
-        return '\n'.join(line.rstrip() for line in printed.write()) + '\n'
-    except configobj.ConfigObjError as error:
-        raise ConfigError(f'--set or environment: no file can hold it: {error}') from None
+        section.main._quote(name, multiline=False)
+        section.main._quote(section[name])
+    except configobj.ConfigObjError:
+        fault = Fault(section_path(section), name, section[name],
+                      'no file can hold it, for it has quotes of both kinds')
+        raise ConfigError(f'--set or environment: {fault}') from None
 
 
 def remark_origin(target: configobj.Section, option: 'Option', settings: Sequence[Setting]) -> None:

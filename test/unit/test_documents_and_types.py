@@ -58,11 +58,14 @@ def test_nulls_of_a_document_may_be_rejected():
     assert bins_of({'a': {'b': None}}, nulls='reject', **DOC) == {'doc': {'a': {'b': None}}}
 
 
-@pytest.mark.parametrize(('record', 'name'), [
-    ({'document-bin': 'gid'}, 'gid'), ({'key': 'id', 'document-bin': 'gts'}, 'gts'),
-    ({'document-bin': 'doc', 'bins': {'a': 'doc'}}, 'doc')])
-def test_a_document_needs_a_bin_of_its_own(record, name):
-    assert faults(record=record) == [f'[record] bins = {name}: more than one value would go into this bin']
+@pytest.mark.parametrize(('record', 'fault'), [
+    ({'document-bin': 'gid'}, 'document-bin = gid: more than one value would go into this bin, also that of id-bin'),
+    ({'key': 'id', 'document-bin': 'gts'},
+     'document-bin = gts: more than one value would go into this bin, also that of time-bin'),
+    ({'document-bin': 'doc', 'bins': {'a': 'doc'}},
+     '[[bins]] a = doc: more than one value would go into this bin, also that of document-bin')])
+def test_a_document_needs_a_bin_of_its_own(record, fault):
+    assert faults(record=record) == [f'[record] {fault}']
 
 
 def test_names_of_a_document_are_of_any_length():

@@ -264,10 +264,13 @@ def test_metadata_become_bins():
     ({'record': {'bins': {'$id': 'b'}}}, '[record] [[bins]] $id = b: there is $attempts, $nsqd, $timestamp, $topic; '
                                          'a field of this name is written \\$id'),
     ({'record': {'bins': {'a[x]': 'b'}}}, "[record] [[bins]] a[x] = b: no path at '[x]'"),
-    ({'record': {'bins': {'a.b': 'x', 'c.d': 'x'}}}, '[record] bins = x: more than one value would go into this bin'),
-    ({'record': {'bins': {'a.b': 'gid'}}}, '[record] bins = gid: more than one value would go into this bin'),
+    ({'record': {'bins': {'a.b': 'x', 'c.d': 'x'}}}, '[record] [[bins]] c.d = x: more than one value would go'),
+    ({'record': {'bins': {'a.b': 'gid'}}}, '[record] [[bins]] a.b = gid: more than one value would go'),
     ({'message': {'fields': {'city': 'any'}}, 'record': {'bins': {'a.b': 'city'}}},
-     '[record] bins = city: more than one value would go into this bin'),
+     '[record] [[bins]] a.b = city: more than one value would go into this bin, also that of [[fields]] city'),
+    # it stays in its list
+    ({'message': {'fields': {'a[0].b': 'any'}, 'unknown-fields': 'drop'}, 'record': {'bins': {'a[0].b': 'a'}}},
+     '[record] [[bins]] a[0].b = a: more than one value would go into this bin, also that of [[fields]] a'),
     ({'message': {'fields': {'a.': 'any'}}}, "[message] [[fields]] a. = any: no path at '.'"),
     ({'message': {'fields': {'a': 'string', 'a.b': 'any'}}},
      '[message] [[fields]] a: object and string at once, by other paths'),
