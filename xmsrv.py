@@ -590,10 +590,17 @@ class Health:
 # metrics: what is counted
 # ---------------------------------------------------------------------------------------------------------------------
 
-Metric = collections.namedtuple('Metric', 'name kind labels help join', defaults=(sum,))
+class Metric(NamedTuple):
+    """A metric. kind: counter, gauge or histogram. join: merges the values of a gauge from several workers."""
 
-# The one table of metrics. join: merges the values of a gauge from several workers. No label has a value that a message
-# could choose.
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    help: str
+    join: Callable[[tuple[float, float]], float] = sum
+
+
+# The one table of metrics. No label has a value that a message could choose.
 METRIC_DEFINITIONS = (
     Metric('xmsrv_received_total', 'counter', (), 'Messages that came, those that came again too.'),
     Metric('xmsrv_messages_total', 'counter', ('outcome',), 'What became of them.'),
