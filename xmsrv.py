@@ -1160,29 +1160,38 @@ def compression_name(value: Any) -> str:
     return chosen
 
 
-def parse_path(value):
+def parse_path(value: Any) -> str:
     """A path; `~` is the home directory."""
     if not single_value(value):
         raise ValueError('a path must not be empty')
     if '\0' in value:
         raise ValueError('must not contain NUL')
-    expanded = os.path.expanduser(value)
+    expanded: str = os.path.expanduser(value)
     ours = value.partition('/')[0] == '~'
     if value.startswith('~') and (not os.path.isabs(expanded) or ours and os.environ.get('HOME') == ''):
         raise ValueError('no home directory to replace ~ with: write the whole path')
     return expanded
 
 
-def parse_secret_path(value):
+def whole_path(value: Any) -> str:
+    """A path, as parse_path(), that is the same wherever the program is started."""
+    path = parse_path(value)
+    if not os.path.isabs(path):
+        raise ValueError('a relative path: write the whole one, which begins with / or ~')
+    return path
+
+
+def parse_secret_path(value: Any) -> str:
     """The path of a secret or a key; `credential:NAME` is systemd's credential of that name."""
     if not single_value(value).startswith('credential:'):
-        return parse_path(value)
-    directory = os.environ.get('CREDENTIALS_DIRECTORY')
+        return whole_path(value)
+    directory, name = os.environ.get('CREDENTIALS_DIRECTORY'), value.partition(':')[2]
+    if name in ('', '.', '..') or re.search('[/\0]', name):
+        raise ValueError('not the name of a credential: credential:NAME, without a slash')
     if not directory:
-        name = value.partition(':')[2]
         raise ValueError('no credential here, for only systemd hands them out; to try it: systemd-run --pty '
                          f'--property=LoadCredential={name}:/path/of/it x-msrv check')
-    return os.path.join(directory, value.partition(':')[2])
+    return os.path.join(directory, name)
 
 
 def as_invalid(check):
@@ -1455,7 +1464,7 @@ Option = collections.namedtuple('Option', 'section name default check help')
 # The one table of options: schema, defaults, the sample file, `check` and the manual are made from it.
 # A default of None: the section is only there when the file has it.
 OPTIONS = (
-    Option('', 'state-dir', STATE_DIR, parse_path, 'State directory (lock, SQLite file); created if missing.'),
+    Option('', 'state-dir', STATE_DIR, whole_path, 'State directory (lock, SQLite file); created if missing.'),
     Option('', 'timeout', '10s', parse_duration, 'Maximum duration of a window.'),
     Option('', 'idle-timeout', '500ms', parse_duration,
            'A window ends early when the queue has been idle for this long.'),
@@ -1485,9 +1494,9 @@ OPTIONS = (
            'none, or for a far link deflate: what crosses between nsqd and here is compressed.'),
     Option('nsq', 'auth-secret-file', '', optional_value(parse_secret_path),
            'File with the secret for AUTH, or credential:NAME; nsqlookupds with https:// get it, too.'),
-    Option('nsq.tls', 'ca-file', '', optional_value(parse_path),
+    Option('nsq.tls', 'ca-file', '', optional_value(whole_path),
            'Authorities to trust, PEM; empty: those of the system.'),
-    Option('nsq.tls', 'cert-file', '', optional_value(parse_path), 'Client certificate, PEM.'),
+    Option('nsq.tls', 'cert-file', '', optional_value(whole_path), 'Client certificate, PEM.'),
     Option('nsq.tls', 'key-file', '', optional_value(parse_secret_path), 'Its key, PEM, or credential:NAME.'),
     Option('message', 'unknown-fields', 'keep', one_of('keep', 'drop', 'reject'),
            'Fields that [[fields]] does not name: kept, dropped, or a reason for a dead letter.'),
@@ -1548,9 +1557,9 @@ OPTIONS = (
     Option('aerospike', 'user', '', optional_value(single_value), 'User to log in as; empty: no log-in.'),
     Option('aerospike', 'password-file', '', optional_value(parse_secret_path),
            "File with the user's password, or credential:NAME."),
-    Option('aerospike.tls', 'ca-file', '', optional_value(parse_path),
+    Option('aerospike.tls', 'ca-file', '', optional_value(whole_path),
            'Authorities to trust, PEM. Must be set: the client brings an OpenSSL of its own, which knows none.'),
-    Option('aerospike.tls', 'cert-file', '', optional_value(parse_path), 'Client certificate, PEM.'),
+    Option('aerospike.tls', 'cert-file', '', optional_value(whole_path), 'Client certificate, PEM.'),
     Option('aerospike.tls', 'key-file', '', optional_value(parse_secret_path), 'Its key, PEM, or credential:NAME.'),
     Option('aerospike.tls', 'name', '', optional_value(single_value),
            "Name that the nodes' certificates are for; empty: each host's own."),
@@ -1558,7 +1567,7 @@ OPTIONS = (
     Option('sqlite', 'set', '', optional_value(single_value), 'Value of the column "set"; empty: the topic.'),
     Option('dead-letter', 'topic', '$topic.dead', optional_value(parse_dead_letter_topic),
            'Topic for messages that can never become a record; empty: none.'),
-    Option('dead-letter', 'file', '', optional_value(parse_path),
+    Option('dead-letter', 'file', '', optional_value(whole_path),
            'File for dead letters without a topic, or refused by it; JSON lines.'),
     Option('dead-letter', 'discard', 'no', parse_yes_no, 'yes: dead letters are discarded.'),
     Option('metrics', 'listen', '', optional_value(parse_address),
@@ -1566,7 +1575,7 @@ OPTIONS = (
     Option('metrics', 'depth-interval', '10s', parse_period,
            'Interval between looks at the depth of the channel, at the HTTP side of each nsqd, for the page and the '
            'figures; 0: none. A run of `once` looks at its end, where it has a textfile.'),
-    Option('metrics', 'textfile', '', optional_value(parse_path),
+    Option('metrics', 'textfile', '', optional_value(whole_path),
            'File that `once` writes the same figures to, NAME.prom in the directory of node_exporter; empty: none.'),
 )
 # Only on when the file has them, and what they turn on.

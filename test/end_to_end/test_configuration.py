@@ -32,6 +32,7 @@ from xmsrv import (
     parse_field,
     parse_path,
     parse_positive,
+    parse_secret_path,
     parse_size,
     unknown_variables,
     variable_of,
@@ -368,6 +369,40 @@ def test_a_home_directory_is_there_or_a_fault(monkeypatch, home, value, expected
     else:
         with pytest.raises(ValueError, match='no home directory'):
             parse_path(value)
+
+
+PATH_OPTIONS = [option for option in OPTIONS if re.search('dir$|file$|^path$', option.name)]
+
+
+@pytest.mark.parametrize('option', PATH_OPTIONS, ids=lambda option: f'{option.section}.{option.name}')
+def test_a_path_is_whole_or_starts_at_home(monkeypatch, option):
+    """Else it would be another one in a service than in a shell. That of the database starts at state-dir."""
+    monkeypatch.setenv('HOME', '/home/operator')
+    assert option.check('/a/b') == '/a/b'
+    assert option.check('~/a') == '/home/operator/a'
+    for value in ('a', './a', '../a', 'a/~', 'credentials:a'):
+        if option.section == 'sqlite':
+            assert option.check(value) == value
+        else:
+            with pytest.raises(ValueError, match='^a relative path: write the whole one, which begins with / or ~$'):
+                option.check(value)
+
+
+def test_a_relative_path_is_a_fault_of_its_option(faults):
+    rule = 'a relative path: write the whole one, which begins with / or ~'
+    assert sorted(faults('state-dir = x\nstore = sqlite\n' + NSQ + 'auth-secret-file = s\n[[tls]]\nca-file = ca.pem\n'
+                         'cert-file = c\nkey-file = ./k\n[dead-letter]\nfile = d\n[metrics]\ntextfile = x.prom\n')) == [
+        f'[dead-letter] file = d: {rule}', f'[metrics] textfile = x.prom: {rule}',
+        f'[nsq] [[tls]] ca-file = ca.pem: {rule}', f'[nsq] [[tls]] cert-file = c: {rule}',
+        f'[nsq] [[tls]] key-file = ./k: {rule}', f'[nsq] auth-secret-file = s: {rule}', f'state-dir = x: {rule}']
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', '/etc/shadow', '../x', 'a/b'])
+def test_a_credential_has_the_name_of_one(monkeypatch, name):
+    """Its path never leaves the directory of systemd's credentials."""
+    monkeypatch.setenv('CREDENTIALS_DIRECTORY', '/run/credentials/x-msrv.service')
+    with pytest.raises(ValueError, match='not the name of a credential'):
+        parse_secret_path(f'credential:{name}')
 
 
 @pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda name: os.symlink('/dev/null', name)],
