@@ -974,6 +974,7 @@ TIME_UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 TTL_NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
 MAX_CONNECTIONS = 15000    # to a node: the most that a server takes of all its clients (proto-fd-max, as it comes)
 MAX_SOCKET_PATH = 107  # bytes: unix(7)
+INT64 = range(-1 << 63, 1 << 63)   # of an integer in a record
 VARIABLES = 'XMSRV__'  # how ours begin: Docker and Kubernetes make XMSRV_PORT and others for a service of that name
 SIZE_UNITS = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
 
@@ -1346,34 +1347,52 @@ class FieldRule(NamedTuple):
     required: bool = False
 
 
-def type_validator(name):
-    """A voluptuous validator: the value is of the JSON type `name`; nothing is converted."""
-    fits, rule = TYPE_CHECKS[name], f'not {ARTICLES.get(name, "a ")}{name}'
+class ValueRule(NamedTuple):
+    """A rule for the value of a field: as it is written, `min 1`; what it says of a value that it does not accept;
+    and its argument, a limit or the words of one-of with their values."""
 
-    def check_type(value):
-        if not fits(value):
-            raise vol.Invalid(rule)
+    text: str
+    accepts: Callable[[Any], Any]
+    fault: str
+    argument: Any = None
+
+
+def raise_unless(accepts: Callable[[Any], Any], fault: str) -> Callable[[Any], Any]:
+    """A validator: raises vol.Invalid for a value that is not accepted."""
+    def check(value: Any) -> Any:
+        if not accepts(value):
+            raise vol.Invalid(fault)
         return value
-    return check_type
+    return check
 
 
-def all_of(checks):
+def with_article(kind: str) -> str:
+    """`a string`, `an integer`, `base64`."""
+    return ARTICLES.get(kind, 'a ') + kind
+
+
+def type_validator(kind: str) -> Callable[[Any], Any]:
+    """A validator: the value is of the JSON type `kind`; nothing is converted."""
+    return raise_unless(TYPE_CHECKS[kind], f'not {with_article(kind)}')
+
+
+def all_of(checks: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     """A validator: the first of `checks` that does not take the value says why."""
-    def check(value):
+    def check(value: Any) -> Any:
         for each in checks:
             each(value)
         return value
     return checks[0] if len(checks) == 1 else check
 
 
-def parse_scalar(rule, word, kind):
+def parse_scalar(rule: str, word: str, kind: str) -> Any:
     """A word of a rule as a string, integer or (finite) number."""
     try:
         value = SCALAR_TYPES[kind](word)
     except ValueError:
         value = math.nan
     if kind != 'string' and not math.isfinite(value):
-        raise ValueError(f'{rule} wants {"an integer" if kind == "integer" else "a number"}, not {word!r}')
+        raise ValueError(f'{rule} wants {with_article(kind)}, not {word!r}')
     return value
 
 
@@ -1382,81 +1401,89 @@ def blob_size(value: str) -> int:
     return len(value) // 4 * 3 - value.count('=')
 
 
-def rule_limit(rule, bound, kind):
+def rule_limit(text: str, bound: str, kind: str) -> ValueRule:
     """`min` or `max`: of the value for numbers, of the length for strings, lists and objects, and of the bytes that a
     string in base64 stands for."""
-    if kind in ('any', 'boolean', 'geojson'):
-        raise ValueError(f'{rule} does not fit the type {kind}')
-    limit = parse_scalar(rule, bound, kind if kind == 'number' else 'integer')
-    measure = (lambda value: value) if kind in ('number', 'integer') else blob_size if kind == 'base64' else len
-    what = 'value' if kind in ('number', 'integer') else 'length'
-
-    def check_limit(value):
-        if measure(value) < limit if rule == 'min' else measure(value) > limit:
-            raise vol.Invalid(f'{what} {"under" if rule == "min" else "over"} {bound}')
-        return value
-    return check_limit
+    name = text.partition(' ')[0]
+    limit = parse_scalar(name, bound, kind if kind == 'number' else 'integer')
+    within = functools.partial(operator.le if name == 'min' else operator.ge, limit)
+    measure = blob_size if kind == 'base64' else len
+    what, accepts = ('value', within) if kind in ('integer', 'number') else (
+        'length', lambda value: within(measure(value)))
+    return ValueRule(text, accepts, f'{what} {"under" if name == "min" else "over"} {bound}', limit)
 
 
-def rule_one_of(rule, words, kind):
+def rule_one_of(text: str, words: str, kind: str) -> ValueRule:
     """`one-of a|b|c`: the value is one of them."""
-    if kind not in SCALAR_TYPES:
-        raise ValueError(f'{rule} does not fit the type {kind}')
-    allowed = {parse_scalar(rule, word.strip(), kind) for word in words.split('|')}
-
-    def check_choice(value):
-        if value not in allowed:
-            raise vol.Invalid(f'not one of {words}')
-        return value
-    return check_choice
+    if not words.strip('| '):
+        raise ValueError('one-of names no value')
+    values = {word.strip(): parse_scalar('one-of', word.strip(), kind) for word in words.split('|')}
+    return ValueRule(text, frozenset(values.values()).__contains__, f'not one of {words}', values)
 
 
-def rule_match(rule, pattern, kind):
+def rule_match(text: str, pattern: str, kind: str) -> ValueRule:
     """`match REGEX`: the whole string matches the regular expression."""
-    if kind != 'string':
-        raise ValueError(f'{rule} does not fit the type {kind}')
     try:
-        regex = re.compile(pattern)
+        return ValueRule(text, re.compile(pattern).fullmatch, f'does not match {pattern}')
     except re.error as error:
-        raise ValueError(f'{rule} {pattern}: {error}') from None
-
-    def check_match(value):
-        if not regex.fullmatch(value):
-            raise vol.Invalid(f'does not match {pattern}')
-        return value
-    return check_match
+        raise ValueError(f'match {pattern}: {error}') from None
 
 
-RULE_VALIDATORS = {'min': rule_limit, 'max': rule_limit, 'one-of': rule_one_of, 'match': rule_match}
+LIMITED_TYPES = (*SCALAR_TYPES, 'list', 'object', 'base64')
+# Each rule that has an argument: what makes it, and the types that it fits.
+VALUE_RULES = {'min': (rule_limit, LIMITED_TYPES), 'max': (rule_limit, LIMITED_TYPES),
+               'one-of': (rule_one_of, SCALAR_TYPES), 'match': (rule_match, ('string',))}
+# What `min` and `max` limit, and where that begins and ends by itself; else it is a length.
+RANGES = {'integer': ('integer of 64 bit', INT64[0], INT64[-1]), 'number': ('number', -math.inf, math.inf)}
 
 
-def parse_field(value):
+def parse_field(value: Any) -> FieldRule:
     """A line of [[fields]], `integer, required, min 1`, as a FieldRule."""
     if isinstance(value, dict):
         raise ValueError('an option, not a section')
-    kind, *rules = [value] if isinstance(value, str) else value or ['']
+    kind, *texts = [value] if isinstance(value, str) else value or ['']
     if kind not in TYPE_CHECKS:
         raise ValueError(f'no type {kind!r}; there are ' + ', '.join(TYPE_CHECKS))
-    for before, rule in zip(['', *rules], rules, strict=False):   # first, for a rule cut at its comma is often none
-        if rule != 'required' and rule.partition(' ')[0] not in RULE_VALIDATORS:
-            raise ValueError(f'no rule {rule!r}; there are required, ' + ', '.join(RULE_VALIDATORS)
-                             + comma_hint(before, rule))
-    checks = [type_validator(kind), *(parse_rule(rule, kind) for rule in rules if rule != 'required')]
-    return FieldRule(kind, all_of(checks), 'required' in rules)
+    for before, text in zip(['', *texts], texts, strict=False):   # first, for a rule cut at its comma is often none
+        if text != 'required' and text.partition(' ')[0] not in VALUE_RULES:
+            raise ValueError(f'no rule {text!r}; there are required, ' + ', '.join(VALUE_RULES)
+                             + comma_hint(before, text))
+    rules = [parse_rule(text, kind) for text in texts if text != 'required']
+    require_possible(kind, rules)
+    checks = [type_validator(kind), *(raise_unless(rule.accepts, rule.fault) for rule in rules)]
+    return FieldRule(kind, all_of(checks), 'required' in texts)
 
 
-def comma_hint(before, rest):
-    """A hint to quote a rule that its comma may have cut in two: `before`, a rule with an argument, and `buffer`."""
-    return (f'; quote a rule that holds a comma: "{before},{rest}"' if before.partition(' ')[0] in RULE_VALIDATORS
-            else '')
+def comma_hint(before: str, rest: str) -> str:
+    """A hint to quote a rule that its comma may have cut in two: `before`, a rule with an argument, and `rest`."""
+    return f'; quote a rule that holds a comma: "{before},{rest}"' if before.partition(' ')[0] in VALUE_RULES else ''
 
 
-def parse_rule(rule, kind):
-    """A rule with its argument, `min 1`, as a voluptuous validator for a value of the type `kind`."""
-    name, _, argument = rule.partition(' ')
+def parse_rule(text: str, kind: str) -> ValueRule:
+    """A rule with its argument, `min 1`, for values of the type `kind`."""
+    name, _, argument = text.partition(' ')
     if not argument.strip():
         raise ValueError(f'{name} needs an argument (quote the rule if it has a # in it)')
-    return RULE_VALIDATORS[name](name, argument.strip(), kind)
+    make_rule, types_ = VALUE_RULES[name]
+    if kind not in types_:
+        raise ValueError(f'{name} does not fit the type {kind}')
+    return make_rule(text, argument.strip(), kind)
+
+
+def require_possible(kind: str, rules: Sequence[ValueRule]) -> None:
+    """Raises ValueError for rules that no value keeps together, and for a word of one-of that breaks another one."""
+    what, lowest, highest = RANGES.get(kind, ('length', 0, math.inf))
+    least = max([lowest, *(rule.argument for rule in rules if rule.text.startswith('min '))])
+    most = min([highest, *(rule.argument for rule in rules if rule.text.startswith('max '))])
+    if least > most:
+        raise ValueError(f'no {what} is from {least} to {most}')
+    for choice in (rule for rule in rules if rule.text.startswith('one-of ')):
+        for word, value in choice.argument.items():
+            if kind == 'integer' and not lowest <= value <= highest:
+                raise ValueError(f'one-of {word}: never, for an integer has 64 bit')
+            for rule in rules:
+                if not rule.accepts(value):
+                    raise ValueError(f'one-of {word}: never, for {rule.text}')
 
 
 Option = collections.namedtuple('Option', 'section name default check help')
@@ -1947,7 +1974,7 @@ def dead_letter_faults(nsq_, dead):
 def mapping_faults(config):
     """Yields the faults between [message] and [record]."""
     message, record = config.message, config.record
-    yield from unknown_paths(message, record)
+    yield from unfit_fields(message, record)
     yield from conflicting_types(message.fields)
     if message.unknown_fields != 'keep' and not message.fields:
         yield Fault('message', 'unknown-fields', message.unknown_fields, 'without [[fields]] no field is known')
@@ -1958,18 +1985,29 @@ def mapping_faults(config):
     yield from bin_faults(message, record)
 
 
-def unknown_paths(message: types.SimpleNamespace, record: types.SimpleNamespace) -> Iterator[Fault]:
-    """Yields the paths of [record] that lead to no field, where only those of [[fields]] are known."""
-    if not message.fields or message.unknown_fields == 'keep':
-        return
-    rule = 'no such field in [message] [[fields]]'
-    for option, path in [('key', record.key), ('time', record.time), ('ttl-field', record.ttl_field),
-                         ('set-field', record.set_field)]:
-        if isinstance(path, Path) and not is_known(path, message):
-            yield Fault('record', option, str(path), rule)
-    for path, name in record.bins.items():
-        if isinstance(path, Path) and not is_known(path, message):
-            yield Fault('record.bins', str(path), name, rule)
+# The options of [record] that name a field, the types of [[fields]] that fit, and why.
+FIELD_TYPES = {
+    'key': (('string', 'integer', 'number', 'any', 'base64', 'geojson'), 'a key is a string or an integer'),
+    'time': (('integer', 'number', 'any'), 'the time is an integer'),
+    'ttl-field': (('integer', 'number', 'any'), 'a ttl is an integer'),
+    'set-field': (('string', 'any', 'base64'), 'the name of a set is a string'),
+}
+
+
+def unfit_fields(message: types.SimpleNamespace, record: types.SimpleNamespace) -> Iterator[Fault]:
+    """Yields the paths of [record] whose field has a type that does not fit, and those that lead to no field, where
+    only those of [[fields]] are known."""
+    kinds = known_types(message.fields)
+    lines = [('record', option, getattr(record, option.replace('-', '_')), None) for option in FIELD_TYPES]
+    lines += [('record.bins', str(path), path, name) for path, name in record.bins.items()]
+    for section, option, path, name in lines:
+        if not isinstance(path, Path):
+            continue
+        if message.fields and message.unknown_fields != 'keep' and not is_known(path, message):
+            yield Fault(section, option, name or str(path), 'no such field in [message] [[fields]]')
+        fitting, need = FIELD_TYPES[option] if section == 'record' else (TYPE_CHECKS, '')
+        for kind in sorted(kinds[path].difference(fitting)):
+            yield Fault(section, option, str(path), f'{with_article(kind)} by [[fields]], and {need}')
 
 
 def is_known(path: Path, message: types.SimpleNamespace) -> bool:
@@ -1979,14 +2017,21 @@ def is_known(path: Path, message: types.SimpleNamespace) -> bool:
 
 def conflicting_types(fields: dict[Path, FieldRule]) -> Iterator[Fault]:
     """Yields the fields of [[fields]] that other paths go through, and that can't be what these need."""
-    for path, kinds in parent_types(fields).items():
-        if path in fields and fields[path].kind not in OPEN_TYPES:
-            kinds.add(fields[path].kind)
-        if len(kinds) > 1:
-            yield Fault('message.fields', str(path), None, f'{" and ".join(sorted(kinds))} at once, by other paths')
+    for path, kinds in known_types(fields).items():
+        if len(kinds.difference(OPEN_TYPES)) > 1:
+            yield Fault('message.fields', str(path), None,
+                        f'{" and ".join(sorted(kinds.difference(OPEN_TYPES)))} at once, by other paths')
 
 
 OPEN_TYPES = ('any', 'geojson')   # types of more than one JSON type
+
+
+def known_types(fields: Mapping[Path, FieldRule]) -> dict[Path, set[str]]:
+    """The types of the fields and of what lies around them, as far as [[fields]] says."""
+    kinds = parent_types(fields)
+    for path, rule in fields.items():
+        kinds[path].add(rule.kind)
+    return kinds
 
 
 def parent_types(fields: Iterable[Path]) -> dict[Path, set[str]]:
@@ -2389,7 +2434,6 @@ MAX_DEPTH = 64              # levels; a map or list of 65 is stored by Aerospike
 # Bins of a record: RECORD_MAX_BINS of the Aerospike server. The client counts the operations of a record in 16 bits, so
 # it would write a part of 65,537 bins without an error. Kept for every store, as MAX_BIN_NAME.
 MAX_BINS = 32767
-INT64 = range(-1 << 63, 1 << 63)
 DIGITS_TO_ZERO = bytes.maketrans(b'123456789', b'000000000')
 LONG_NUMBER = b'0' * 19     # shorter runs of digits are inside 64 bit
 

@@ -1,4 +1,5 @@
 """The configuration file, --set and the command line: every fault at once, each with its place and its rule."""
+import json
 import math
 import os
 import pwd
@@ -265,6 +266,36 @@ def test_all_faults_are_reported_at_once(faults):
     *((VALID + f'[message]\n[[fields]]\nid = {kind}, {rule}\n', f'[message] [[fields]] id = {kind}, {rule}: '
        f'{rule} needs an argument (quote the rule if it has a # in it)')
       for kind, rule in [('integer', 'min'), ('list', 'max'), ('number', 'one-of'), ('string', 'match')]),
+    # rules that no value keeps
+    *((VALID + f'[message]\n[[fields]]\nid = {rules}\n', f'[message] [[fields]] id = {rules}: {rule}')
+      for rules, rule in [
+          ('string, max -1', 'no length is from 0 to -1'), ('list, max -3, required', 'no length is from 0 to -3'),
+          ('object, min 2, max 1', 'no length is from 2 to 1'), ('base64, min 4, max 3', 'no length is from 4 to 3'),
+          ('integer, min 5, max 3', 'no integer of 64 bit is from 5 to 3'),
+          ('integer, max 3, min 1, min 5', 'no integer of 64 bit is from 5 to 3'),
+          ('number, min 0.5, max 0.25', 'no number is from 0.5 to 0.25'),
+          ('integer, min 9223372036854775808',
+           'no integer of 64 bit is from 9223372036854775808 to 9223372036854775807'),
+          ('integer, max -9223372036854775809',
+           'no integer of 64 bit is from -9223372036854775808 to -9223372036854775809'),
+          ('integer, one-of 1|9223372036854775808', 'one-of 9223372036854775808: never, for an integer has 64 bit'),
+          ('integer, one-of 1|7, max 5', 'one-of 7: never, for max 5'),
+          ('number, min 2, one-of 1.5|3', 'one-of 1.5: never, for min 2'),
+          ('string, one-of open|paid, max 3', 'one-of open: never, for max 3'),
+          ('string, match [a-z]+, one-of open|PAID', 'one-of PAID: never, for match [a-z]+'),
+          ('string, one-of a|b, one-of b|c', 'one-of a: never, for one-of b|c'),
+          ('string, one-of |', 'one-of names no value'), ('string, one-of ||', 'one-of names no value')]),
+    # fields that can't be what [record] makes of them
+    (VALID + '[message]\n[[fields]]\nid = boolean\n[record]\nkey = id\n',
+     '[record] key = id: a boolean by [[fields]], and a key is a string or an integer'),
+    (VALID + '[message]\n[[fields]]\nid.n = any\n[record]\nkey = id\n',
+     '[record] key = id: an object by [[fields]], and a key is a string or an integer'),
+    (VALID + '[message]\n[[fields]]\nts = string\n[record]\nkey = id\ntime = ts\n',
+     '[record] time = ts: a string by [[fields]], and the time is an integer'),
+    (CLUSTER + '[message]\n[[fields]]\nkeep = base64\n[record]\nttl-field = keep\n',
+     '[record] ttl-field = keep: base64 by [[fields]], and a ttl is an integer'),
+    (CLUSTER + '[message]\n[[fields]]\nt[0].a = any\n[record]\nset-field = t\n',
+     '[record] set-field = t: a list by [[fields]], and the name of a set is a string'),
     (VALID + '[message]\n[[fields]]\nid = string, match (a|b){2,4}, required\n', '[message] [[fields]] id = string, '
      "match (a|b){2, 4}, required: no rule '4}'; there are required, min, max, one-of, match; "
      'quote a rule that holds a comma: "match (a|b){2,4}"'),
@@ -505,6 +536,10 @@ def test_no_command_runs_with_a_fault(program, command):
     VALID + '[dead-letter]\nfile = {directory}/dead\n',
     CLOSED + '[record]\nkey = id\n',
     VALID + '[message]\n[[fields]]\na = string\n[record]\nkey = id\ntime = ts\n[[bins]]\nunknown = u\n',
+    VALID + '[message]\n[[fields]]\na = integer, min 3, max 3, one-of 3\nb = string, max 0\n'
+    'c = string, one-of a|, min 0\nd = number, one-of 1|2.5, max 2.5\ne = list, min -1\n',
+    CLUSTER + '[message]\n[[fields]]\na = number\nb = base64\nc.d = any\n[record]\nkey = b\ntime = a\n'
+    'ttl-field = a\nset-field = c.d\n',
     VALID + '[record]\nkey = id\nwrite = create\ntime-bin =\n',
     VALID + '[record]\nwrite = update\n',
     VALID + '[record]\nid-bin =\nkey = gid\n',
@@ -702,6 +737,36 @@ def test_the_environment_goes_over_the_file_and_set_over_both(program):
     assert found['record']['bins'] == {'customerId': 'a,b'}
 
 
+def test_a_path_is_spelled_in_a_variable_as_in_the_file(program, nsqd):
+    """As x-msrv.conf(5) has it; the same path of the file gives way."""
+    program.configure(nsqd, nsq={'max-messages': 1}, message={'fields': {'customer.address.city': 'integer'}})
+    program.extra = {'XMSRV__MESSAGE__FIELDS__customer.address.city': 'string, max 40',
+                     'XMSRV__RECORD__BINS__items[0].id': 'first', r'XMSRV__RECORD__BINS__a\.b': 'short',
+                     r'XMSRV__RECORD__BINS__c\[$d\\': 'odd', 'XMSRV__RECORD__BINS__$topic': 'topic'}
+    found = shown(program, 'config')
+    assert found['message']['fields'] == {'customer.address.city': ['string', 'max 40']}
+    assert found['record']['bins'] == {'items[0].id': 'first', r'a\.b': 'short', r'c\[$d\\': 'odd', '$topic': 'topic'}
+    nsqd.publish('orders', json.dumps({'customer': {'address': {'city': 'Bern'}}, 'items': [{'id': 7}], 'a.b': 1,
+                                       'c[$d\\': 2}).encode())
+    assert servers.summary(program.run('once').stderr)['stored'] == 1
+    (_, _, bins, _), = program.rows()
+    assert {name: bins[name] for name in ('first', 'short', 'odd', 'topic')} == {
+        'first': 7, 'short': 1, 'odd': 2, 'topic': 'orders'}
+
+
+@pytest.mark.parametrize(('variable', 'rule'), [
+    ('XMSRV__RECORD__BINS__a..b', "no path at '..b'"), ('XMSRV__RECORD__BINS__a[x]', "no path at '[x]'"),
+    ('XMSRV__RECORD__BINS__a[0', "no path at '[0'"), ('XMSRV__RECORD__BINS__$x', 'there is $attempts'),
+    ('XMSRV__RECORD__BINS__"a.b', 'no such')])
+def test_a_variable_that_spells_no_path_is_a_fault(program, variable, rule):
+    program.write(VALID.replace('{directory}', str(program.directory)))
+    program.extra = {variable: 'b'}
+    if rule == 'no such':   # a quote is a part of the name
+        assert shown(program, 'config')['record']['bins'] == {'"a.b': 'b'}
+    else:
+        assert program.run('check', expect=78).stderr.startswith(f'error: environment: {variable} = b: {rule}')
+
+
 def test_the_environment_alone_is_enough(program, nsqd):
     """As in a container: the file is an empty one. The workers of a daemon hear of it by their parent."""
     nsqd.publish('orders', [b'{"id": 1}', b'{"id": 2}'])
@@ -834,7 +899,7 @@ def test_config_read_back_gives_the_same(program):
         [message]
         [[fields]]
         id = integer, required
-        code = string, "match [A-Z]{2,3}", "one-of a, b|c"
+        code = string, "match [a-c, ]{1,4}", "one-of a, b|c"
         text = string,
         "a # b" = any
         [record]
@@ -851,7 +916,7 @@ def test_config_read_back_gives_the_same(program):
     assert program.run('config').stdout == first
     read = configobj.ConfigObj(first.splitlines(), interpolation=False)
     assert read['message']['fields'] == {'id': ['integer', 'required'], 'text': ['string'], 'a # b': 'any',
-                                         'code': ['string', 'match [A-Z]{2,3}', 'one-of a, b|c']}
+                                         'code': ['string', 'match [a-c, ]{1,4}', 'one-of a, b|c']}
     assert read['record']['bins'] == {'code': 'a,b', 'q=uote': 'it is "x"', 'text': ' x '}
     assert read['sqlite']['set'] == "it's # 1"
     assert read['sqlite']['path'] == 'both \' and " quotes'
