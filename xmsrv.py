@@ -133,7 +133,8 @@ class ConfigError(Failure):
 
 
 class Unavailable(Failure):
-    """The queue or the store can't be reached, or a file of the configuration is not there yet; nothing was taken."""
+    """The queue or the store can't be reached, or the configuration or a file that it names is not there yet; nothing
+    was taken."""
 
     exit_status = os.EX_UNAVAILABLE
 
@@ -1653,7 +1654,7 @@ def configuration_schema():
 def read_file(filename, settings=()):
     """The raw sections of the INI file `filename` with `settings` (each a Setting) laid over it.
 
-    Raises ConfigError for a file that can't be read or is no INI, with each such line.
+    Raises Unavailable for a file that can't be read, ConfigError for one that is no INI, with each such line.
     """
     try:
         with open(filename, encoding='utf-8-sig') as file:
@@ -1665,8 +1666,8 @@ def read_file(filename, settings=()):
         faults = list(syntax_faults(text.split('\n'), error.errors))
     except UnicodeDecodeError as error:
         raise ConfigError(f'{filename}: line {error.object.count(10, 0, error.start) + 1}: not UTF-8') from None
-    except OSError as error:
-        raise ConfigError(f'{filename}: {error.strerror}') from None
+    except OSError as error:   # it may be there at the next try
+        raise Unavailable(f'{filename}: {error.strerror}') from None
     if faults:
         raise ConfigError('\n'.join(f'{filename}: {fault}' for fault in faults))
     raw = raw.dict()
@@ -2387,7 +2388,7 @@ def format_address(address):
 
 def load_config(arguments):
     """The configuration of the command line as (raw sections, config, faults): see validated_config(). Raises
-    ConfigError."""
+    ConfigError, Unavailable."""
     raw = read_file(arguments.config, read_overrides(arguments))
     return raw, *validated_config(arguments, raw)
 
@@ -7368,9 +7369,9 @@ class Daemon:
         self.notifier.send_fields(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
         try:
             if not os.path.isfile(self.arguments.config):   # reading a pipe would block
-                raise ConfigError(f'{self.arguments.config}: no file to be read again')
+                raise Unavailable(f'{self.arguments.config}: no file to be read again')
             read = load_config(self.arguments)
-        except ConfigError as error:
+        except (ConfigError, Unavailable) as error:
             log.error('%s\nkeeping the current configuration', error)
         else:
             log.info('%s: configuration reloaded', self.arguments.config)
@@ -8115,9 +8116,9 @@ HELP_EPILOG = """examples:
   eval "$(x-msrv completion bash)"           complete all this with TAB; for zsh the same, with zsh
 
 exit status: 0 done, 64 usage, 65 the message of check --message can never become a record, 69 queue
-or store out of reach, or a file of the configuration not there yet (nothing was taken), 70 internal error,
-74 standard output could not be written, 75 messages requeued because the store or the dead-letter
-sink failed, 78 the text of the configuration is wrong
+or store out of reach, or the configuration or a file that it names not there yet (nothing was taken),
+70 internal error, 74 standard output could not be written, 75 messages requeued because the store or the
+dead-letter sink failed, 78 the text of the configuration is wrong
 """
 
 

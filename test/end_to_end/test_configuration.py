@@ -503,13 +503,13 @@ def test_a_line_that_is_no_ini_is_named_with_its_section_and_rule(faults, text, 
     assert faults(text) == [fault]
 
 
-@pytest.mark.parametrize('content, rule', [
-    (None, 'No such file or directory'), (b'[nsq]\ntopic = \xff\n', 'line 2: not UTF-8'),
-    (VALID.encode('utf-16'), 'line 1: not UTF-8')])
-def test_a_file_that_cannot_be_read_is_a_fault(program, content, rule):
+@pytest.mark.parametrize('content, rule, status', [
+    (None, 'No such file or directory', 69), (b'[nsq]\ntopic = \xff\n', 'line 2: not UTF-8', 78),
+    (VALID.encode('utf-16'), 'line 1: not UTF-8', 78)])
+def test_a_file_that_cannot_be_read_is_a_fault(program, content, rule, status):
     if content:
         program.path.write_bytes(content)
-    found = located(program.run('check', expect=78).stderr, program.path)
+    found = located(program.run('check', expect=status).stderr, program.path)
     assert found == [rule]
 
 
@@ -610,7 +610,7 @@ def test_root_becomes_the_user_of_the_package(program, monkeypatch):
     for args in (['--as-root', 'check'], ['check', '--as-root'], ['config', '--sample'], ['completion', 'bash']):
         main(['-c', '/nonexistent', *args])
     assert done == []
-    assert main(['-c', '/nonexistent', 'once']) == 78
+    assert main(['-c', '/nonexistent', 'once']) == 69
     assert done == [('initgroups', 'x-msrv', 34), ('setgid', 34), ('setuid', 12)]
 
 

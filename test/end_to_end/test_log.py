@@ -238,7 +238,7 @@ def test_text_that_is_no_utf8_reaches_the_journal(workdir, program, journal, mon
     assert r'\udcff.conf' in journal.wait_for(lambda entry: True)['MESSAGE']
     program.path = workdir / name
     status, lines = under(workdir, program, 'check')
-    assert status == os.EX_CONFIG and r'\udcff.conf' in lines[-1]
+    assert status == os.EX_UNAVAILABLE and r'\udcff.conf' in lines[-1]
 
 
 # ------------------------------------------------------------------------------------------------- a fault that repeats

@@ -402,6 +402,15 @@ def test_78_is_a_fault_in_the_configuration(nsqd, program, command):
     assert line == f'error: {program.path}: [nsq] max-messages = many: not a whole number'
 
 
+@pytest.mark.parametrize('command', [['once'], ['daemon'], ['replay'], ['check'], ['check', '--message', '-'],
+                                     ['config']])
+@pytest.mark.parametrize('path, fault', [('nowhere/x.conf', 'No such file or directory'), ('.', 'Is a directory')])
+def test_69_is_a_configuration_file_that_cannot_be_read(program, workdir, command, path, fault):
+    """It may be there at the next try; 78 would keep systemd from one."""
+    program.path = workdir / path
+    assert program.run(*command, expect=os.EX_UNAVAILABLE).stderr == f'error: {program.path}: {fault}\n'
+
+
 @pytest.mark.parametrize('arguments', [['--help'], ['--version'], ['config', '--sample'], ['replay', '--help']])
 def test_0_is_a_question_answered(program, arguments):
     """Without any configuration."""
