@@ -301,11 +301,23 @@ class Output(io.TextIOWrapper):
             raise OutputError(f'standard output: {error.strerror}') from None
 
 
+def reserve_standard_descriptors() -> None:
+    """Opens /dev/null in the place of each closed standard stream, so that no file of ours gets its number. Stdin and
+    stdout still fail, with EBADF, when they are used; what goes to stderr is lost."""
+    for fd, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, flags)   # gets the lowest free number, which is fd
+
+
 def set_up_output() -> None:
     """Makes print() use Output. Characters that the encoding of a terminal lacks are escaped; a file or a pipe gets
-    UTF-8, like the configuration, whatever the locale."""
+    UTF-8, like the configuration, whatever the locale. A closed standard output fails when something is printed."""
     before = sys.stdout
-    if type(before) is io.TextIOWrapper and before.fileno() == STDOUT_FD:   # else it is closed, or somebody captures it
+    if before is None:
+        sys.stdout = Output(io.BufferedWriter(io.FileIO(STDOUT_FD, 'w')), 'utf-8', 'backslashreplace')
+    elif type(before) is io.TextIOWrapper and before.fileno() == STDOUT_FD:   # else somebody captures it
         buffering, through = before.line_buffering, before.write_through
         encoding = before.encoding if before.isatty() else 'utf-8'
         sys.stdout = Output(before.detach(), encoding, 'backslashreplace', None, buffering, through)
@@ -8390,6 +8402,7 @@ def leave_stuck_calls(status: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
+    reserve_standard_descriptors()
     set_up_output()
     status = dispatch_command(arguments)
     rate_limit_filter.log_counts()

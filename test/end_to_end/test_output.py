@@ -339,6 +339,37 @@ def test_74_is_a_full_disk_behind_stdout(nsqd, printing, arguments):
     assert nsqd.left(DEAD, REPLAY) == 1
 
 
+def without(descriptors, program, *arguments):
+    """The CompletedProcess of a command that has these of its three standard descriptors closed."""
+    closed = ' '.join(f'{fd}{"<" if fd == 0 else ">"}&-' for fd in descriptors)
+    return subprocess.run(['sh', '-c', f'exec "$@" {closed}', 'sh', servers.PROGRAM, '-c', program.path, *arguments],
+                          cwd=program.directory, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.mark.parametrize('arguments', PRINTING, ids=' '.join)
+def test_74_is_a_stdout_that_is_closed(nsqd, printing, arguments):
+    """As on a full disk: who asked would take nothing for the answer."""
+    ran = without([1], printing, *arguments)
+    faults = [line for line in ran.stderr.splitlines() if ' would be stored, ' not in line]
+    assert (ran.returncode, faults) == (os.EX_IOERR, ['error: standard output: Bad file descriptor'])
+    wait_until(lambda: nsqd.stats(DEAD, REPLAY)['in_flight_count'] == 0, 'none is held')
+    assert nsqd.left(DEAD, REPLAY) == 1
+
+
+@pytest.mark.parametrize('descriptors', [[1], [2], [0, 1, 2]], ids=str)
+def test_no_file_gets_the_number_of_a_closed_standard_descriptor(nsqd, program, workdir, changed, descriptors):
+    """What a library writes to 1 or 2 would land in the database. A command that prints nothing does not fail."""
+    changed('import os, xmsrv\nopens = xmsrv.SqliteStore.open\ndef opened(self):\n    opens(self)\n'
+            '    open("files", "w").write("\\n".join(os.readlink(f"/proc/self/fd/{fd}") for fd in range(3)))\n'
+            'xmsrv.SqliteStore.open = opened\n')
+    nsqd.publish(TOPIC, good(3))
+    program.configure(nsqd)
+    assert without(descriptors, program, 'once').returncode == 0
+    files = (workdir / 'files').read_text().splitlines()
+    assert [files[fd] for fd in descriptors] == [os.devnull] * len(descriptors)
+    assert len(program.rows()) == 3
+
+
 @pytest.mark.parametrize('arguments', PRINTING, ids=' '.join)
 def test_0_is_a_reader_that_has_gone(printing, arguments):
     """As with `| head -0`."""
@@ -454,6 +485,12 @@ def test_check_shows_a_key_and_a_time_of_the_message(program, workdir):
         lines = checked(program, workdir, '-', b'{"order": 5, "at": 77}').stdout.splitlines()
         assert lines == ['set   shop', 'key   integer  5', 'bin   order  integer  5', 'bin   at     integer  77',
                          f'bin   gts    integer  {bin_of_time}']
+
+
+def test_64_is_a_message_from_a_stdin_that_is_closed(nsqd, program):
+    program.configure(nsqd)
+    ran = without([0], program, 'check', '--message', '-')
+    assert (ran.returncode, ran.stderr) == (os.EX_USAGE, 'error: --message -: Bad file descriptor\n')
 
 
 @pytest.mark.parametrize('arguments', [['--message', '/nonexistent'], ['--message', '/'], ['--message'],
