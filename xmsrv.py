@@ -7375,20 +7375,26 @@ class Daemon:
         return self.runner.failure_text or (f'not up yet: {", ".join(missing)}' if missing else '')
 
     def on_hangup(self) -> None:
-        """Handles SIGHUP: reloads the configuration. A valid one takes effect with the next window; one with faults of
-        the text is logged in full and changes nothing; while a file that it names is missing, the old one stays in
-        force."""
+        """Handles SIGHUP: reloads the configuration."""
         self.notifier.send_fields(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
-        try:
-            if not os.path.isfile(self.arguments.config):   # reading a pipe would block
-                raise Unavailable(f'{self.arguments.config}: no file to be read again')
-            read = load_config(self.arguments)
-        except (ConfigError, Unavailable) as error:
-            log.error('%s\nkeeping the current configuration', error)
-        else:
-            log.info('%s: configuration reloaded', self.arguments.config)
-            self.apply_config(*read)
+        self.reload_config()
         self.notifier.send_fields(READY=1)
+
+    def reload_config(self) -> None:
+        """Reads the configuration again. A valid one takes effect with the next window; one with faults of the text is
+        logged in full and changes nothing; while it, or a file that it names, is missing, the old one stays in
+        force."""
+        filename = self.arguments.config
+        try:
+            if os.path.exists(filename) and not os.path.isfile(filename):   # reading a pipe would block
+                raise ConfigError(f'{filename}: no file to be read again')
+            read = load_config(self.arguments)
+        except ConfigError as error:
+            log.error('%s\nkeeping the current configuration', error)
+        except Unavailable as error:
+            self.wait_for_config([error], self.reload_when_readable())
+        else:
+            self.apply_config(*read)
 
     def stop(self) -> None:
         """SIGTERM, SIGINT."""
@@ -7402,13 +7408,30 @@ class Daemon:
     def apply_config(self, raw: dict[str, Any], config: types.SimpleNamespace, unavailable: Sequence[Fault]) -> None:
         """Activates a configuration, at once or when all files that it names exist; it replaces a configuration that
         still waits."""
+        if unavailable:
+            self.wait_for_config(unavailable, self.apply_when_available(raw, config))
+            return
         if self.config_task:
             self.config_task.cancel()
-        if unavailable:
-            self.record_wait('configuration', unavailable)
-            self.config_task = self.tasks.start(self.apply_when_available(raw, config))
-        else:
-            self.activate_config(raw, config)
+        self.activate_config(raw, config)
+
+    def wait_for_config(self, faults: Sequence[object], waiting: Coroutine[Any, Any, None]) -> None:
+        """Starts to wait for what is missing, in place of an earlier wait, and logs it also where it is the same."""
+        if self.config_task:
+            self.config_task.cancel()
+        self.waits.pop('configuration', None)
+        self.record_wait('configuration', faults)
+        self.config_task = self.tasks.start(waiting)
+
+    async def reload_when_readable(self) -> None:
+        """Reads the configuration again, with backoff, when its file can be read."""
+        backoff = Backoff(1, 30)
+        await asyncio.sleep(backoff.next_delay())
+        while not os.access(self.arguments.config, os.R_OK):
+            await asyncio.sleep(backoff.next_delay())
+        self.config_task = None
+        self.waits.pop('configuration', None)
+        self.reload_config()
 
     async def apply_when_available(self, raw: dict[str, Any], config: types.SimpleNamespace) -> None:
         """Checks the files again, with backoff, until all exist."""
@@ -7421,15 +7444,18 @@ class Daemon:
 
     def activate_config(self, raw: dict[str, Any], config: types.SimpleNamespace) -> None:
         """Activates a configuration; the open window is finished with the old one."""
+        is_reload = config is not self.config
         self.config_task, self.raw, self.config = None, raw, config
         self.record_wait('configuration', ())
         set_up_configured_log(config, self.arguments)
+        if is_reload:
+            log.info('%s: configuration reloaded', self.arguments.config)
         self.config_in_force.set()
         self.address_due.set()
         if self.runner:
             self.runner.end_after_window()
 
-    def record_wait(self, subject: str, faults: Sequence[Fault]) -> None:
+    def record_wait(self, subject: str, faults: Sequence[object]) -> None:
         """Records the faults that a subject waits for (none: it waits no longer), and logs each change."""
         now, text = time.monotonic(), '; '.join(map(str, faults))
         was, since = self.waits.pop(subject, ('', now))

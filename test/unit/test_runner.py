@@ -298,6 +298,69 @@ def test_a_faulty_file_changes_nothing(daemon, fault):
     assert (daemon.config, engine.left) == (before, 0)
 
 
+@pytest.fixture
+def lines(monkeypatch, caplog):
+    """A function: the lines of the log so far that an operator sees without -v."""
+    monkeypatch.setattr(xmsrv.log, 'propagate', True)
+    caplog.set_level('INFO', 'x-msrv')
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_reload_is_logged_once_the_file_is_in_force(daemon, tmp_path, lines):
+    """Not while a directory that it names is missing."""
+    reloaded, told = f'{daemon.arguments.config}: configuration reloaded', f'{tmp_path}/mount/dead'
+    waiting = (f'waiting for configuration: [dead-letter] file = {told}: its directory is not there; '
+               'keeping the current configuration')
+
+    async def main():
+        daemon.runner = engine = Engine()
+        before = daemon.config
+        daemon.write(f'[dead-letter]\nfile = {told}')
+        daemon.on_hangup()
+        assert (lines(), daemon.config, engine.left) == ([waiting], before, 0)
+        await asyncio.sleep(40)
+        daemon.on_hangup()    # whoever asks again is answered again
+        assert lines() == [waiting] * 2
+        (tmp_path / 'mount').mkdir()
+        while not engine.left:
+            await asyncio.sleep(1)
+        assert daemon.config.dead_letter.file == told
+    clock.run(main())
+    assert [line for line in lines() if 'recovered' not in line] == [waiting, waiting, reloaded]
+    assert lines()[2].startswith('configuration: recovered after')
+
+
+def test_a_reload_without_a_file_waits_for_it(daemon, lines):
+    """A mount that is not there yet: nobody has to send the signal again."""
+    async def main():
+        daemon.runner = engine = Engine()
+        os.unlink(daemon.arguments.config)
+        daemon.on_hangup()
+        waiting = f'waiting for configuration: {daemon.arguments.config}: No such file or directory'
+        assert (lines(), daemon.waiting_lines) == ([f'{waiting}; keeping the current configuration'], [waiting])
+        await asyncio.sleep(40)
+        assert engine.left == 0 and len(lines()) == 1
+        daemon.write('timeout = 3s')
+        await asyncio.sleep(31)
+        assert (engine.left, daemon.config.timeout, daemon.waiting_lines) == (1, 3.0, [])
+    clock.run(main())
+    assert lines()[1:] == [f'{daemon.arguments.config}: configuration reloaded']
+
+
+def test_a_reload_whose_file_comes_with_a_fault_changes_nothing(daemon, lines):
+    async def main():
+        daemon.runner = engine = Engine()
+        before = daemon.config
+        os.unlink(daemon.arguments.config)
+        daemon.on_hangup()
+        daemon.write('timeout = never')
+        await asyncio.sleep(40)
+        assert (daemon.config, engine.left, daemon.waiting_lines, daemon.config_task) == (before, 0, [], None)
+    clock.run(main())
+    assert [line for line in lines() if 'recovered' in line or 'reloaded' in line] == []
+    assert 'timeout = never' in lines()[-1] and lines()[-1].endswith('keeping the current configuration')
+
+
 def test_the_lock_follows_the_state_directory_and_the_old_one_is_given_back(daemon, tmp_path):
     async def main():
         await daemon.hold_lock()
