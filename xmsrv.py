@@ -459,8 +459,9 @@ def journal_entry(fields: Mapping[str, object]) -> bytes:
 
 
 class RateLimitFilter(logging.Filter):
-    """Suppresses repeated warnings and errors: the first REPEATS_LOGGED of a kind pass (the template, or without words
-    in it the whole text), the others are counted, and the count is logged after a minute or at exit.
+    """Suppresses repeated warnings and errors: the first REPEATS_LOGGED of a kind pass, the others are counted, and the
+    count is logged after a minute or at exit. The kind is the record's own `kind`, else its template, or without words
+    in that the whole text.
 
     seen: kind -> (since when, how many, the last one). With -v all pass.
     """
@@ -475,7 +476,8 @@ class RateLimitFilter(logging.Filter):
         if record.levelno < logging.WARNING or record.msg == REPEATS_TEMPLATE or log.isEnabledFor(logging.DEBUG):
             return True
         self.log_expired_counts()
-        kind = record.msg if re.search('[a-z]{2}', record.msg) else record.getMessage()
+        template = record.msg if re.search('[a-z]{2}', record.msg) else record.getMessage()
+        kind = getattr(record, 'kind', template)
         with self.lock:
             since, number, _ = self.seen.get(kind, (self.clock(), 0, record))
             number += 1
@@ -579,7 +581,7 @@ class Health:
         failure = EndFailure(text, last.since if last else asyncio.get_running_loop().time(), kind or text)
         known = last is not None and last.kind == failure.kind
         log.log(logging.DEBUG if known else logging.WARNING, '%s unavailable (%s): retrying%s', end, text,
-                '' if end == 'dead letters' else ', consumption paused')
+                '' if end == 'dead letters' else ', consumption paused', extra={'kind': f'{end}: {failure.kind}'})
         self.errors[end] = failure
 
     def report_recovery(self, end: str) -> None:
@@ -5063,7 +5065,7 @@ class Batcher:
         suspect = (batch.failures or batch.tries) and self.accepted > batch.accepted_before
         batch.failures, batch.accepted_before, batch.messages = batch.failures + 1, self.accepted, retry
         if not suspect:
-            self.health.report_failure(self.end, self.last_error, kind='batch')
+            self.health.report_failure(self.end, self.last_error, kind=f'batch {result.reason}')
             self.retries.extend(batch.halves_if_due() if retry else ())
             if self.breaker.state is not BreakerState.OPEN:   # else another batch under way has opened it
                 self.open_breaker()
@@ -5337,8 +5339,7 @@ class Consumer:
         if self.tasks.error:
             raise self.tasks.error
         if addresses and not self.connections:
-            raise Unavailable('no nsqd can be reached: ' + '; '.join(
-                f'{format_address(address)}: {error}' for address, error in self.connect_errors.items()))
+            raise Unavailable(self.failure_text)
         self.tasks.start(self.run_ticks())
         if self.poller:
             self.tasks.start(self.poller.run())
@@ -5355,6 +5356,8 @@ class Consumer:
             if address not in self.connect_tasks or self.connect_tasks[address].done():
                 self.connect_errors.pop(address, None)
                 self.connect_tasks[address] = self.tasks.start(self.maintain_connection(address))
+        if not self.addresses and not self.health.is_up('queue'):
+            self.health.report_failure('queue', self.failure_text)
         self.tasks.wake.set()
 
     async def maintain_connection(self, address: Address) -> None:
@@ -5373,9 +5376,7 @@ class Consumer:
             except UNREACHABLE as error:
                 if address not in self.addresses:   # it was closed
                     return
-                told = self.connections == [connection]   # by Health, for nobody else is connected
-                news.log(logging.DEBUG if told else logging.WARNING, 'nsqd %s: %s', connection, describe_error(error))
-                self.on_disconnect(connection, describe_error(error))
+                self.on_disconnect(connection, describe_error(error), news)
             delay = backoff.next_delay()
             log.debug('nsqd %s: connecting again in %.1f s', connection, delay)
             await asyncio.sleep(delay)
@@ -5392,15 +5393,29 @@ class Consumer:
         backoff.reset_delay()
         self.tasks.wake.set()
 
-    def on_disconnect(self, connection: Subscription, error: str) -> None:
-        """Handles a connection that failed or ended."""
+    def on_disconnect(self, connection: Subscription, error: str, news: ChangeLog) -> None:
+        """Handles a connection that failed or ended. While no nsqd is connected, Health says why, with the latest error
+        of each; else `news`, the log of this nsqd."""
         connection.close_socket()
         self.connect_errors[connection.address] = error
-        if connection in self.connections:
+        was_up = connection in self.connections
+        if was_up:
             self.connections.remove(connection)
-            if not self.connections:
-                self.health.report_failure('queue', f'nsqd {connection}: {error}')
+        if self.connections or not was_up and self.health.is_up('queue'):
+            news.log(logging.WARNING, 'nsqd %s: %s', connection, error)
+        else:
+            news.clear()   # so that its error is logged again when the queue is up without it
+            if was_up or self.has_tried_all():
+                self.health.report_failure('queue', f'nsqd {connection}: {error}' if was_up else self.failure_text)
         self.tasks.wake.set()
+
+    @property
+    def failure_text(self) -> str:
+        """The latest error of each nsqd, when none can be reached."""
+        if not self.addresses:
+            return f'no nsqd has the topic {self.topic} yet'
+        return 'no nsqd can be reached: ' + '; '.join(
+            f'{format_address(address)}: {self.connect_errors[address]}' for address in self.addresses)
 
     # -- what comes
 

@@ -677,6 +677,28 @@ def test_a_queue_that_goes_away_and_comes_back(nsqds, program, systemd):
     stopped(running)
 
 
+@pytest.mark.parametrize('period', ['0', '300ms'])
+def test_an_outage_that_changes_its_reason_is_told_with_the_latest(nsqd, program, systemd, period):
+    """nsqd is away; then something else has its port."""
+    port = servers.free_ports()
+    fill(nsqd, 10)
+    program.configure(nsqd, period=period, timeout='1s', metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 10, 'it is under way')
+
+    def told(reason):
+        """The log, STATUS and the page say it."""
+        return (count(program, f'queue unavailable (no nsqd can be reached: {nsqd.tcp}: {reason}')
+                and reason in systemd.fields('STATUS')[-1] and get(port, '/')[1].count(reason) >= 2)
+    nsqd.stop()
+    wait_until(lambda: told('Connection refused'), 'it is away', 20)
+    with proxies.Says(proxies.frame(b'E_INVALID not nsqd', 1), nsqd.port):
+        wait_until(lambda: told('E_INVALID not nsqd'), 'another answers', 20)
+    nsqd.restart()
+    wait_until(lambda: count(program, 'queue recovered after') == 1, 'it is back', 20)
+    stopped(running)
+
+
 def test_a_queue_that_is_not_there_at_the_start(nsqd, program, systemd):
     fill(nsqd, 10)
     nsqd.stop()
@@ -827,7 +849,7 @@ def test_a_lost_queue_is_no_success(nsqd, program):
     assert figure(port, 'xmsrv_last_success_timestamp_seconds') == success
     assert (figure(port, 'xmsrv_store_up'), figure(port, 'xmsrv_connections{state="up"}')) == (1, 0)
     # nothing was in flight, so nothing is said to have been requeued
-    assert count(program, f'the window failed: nsqd {nsqd.tcp}') > 0
+    assert count(program, f'the window failed: no nsqd can be reached: {nsqd.tcp}: Connection refused') > 0
     assert not count(program, 'requeued 0 messages')
     stopped(running)
 

@@ -95,7 +95,8 @@ def test_an_nsqd_that_comes_back_on_its_unix_socket_is_found(program, local):
     program.start('daemon')
     wait_until(lambda: len(program.rows()) == 10, 'the first messages are stored')
     nsqd.stop()
-    wait_until(lambda: f'nsqd {path}: No such file or directory' in program.log.read_text(), 'it says what is away', 20)
+    missing = f'no nsqd can be reached: {path}: No such file or directory'
+    wait_until(lambda: missing in program.log.read_text(), 'it says what is away', 20)
     nsqd.restart()
     nsqd.publish(TOPIC, bodies(10, 10))
     wait_until(lambda: len(program.rows()) == 20, 'the next messages are stored', 20)

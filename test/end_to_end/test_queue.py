@@ -447,7 +447,8 @@ def test_nsqd_that_falls_silent_is_given_up_for_want_of_a_heartbeat(program, nsq
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'the daemon is subscribed')
     first, = [client['remote_address'] for client in nsqd.clients(TOPIC, CHANNEL)]
     nsqd.suspend()
-    wait_until(lambda: f'warning: nsqd {nsqd.tcp}: ' in program.log.read_text(), 'the connection is given up', 40)
+    wait_until(lambda: f'queue unavailable (nsqd {nsqd.tcp}: ' in program.log.read_text(), 'the connection is given up',
+               40)
     nsqd.resume()
     assert f'nsqd {nsqd.tcp}: no heartbeat for 21 s' in program.log.read_text()
     assert 'the connection was closed' not in program.log.read_text()

@@ -2,6 +2,7 @@
 import contextlib
 import datetime
 import json
+import re
 import shutil
 import ssl
 
@@ -170,9 +171,10 @@ def exchange(old, new):
 
 
 def warnings(program, nsqd, words):
-    """The warnings of a program in the background that are about that nsqd, with these words."""
-    return [line for line in program.log.read_text().splitlines()
-            if line.startswith(f'warning: nsqd {nsqd.tcp}: ') and words in line]
+    """The warnings of a program in the background that are about that nsqd, or about the queue whose only one it is,
+    with these words."""
+    begin = re.compile(rf'warning: (queue unavailable \((no nsqd can be reached:|nsqd)|nsqd) {re.escape(nsqd.tcp)}: ')
+    return [line for line in program.log.read_text().splitlines() if begin.match(line) and words in line]
 
 
 def test_exchanged_authority_is_read_at_the_next_attempt(program, nsqds, ours, workdir):

@@ -230,9 +230,9 @@ def frame(data, kind=0):
 class Says(Thread):
     """Takes connections, says `greeting` on each, reads what comes, and never says more: silent where it is empty."""
 
-    def __init__(self, greeting=b''):
+    def __init__(self, greeting=b'', port=0):
         self.greeting, self.taken = greeting, []
-        self._listener = socket.create_server(('127.0.0.1', 0))
+        self._listener = socket.create_server(('127.0.0.1', port))
         self._listener.settimeout(0.1)
         self.address = f'127.0.0.1:{self._listener.getsockname()[1]}'
         super().__init__()

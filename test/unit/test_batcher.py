@@ -1,6 +1,8 @@
 """The batcher and its breaker, in front of a store that is a function, by a clock of its own."""
 import asyncio
 import contextlib
+import itertools
+import logging
 import threading
 import types
 
@@ -17,6 +19,7 @@ from xmsrv import (
     StoreExecutor,
     WriteResult,
     close_store,
+    log,
 )
 
 AWAY = WriteResult('retry', -15, 'no answer')
@@ -150,6 +153,18 @@ def test_health_fails_with_the_breaker_and_recovers_with_it(kept):
     _, batcher = run(store, [1], 10)
     assert batcher.health.is_up('store') is kept
     assert batcher.health.failure_text == (None if kept else 'store unavailable: no answer')
+
+
+def test_an_outage_with_another_answer_is_a_line_again_and_the_same_answer_of_another_node_is_none(monkeypatch, caplog):
+    """First the cluster is away; then it is back, and refuses the log-in."""
+    monkeypatch.setattr(log, 'propagate', True)
+    caplog.set_level(logging.INFO, 'x-msrv')
+    answers = itertools.chain([WriteResult('retry', -15, f'no answer of node {n}') for n in range(3)],
+                              itertools.repeat(WriteResult('retry', 80, 'not authenticated')))
+    _, batcher = run(Store(lambda batch, now: next(answers)), [1], 20)
+    assert batcher.health.errors['store'].text == 'not authenticated'
+    assert [record.getMessage().split(':')[0] for record in caplog.records] == [
+        'store unavailable (no answer of node 0)', 'store unavailable (not authenticated)']
 
 
 def test_breaker_goes_from_closed_to_open_to_half_open_and_back():

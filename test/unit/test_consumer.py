@@ -488,9 +488,9 @@ def test_an_nsqd_that_does_not_answer_cls_holds_up_nobody():
 
 def test_a_lost_connection_is_a_failure_of_the_queue_only_when_it_was_the_last():
     async def steps(consumer, window, one, two):
-        consumer.on_disconnect(one, 'gone')
+        consumer.on_disconnect(one, 'gone', xmsrv.ChangeLog())
         assert (consumer.health.is_up('queue'), consumer.connections) == (True, [two])
-        consumer.on_disconnect(two, 'gone')
+        consumer.on_disconnect(two, 'gone', xmsrv.ChangeLog())
         assert not consumer.health.is_up('queue')
         assert one.stream.closed and two.stream.closed
     with_consumer(steps, connections=2)
@@ -657,6 +657,22 @@ def test_an_nsqd_that_is_named_no_more_stays_for_as_long_as_its_connection(monke
     opened(monkeypatch, steps, {1: [8]}, poller=poller)
 
 
+def test_a_queue_that_is_down_says_when_nsqlookupd_names_no_nsqd_any_more(monkeypatch):
+    """The topic was deleted: whoever looks for the nsqd of the last error looks in vain."""
+    async def steps(consumer, attempts):
+        await consumer.open()
+        consumer.update_nsqds({})
+        assert consumer.health.is_up('queue')   # its connection lasts
+        await asyncio.sleep(1.1)
+        assert consumer.health.errors['queue'].text == 'nsqd 127.0.0.1:1: the connection was closed'
+        await asyncio.sleep(1)   # nsqlookupd is asked before the next try
+        assert consumer.health.errors['queue'].text == 'no nsqd has the topic orders yet'
+    poller = Poller()
+    poller.named = []
+    opened(monkeypatch, lambda consumer, attempts: steps(setattr(poller, 'consumer', consumer) or consumer, attempts),
+           {1: [1, 99]}, poller=poller)
+
+
 def test_an_outage_of_one_of_two_nsqds_is_told_once_and_its_end_too(monkeypatch, caplog):
     monkeypatch.setattr(xmsrv.log, 'propagate', True)
     caplog.set_level(logging.INFO, 'x-msrv')
@@ -669,6 +685,70 @@ def test_an_outage_of_one_of_two_nsqds_is_told_once_and_its_end_too(monkeypatch,
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ('WARNING', 'nsqd 127.0.0.1:2: the connection was closed'),
         ('WARNING', 'nsqd 127.0.0.1:2: Connection refused'), ('INFO', 'nsqd 127.0.0.1:2 is back')]
+
+
+@pytest.fixture
+def lines(monkeypatch, caplog):
+    """A function: (level, text) of each line of the log so far that an operator sees without -v."""
+    monkeypatch.setattr(xmsrv.log, 'propagate', True)
+    caplog.set_level(logging.INFO, 'x-msrv')
+    return lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_an_outage_of_the_queue_has_the_reason_of_the_latest_attempt_and_each_change_is_a_line(monkeypatch, lines):
+    """All that is shown of the outage is Health's, so nobody reads of a closed connection while nsqd wants AUTH."""
+    seen = []
+
+    async def steps(consumer, attempts):
+        await consumer.open()
+        while len(attempts) < 8:
+            await asyncio.sleep(0.02)
+            failure = consumer.health.errors.get('queue')
+            if failure and [failure.text] != seen[-1:]:
+                seen.append(failure.text)
+        await asyncio.sleep(1)
+        assert consumer.health.is_up('queue')
+    opened(monkeypatch, steps, {1: [1, REFUSED, REFUSED, *[xmsrv.NsqdError('E_UNAUTHORIZED')] * 3, REFUSED, 99]})
+    told = ['nsqd 127.0.0.1:1: the connection was closed',
+            *(f'no nsqd can be reached: 127.0.0.1:1: {why}' for why in
+              ('Connection refused', 'E_UNAUTHORIZED', 'Connection refused'))]
+    assert seen == told
+    assert [line for line in lines() if 'recovered' not in line[1]] == [
+        *(('WARNING', f'queue unavailable ({text}): retrying, consumption paused') for text in told),
+        ('INFO', 'nsqd 127.0.0.1:1 is back')]
+
+
+def test_an_outage_of_all_nsqds_names_each_with_its_latest_reason(monkeypatch, lines):
+    """An nsqd that stays away when another one is back has a line of its own then."""
+    async def steps(consumer, attempts):
+        await consumer.open()
+        await asyncio.sleep(4)
+        assert consumer.health.errors['queue'].text == (
+            'no nsqd can be reached: 127.0.0.1:1: Connection refused; 127.0.0.1:2: no route')
+        await asyncio.sleep(30)
+        assert consumer.health.is_up('queue')
+    opened(monkeypatch, steps, {1: [1, *[REFUSED] * 6, 99], 2: [2, xmsrv.NsqdError('no route')]})
+    texts = [text for _, text in lines()]
+    assert texts[:2] == ['nsqd 127.0.0.1:1: the connection was closed', 'nsqd 127.0.0.1:1: Connection refused']
+    assert texts[-3:-1] == ['nsqd 127.0.0.1:1 is back', texts[-2]] and texts[-2].startswith('queue recovered')
+    assert texts[-1] == 'nsqd 127.0.0.1:2: no route'
+
+
+def test_a_source_that_is_opened_again_says_only_what_is_new(monkeypatch, lines):
+    """The runner opens another one while the queue is down, each time."""
+    health = Health()
+
+    async def steps(consumer, attempts):
+        consumer.health = health
+        with pytest.raises(Unavailable) as caught:
+            await consumer.open()
+        health.report_failure('queue', str(caught.value))
+    for _ in range(3):
+        opened(monkeypatch, steps, {1: [REFUSED], 2: [REFUSED]})
+    assert [text for _, text in lines()] == [
+        'nsqd 127.0.0.1:1: Connection refused', 'nsqd 127.0.0.1:2: Connection refused',
+        'queue unavailable (no nsqd can be reached: 127.0.0.1:1: Connection refused; 127.0.0.1:2: Connection refused): '
+        'retrying, consumption paused']
 
 
 def test_delays_begin_anew_after_a_connection_that_was_up(monkeypatch):

@@ -1,6 +1,7 @@
 """What is up and what fails: one object that all others read. And what repeats in the log."""
 import asyncio
 import logging
+import re
 
 import pytest
 
@@ -54,6 +55,24 @@ def test_a_failure_of_another_kind_is_a_warning_again_and_the_same_is_none(lines
     clock.run(main())
     assert [level for level, _ in lines] == ['WARNING', 'DEBUG', 'WARNING', 'WARNING']
     assert lines[-1][1] == 'dead letters unavailable (full): retrying'    # for the queue flows meanwhile
+
+
+def test_a_failure_for_another_reason_is_logged_however_often_the_former_was(lines, monkeypatch):
+    """An nsqd that takes each connection and closes it: its end is down and up again many times a minute."""
+    monkeypatch.setattr(log, 'level', logging.INFO)
+    log.manager._clear_cache()
+    repeats = RateLimitFilter(lambda: 100.0)
+    monkeypatch.setattr(repeats, 'set_timer', lambda: None)
+    monkeypatch.setattr(log, 'filters', [repeats])
+
+    async def main():
+        health = Health()
+        for reason in ['closed'] * (REPEATS_LOGGED + 3) + ['E_UNAUTHORIZED']:
+            health.report_failure('queue', reason)
+            health.report_recovery('queue')
+    clock.run(main())
+    assert [re.search(r'\((.*)\)', text)[1] for level, text in lines if level == 'WARNING'] == [
+        *['closed'] * REPEATS_LOGGED, 'E_UNAUTHORIZED']
 
 
 def test_what_repeats_is_counted_and_said_when_the_minute_is_over(lines, monkeypatch):
