@@ -5652,7 +5652,7 @@ class RecordQueue:
         fit: list[Message] = []
         invalid: list[Message] = []
         waiting, as_record, decoded = self.waiting, self.mapper.build_record, self.decoded_bytes
-        while waiting and len(fit) < most and (decoded < self.max_held or not decoded):
+        while waiting and len(fit) < most and decoded < self.max_held:
             message = waiting.popleft()
             message.size = decoded_size(message.body)
             decoded += message.size
@@ -5726,12 +5726,40 @@ class WindowTimes:
     seconds: float = 0.0
 
 
+class UnsettledMessages:
+    """The messages of a window that were given back and not settled since, each with the End that says what failed.
+
+    Example: the dead letter of A is not kept, so A is requeued with a delay. The window would end as
+    DEAD_LETTERS_FAILED. A is delivered again in the same window and its dead letter is kept: the window ends well.
+    """
+
+    MOST = 10_000   # an open window may see any number: beyond this the oldest are forgotten
+
+    def __init__(self) -> None:
+        self.ends: dict[str, End] = {}   # by the key of the message
+
+    def add(self, messages: list[Message], end: End) -> None:
+        """Adds messages that are given back."""
+        self.ends.update((message.key, end) for message in messages)
+        for key in list(itertools.islice(self.ends, max(0, len(self.ends) - self.MOST))):
+            del self.ends[key]
+
+    def discard(self, messages: list[Message]) -> None:
+        """Removes messages that are settled now."""
+        for message in messages if self.ends else ():
+            self.ends.pop(message.key, None)
+
+    def count(self, end: End) -> int:
+        """The number of messages with this End."""
+        return collections.Counter(self.ends.values())[end]
+
+
 class Window:
     """One bounded receive: accepts up to max-messages messages and counts what became of them (`count`).
 
     It accepts messages from its Source, has them mapped and written in batches, and acts on each result. pending_count:
-    messages that are not settled. excess: messages beyond the limit. refused_keys: keys that the store refused before
-    it accepted any. delayed_count: number of messages requeued with a delay.
+    messages that are not settled. excess: messages beyond the limit. refused_keys: keys of the messages that the
+    store refused before it accepted any.
     """
 
     def __init__(self, pipeline: Any, limits: WindowLimits, mapper: Mapper) -> None:
@@ -5749,7 +5777,7 @@ class Window:
         self.settled = dict.fromkeys(OUTCOMES, 0)
         self.exported_counts = dict(self.settled)   # the part of `count` that the metrics have
         self.accepted = self.pending_count = 0
-        self.delayed_count = 0
+        self.unsettled = UnsettledMessages()
         self.excess: list[Message] = []
         self.refused_keys: set[str] = set()
 
@@ -5816,6 +5844,7 @@ class Window:
         """Finishes durable messages."""
         self.settled[result.outcome] += len(messages)
         self.pipeline.metrics.add_settled(result, messages, time.time())
+        self.unsettled.discard(messages)
         self.release(messages)
         self.source.finish(messages)
 
@@ -5853,12 +5882,11 @@ class Window:
                 self.requeue_with_delay(messages, WriteResult('unsettled', None, text))
             else:   # the window ends soon, and the next run should not wait for a delay
                 self.release(messages)
-                self.delayed_count += len(messages)
+                self.unsettled.add(messages, End.STORE_FAILED)
 
     def on_set_full(self, messages: list[Message], result: WriteResult) -> None:
         """The set that they name takes no new record until somebody changes something; they hold up no others."""
         log.error('%s', result.detail)
-        self.refused_keys.update(message.key for message in messages)
         self.requeue_with_delay(messages, result)
 
     def on_store_stop(self, messages: list[Message], result: WriteResult) -> None:
@@ -5884,7 +5912,7 @@ class Window:
         for attempts, group in group_by_key(messages, lambda message: message.attempts):
             first, most = REQUEUE_DELAYS
             self.source.requeue(group, min(most, first * 2 ** min(attempts - 1, 20)))
-        self.delayed_count += len(messages)
+        self.unsettled.add(messages, End.DEAD_LETTERS_FAILED if result.outcome == 'unkept' else End.STORE_FAILED)
 
     # -- its end
 
@@ -5989,10 +6017,10 @@ class Window:
             if self.pending_count and (batcher.pending or batcher.retries or batcher.calls):
                 last = f', last answer: {batcher.last_error}' if batcher.last_error else ''
                 self.end(reason, f'{what} still failing when the window ended ({self.end_reason.text}){last}')
-        if self.delayed_count and self.refused_keys:
-            self.end(End.STORE_FAILED, f'{self.delayed_count} messages were refused')
-        elif self.delayed_count:
-            self.end(End.DEAD_LETTERS_FAILED, f'{self.delayed_count} dead letters could not be kept')
+        for reason, what in ((End.STORE_FAILED, 'messages were refused'),
+                             (End.DEAD_LETTERS_FAILED, 'dead letters could not be kept')):
+            if number := self.unsettled.count(reason):
+                self.end(reason, f'{number} {what}')
         if self.limits.keeps_excess and not self.pipeline.health.is_up('queue'):
             self.end(End.QUEUE_FAILED, self.pipeline.health.errors['queue'].text)
         if self.pending_count and self.end_reason.drains:   # delayed retries of busy records

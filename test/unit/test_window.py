@@ -1,5 +1,6 @@
 """A window between a source and a store that are objects of the test, by a clock of its own."""
 import asyncio
+import math
 import types
 
 import pytest
@@ -16,6 +17,7 @@ from xmsrv import (
     Mapper,
     Metrics,
     RecordQueue,
+    UnsettledMessages,
     Window,
     WindowLimits,
     WindowState,
@@ -27,6 +29,7 @@ LETTERS_AWAY = WriteResult('unkept', 'away', 'nsqd is away')
 AWAY, STOP = WriteResult('retry', -15, 'no answer'), WriteResult('stop', 20, 'no such namespace')
 REFUSED = WriteResult('refused', 4, 'answer 4 ParamError')
 UNKEPT = WriteResult('unkept', 'refused', 'nsqd: E_BAD_MESSAGE')
+SET_FULL = WriteResult('set-full', 22, 'the set full has reached its limit')
 
 
 def config(**more):
@@ -422,3 +425,37 @@ def test_one_message_larger_than_the_bound_is_decoded_alone():
     assert (len(fit), queue.take_records(100)) == (1, ([], []))
     queue.release(fit)
     assert len(queue.take_records(100)[0]) == 1
+
+
+def test_a_message_of_a_full_set_makes_no_wrong_policy_of_one_that_is_refused():
+    def write(numbers, now):
+        return [SET_FULL if n == 7 else REFUSED for n in numbers]
+    window, queue = window_of(sent(7, 8), (0, 10.0, 0.5, True), write=write)
+    assert sorted(queue.requeues) == [(7, 1), (8, 1)]
+    assert (window.end_reason, window.detail) == (End.STORE_FAILED, '2 messages were refused')
+
+
+def test_a_message_that_is_settled_at_its_second_delivery_is_no_failure():
+    answers = [UNKEPT, DEAD]
+
+    async def steps(window, queue):
+        queue.send(1, body=b'[]')
+        await asyncio.sleep(1)
+        queue.send(1, attempts=2, body=b'[]')
+        await asyncio.sleep(1)
+        window.end(End.RELOAD)
+    window, queue = window_of(steps, (0, math.inf, math.inf, True), keep=lambda now: answers.pop(0))
+    assert (queue.requeues, queue.finished) == ([(1, 1)], [1])
+    assert (window.end_reason, window.failed, window.count['dead']) == (End.RELOAD, False, 1)
+
+
+def test_an_open_window_remembers_so_many_messages_that_were_given_back(monkeypatch):
+    monkeypatch.setattr(UnsettledMessages, 'MOST', 10)
+
+    async def steps(window, queue):
+        for n in range(100):
+            queue.send(n)
+            await asyncio.sleep(0.02)
+        window.end(End.RELOAD)
+    window, queue = window_of(steps, (0, math.inf, math.inf, True), write=lambda numbers, now: SET_FULL)
+    assert (len(queue.requeues), len(window.unsettled.ends), window.refused_keys) == (100, 10, set())
