@@ -103,7 +103,7 @@ Key = TypeVar('Key')
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Failure(Exception):
-    """Ends the program with a line for the operator; `status` is the exit status, named after sysexits(3)."""
+    """Ends the program with a line for the operator; `exit_status` is a status of sysexits(3)."""
 
     exit_status = os.EX_SOFTWARE
 
@@ -115,7 +115,7 @@ class UsageError(Failure):
 
 
 class DataError(Failure):
-    """A message that can never become a record, where that was the question."""
+    """`check --message` was given a message that can never become a record."""
 
     exit_status = os.EX_DATAERR
 
@@ -178,7 +178,7 @@ REASONS = ('invalid-json', 'not-an-object', 'schema', 'unsupported-value', 'bin-
 
 
 def truncate_text(text: str, length: int) -> str:
-    """`text`, cut to `length` characters: details quote field names, and those a sender may choose at any length."""
+    """Cuts `text` to `length` characters: details quote field names, which a sender may make as long as he likes."""
     return text if len(text) <= length else text[:length - 3] + '...'
 
 
@@ -194,12 +194,12 @@ STORED = WriteResult('stored')         # durably
 DELETED = WriteResult('deleted')       # durably: no record of that key is there, or its tombstone
 DUPLICATE = WriteResult('duplicate')   # the key was there, and write = create
 STALE = WriteResult('stale')           # the stored record of that key is newer
-DEAD = WriteResult('dead')             # durably kept as dead letter, or discarded by wish
+DEAD = WriteResult('dead')             # durably kept as dead letter, or discard = yes
 # The others carry a reason or code, and a detail:
 #   rejected, reason   it can never be stored
 #   refused, code      not stored, and nobody knows yet whether the message is to blame
 #   busy, code         not stored now; the store works
-#   retry, code        not stored, or nobody knows, for the store does not work; it may later
+#   retry, code        not stored, or perhaps stored: the store does not work now; try again
 #   stop, code         not stored; the window ends
 #   set-full, code     the set of the record takes no new ones; other sets may
 #   unkept, reason     a dead letter that can't be kept: `away`, `refused` or `unknown`
@@ -3033,7 +3033,7 @@ HANDSHAKE_STEPS = 8         # at most, each in connect-timeout: files, name, TCP
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
 LOOKUP_GRACE = 0.5          # seconds that a question waits for the other nsqlookupds once one has named nsqds
 HEARTBEAT_INTERVAL = 10.0   # seconds; nsqd closes after two of its own unanswered, so do we
-DEFAULT_HEARTBEAT = 60.0    # seconds; of an nsqd that refused ours: half its --client-timeout, 30 as it comes
+DEFAULT_HEARTBEAT = 60.0    # seconds; for an nsqd that refused ours; its default, --client-timeout / 2: 30
 HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_timeout': LOOKUP_TIMEOUT}
 OUTPUT_BUFFER_TIMEOUT = 25       # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 OUTPUT_BUFFER_SIZE = 64 * 1024   # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
@@ -3064,13 +3064,13 @@ def describe_error(error: BaseException | None) -> str:
 
 
 class NameResolver(Resolver):
-    """Resolves a name to addresses of both families, in a thread of its own: one that hangs delays no other.
+    """Resolves a name to addresses of both families, in a thread for each: a hanging name delays no other.
 
     asyncio's own look-up shares the few threads of its executor, also for IP addresses: a few names whose name server
     does not answer use them up. c-ares (tornado's CaresResolver) is deprecated, and does not read nsswitch.conf.
     """
 
-    # name -> the Future of its thread: one a name, however often it is asked for meanwhile
+    # name -> the Future of its thread: one for all who ask for that name meanwhile
     lookups: dict[tuple[str, int], concurrent.futures.Future[list[Any]]] = {}
 
     async def resolve(self, host: str, port: int, family: int = socket.AF_UNSPEC) -> list[tuple[int, Any]]:
@@ -3087,10 +3087,10 @@ class NameResolver(Resolver):
         future = self.lookups.get(key)
         if not future:
             future = self.lookups[key] = concurrent.futures.Future()
-            future.set_running_or_notify_cancel()   # who no longer waits does not cancel it for the others
+            future.set_running_or_notify_cancel()   # a cancelled waiter must not cancel it for others
             # daemon: no exit waits for it
             threading.Thread(target=self.run_lookup, args=(future, key), daemon=True).start()
-        return future   # by now the thread may have ended
+        return future   # the thread may have removed it
 
     def run_lookup(self, future: concurrent.futures.Future[list[Any]], key: tuple[str, int]) -> None:
         """Looks the name up, in the thread."""
@@ -3122,8 +3122,8 @@ def look_up_name(host: str, family: int, flags: int = 0) -> list[Any]:
 
 
 class DeflateStream:
-    """A stream with deflate on both ways, by the few methods of IOStream that a Connection uses. It is raw, without
-    zlib's header and checksum, as nsqd has it (compress/flate of Go)."""
+    """A stream with deflate in both directions, with the methods of IOStream that a Connection uses. Raw deflate: no
+    header or checksum of zlib, as in nsqd (compress/flate of Go)."""
 
     def __init__(self, stream: IOStream) -> None:
         self.stream = stream
@@ -3142,14 +3142,14 @@ class DeflateStream:
         self.stream.write(self.deflater.compress(data) + self.deflater.flush(zlib.Z_SYNC_FLUSH))
 
     async def read_bytes(self, size: int, partial: bool = False) -> bytes:
-        """So many bytes, or (partial) what is there of them, at least one. Raises NsqdError for what is no deflate."""
+        """`size` bytes; if partial, 1 to `size`, as available. Raises NsqdError for data that is not deflate."""
         while len(self.inflated) < (1 if partial else size):
             self.inflated += await self.inflate_more()
         data, self.inflated = self.inflated[:size], self.inflated[size:]
         return data
 
     async def inflate_more(self) -> bytes:
-        """At most READ_SIZE bytes of what came, else what comes next: a little deflated may be much inflated."""
+        """The next inflated bytes, READ_SIZE at most: a small input may inflate to a huge output."""
         if self.deflated is None:
             self.deflated = await self.stream.read_bytes(READ_SIZE, partial=True)
         try:
@@ -3158,7 +3158,7 @@ class DeflateStream:
             raise NsqdError(f'not what deflate makes: {error}') from None
         if self.inflater.eof:
             raise NsqdError('the deflated stream has ended')
-        # A full answer may have left some of it inside, even where all of the input is used.
+        # A full output: zlib may hold more of it, even with no input left (b'', not None).
         self.deflated = self.inflater.unconsumed_tail if len(found) == READ_SIZE else None
         return found
 
@@ -3212,8 +3212,8 @@ class ConnectionOptions:
 class Connection:
     """A TCP connection to an nsqd, from the handshake to CLOSE_WAIT.
 
-    pynsq's AsyncConn has a callback and an object a message, checks no host name and sends secrets over what TLS
-    was asked for and not obtained; here only its commands and names are used. `info` is nsqd's answer to IDENTIFY.
+    pynsq's AsyncConn has a callback and an object a message, checks no host name, and sends secrets in the clear when
+    TLS was not obtained; here only pynsq's commands and names are used. `info` is nsqd's answer to IDENTIFY.
     """
 
     def __init__(self, address: Address, link: ConnectionOptions, topic: str | None = None,
@@ -3222,7 +3222,7 @@ class Connection:
         self.stream: Any = None   # an IOStream, once it is connected
         self.info: dict[str, Any] = {}
         self.is_closed = False
-        self.buffer = b''        # of the last read: an unfinished frame
+        self.buffer = b''        # the unfinished frame of the last read
         self.last_read = 0.0     # loop time of the last read
         self.last_data = 0.0     # loop time of the last read that had a message, or a part of one
         self.round_trip = 0.0    # seconds from a command to its answer, as the handshake had it
@@ -3252,7 +3252,7 @@ class Connection:
             raise
 
     async def perform_handshake(self, wishes: dict[str, int]) -> None:
-        """IDENTIFY, TLS, deflate, AUTH, SUB: no secret crosses before what was asked for is there."""
+        """IDENTIFY, TLS, deflate, AUTH, SUB: no secret is sent before a configured TLS is there."""
         self.buffer, self.is_closed = b'', False
         tls, secret = await self.limit_step('the reading of certificates and secret', self.link.load_credentials())
         await (self.connect_tcp() if self.address[1] else self.connect_unix())
@@ -3276,7 +3276,7 @@ class Connection:
             async with asyncio.timeout(self.link.connect_timeout) as bound:
                 return await awaitable
         except TimeoutError:
-            if not bound.expired():   # the kernel has given up first
+            if not bound.expired():   # ETIMEDOUT from the kernel
                 raise
             raise NsqdError(f'{step}: no answer in {self.link.connect_timeout:g} s') from None
 
@@ -3308,11 +3308,11 @@ class Connection:
         return info
 
     async def start_tls(self, context: ssl.SSLContext) -> None:
-        """TLS with the host's name verified; over a unix socket that is localhost."""
+        """TLS; verifies the host's name, `localhost` for a unix socket."""
         if not self.info.get('tls_v1'):
             raise NsqdError('TLS is configured, but this nsqd does not offer it')
         stream, self.stream = self.stream, None
-        # tornado hands out the new stream only when it is good: the twin ends one that never gets there.
+        # On failure tornado drops the stream with its socket; the twin can still shut that socket down.
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
             try:
                 self.stream = await stream.start_tls(
@@ -3324,7 +3324,7 @@ class Connection:
         await self.read_response(b'OK')
 
     async def start_deflate(self) -> None:
-        """Deflate, in both directions. Nothing is sent before nsqd's OK: it might not be taken for deflated."""
+        """Deflate, in both directions. Nothing is sent before nsqd's OK: it might read that as plain bytes."""
         if not self.info.get('deflate'):
             raise NsqdError('compression = deflate is asked for, and this nsqd does not offer it')
         self.stream = DeflateStream(self.stream)
@@ -3397,8 +3397,8 @@ class Connection:
                 self.deliver(messages)
 
     async def read_frames(self) -> bytes:
-        """Reads on to the end of the frame that has begun. The chunks are joined once: joining each to the ones before
-        costs the square of the size of a large frame, and nsqd gives up a write after a heartbeat."""
+        """Reads until the frame that has begun is complete. Chunks are joined once: joining each to those before costs
+        the square of a large frame's size, and nsqd gives up a write after a heartbeat interval."""
         chunks = [self.buffer]
         missing = (4 + FRAME_HEADER.unpack_from(self.buffer)[0] - len(self.buffer)
                    if len(self.buffer) >= FRAME_HEADER.size else 0)
@@ -3447,8 +3447,8 @@ class Connection:
         """Handles messages; only a Subscription receives any."""
 
     async def close_unsubscribed(self) -> None:
-        """Closes a connection without a subscription. Raises NsqdError when nsqd requires TLS: it reports that only in
-        response to a command, and CLS changes nothing."""
+        """Closes a connection that has no subscription. Raises NsqdError when nsqd requires TLS: nsqd says so only in
+        answer to a command, and CLS is a harmless one."""
         self.send_command(b'CLS\n')
         try:
             await self.limit_step('CLS', self.read_response(b'CLOSE_WAIT'))
@@ -3471,14 +3471,14 @@ class Publisher(Connection):
     async def open(self) -> None:
         """Connects and starts to read the answers."""
         await super().open()
-        self.pending_answer: asyncio.Future[None] | None = None   # while an MPUB is without its answer
+        self.pending_answer: asyncio.Future[None] | None = None   # the answer to an MPUB
         self.reader = asyncio.ensure_future(self.read_answers())
         log.debug('nsqd %s: connected, for dead letters in %s', self, self.topic)
 
     async def publish(self, bodies: list[bytes]) -> None:
-        """Publishes all or none, in one MPUB: nsqd looks at each before it takes the first. Raises one of UNREACHABLE;
-        every error takes the connection with it, and its text may get lost on the way, so one PUB behind another
-        would leave open which of them were taken."""
+        """Publishes all or none, in one MPUB: nsqd checks all before it accepts any. Raises one of UNREACHABLE. Each
+        error closes the connection, and its text may get lost; after several PUBs it would be unknown which of them
+        nsqd accepted."""
         loop = asyncio.get_running_loop()
         self.pending_answer = loop.create_future()
         self.send_command(nsq.mpub(self.topic, bodies))
@@ -3521,10 +3521,11 @@ class Publisher(Connection):
 class Subscription(Connection):
     """A connection that receives messages.
 
-    rdy: the last RDY sent. in_flight: number of messages without an answer. held_back: how many of them wait for the
-    window's end; RDY is raised by as many. rdy_since: loop time since when nsqd could have delivered. idle: no message
-    arrived for a while though RDY was above 0; reset by a new RDY. proven_idle: the same, reset by a message. unheard:
-    messages that it may still send beyond RDY, for it may not have heard yet that RDY was lowered_at a time.
+    rdy: the last RDY sent. in_flight: number of messages without an answer. held_back: how many of these wait for the
+    window's end; RDY is raised by that number. rdy_since: loop time since when nsqd could have delivered. idle: no
+    message arrived for `idle_delay` though RDY was above 0; reset by a message, and when RDY rises from 0. proven_idle:
+    the same, reset by a message only. unheard: messages beyond RDY that nsqd may still send, as it may not have
+    received yet the RDY that was lowered at lowered_at.
     """
 
     def __init__(self, address: Address, consumer: Any) -> None:
@@ -3568,6 +3569,8 @@ class Subscription(Connection):
                 self.rdy_since = now
                 self.unheard = max(0, self.unheard_at(now) - (rdy - self.rdy))
             else:
+                # Example: RDY is 10, 2 messages are in flight, and RDY 3 is sent. Until nsqd receives it, 10 - 2 = 8
+                # more messages may come. claim_at() has 3 of them in the new RDY, so 5 are unheard.
                 self.unheard = self.unheard_at(now) + max(0, self.rdy - self.in_flight - rdy)
                 self.lowered_at = now
             if not self.rdy:
@@ -3577,17 +3580,17 @@ class Subscription(Connection):
             self.send_command(nsq.ready(rdy))
 
     def claim_at(self, now: float) -> int:
-        """How many messages nsqd may send, by its RDY and by one that it may not have heard of yet."""
+        """How many messages nsqd may send, by its RDY and by a higher one before it (`unheard`)."""
         return max(0, self.rdy - self.held_back) + self.unheard_at(now)
 
     def unheard_at(self, now: float) -> int:
-        """`unheard`, which is over when nsqd has heard of its RDY."""
+        """`unheard`; 0 once nsqd must have received the lower RDY."""
         return self.unheard if now - self.lowered_at < RDY_HEARD + self.round_trip else 0
 
     async def close(self) -> None:
-        """Sends CLS behind all answers and reads until CLOSE_WAIT: closing at once would lose the FINs under way.
-        Requeues messages that still arrive, so that they are redelivered now and not after msg-timeout; nsqd accepts
-        REQ after CLS."""
+        """Sends CLS after all answers and reads until CLOSE_WAIT: closing at once would lose the FINs on their way.
+        Messages that arrive meanwhile are requeued, for a redelivery before msg-timeout; nsqd accepts REQ after
+        CLS."""
         self.close_wait = asyncio.Event()
         self.send_command(b'CLS\n')
         with contextlib.suppress(asyncio.TimeoutError):
@@ -3639,8 +3642,8 @@ def sort_lookup_answers(questions: Mapping[asyncio.Task[Nsqds], str]) -> tuple[N
 
 
 async def lookup_options(address: str, link: ConnectionOptions) -> dict[str, Any]:
-    """How an nsqlookupd is asked: by https:// with the certificates and the secret of [nsq], as nsqds are. The secret
-    never crosses in the clear, nor where an answer would lead it. Raises NsqdError."""
+    """The arguments of fetch() for an nsqlookupd: for https:// with the certificates and the secret of [nsq]. The
+    secret is never sent in the clear, nor to a redirect's target. Raises NsqdError."""
     if not address.startswith('https://'):
         return HTTP_TIMEOUTS
     try:
@@ -3648,7 +3651,7 @@ async def lookup_options(address: str, link: ConnectionOptions) -> dict[str, Any
             context, secret = await link.load_credentials()
     except TimeoutError:
         raise NsqdError('[nsq] a certificate or the secret: not read in time') from None
-    if secret and not re.fullmatch(rb'[!-~]+', secret):   # an error of the client's would show it
+    if secret and not re.fullmatch(rb'[!-~]+', secret):   # tornado's error would show it
         raise NsqdError('[nsq] the secret: a header of HTTP takes printable ASCII without blanks')
     headers = {'Authorization': f'Bearer {secret.decode()}'} if secret else {}
     return {**HTTP_TIMEOUTS, 'ssl_options': context, 'headers': headers, 'follow_redirects': False}
@@ -3668,7 +3671,7 @@ async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, link: C
         if no_such_topic(error):
             return {}
         raise NsqdError(f'{error}; nsqlookupd does not answer so' if error.code == 404 else str(error)) from None
-    except ssl.SSLError:   # a ValueError as well, of a certificate
+    except ssl.SSLError:   # it may be a ValueError, too
         raise
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise NsqdError(f'not an answer of nsqlookupd: {error}') from None
@@ -3685,8 +3688,8 @@ def no_such_topic(error: HTTPError) -> bool:
 
 async def find_nsqds(config: types.SimpleNamespace, topic: str, patience: float = math.inf,
                      news: ChangeLog | None = None) -> Nsqds:
-    """The nsqds of a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers; when some
-    do not, logs a warning, by the ChangeLog `news` of a repeated lookup only once."""
+    """The nsqds of a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers. Warns of
+    those that do not; with a ChangeLog `news`, a repeated lookup warns only once."""
     if config.nsq.nsqd_tcp_address:
         return dict.fromkeys(config.nsq.nsqd_tcp_address)
     found, errors = await look_up(config, topic, patience)
@@ -3719,8 +3722,8 @@ class ChannelDepth(NamedTuple):
 
 
 async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, ChannelDepth]:
-    """What waits for a channel on each nsqd that says so, by address as text. An nsqd or nsqlookupd that does not
-    answer is left out without a word: the consumer has one for it."""
+    """What waits for a channel on each nsqd that tells it, by address as text. Leaves out an nsqd or nsqlookupd that
+    does not answer, without a log line: the consumer logs that."""
     nsqds: Nsqds = dict.fromkeys(config.nsq.nsqd_tcp_address)
     if config.nsq.lookupd_http_address:
         nsqds = (await look_up(config, topic, LOOKUP_GRACE))[0]
@@ -3735,7 +3738,7 @@ async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, Cha
                       if each.get('paused')]
             in_topic, in_channel = topic_and_channel_depth(stats, channel)
             found[address] = ChannelDepth(in_topic + in_channel, ', '.join(paused))
-    with contextlib.suppress(TimeoutError):   # who has answered by then has
+    with contextlib.suppress(TimeoutError):   # the answers so far count
         async with asyncio.timeout(LOOKUP_TIMEOUT):
             await asyncio.gather(*(ask(*each) for each in nsqds.items()))
     return {format_address(address): found[address] for address in nsqds if address in found}
@@ -3745,7 +3748,7 @@ async def topic_stats(address: Address, http_port: int | None, topic: str,
                       query: str = '') -> dict[str, Any] | None:
     """The statistics of a topic on an nsqd: {} without such a topic, None when its HTTP port can't be found.
 
-    nsqlookupd names the HTTP port; else it is taken to be the next one (4150, 4151), if that one is the same nsqd's.
+    nsqlookupd names the HTTP port; else the next port is tried (4151 after 4150), if it is the same nsqd's.
     """
     host, tcp_port = address
     if not tcp_port:   # of a unix socket nobody knows which HTTP side belongs to it
@@ -3772,9 +3775,9 @@ def channel_stats(topic: dict[str, Any], channel: str) -> dict[str, Any]:
 
 
 def topic_and_channel_depth(topic: dict[str, Any], channel: str) -> tuple[int, int]:
-    """The messages that wait for a channel: in the topic, from where they go to all its channels, and in the channel.
+    """(in the topic, in the channel): the messages that wait for a channel.
 
-    A channel gets what is in the topic when it is made: without any channel, all messages wait there.
+    nsqd moves a message from the topic to each channel; while the topic has no channel, messages wait in the topic.
     """
     return topic.get('depth', 0), channel_stats(topic, channel).get('depth', 0)
 
@@ -4606,13 +4609,13 @@ STORES = {'aerospike': AerospikeStore, 'sqlite': SqliteStore}
 REPLAY_CHANNEL = 'x-msrv-replay'
 LOCK_TIMEOUT = 5.0                  # seconds for another process to be done with the file
 DEAD_LETTER_BATCH = 100             # dead letters a call
-# seconds that a call for them may take: connecting, a publish or two, the file's lock
+# seconds for such a call: connecting, one or two publishes, the lock of the file
 DEAD_LETTER_TIMEOUT = 20.0
-DEAD_LETTER_BATCH_BYTES = 4 << 20   # of their bodies: nsqd takes 5 MiB a request (--max-body-size)
+DEAD_LETTER_BATCH_BYTES = 4 << 20   # bodies of a call: nsqd takes 5 MiB (--max-body-size)
 # former failures that a dead letter in a file keeps: a nightly replay must not grow it for ever
 MAX_HISTORY = 20
 DeadLetter = tuple[dict[str, Any], Message]         # its header, and the message that it was
-DeadLetterDecoder = Callable[[bytes], DeadLetter]   # opened_at() or decode_line()
+DeadLetterDecoder = Callable[[bytes], DeadLetter]   # decode_topic() or decode_line()
 
 
 def build_envelope(message: Message, key: str | int | None, rejection: InvalidMessage, topic: str,
@@ -4639,7 +4642,7 @@ def decode_topic(letter: bytes) -> DeadLetter:
 
 
 def decode_line(line: bytes) -> DeadLetter:
-    """A dead letter from a file, as opened_at() gives one from a topic."""
+    """A dead letter from a file, as decode_topic() returns it from a topic."""
     with as_invalid_message():
         header = json.loads(line)
         text = header.pop('body', None)
@@ -4702,9 +4705,9 @@ def append_durably(filename: str, lines: Sequence[bytes]) -> None:
 
 
 def open_locked(filename: str, flags: int, seconds: float) -> int:
-    """Opens a file and locks it against other writers, within so many seconds. Returns its descriptor. Raises OSError.
+    """Opens a file and locks it against other writers within `seconds`. Returns its descriptor. Raises OSError.
 
-    Replay renames a new file over the old one: what was opened before that is an orphan once the lock is had.
+    Replay may rename a new file over the old one before the lock is obtained; then the new one is opened.
     """
     while True:
         fd = open_regular(filename, flags)
@@ -4748,8 +4751,8 @@ def sync_directory(directory: str) -> None:
 
 
 class DeadLetterSink:
-    """Keeps dead letters in the topic, by a second connection to the nsqd that delivered the message (every error of
-    PUB closes its connection). Dead letters that the topic refuses go to the file, if one is set."""
+    """Keeps dead letters in a topic, over a second connection to the nsqd that delivered the message (an error of a
+    PUB closes the connection). Those that nsqd does not accept go to the file, if one is set."""
 
     def __init__(self, config: types.SimpleNamespace, link: ConnectionOptions) -> None:
         options = config.dead_letter
@@ -4806,15 +4809,15 @@ class DeadLetterSink:
     def unpublished_results(self, messages: list[Message], publisher: Publisher,
                             error: BaseException) -> list[tuple[Message, WriteResult]]:
         """The result of dead letters that nsqd did not accept: (message, result) for each."""
-        refused = isinstance(error, NsqdError)   # else it is unknown whether nsqd accepted them
+        refused = isinstance(error, NsqdError)   # else nsqd may have accepted them
         hint = '; a file in [dead-letter] would keep it' if refused and not self.file else ''
         text = f'nsqd {publisher}: {describe_error(error)}'
         log.warning('dead letter %s: %s%s', messages[0].key, text, hint)
         return [(message, WriteResult('unkept', 'refused' if refused else 'unknown', text)) for message in messages]
 
     async def open_publisher(self, address: Address) -> Publisher:
-        """The connection that publishes to the nsqd at `address`. It subscribes at RDY 0, so that the replay channel
-        exists; else the first nsq_tail would consume everything."""
+        """The connection that publishes to the nsqd at `address`. Its SUB, at RDY 0, makes the replay channel: else
+        the first nsq_tail would consume everything."""
         if address not in self.connections or self.connections[address].is_closed:
             publisher = Publisher(address, self.link, self.topic, REPLAY_CHANNEL)
             await publisher.open()
@@ -4832,7 +4835,7 @@ class DeadLetterSink:
         return {}
 
     def close(self) -> None:
-        """Closes the connections; a publish without an answer stays without."""
+        """Closes the connections; a pending publish gets no answer."""
         self.closed = True
         for publisher in self.connections.values():
             publisher.close()
@@ -4933,8 +4936,8 @@ class Breaker:
 
 
 class Batch:
-    """Messages for one call. failures: how often it failed as a whole; accepted_before: how many batches the other end
-    had accepted by then; tries: how often some of its records were busy."""
+    """Messages for one call. failures: how often the whole batch failed; accepted_before: Batcher.accepted when it
+    last failed or was busy; tries: how often some of its records were busy."""
 
     __slots__ = ('messages', 'failures', 'accepted_before', 'tries')
 
@@ -4942,8 +4945,8 @@ class Batch:
         self.messages, self.failures, self.accepted_before, self.tries = messages, failures, accepted_before, tries
 
     def halves_if_due(self) -> list['Batch']:
-        """Both halves, with the same history; the batch itself when it has one message, or has not failed often
-        enough."""
+        """Both halves, with the same counts; the batch itself when it has one message, or too few
+        failures."""
         middle = len(self.messages) // 2
         if not middle or self.failures < FAILURES_TO_HALVE:
             return [self]
@@ -4968,7 +4971,7 @@ class Batcher:
 
     write: async, messages -> a result each. settle: (messages, results) -> the messages to retry.
     end: the one of ENDS that it writes to. limits: (messages, bytes) of a batch. writers: calls at a time.
-    call_timeout: seconds after which a call has returned, unless it hangs.
+    call_timeout: seconds after which a call counts as hanging.
     """
 
     def __init__(self, end: str, tasks: BackgroundTasks, health: Health, write: WriteBatch, settle: SettleBatch,
@@ -4982,7 +4985,7 @@ class Batcher:
         self.accepted = 0                    # batches that the other end took, at least in part
         self.last_error = ''
         self.breaker = Breaker(BreakerState.CLOSED if health.is_up(end) else BreakerState.HALF_OPEN)
-        self.stopped = False                 # nothing goes any more
+        self.stopped = False                 # no batch starts
 
     @property
     def is_failing(self) -> bool:
@@ -5019,6 +5022,8 @@ class Batcher:
             return None
         # Probes alternate between old batches and new messages, so that a batch which can't succeed is not the only
         # probe.
+        # Example: after the first failed probe (tries is 1) the failed batch itself probes, after the second a batch of
+        # new messages, after the third an old batch again.
         probes_new = self.is_failing and self.breaker.backoff.tries % 2 == 0 and self.pending
         if self.retries and not probes_new:
             return self.retries.popleft()
@@ -5051,7 +5056,7 @@ class Batcher:
         self.start_batches()
 
     def on_batch_accepted(self, batch: Batch, retry: list[Message]) -> None:
-        """The other end works. Busy records are retried after a delay of their own."""
+        """The other end works. The records to retry (busy) wait for a delay."""
         self.accepted += 1
         self.breaker.on_success()
         self.health.report_recovery(self.end)
@@ -5062,6 +5067,8 @@ class Batcher:
     def on_batch_failure(self, batch: Batch, result: WriteResult, retry: list[Message]) -> None:
         """The whole batch failed: the other end is unavailable, or one message of the batch makes it fail."""
         self.last_error = result.detail or result.outcome
+        # Example: a batch fails when 7 batches have been accepted. Others go on, 9 are accepted, and it fails again:
+        # the store works for others, so this batch is to blame. At its first failure nobody can tell.
         suspect = (batch.failures or batch.tries) and self.accepted > batch.accepted_before
         batch.failures, batch.accepted_before, batch.messages = batch.failures + 1, self.accepted, retry
         if not suspect:
@@ -5069,6 +5076,9 @@ class Batcher:
             self.retries.extend(batch.halves_if_due() if retry else ())
             if self.breaker.state is not BreakerState.OPEN:   # else another batch under way has opened it
                 self.open_breaker()
+        # Example: message 5 makes a batch of 8 fail three times; halves follow. Those with message 5 fail at 4 and at 2
+        # messages and are halved at once. Alone it fails once more, and is requeued. A batch of one is tried four
+        # times.
         elif len(retry) > 1 or batch.failures <= FAILURES_TO_HALVE:
             self.retry_later(batch.halves_if_due() if retry else (), 0.1 * batch.failures)
         elif retry:
@@ -5112,7 +5122,7 @@ class StoreExecutor(concurrent.futures.ThreadPoolExecutor):
         self.calls: set[concurrent.futures.Future[Any]] = set()
 
     def submit(self, *args: Any, **options: Any) -> concurrent.futures.Future[Any]:
-        """As the base class's."""
+        """Submits a call."""
         call = super().submit(*args, **options)
         self.calls.add(call)
         call.add_done_callback(self.calls.discard)
@@ -5145,8 +5155,8 @@ def group_by_result(messages: list[Message],
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOKUP_INTERVAL = 5.0       # seconds between questions to nsqlookupd
-FIRST_MESSAGE_SIZE = 64 << 10   # bytes that a message is taken to have before any has come
-REQUEUE_DELAYS = 1, 600     # seconds: of the first delivery that can't be settled, and at most
+FIRST_MESSAGE_SIZE = 64 << 10   # bytes assumed for a message before any has arrived
+REQUEUE_DELAYS = 1, 600     # seconds: after the first delivery, and at most; doubled between
 
 
 class Source(typing.Protocol):
@@ -5183,7 +5193,7 @@ class Source(typing.Protocol):
 
     @property
     def idle_since(self) -> float | None:
-        """Loop time since when nothing arrived although it could have; None when not idle."""
+        """Loop time since when no message arrived at RDY above 0; None when not idle."""
 
     @property
     def is_exhausted(self) -> bool:
@@ -5191,7 +5201,7 @@ class Source(typing.Protocol):
 
 
 class RdyAllocator:
-    """Distributes RDY: from budget and connections to new RDY values, without any other state.
+    """Distributes RDY: new RDY values from a budget and the connections. It has no state.
 
     Example: three connections, a budget of 12, and the third is idle. The idle one keeps RDY 1, so that its next
     message is delivered; the other two share 11: RDY 6, 5, 1. A budget of 2 is not enough for RDY 1 each: the two that
@@ -5201,7 +5211,10 @@ class RdyAllocator:
     @staticmethod
     def allocate_rdy(connections: Sequence[Any], budget: int, keep: bool) -> list[tuple[Any, int]]:
         """The new RDY of each connection. Lower values come first, so that the sum never exceeds the budget meanwhile.
-        keep: no connection loses its RDY, as a message may be under way on it."""
+        keep: within the budget only idle connections lose RDY."""
+        # Example: RDY is 10, and 4 messages of it are held back. For nsqd these are in flight, so only 6 others can
+        # come. The budget is shared without held messages, and each share is raised by them: for a share of 6 RDY 10 is
+        # sent.
         more = rdy_shares([(max(0, c.rdy - c.held_back) if keep else 0, c.idle, c.rdy_since,
                             max(0, c.max_rdy - c.held_back)) for c in connections], budget)
         rdys = [(c, share and share + c.held_back) for c, share in zip(connections, more, strict=True)]
@@ -5211,7 +5224,7 @@ class RdyAllocator:
     def reduced_rdy(connection: Any, connections: Sequence[Any], budget: int) -> int:
         """The new RDY of a connection on which messages have arrived, so that the sum stays within the budget.
 
-        Example: 5 messages are left to the window and RDY is 5. Three arrive, so the budget is 2, and RDY 2 is sent
+        Example: The window may accept 5 messages, RDY is 5. Three arrive, so the budget is 2, and RDY 2 is sent
         before the first FIN. Otherwise each FIN would free a slot of RDY 5, and nsqd would send a sixth message.
         """
         excess = sum([c.rdy - c.held_back for c in connections]) - budget
@@ -5233,6 +5246,8 @@ def rdy_shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> l
             rdys[i] = 1
         budget -= len(idle)
     first, second = sorted(eager, key=lambda i: -states[i][0]), idle
+    # Example: a budget of 12 for A (RDY 9), B (RDY 1) and C (RDY 1, idle). C gets 1, so 11 are left for A and B. A
+    # keeps its 9, more than its fair share of 6, for 9 messages may be on their way. B gets the other 2.
     for group in (first, second if not first or budget else ()):
         for place, i in enumerate(group):
             rdy, _, _, most = states[i]
@@ -5244,7 +5259,7 @@ def rdy_shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> l
 
 
 class InFlightBytes:
-    """Counts the bytes in flight, and how many more messages fit.
+    """Counts bytes of bodies in flight; tells how many more fit.
 
     expected_size: expected bytes of the next messages. A large message raises it at once, each small one lowers it a
     little.
@@ -5279,7 +5294,7 @@ class LookupPoller:
         self.waiting_futures: list[asyncio.Future[None]] = []   # for the next answer
 
     async def run(self) -> None:
-        """Polls at once when a connection has ended, else every LOOKUP_INTERVAL."""
+        """Polls every LOOKUP_INTERVAL, and at once for wait_for_answer()."""
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.lookup_due.wait(), LOOKUP_INTERVAL)
@@ -5325,7 +5340,7 @@ class Consumer:
         self.deliver: Callable[[list[Message]], None] | None = None
         self.requeued = self.late = 0
         self.idle_since: float | None = None
-        self.tick_due = asyncio.Event()   # there is something to look after again
+        self.tick_due = asyncio.Event()   # run_ticks() sleeps until then
         self.poller = LookupPoller(config, topic, self) if config.nsq.lookupd_http_address else None
 
     async def open(self) -> None:
@@ -5434,7 +5449,7 @@ class Consumer:
         self.on_credit_change()
 
     def on_messages(self, connection: Subscription, messages: list[Message]) -> None:
-        """Handles the messages of one read. A second copy of a message in flight joins the first."""
+        """Handles the messages of one read. A redelivery of a message in flight only updates it."""
         fresh = [message for message in messages if self.in_flight.setdefault(message.key, message) is message]
         for message in messages if len(fresh) < len(messages) else ():
             self.on_redelivery(self.in_flight[message.key], message)
@@ -5485,18 +5500,21 @@ class Consumer:
                           len(self.in_flight) - held_back + self.in_flight_bytes.free_slots))
 
     def reduce_rdy(self, connection: Subscription) -> None:
-        """Lowers the RDY of a connection by the messages that arrived on it, near the end of the window or of max-held:
-        before a FIN can free a slot, and without changing the RDY of other connections."""
+        """Lowers the RDY of a connection by the messages that arrived on it, when the window or max-held is nearly
+        full: before a FIN can free a slot, and without touching other connections."""
         spare = min(self.credit() if self.credit else 0, self.in_flight_bytes.free_slots)
-        if spare >= self.max_in_flight:   # RDY adds up to no more; with 100 nsqds the sums below cost a third of a read
+        if spare >= self.max_in_flight:   # the sum of RDY can't exceed it; skips sums that cost much with 100 nsqds
             return
         budget = self.rdy_budget
         connection.set_rdy(RdyAllocator.reduced_rdy(connection, self.connections, budget))
-        if budget == 0 or self.in_flight_bytes.free_slots < self.max_in_flight:   # else a tick is soon enough
+        if budget == 0 or self.in_flight_bytes.free_slots < self.max_in_flight:   # else the next tick does it
             self.on_credit_change()
 
     def on_credit_change(self) -> None:
         """Distributes the budget to the connections."""
+        # Example: max-in-flight is 2,500 and the credit is over 5,000. All of RDY is moved from A to B: if A still
+        # sends 2,500 by its old RDY, and B 2,500 by the new one, that is not too many. So nothing is claimed, and A
+        # loses its RDY at once.
         plenty = self.credit is not None and self.credit() > 2 * self.max_in_flight
         now = asyncio.get_running_loop().time()
         claimed = 0 if plenty else sum([connection.claim_at(now) for connection in self.connections])
@@ -5508,9 +5526,10 @@ class Consumer:
             claimed += connection.claim_at(now) - claim
 
     def most_rdy(self, connection: Subscription, others: int) -> int:
-        """To what the RDY of a connection may be raised now; others: what all others may still send. An nsqd that is
-        slow looks like one that is idle: until it has heard that its RDY is lower, it may still send what it had, so
-        that is nobody else's.
+        """The highest RDY that a connection may get now; others: what all other connections may still send.
+
+        A slow nsqd looks like an idle one. When its RDY is lowered, it may still send by the old RDY until it receives
+        the new one (`unheard`). Until then no other nsqd gets that part of the credit.
 
         Example: 10 may come, A has RDY 10 and is silent, so it is lowered to 1. B waits for RDY_HEARD, then it gets 9.
         """
@@ -5519,7 +5538,9 @@ class Consumer:
 
     @property
     def is_exhausted(self) -> bool:
-        """True when no nsqd has the topic, or when held messages use up all of RDY."""
+        """True when no nsqd has the topic, or messages in flight use up each RDY."""
+        # Example: a replay holds 2,500 dead letters that failed again, and max-in-flight is 2,500. RDY is 0 from then
+        # on, so nothing can come, and no nsqd is ever found idle: the window would wait for its timeout.
         return not self.addresses or bool(self.connections and self.in_flight and all(
             c.rdy <= c.in_flight for c in self.connections))
 
@@ -5545,7 +5566,7 @@ class Consumer:
         self.send_answers(b'FIN %s\n', messages)
 
     def requeue(self, messages: list[Message], delay: float = 0) -> None:
-        """Sends REQ. Without a delay only at RDY 0: in an open window the same messages would be redelivered at
+        """Sends REQ. Without a delay only at RDY 0: else nsqd would redeliver the same messages at
         once."""
         late = self.send_answers(b'REQ %%s %d\n' % (delay * 1000), messages)
         self.requeued += len(messages) - late
@@ -5573,8 +5594,8 @@ class Consumer:
         log.warning('nsqd %s: late: %s', connection, data[:13].decode('utf-8', 'replace'))
 
     def touch(self, now: float) -> None:
-        """Sends TOUCH for messages not delivered or touched for half of msg-timeout. It ends at max-msg-timeout, when
-        nsqd redelivers although it still accepts TOUCH."""
+        """Sends TOUCH for messages not delivered or touched for half of msg-timeout. None after max-msg-timeout:
+        nsqd then redelivers, though it still accepts TOUCH."""
         due = [message for message in self.in_flight.values()
                if now - message.touched_at >= message.conn.msg_timeout / 2 - 2 * TICK_INTERVAL
                and now - message.received_at < message.conn.max_msg_timeout]
@@ -5601,8 +5622,8 @@ class Consumer:
             await self.wait_for_tick(shortest / 8)
 
     async def wait_for_tick(self, touch_interval: float) -> None:
-        """Waits for the next tick. Between windows only TOUCH is due, and without messages in flight nothing: an idle
-        daemon sleeps."""
+        """Waits for the next tick. Between windows only TOUCH is due; without messages in flight this sleeps until
+        tick_due."""
         self.tick_due.clear()
         if self.credit:
             await asyncio.sleep(TICK_INTERVAL)
@@ -5611,7 +5632,7 @@ class Consumer:
             await asyncio.wait_for(self.tick_due.wait(), touch_interval if self.in_flight else None)
 
     async def close(self) -> None:
-        """Closes every connection. nsqd redelivers messages still in flight after msg-timeout."""
+        """Closes every connection; Subscription.close() requeues messages still in flight."""
         self.addresses = []
         self.stop()
         await asyncio.gather(*(connection.close() for connection in self.connections))
@@ -5631,7 +5652,7 @@ def decoded_size(body: bytes) -> int:
     """The maximum memory of a decoded message: a list of empty lists takes 40 times its body.
 
     The sizes are those of CPython's objects (sys.getsizeof): 64 and more a list, 184 and more an object, and for each
-    element its place in them and itself.
+    element a pointer and itself.
     """
     if len(body) < SMALL_BODY:
         return len(body) * SMALL_FACTOR
@@ -5666,7 +5687,7 @@ class RecordQueue:
         return fit, invalid
 
     def release(self, messages: list[Message]) -> None:
-        """Subtracts settled messages."""
+        """Subtracts their sizes."""
         self.decoded_bytes -= sum([message.size for message in messages])
 
 
@@ -5705,8 +5726,8 @@ class End(enum.Enum):
 
 
 class WindowLimits(typing.NamedTuple):
-    """The limits of a window. max_messages: 0 for any number. timeout, idle_timeout: seconds. keeps_excess: the source
-    continues after the window, so messages beyond its limit are for the next one."""
+    """The limits of a window. max_messages: 0 for any number. timeout, idle_timeout: seconds. keeps_excess: another
+    window follows, which gets the messages beyond this limit (daemon)."""
 
     max_messages: int
     timeout: float
@@ -5755,7 +5776,7 @@ class UnsettledMessages:
 
 
 class Window:
-    """One bounded receive: accepts up to max-messages messages and counts what became of them (`count`).
+    """One bounded receive: accepts up to max-messages messages and counts what became of them (`settled`).
 
     It accepts messages from its Source, has them mapped and written in batches, and acts on each result. pending_count:
     messages that are not settled. excess: messages beyond the limit. refused_keys: keys of the messages that the
@@ -5775,7 +5796,7 @@ class Window:
         self.end_reason: Any = None   # an End, once the window ends
         self.times = WindowTimes()
         self.settled = dict.fromkeys(OUTCOMES, 0)
-        self.exported_counts = dict(self.settled)   # the part of `count` that the metrics have
+        self.exported_counts = dict(self.settled)   # what the metrics have of `settled`
         self.accepted = self.pending_count = 0
         self.unsettled = UnsettledMessages()
         self.excess: list[Message] = []
@@ -5791,7 +5812,7 @@ class Window:
         return self.limits.max_messages - self.accepted if self.limits.max_messages else sys.maxsize
 
     def credit(self) -> int:
-        """The number of messages that the source may request: 0 while the store fails, except one batch as a probe."""
+        """The number of messages that the source may request: while the store fails 0, or one batch as a probe."""
         batcher = self.store_batcher
         if self.state is not WindowState.OPEN or batcher.breaker.state is BreakerState.OPEN:
             return 0
@@ -5864,14 +5885,16 @@ class Window:
         self.reject_invalid(messages)
 
     def on_refused(self, messages: list[Message], result: WriteResult) -> None:
-        """Handles messages that the store refused before it accepted any: the fault of the message, or of a policy?
+        """Handles refused messages while no write has succeeded yet: is the message to blame, or a policy?
 
-        Several messages refused and none accepted: the policy. A single message: itself, if it is refused each time.
+        Several refused messages: the policy. One alone: the message, if it is refused REFUSALS_TO_REJECT times.
         """
         self.refused_keys.update(message.key for message in messages)
         message = messages[0]
         key = message.record and message.record.key
         text = f'message {message.id.decode("ascii", "replace")}, key {key!r}: {result.detail}'
+        # Example: a policy refuses every write. A second refused message shows it, and the window ends. But if one
+        # message is refused alone, it is requeued, and its third delivery makes it a dead letter.
         if len(self.refused_keys) > 1:
             self.on_store_stop(messages, WriteResult('stop', result.reason, text))
         elif message.attempts >= REFUSALS_TO_REJECT:
@@ -5880,12 +5903,12 @@ class Window:
             log.error('%s', text)
             if self.limits.keeps_excess:
                 self.requeue_with_delay(messages, WriteResult('unsettled', None, text))
-            else:   # the window ends soon, and the next run should not wait for a delay
+            else:   # left in flight: requeued without delay when the window ends
                 self.release(messages)
                 self.unsettled.add(messages, End.STORE_FAILED)
 
     def on_set_full(self, messages: list[Message], result: WriteResult) -> None:
-        """The set that they name takes no new record until somebody changes something; they hold up no others."""
+        """Their set takes no new record until an operator acts: requeues them, so that others go on."""
         log.error('%s', result.detail)
         self.requeue_with_delay(messages, result)
 
@@ -5898,8 +5921,8 @@ class Window:
         self.end(End.STORE_FAILED, result.detail)
 
     def on_unkept(self, messages: list[Message], result: WriteResult) -> list[Message]:
-        """Handles dead letters that were not kept. At their first delivery they wait SINK_RETRY_TIME for the
-        dead-letter sink; after that they are requeued and make room for others."""
+        """Handles dead letters that were not kept. After a first delivery they are retried for SINK_RETRY_TIME if the
+        sink is away; all others are requeued with a delay."""
         young = asyncio.get_running_loop().time() - SINK_RETRY_TIME
         retry = [message for message in messages
                  if result.reason == 'away' and message.attempts == 1 and message.received_at > young]
@@ -5952,6 +5975,8 @@ class Window:
     def has_ended(self, now: float) -> bool:
         """Ends the window when it is full, idle or out of time. Returns True once it has ended."""
         idle_since = self.source.idle_since
+        # Example: idle-timeout is 0.5 s. The nsqds are idle since 2.8 s, and the last record is stored at 3.0 s: the
+        # window ends at 3.5 s. A slow store does not make a window end as idle.
         if self.pending_count or idle_since is None:
             self.times.active_at = now
         exhausted = self.source.is_exhausted and not self.pending_count and not self.limits.keeps_excess
@@ -5969,15 +5994,15 @@ class Window:
         return self.times.started_at
 
     def is_drained(self, now: float) -> bool:
-        """True when nothing under way can still succeed. A message may have crossed the RDY 0 of the window's end: with
-        room for it, the window waits a tick, so that it need not be requeued."""
+        """True when nothing under way can still succeed. A message may be on its way when RDY 0 is sent: with room for
+        it, the window waits a tick, so that it need not be requeued."""
         at_rest = self.store_batcher.is_at_rest and self.dead_letter_batcher.is_at_rest
         failing = self.store_batcher.is_failing or self.dead_letter_batcher.is_failing or self.store_batcher.stopped
         return at_rest and (failing or not self.messages_left or now - self.times.draining_since >= TICK_INTERVAL)
 
     async def wait_until(self, condition: Callable[[], bool], bounded: bool = False) -> None:
-        """Waits until the condition holds; bounded: or until no call has returned for longer than its time limit. A
-        failed task ends the program."""
+        """Waits until the condition holds; bounded: or until no call has returned within its time limit. Raises
+        the error of a task."""
         loop, tasks = asyncio.get_running_loop(), self.pipeline.tasks
         begun = loop.time()
         while not condition():
@@ -5993,7 +6018,7 @@ class Window:
 
     @property
     def awaited_batcher(self) -> Batcher:
-        """The batcher that the window waits for: the store's after a signal, or when both have calls under way."""
+        """The batcher to wait for: the dead letters' if only it has calls and no signal came; else the store's."""
         store, letters = self.store_batcher, self.dead_letter_batcher
         return letters if letters.calls and not store.calls and self.end_reason is not End.SIGNAL else store
 
@@ -6011,7 +6036,7 @@ class Window:
         self.source.requeue([message for key, message in self.source.in_flight.items() if key not in keys])
 
     def find_failure(self) -> None:
-        """Sets the failure as the reason when messages have to be requeued because of it."""
+        """Ends by the failure because of which messages have to be requeued, if any."""
         for batcher, reason, what in ((self.store_batcher, End.STORE_FAILED, 'writes were'),
                                       (self.dead_letter_batcher, End.DEAD_LETTERS_FAILED, 'dead letters were')):
             if self.pending_count and (batcher.pending or batcher.retries or batcher.calls):
@@ -6047,7 +6072,7 @@ class Window:
         return self.exit_status != os.EX_OK
 
     def report_end(self) -> int:
-        """Logs the summary, and the reason when messages were requeued. Called after the connections are closed, as
+        """Logs the summary, and the reason when messages were requeued. `once` closes the connections before, as
         nsqd may refuse answers until then. Returns the exit status."""
         self.pipeline.metrics.record_window(self)
         self.log_summary()
@@ -6066,8 +6091,8 @@ class Window:
                 'outcome': 'failed' if self.failed else 'done'}
 
     def log_summary(self) -> None:
-        """Logs the summary of the window; with a warning when messages were requeued without a failure: something is
-        slow."""
+        """Logs the summary of the window; as a warning when messages were requeued without a failure: something
+        is slow."""
         seconds = self.times.seconds
         fields = {**self.outcome_fields, **self.count, 'seconds': round(seconds, 2)}
         counts = ', '.join(f'{name} {number}' for name, number in self.count.items())
@@ -6329,7 +6354,7 @@ class ReplayMapper(Mapper):
 
     def __init__(self, config: types.SimpleNamespace, letter: DeadLetterDecoder) -> None:
         super().__init__(config)
-        self.decode_letter = letter     # opened or unfiled
+        self.decode_letter = letter     # decode_topic or decode_line
 
     def build_record(self, message: Message) -> Record:
         """The Record; raises InvalidMessage, also for a message that is no dead letter."""
@@ -6337,18 +6362,18 @@ class ReplayMapper(Mapper):
 
 
 class Replay(Window):
-    """A pass over the dead letters: what fails again is held to its end and requeued, and so is what `choice` leaves
-    out. It lasts for as long as there are any, and letters come and go: `timeout` counts from `last_letter`, the loop
-    time at which one came or was settled. A batch that failed is neither, so in an outage the pass ends."""
+    """A pass over the dead letters: what fails again, or does not pass `choice`, is held and requeued at the end. The
+    pass lasts while dead letters come or are settled: `timeout` counts from `last_letter`, the loop time of the last
+    of either. A failed batch does not count, so in an outage the pass ends."""
 
-    requeues_on_purpose, empty_level = True, logging.INFO   # somebody has asked
+    requeues_on_purpose, empty_level = True, logging.INFO   # a user waits
 
     def __init__(self, pipeline: Pipeline, letter: DeadLetterDecoder, choice: ReplayFilter) -> None:
         config = pipeline.config
         limits = WindowLimits(choice.limit, config.timeout, config.idle_timeout)
         super().__init__(pipeline, limits, ReplayMapper(config, letter))
         self.decode_letter, self.replay_filter = letter, choice
-        self.filtered_count = 0        # by the choice
+        self.filtered_count = 0        # by the filter
         self.last_letter = 0.0
         self.next_write = 0.0    # loop time at which the next batch may be written, by `rate`
         if choice.rate:
@@ -6380,7 +6405,7 @@ class Replay(Window):
         return chosen
 
     def is_selected(self, message: Message) -> bool:
-        """True when a dead letter passes the filter; a message that is none has neither reason nor time and does
+        """True when a dead letter passes the filter; another message has no reason and no time, and does
         not."""
         try:
             return self.replay_filter.is_match(*self.decode_letter(message.body))
@@ -6437,10 +6462,10 @@ class ReplayListing(Replay):
 class DeadLetterFileSource:
     """The file of dead letters as a Source.
 
-    Each line comes as the body of a Message, whose key has the line's number and checksum: a line leaves the file only
-    where both are what was stored. The file does not change before the replay is over. Then commit() writes a new file
-    and renames it over the old one, under the lock of the writers; the lock of the new file excludes a second replay.
-    stored_keys: keys of stored dead letters; failed: key -> InvalidMessage of those that failed again. new_file: None
+    Each line is the body of a Message, whose key contains the line's number and checksum: rewrite_file() drops a line
+    only if both are those of a stored message. Until the replay is over the file does not change. Then rewrite_file()
+    writes a new file and renames it over the old one, under the writers' lock; the lock of the new file excludes a
+    second replay. stored_keys: keys of stored dead letters; failed: key -> its new InvalidMessage. new_file: None
     when only listing.
     """
 
@@ -6569,8 +6594,8 @@ class DeadLetterFileSource:
     # -- the new file
 
     def rewrite_file(self) -> None:
-        """Writes the file anew without the stored dead letters. Raises OSError; then all stay, and the next replay
-        stores them again under the same keys. The slow part runs before the lock, as writers wait for it."""
+        """Writes the file anew without the stored dead letters. After an OSError all stay, and the next replay
+        stores them again under the same keys. Most is written before the lock, for which writers wait."""
         if not self.new_file or not (self.stored_keys or self.failed):
             return
         self.new_file.writelines(self.rewritten_line(message) for message in self.read_messages())
@@ -6681,7 +6706,7 @@ def describe_letter(message: Message, letter: DeadLetterDecoder) -> dict[str, An
 
 
 def predict_outcome(message: Message, mapper: Mapper) -> dict[str, Any]:
-    """Whether the mapper takes a letter now, and if not, why; `deletes` where it would delete a record."""
+    """`passes`: whether the mapper takes a letter now; else `why`; `deletes`: it would delete a record."""
     try:
         record = mapper.build_record(message)
     except InvalidMessage as rejection:
@@ -8102,9 +8127,9 @@ def tls_facts(tls_socket: Any) -> list[str]:
 # command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-# bash takes words apart at = and :, and shtab's function does not put them together again. Nor does it know that a
-# value may be called as a command is, or where an option ends whose value may be left out. So it is shown three things:
-# the arguments that are no options, the option whose value is typed, and the word at the cursor.
+# bash splits words at = and :, and shtab's function does not join them again. It also takes a value that is the name of
+# a command for that command, and does not know whether an optional value was given. So it is shown only the arguments
+# that are no options, the option whose value is typed, and the word at the cursor.
 BASH_WRAPPER = """
 _x_msrv() {
     local word parser known nargs option='' words=() plain=()
@@ -8140,9 +8165,9 @@ def shell_completion(shell: str, parser: argparse.ArgumentParser) -> str:
 
 
 def join_option_values(parser: argparse.ArgumentParser) -> None:
-    """Tells zsh's _arguments that a value may follow an option at once (`--set=x`), and may be left out of some.
+    """Tells zsh's _arguments that a value may be joined to its option (`--set=x`), and that some are optional.
 
-    Only for shtab: nothing can be parsed by the parser after it."""
+    Only for shtab: afterwards the parser can't parse."""
     # argparse has no public way to ask a parser for what it takes.
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
