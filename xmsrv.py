@@ -5595,7 +5595,12 @@ class Consumer:
 
     def touch(self, now: float) -> None:
         """Sends TOUCH for messages not delivered or touched for half of msg-timeout. None after max-msg-timeout:
-        nsqd then redelivers, though it still accepts TOUCH."""
+        nsqd then redelivers, though it still accepts TOUCH.
+
+        Example: the store is away for an hour. TOUCH ends after 15 minutes, and nsqd takes the messages back; it keeps
+        them, as RDY is 0. Then the store is up, the copies here are written, and their FINs are late. nsqd delivers
+        each message again, and it is written once more under its key.
+        """
         due = [message for message in self.in_flight.values()
                if now - message.touched_at >= message.conn.msg_timeout / 2 - 2 * TICK_INTERVAL
                and now - message.received_at < message.conn.max_msg_timeout]

@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant('only old batches probe', 'if self.retries and not probes_new:', 'if self.retries:'),
     Mutant('a busy record has no delay', '0.1 * 2 ** min(batch.tries, 6))', '0)'),
     Mutant('a stopped batcher goes on', "        if (self.stopped or self.breaker", '        if (self.breaker'),
-    Mutant('health is not told of the outage', "            self.health.report_failure(self.end, self.last_error, kind='batch')\n", ''),
+    Mutant('health is not told of the outage', "            self.health.report_failure(self.end, self.last_error, kind=f'batch {result.reason}')\n", ''),
     Mutant('health is not told of the recovery', "        self.health.report_recovery(self.end)\n        if retry:", '        if retry:'),
     Mutant('a refused letter is an outage', "(result.outcome == 'unkept' and result.reason != 'refused')", "result.outcome == 'unkept'"),
 
@@ -299,8 +299,8 @@ MUTANTS = (
     Mutant('idle though messages come', 'if now - connection.last_data < connection.idle_delay:', 'if False:'),
     Mutant('idle though one nsqd is not', 'all(c.proven_idle for c in self.connections)', 'any(c.proven_idle for c in self.connections)'),
     Mutant('an nsqd that nobody names is connected again', '        while address in self.addresses:\n', '        while True:\n'),
-    Mutant('the queue is up without an nsqd', "                self.health.report_failure('queue', f'nsqd {connection}: {error}')", '                pass'),
-    Mutant('one nsqd of two is the queue', '            if not self.connections:\n                self.health', '            if True:\n                self.health'),
+    Mutant('the queue is up without an nsqd', "                self.health.report_failure('queue', f'nsqd {connection}: {error}' if was_up else self.failure_text)", '                pass'),
+    Mutant('one nsqd of two is the queue', "        if self.connections or not was_up and self.health.is_up('queue'):", "        if not was_up and self.health.is_up('queue'):"),
     Mutant('delays of REQ in seconds', "(b'REQ %%s %d\\n' % (delay * 1000), messages)", "(b'REQ %%s %d\\n' % delay, messages)"),
     Mutant('what is held back uses up RDY', '        rdys = [(c, share and share + c.held_back)', '        rdys = [(c, share)'),
 
