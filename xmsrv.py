@@ -8414,10 +8414,9 @@ def command_config(arguments: argparse.Namespace) -> int:
     if arguments.sample:
         print(sample_config(), end='')
         return os.EX_OK
-    settings = read_overrides(arguments)
-    raw = read_file(arguments.config, settings)
-    load_available_config(arguments)
-    print(dump_config(raw, settings), end='')
+    raw, config, _ = load_config(arguments)
+    set_up_configured_log(config, arguments)
+    print(dump_config(raw, read_overrides(arguments)), end='')
     return os.EX_OK
 
 

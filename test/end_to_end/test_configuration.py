@@ -1104,3 +1104,14 @@ def test_every_default_is_valid(option):
 def test_no_option_is_listed_twice():
     names = [(option.section, option.name) for option in OPTIONS]
     assert len(names) == len(set(names)) and all(option.help.endswith('.') or option.section for option in OPTIONS)
+
+
+@pytest.mark.parametrize('command', ['check', 'config'])
+def test_a_configuration_comes_through_a_pipe(program, command):
+    """It can be read only once."""
+    os.mkfifo(program.path)
+    process = program.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.path.write_text(VALID.format(directory=program.directory))   # when the command has opened it
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (0, '')
+    assert {'check': 'no fault', 'config': 'topic = orders'}[command] in stdout
