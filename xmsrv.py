@@ -245,11 +245,6 @@ def open_regular(filename: str, flags: int, mode: int = 0o640) -> int:
 
 
 OUTCOMES = ('received', 'stored', 'deleted', 'duplicate', 'stale', 'dead', 'requeued', 'late')
-# The method of Window that settle() calls for each outcome.
-ACTIONS = {'stored': 'finish', 'deleted': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish',
-           'rejected': 'reject_by_store', 'retry': 'retry', 'busy': 'retry', 'refused': 'on_refused',
-           'stop': 'on_store_stop', 'unkept': 'on_unkept', 'unsettled': 'requeue_with_delay',
-           'set-full': 'on_set_full'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5780,6 +5775,13 @@ class UnsettledMessages:
         return collections.Counter(self.ends.values())[end]
 
 
+# The method of Window that settle() calls for each outcome.
+ACTIONS = {'stored': 'finish', 'deleted': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish',
+           'rejected': 'reject_by_store', 'retry': 'retry', 'busy': 'retry', 'refused': 'on_refused',
+           'stop': 'on_store_stop', 'unkept': 'on_unkept', 'unsettled': 'requeue_with_delay',
+           'set-full': 'on_set_full'}
+
+
 class Window:
     """One bounded receive: accepts up to max-messages messages and counts what became of them (`settled`).
 
@@ -5792,11 +5794,11 @@ class Window:
         self.pipeline, self.limits, self.source = pipeline, limits, pipeline.source
         config, store = pipeline.config, pipeline.store
         self.records = RecordQueue(mapper, config.nsq.max_held)
-        self.store_batcher = Batcher('store', pipeline.tasks, pipeline.health, pipeline.write, self.settle,
-                                     (store.batch_size, BATCH_BYTES), store.writers, store.call_timeout)
-        self.dead_letter_batcher = Batcher('dead letters', pipeline.tasks, pipeline.health, pipeline.write_dead_letters,
-                                           self.settle,
-                                           (DEAD_LETTER_BATCH, DEAD_LETTER_BATCH_BYTES), 1, DEAD_LETTER_TIMEOUT)
+        self.store_batcher = self.new_batcher('store', pipeline.write, (store.batch_size, BATCH_BYTES), store.writers,
+                                              store.call_timeout)
+        self.dead_letter_batcher = self.new_batcher(
+            'dead letters', pipeline.write_dead_letters, (DEAD_LETTER_BATCH, DEAD_LETTER_BATCH_BYTES), 1,
+            DEAD_LETTER_TIMEOUT)
         self.state, self.detail = WindowState.OPEN, ''
         self.end_reason: Any = None   # an End, once the window ends
         self.times = WindowTimes()
@@ -5806,6 +5808,12 @@ class Window:
         self.unsettled = UnsettledMessages()
         self.excess: list[Message] = []
         self.refused_keys: set[str] = set()
+
+    def new_batcher(self, end: str, write: WriteBatch, limits: tuple[int, int], writers: int,
+                    call_timeout: float) -> Batcher:
+        """A Batcher whose results this window settles; parameters as Batcher has them."""
+        tasks, health = self.pipeline.tasks, self.pipeline.health
+        return Batcher(end, tasks, health, write, self.settle, limits, writers, call_timeout)
 
     # -- a message's way
 
@@ -6367,24 +6375,28 @@ class ReplayMapper(Mapper):
 
 
 class Replay(Window):
-    """A pass over the dead letters: what fails again, or does not pass `choice`, is held and requeued at the end. The
-    pass lasts while dead letters come or are settled: `timeout` counts from `last_letter`, the loop time of the last
-    of either. A failed batch does not count, so in an outage the pass ends."""
+    """A pass over the dead letters: what fails again, or does not pass `replay_filter`, is held and requeued at the
+    end. The pass lasts while dead letters come or are settled: `timeout` counts from `last_letter`, the loop time of
+    the last of either. A failed batch does not count, so in an outage the pass ends."""
 
     requeues_on_purpose, empty_level = True, logging.INFO   # a user waits
 
-    def __init__(self, pipeline: Pipeline, letter: DeadLetterDecoder, choice: ReplayFilter) -> None:
+    def __init__(self, pipeline: Pipeline, decode_letter: DeadLetterDecoder, replay_filter: ReplayFilter) -> None:
         config = pipeline.config
-        limits = WindowLimits(choice.limit, config.timeout, config.idle_timeout)
-        super().__init__(pipeline, limits, ReplayMapper(config, letter))
-        self.decode_letter, self.replay_filter = letter, choice
-        self.filtered_count = 0        # by the filter
+        self.decode_letter, self.replay_filter = decode_letter, replay_filter
+        self.filtered_count = 0        # messages that the filter excluded
         self.last_letter = 0.0
         self.next_write = 0.0    # loop time at which the next batch may be written, by `rate`
-        if choice.rate:
-            batcher = self.store_batcher
-            batcher.size, batcher.writers = min(batcher.size, max(1, choice.rate // 10)), 1
-            batcher.write = self.write_at_rate
+        super().__init__(pipeline, WindowLimits(replay_filter.limit, config.timeout, config.idle_timeout),
+                         ReplayMapper(config, decode_letter))
+
+    def new_batcher(self, end: str, write: WriteBatch, limits: tuple[int, int], writers: int,
+                    call_timeout: float) -> Batcher:
+        """As a Window's; with a `rate` the store's has one writer and ten batches a second."""
+        rate = self.replay_filter.rate
+        if rate and end == 'store':
+            write, limits, writers = self.write_at_rate, (min(limits[0], max(1, rate // 10)), limits[1]), 1
+        return super().new_batcher(end, write, limits, writers, call_timeout)
 
     @property
     def timeout_since(self) -> float:
@@ -6450,8 +6462,8 @@ class Replay(Window):
 class ReplayListing(Replay):
     """A replay that only lists: `letters` has the dead letters that pass the filter; all are requeued at the end."""
 
-    def __init__(self, pipeline: Pipeline, letter: DeadLetterDecoder, choice: ReplayFilter) -> None:
-        super().__init__(pipeline, letter, choice)
+    def __init__(self, pipeline: Pipeline, decode_letter: DeadLetterDecoder, replay_filter: ReplayFilter) -> None:
+        super().__init__(pipeline, decode_letter, replay_filter)
         self.letters: list[Message] = []
         self.source.max_in_flight = max(self.source.max_in_flight, self.replay_filter.limit)
 
@@ -6476,8 +6488,8 @@ class DeadLetterFileSource:
 
     idle_since = None           # it never gets idle: it ends
 
-    def __init__(self, config: types.SimpleNamespace, tasks: BackgroundTasks, path: str, looking: bool) -> None:
-        self.tasks, self.topic, self.channel, self.read_only = tasks, path, REPLAY_CHANNEL, looking
+    def __init__(self, config: types.SimpleNamespace, tasks: BackgroundTasks, path: str, read_only: bool) -> None:
+        self.tasks, self.topic, self.channel, self.read_only = tasks, path, REPLAY_CHANNEL, read_only
         self.max_in_flight, self.max_held = config.nsq.max_in_flight, config.nsq.max_held
         self.credit: Callable[[], int] | None = None
         self.deliver: Callable[[list[Message]], None] | None = None
@@ -6638,11 +6650,11 @@ class DeadLetterFileSource:
 
 
 def replay_pipeline(config: types.SimpleNamespace, path: str | None, store: Store,
-                    looking: bool = False) -> AbstractAsyncContextManager[Pipeline]:
+                    read_only: bool = False) -> AbstractAsyncContextManager[Pipeline]:
     """The pipeline from the dead letters to a store: from the file at `path`, or without one from the topic."""
     health = Health()
     if path:
-        return open_pipeline(config, store, lambda tasks: DeadLetterFileSource(config, tasks, path, looking),
+        return open_pipeline(config, store, lambda tasks: DeadLetterFileSource(config, tasks, path, read_only),
                              NullMetrics(), health)
     link = ConnectionOptions(config)
     return open_pipeline(
@@ -6675,7 +6687,7 @@ async def list_dead_letters(config: types.SimpleNamespace, stopper: SignalHandle
     """Prints the dead letters, with --dry-run also what would become of them. Returns the exit status."""
     topic, letter = path or config.dead_letter.topic, decode_line if path else decode_topic
     depth = count_letters(path) if path else await total_depth(config, topic, REPLAY_CHANNEL)
-    async with replay_pipeline(config, path, Store(), looking=True) as pipeline:
+    async with replay_pipeline(config, path, Store(), read_only=True) as pipeline:
         listing = stopper.window = ReplayListing(pipeline, letter, choice)
         await listing.run()
     fates: collections.Counter[str | bool] = collections.Counter()
@@ -8372,10 +8384,10 @@ def read_message(filename: str) -> bytes:
 
 def command_replay(arguments: argparse.Namespace) -> int:
     """x-msrv replay"""
-    looking = arguments.list or arguments.dry_run
-    if arguments.json and not looking:
+    read_only = arguments.list or arguments.dry_run
+    if arguments.json and not read_only:
         raise UsageError('replay: --json goes with --list or --dry-run')
-    if arguments.rate and looking:
+    if arguments.rate and read_only:
         raise UsageError('replay: --rate does not go with --list or --dry-run, which store nothing')
     config = load_available_config(arguments)
     path = dead_letter_path(arguments, config)
@@ -8384,7 +8396,7 @@ def command_replay(arguments: argparse.Namespace) -> int:
     choice = ReplayFilter(tuple(arguments.reason), since, limit, arguments.rate or 0)
     if path and not os.path.isfile(path):
         return on_missing_file(path, arguments.file)
-    if looking:
+    if read_only:
         return run_until_signal(lambda stopper: list_dead_letters(config, stopper, path, choice, arguments))
     return run_until_signal(lambda stopper: run_replay(config, stopper, path, choice))
 

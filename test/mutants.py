@@ -376,7 +376,7 @@ MUTANTS = (
     Mutant('a batch that failed is progress', 'return max(self.times.started_at, self.last_letter)', 'return max(self.times.started_at, self.times.progress_at)'),
     Mutant('letters that are left out are no progress', '        self.last_letter = asyncio.get_running_loop().time()\n        if not self.replay_filter', '        if not self.replay_filter'),
     Mutant('a rate is not kept', '        await asyncio.sleep(begin - now)\n', ''),
-    Mutant('a rate without batches', 'min(batcher.size, max(1, choice.rate // 10)), 1', '1, 1'),
+    Mutant('a rate without batches', '(min(limits[0], max(1, rate // 10)), limits[1]), 1', '(1, limits[1]), 1'),
     Mutant('letters of any reason', '(not self.reasons or header', '(True or header'),
     Mutant('letters of any time', 'message.timestamp >= self.since', 'True'),
     Mutant('what is no letter is asked for', '        except InvalidMessage:\n            return False', '        except InvalidMessage:\n            return True'),
