@@ -333,7 +333,7 @@ def replayed(path, steps):
     """Runs `steps(source, messages)` with a source that has read the whole file."""
     async def main():
         tasks, messages = BackgroundTasks(), []
-        source = DeadLetterFileSource(fakes.options(), tasks, str(path), looking=False)
+        source = DeadLetterFileSource(fakes.options(), tasks, str(path), read_only=False)
         source.start(lambda: 1000, messages.extend)
         await source.open()
         while not source.read_all:

@@ -55,7 +55,7 @@ def passed(steps=None, path=None, write=lambda now: STORED, seconds=0.01, kind=R
             while True:
                 tasks.wake.set()
                 await asyncio.sleep(0.025)
-        source = (DeadLetterFileSource(config, tasks, str(path), looking=kind is ReplayListing) if path
+        source = (DeadLetterFileSource(config, tasks, str(path), read_only=kind is ReplayListing) if path
                   else fakes.Queue())
         pipeline = types.SimpleNamespace(
             config=config, source=source, tasks=tasks, metrics=Metrics(), health=Health(), write=call,
