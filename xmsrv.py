@@ -977,6 +977,7 @@ STATE_DIR = '/var/lib/x-msrv'
 UNIT_FILE = '/usr/lib/systemd/system/x-msrv.service'   # there where a package is installed
 SERVICE_USER = 'x-msrv'   # that the packages make
 MAX_NAME = 64             # characters of a topic or channel: nsq internal/protocol/names.go
+MAX_NAMESPACE = 31        # bytes: AS_ID_NAMESPACE_SZ of the Aerospike server, less its NUL
 MAX_SET_NAME = 63         # bytes: AS_SET_NAME_MAX_SIZE of the Aerospike server, less its NUL; kept for every store
 MAX_TTL = 3650 * 86400   # s: the longest that an Aerospike server takes
 MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store, so that a pipeline can move
@@ -987,16 +988,17 @@ MAX_SOCKET_PATH = 107  # bytes: unix(7)
 INT64 = range(-1 << 63, 1 << 63)   # of an integer in a record
 VARIABLES = 'XMSRV__'  # how ours begin: Docker and Kubernetes make XMSRV_PORT and others for a service of that name
 SIZE_UNITS = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
+Validator = Callable[[Any], Any]   # a value of the file in, the typed value out; ValueError with one sentence
 
 
-def single_value(value):
+def single_value(value: Any) -> str:
     """A single value, not a list."""
     if not isinstance(value, str):
         raise ValueError('one value, not a list (quote it if it holds a comma)')
     return value
 
 
-def parse_quantity(value, units, example):
+def parse_quantity(value: Any, units: Mapping[str, float], example: str) -> float:
     """`value` as digits and a unit out of `units`, in the smallest of them."""
     match = re.fullmatch(r'([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)', single_value(value))
     if not match or match[2] not in units:
@@ -1004,7 +1006,7 @@ def parse_quantity(value, units, example):
     return float(match[1]) * units[match[2]]
 
 
-def parse_duration(value):
+def parse_duration(value: Any) -> float:
     """`500ms`, `10s`, `5m`, `30d` as seconds, a thousandth at least."""
     seconds = parse_quantity(value, TIME_UNITS, 'a duration such as 500ms, 10s, 5m, 1h, 30d')
     if seconds < TIME_UNITS['ms']:
@@ -1012,12 +1014,12 @@ def parse_duration(value):
     return seconds
 
 
-def parse_period(value):
+def parse_period(value: Any) -> float:
     """A duration, or 0: one window after the other."""
     return 0.0 if re.fullmatch('0[a-z]*', single_value(value)) else parse_duration(value)
 
 
-def parse_size(value):
+def parse_size(value: Any) -> int:
     """`64KiB`, `32MiB` as bytes, more than none."""
     count = int(parse_quantity(value, SIZE_UNITS, 'a size such as 4096, 64KiB, 32MiB'))
     if not count:
@@ -1025,91 +1027,76 @@ def parse_size(value):
     return count
 
 
-def parse_count(value):
-    """A whole number, 0 or more."""
-    if not re.fullmatch('[0-9]{1,18}', single_value(value)):
-        raise ValueError('not a whole number')
-    return int(value)
+def whole_number(least: int = 0, most: int | None = None) -> Validator:
+    """A validator of a whole number from `least` to `most`."""
+    def check_number(value: Any) -> int:
+        if not re.fullmatch('[0-9]{1,18}', single_value(value)):
+            raise ValueError('not a whole number')
+        if int(value) < least or most is not None and int(value) > most:
+            raise ValueError(f'at least {least}' if int(value) < least else f'at most {most}')
+        return int(value)
+    return check_number
 
 
-def parse_positive(value):
-    """A whole number, 1 or more."""
-    if not parse_count(value):
-        raise ValueError('at least 1')
-    return int(value)
+parse_count, parse_positive = whole_number(), whole_number(1)
 
 
-def connection_count(value: Any) -> int:
-    """A number of connections, 1 to MAX_CONNECTIONS: more are no use, and the client counts them in 32 bits."""
-    number: int = parse_positive(value)
-    if number > MAX_CONNECTIONS:
-        raise ValueError(f'at most {MAX_CONNECTIONS}')
-    return number
-
-
-def parse_yes_no(value):
-    """`yes` or `no` as a bool."""
-    return one_of('yes', 'no')(value) == 'yes'
-
-
-def one_of(*words):
+def one_of(*words: str) -> Validator:
     """A validator that takes one of `words`."""
-    def check_word(value):
+    def check_word(value: Any) -> Any:
         if value not in words:
             raise ValueError('not one of ' + ', '.join(words))
         return value
     return check_word
 
 
-def optional_value(check):
+def parse_yes_no(value: Any) -> bool:
+    """`yes` or `no` as a bool."""
+    return bool(one_of('yes', 'no')(value) == 'yes')
+
+
+def optional_value(check: Validator) -> Validator:
     """A validator of an empty value (None), or of a value that `check` accepts."""
     return lambda value: None if value == '' else check(value)
 
 
-def list_of(check):
+def list_of(check: Validator) -> Validator:
     """A validator of a list; a single value is a list of one, an empty value an empty list."""
-    def check_items(value):
+    def check_items(value: Any) -> list[Any]:
         if isinstance(value, dict):
             raise ValueError('an option, not a section')
         return [check(item) for item in ([value] if isinstance(value, str) else value) if item != '']
     return check_items
 
 
-def parse_topic(value):
-    """A name that nsqd takes for a topic."""
-    if not re.fullmatch(r'[.a-zA-Z0-9_-]+(#ephemeral)?', single_value(value)):
-        raise ValueError('not a name for NSQ: letters, digits, . _ - and at the end perhaps #ephemeral')
-    if len(value) > MAX_NAME:
-        raise ValueError(f'{len(value)} characters; NSQ takes {MAX_NAME} at most')
-    return value
-
-
-def parse_dead_letter_topic(value):
-    """`$topic.dead`, for the topic that is read with `.dead`, or a topic's name."""
-    return value if value == '$topic.dead' else parse_topic(value)
-
-
-def parse_bin_name(value):
-    """The name of a bin, at most MAX_BIN_NAME bytes."""
-    if not single_value(value) or '\0' in value:
-        raise ValueError('not a name for a bin')
-    if len(value.encode()) > MAX_BIN_NAME:
-        raise ValueError(f'{len(value.encode())} bytes; a bin name has {MAX_BIN_NAME} at most')
-    return value
-
-
-def aerospike_name_parser(most):
-    """A validator of a namespace or set: at most `most` bytes, and nothing that the info protocol takes apart."""
-    def check_name(value):
-        if not re.fullmatch(r'[^\s:;,]+', single_value(value)):
-            raise ValueError('not a name for Aerospike: at least one character, no white space and none of : ; ,')
-        if len(value.encode()) > most:
-            raise ValueError(f'{len(value.encode())} bytes; Aerospike takes {most} at most')
+def name_parser(pattern: str, rule: str, limit: str, most: int) -> Validator:
+    """A validator of a name that has a pattern, else `rule`, and at most `most` bytes, of which `limit` says more."""
+    def check_name(value: Any) -> Any:
+        if not re.fullmatch(pattern, single_value(value)):
+            raise ValueError(rule)
+        size = len(value.encode())
+        if size > most:
+            raise ValueError(f'{size} {limit} {most} at most')
         return value
     return check_name
 
 
-def parse_ttl(value, words='default, never'):
+parse_topic = name_parser(
+    r'[.a-zA-Z0-9_-]+(#ephemeral)?',
+    'not a name for NSQ: letters, digits, . _ - and at the end perhaps #ephemeral', 'characters; NSQ takes', MAX_NAME)
+parse_bin_name = name_parser(r'[^\0\ud800-\udfff]+', 'not a name for a bin', 'bytes; a bin name has', MAX_BIN_NAME)
+# Nothing that the info protocol takes apart.
+parse_namespace, parse_set = [name_parser(
+    r'[^\s:;,\ud800-\udfff]+', 'not a name for Aerospike: at least one character, no white space and none of : ; ,',
+    'bytes; Aerospike takes', most) for most in (MAX_NAMESPACE, MAX_SET_NAME)]
+
+
+def parse_dead_letter_topic(value: Any) -> Any:
+    """`$topic.dead`, for the topic that is read with `.dead`, or a topic's name."""
+    return value if value == '$topic.dead' else parse_topic(value)
+
+
+def parse_ttl(value: Any, words: str = 'default, never') -> int:
     """`default` as 0, `never` as TTL_NEVER, a duration as whole seconds: what the Aerospike client takes for them.
     words: those that an error names."""
     if value in ('default', 'never'):
@@ -1120,14 +1107,14 @@ def parse_ttl(value, words='default, never'):
     return int(seconds)
 
 
-def time_to_keep(value):
+def time_to_keep(value: Any) -> int:
     """`never` as TTL_NEVER, or a duration as whole seconds."""
     if value == 'default':
         raise ValueError('never, or a duration such as 1h, 30d')
     return parse_ttl(value, 'never')
 
 
-def parse_address(value):
+def parse_address(value: Any) -> tuple[str, int]:
     """`host:port`, `192.0.2.1:4150` or `[2001:db8::1]:4150` as (host, port)."""
     match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:\[\]/@]+)):([0-9]{1,5})', single_value(value))
     if not match or not 0 < int(match[3]) < 65536:
@@ -1147,8 +1134,7 @@ def nsqd_address(value: Any) -> tuple[str, int]:
     if not single_value(value).startswith('/'):
         if '/' in value:
             raise ValueError('not host:port, nor the whole path of a unix socket, as /run/nsqd.sock')
-        found: tuple[str, int] = parse_address(value)
-        return found
+        return parse_address(value)
     if '\0' in value or len(os.fsencode(value)) > MAX_SOCKET_PATH:
         raise ValueError(f'not the path of a unix socket: at most {MAX_SOCKET_PATH} bytes, and no NUL')
     return value, 0
@@ -1167,8 +1153,7 @@ def compression_name(value: Any) -> str:
     """`none` or `deflate`."""
     if value == 'snappy':
         raise ValueError('snappy needs a library of machine code, which is not carried; deflate makes less of it')
-    chosen: str = one_of('none', 'deflate')(value)
-    return chosen
+    return str(one_of('none', 'deflate')(value))
 
 
 def parse_path(value: Any) -> str:
@@ -1205,9 +1190,9 @@ def parse_secret_path(value: Any) -> str:
     return os.path.join(directory, name)
 
 
-def as_invalid(check):
+def as_invalid(check: Validator) -> Validator:
     """Makes a ValueError of `check` a vol.Invalid: voluptuous would drop its message."""
-    def check_value(value):
+    def check_value(value: Any) -> Any:
         try:
             return check(value)
         except vol.Invalid:
@@ -1320,9 +1305,10 @@ def bin_source(value: str) -> 'str | Path':
     return value if value in METADATA else Path.parse(value)
 
 
-def subsection_of(name, check):
+def subsection_of(name: Validator, check: Validator) -> Validator:
     """A validator of a free subsection: each line's name by `name`, its value by `check`, all faults at once."""
-    return vol.Schema({as_invalid(name): as_invalid(check)})
+    lines: Validator = vol.Schema({as_invalid(name): as_invalid(check)})
+    return lines
 
 
 def is_base64(value: object) -> bool:
@@ -1353,7 +1339,7 @@ class FieldRule(NamedTuple):
     """A line of [[fields]]: the name of its type, a check that raises vol.Invalid, and whether there has to be one."""
 
     kind: str
-    check: Callable[[Any], Any]
+    check: Validator
     required: bool = False
 
 
@@ -1367,7 +1353,7 @@ class ValueRule(NamedTuple):
     argument: Any = None
 
 
-def raise_unless(accepts: Callable[[Any], Any], fault: str) -> Callable[[Any], Any]:
+def raise_unless(accepts: Validator, fault: str) -> Validator:
     """A validator: raises vol.Invalid for a value that is not accepted."""
     def check(value: Any) -> Any:
         if not accepts(value):
@@ -1381,12 +1367,12 @@ def with_article(kind: str) -> str:
     return ARTICLES.get(kind, 'a ') + kind
 
 
-def type_validator(kind: str) -> Callable[[Any], Any]:
+def type_validator(kind: str) -> Validator:
     """A validator: the value is of the JSON type `kind`; nothing is converted."""
     return raise_unless(TYPE_CHECKS[kind], f'not {with_article(kind)}')
 
 
-def all_of(checks: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+def all_of(checks: Sequence[Validator]) -> Validator:
     """A validator: the first of `checks` that does not take the value says why."""
     def check(value: Any) -> Any:
         for each in checks:
@@ -1573,9 +1559,9 @@ OPTIONS = (
            'How long a tombstone stays: longer than any message can be late.'),
     Option('aerospike', 'hosts', '', list_of(parse_address),
            'Seed nodes, host:port, separated by commas. Must be set.'),
-    Option('aerospike', 'namespace', '', optional_value(aerospike_name_parser(31)),
+    Option('aerospike', 'namespace', '', optional_value(parse_namespace),
            'Namespace of the records. Must be set.'),
-    Option('aerospike', 'set', '', optional_value(aerospike_name_parser(MAX_SET_NAME)),
+    Option('aerospike', 'set', '', optional_value(parse_set),
            'Set of the records; empty: the topic.'),
     Option('aerospike', 'batch-size', '500', parse_positive, 'Maximum records per call.'),
     Option('aerospike', 'writers', '4', parse_positive, 'Maximum concurrent calls.'),
@@ -1585,7 +1571,8 @@ OPTIONS = (
            "Kubernetes' network."),
     Option('aerospike', 'cluster-name', '', optional_value(single_value),
            'Name of the cluster; a node that has another one is not connected to. Empty: any.'),
-    Option('aerospike', 'max-connections', '100', connection_count, 'Connections to each node at most.'),
+    Option('aerospike', 'max-connections', '100', whole_number(1, MAX_CONNECTIONS),
+           'Connections to each node at most.'),
     Option('aerospike', 'send-key', 'yes', parse_yes_no,
            'yes: the key is stored with its record; no: only its hash, which takes less room and can never be undone.'),
     Option('aerospike', 'auth-mode', 'internal', one_of('internal', 'external', 'pki'),
@@ -2812,7 +2799,6 @@ def too_many_bins(number: int) -> str:
     return f'{number} bins, with id-bin and time-bin; a record has at most {MAX_BINS}'
 
 
-CHECK_SET = aerospike_name_parser(MAX_SET_NAME)
 RESERVED_SET = '<ERO~'      # how the names of sets begin that the server keeps for itself: it answers 16 to a write
 
 
@@ -2955,7 +2941,7 @@ class Mapper:
                 raise ValueError('missing, and it names the set' if name is None else 'not a string')
             if name.startswith(RESERVED_SET):
                 raise ValueError('a set of the server itself')
-            return CHECK_SET(name)
+            return parse_set(name)
         except ValueError as error:
             raise InvalidMessage('schema', f'{self.set_field.label}: {error}') from None
 
