@@ -1482,10 +1482,33 @@ def require_possible(kind: str, rules: Sequence[ValueRule]) -> None:
                     raise ValueError(f'one-of {word}: never, for {rule.text}')
 
 
-Option = collections.namedtuple('Option', 'section name default check help')
+class Option(NamedTuple):
+    """An option, or with a default of None a free subsection, which is only there when the file has it."""
+
+    section: str
+    name: str
+    default: str | None
+    check: Validator
+    help: str
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Sections and name."""
+        return *filter(None, self.section.split('.')), self.name
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is a subsection of names that a user chooses."""
+        return self.default is None
+
+    @property
+    def variable(self) -> str:
+        """The variable of the environment for it, XMSRV__NSQ__TLS__CA_FILE; for a free subsection the beginning of
+        those, whose names follow as they are: XMSRV__MESSAGE__FIELDS__id."""
+        return VARIABLES + '__'.join(self.path).upper().replace('-', '_') + '__' * self.is_free
+
 
 # The one table of options: schema, defaults, the sample file, `check` and the manual are made from it.
-# A default of None: the section is only there when the file has it.
 OPTIONS = (
     Option('', 'state-dir', STATE_DIR, whole_path, 'State directory (lock, SQLite file); created if missing.'),
     Option('', 'timeout', '10s', parse_duration, 'Maximum duration of a window.'),
@@ -1602,6 +1625,7 @@ OPTIONS = (
     Option('metrics', 'textfile', '', optional_value(whole_path),
            'File that `once` writes the same figures to, NAME.prom in the directory of node_exporter; empty: none.'),
 )
+OPTIONS_BY_PATH = {option.path: option for option in OPTIONS}
 # Only on when the file has them, and what they turn on.
 SUBSECTIONS = {'nsq.tls': 'turns TLS on', 'aerospike.tls': 'turns TLS on', 'record.delete': 'turns deletes on'}
 
@@ -1613,42 +1637,51 @@ class FaultKind(enum.Enum):
     UNAVAILABLE = 'something that the text names, and that may yet come'
 
 
-class Fault(collections.namedtuple('Fault', 'section option value rule kind variable line',
-                                   defaults=(FaultKind.TEXT, '', 0))):
+class Fault(NamedTuple):
     """A fault of the configuration: its place, the value, the rule that it breaks, and its FaultKind. variable: the
     variable of the environment that brought the value; none for the file and --set. line: where it is the line that
     can't be read."""
 
-    def __str__(self):
-        parts = self.section.split('.') if self.section else []
+    section: str
+    option: str
+    value: Any
+    rule: str
+    kind: FaultKind = FaultKind.TEXT
+    variable: str = ''
+    line: int = 0
+
+    def __str__(self) -> str:
         where = f'line {self.line}: ' if self.line else ''
-        where += ''.join('[' * depth + part + ']' * depth + ' ' for depth, part in enumerate(parts, 1))
+        where += ''.join('[' * depth + part + ']' * depth + ' ' for depth, part in enumerate(self.path[:-1], 1))
         shown = ', '.join(self.value) if isinstance(self.value, list) else self.value
         given = f' = {truncate_text(str(shown), 200)}' if self.value is not None else ''
         return f'{f"environment: {self.variable}" if self.variable else where + self.option}{given}: {self.rule}'
 
     @property
-    def path(self):
+    def path(self) -> tuple[str, ...]:
         """Sections and option, as a Setting has them."""
         return *filter(None, self.section.split('.')), self.option
 
 
-def configuration_schema():
+Sections = dict[str, Any]   # of a file, raw or typed: sections are dicts, too
+
+
+def configuration_schema() -> Validator:
     """The voluptuous schema of a whole file, from OPTIONS."""
-    tree = {}
+    tree: dict[Any, Any] = {}
     for option in OPTIONS:
         node = tree
-        for part in filter(None, option.section.split('.')):
+        for part in option.path[:-1]:
             off = option.section in SUBSECTIONS and option.section.endswith('.' + part)
-            key = vol.Optional(part) if off else vol.Optional(part, default=dict)
-            node = node.setdefault(key, {})
-        key = vol.Optional(option.name) if option.default is None else vol.Optional(option.name, default=option.default)
-        node[key] = option.check if option.default is None else as_invalid(option.check)
-    return vol.Schema(tree)
+            node = node.setdefault(vol.Optional(part) if off else vol.Optional(part, default=dict), {})
+        key = vol.Optional(option.name) if option.is_free else vol.Optional(option.name, default=option.default)
+        node[key] = as_invalid(option.check)
+    schema: Validator = vol.Schema(tree)
+    return schema
 
 
-def read_file(filename, settings=()):
-    """The raw sections of the INI file `filename` with `settings` (each a Setting) laid over it.
+def read_file(filename: str, settings: Iterable['Setting'] = ()) -> Sections:
+    """The raw sections of the INI file `filename` with `settings` laid over it.
 
     Raises Unavailable for a file that can't be read, ConfigError for one that is no INI, with each such line.
     """
@@ -1656,7 +1689,7 @@ def read_file(filename, settings=()):
         with open(filename, encoding='utf-8-sig') as file:
             text = file.read()
         raw = configobj.ConfigObj(text.split('\n'), interpolation=False)
-        faults = []
+        faults: list[Fault] = []
         raw.walk(lambda section, name: faults.extend(unquoted_comments(text, section, name)))
     except configobj.ConfigObjError as error:
         faults = list(syntax_faults(text.split('\n'), error.errors))
@@ -1666,10 +1699,10 @@ def read_file(filename, settings=()):
         raise Unavailable(f'{filename}: {error.strerror}') from None
     if faults:
         raise ConfigError('\n'.join(f'{filename}: {fault}' for fault in faults))
-    raw = raw.dict()
+    sections: Sections = raw.dict()
     for setting in settings:
-        apply_setting(raw, setting)
-    return raw
+        apply_setting(sections, setting)
+    return sections
 
 
 # What configobj says of a line, and the rule that it breaks.
@@ -1717,7 +1750,7 @@ def section_path(section: configobj.Section) -> str:
     return f'{section.parent.name}.{section.name}' if section.depth > 1 else section.name or ''
 
 
-def unquoted_comments(text, section, name):
+def unquoted_comments(text: str, section: configobj.Section, name: str) -> Iterator[Fault]:
     """Yields a Fault for a value that a # may have cut: configobj reads the rest of the line as a comment.
 
     After a value in quotes it is one, and where the option takes no value with a # in it: `timeout = 5s # a remark`.
@@ -1733,19 +1766,20 @@ def unquoted_comments(text, section, name):
         yield Fault(where, name, line[1], 'quote the value: without quotes, # starts a comment')
 
 
-def may_contain_hash(section, name, value):
+def may_contain_hash(section: str, name: str, value: str) -> bool:
     """True when an option accepts a value that continues with a #."""
-    for option in OPTIONS:
-        if (option.section, option.name) == (section, name):
-            return any(is_accepted_by(option.check, value + more) for more in ('#', '#ephemeral'))
-    return any(option.default is None and f'{option.section}.{option.name}' == section for option in OPTIONS)
+    option = OPTIONS_BY_PATH.get((*filter(None, section.split('.')), name))
+    if option:
+        return any(is_accepted_by(option.check, value + more) for more in ('#', '#ephemeral'))
+    around = OPTIONS_BY_PATH.get(tuple(section.split('.')))
+    return around is not None and around.is_free
 
 
-def is_accepted_by(check, value):
+def is_accepted_by(check: Validator, value: Any) -> bool:
     """True when a validator accepts a value."""
     try:
         check(value)
-    except ValueError:
+    except (ValueError, vol.Invalid):
         return False
     return True
 
@@ -1769,22 +1803,14 @@ def command_line_setting(text: str) -> Setting:
     return Setting(path, value, f'--set {text}')
 
 
-def variable_of(option: 'Option') -> str:
-    """The variable of the environment for an option, XMSRV__NSQ__TLS__CA_FILE; the beginning of those of a free
-    subsection, whose names follow as they are: XMSRV__MESSAGE__FIELDS__id."""
-    parts = [*filter(None, option.section.split('.')), option.name]
-    name = VARIABLES + '__'.join(parts).upper().replace('-', '_')
-    return name if option.default is not None else name + '__'
-
-
 def variable_path(variable: str) -> tuple[str, ...]:
     """The path of the option that a variable sets; empty where there is none."""
     for option in OPTIONS:
-        name, path = variable_of(option), (*filter(None, option.section.split('.')), option.name)
-        if option.default is None and variable.startswith(name) and variable != name:
-            return *path, variable.removeprefix(name)
-        if option.default is not None and variable == name:
-            return path
+        name = variable.removeprefix(option.variable)
+        if option.is_free and name not in ('', variable):
+            return *option.path, name
+        if not option.is_free and not name:
+            return option.path
     return ()
 
 
@@ -1804,12 +1830,10 @@ def unknown_variables(environment: Mapping[str, str]) -> list[Fault]:
 
 def nearest_variable(variable: str) -> str:
     """A hint at the known variable of the same option in another section, or at the one most like it; else nothing."""
-    known = [variable_of(option) + ('NAME' if option.default is None else '') for option in OPTIONS]
-    elsewhere = [name for name in known if name.endswith('__' + variable.rpartition('__')[2])]
-    names = [name.removeprefix(VARIABLES) for name in known]   # what all have in common would make any two alike
-    like = difflib.get_close_matches(variable.removeprefix(VARIABLES), names, 1)
-    close = elsewhere + [VARIABLES + name for name in like]
-    return f'; did you mean {close[0]}?' if close else ''
+    names = [option.variable.removeprefix(VARIABLES) + 'NAME' * option.is_free for option in OPTIONS]
+    elsewhere = [name for name in names if f'__{name}'.endswith('__' + variable.rpartition('__')[2])]
+    close = elsewhere or difflib.get_close_matches(variable.removeprefix(VARIABLES), names, 1)
+    return f'; did you mean {VARIABLES}{close[0]}?' if close else ''
 
 
 def read_overrides(arguments: argparse.Namespace) -> list[Setting]:
@@ -1818,7 +1842,7 @@ def read_overrides(arguments: argparse.Namespace) -> list[Setting]:
     return environment_settings(os.environ) + given
 
 
-def apply_setting(raw: dict[str, Any], setting: Setting) -> None:
+def apply_setting(raw: Sections, setting: Setting) -> None:
     """Lays one Setting over the raw sections; its value is read as the file's are. Raises ConfigError."""
     *sections, option = setting.path
     for section in sections:
@@ -1837,74 +1861,63 @@ def apply_setting(raw: dict[str, Any], setting: Setting) -> None:
 def split_name(name: str) -> list[str]:
     """`SECTION.OPTION` as its parts. What follows the name of a free subsection is a path, whose dots are its own."""
     for option in OPTIONS:
-        prefix = f'{option.section}.{option.name}.'
-        if option.default is None and name.startswith(prefix):
-            return [*prefix.split('.')[:-1], name.removeprefix(prefix)]
+        inner = name.removeprefix('.'.join(option.path) + '.')
+        if option.is_free and inner != name:
+            return [*option.path, inner]
     return name.split('.')
 
 
-def validate_sections(raw):
+def validate_sections(raw: Sections) -> tuple[Sections, list[Fault]]:
     """Raw sections as (typed sections, faults): every fault at once, the typed sections without what is at fault."""
-    schema, faults = configuration_schema(), []
+    schema, faults = configuration_schema(), list[Fault]()
     while True:
         try:
             return schema(raw), faults
         except vol.MultipleInvalid as error:
             for fault in error.errors:
                 faults.append(fault_from_error(raw, fault))
-                remove_path(raw, fault.path)
+                around: Any = raw
+                for part in fault.path[:-1]:
+                    around = around[part]
+                around.pop(fault.path[-1], None)
 
 
-def fault_from_error(raw, error):
+def fault_from_error(raw: Sections, error: vol.Invalid) -> Fault:
     """A voluptuous error about `raw` as a Fault, with the nearest known name for an unknown one."""
     *sections, option = [str(part) for part in error.path]
+    section = '.'.join(sections)
     value = functools.reduce(lambda node, part: node.get(part, {}), sections, raw).get(option)
-    section, rule = '.'.join(sections), error.msg
-    if rule == 'extra keys not allowed' and isinstance(value, dict):
-        depth = len(sections) + 1
-        return Fault(section, '[' * depth + option + ']' * depth, None,
-                     'no such section' + nearest_name_hint(section, option))
-    if rule == 'extra keys not allowed':
-        rule = 'no such option'
-    elif rule == 'expected a dictionary':
-        rule = 'a section, not an option'
-    elif isinstance(value, dict):
+    is_section = isinstance(value, dict)
+    if error.msg == 'extra keys not allowed':
+        name, what = (f'{"[" * len(error.path)}{option}{"]" * len(error.path)}', 'section') if is_section else (
+            option, 'option')
+        return Fault(section, name, None if is_section else value, f'no such {what}{nearest_name(section, option)}')
+    if error.msg == 'expected a dictionary':
+        return Fault(section, option, value, 'a section, not an option')
+    if is_section:
         return Fault(section, option, None, 'an option, not a section')
-    return Fault(section, option, value,
-                 rule + (nearest_name_hint(section, option) if rule == 'no such option' else ''))
+    return Fault(section, option, value, error.msg)
 
 
-def nearest_name_hint(section, option):
+def nearest_name(section: str, option: str) -> str:
     """A hint at the known name that is most like `option`, or at the section in which it is known; else nothing."""
-    names = {o.name for o in OPTIONS if o.section == section} | {o.section.split('.')[-1] for o in OPTIONS if o.section}
-    close = difflib.get_close_matches(option, names, 1)
-    elsewhere = [o.section for o in OPTIONS if o.name == option]
+    elsewhere = [known.section for known in OPTIONS if known.name == option]
     if elsewhere:
         return f'; it belongs to [{elsewhere[0]}]' if elsewhere[0] else '; it belongs to the top, before any section'
+    names = {known.name for known in OPTIONS if known.section == section}
+    close = difflib.get_close_matches(option, names.union(known.section.split('.')[-1] for known in OPTIONS), 1)
     return f'; did you mean {close[0]}?' if close else ''
 
 
-def remove_path(raw, path):
-    """Removes the value at `path` from the raw sections."""
-    for part in path[:-1]:
-        raw = raw[part]
-    raw.pop(path[-1], None)
-
-
-def to_namespace(sections):
+def to_namespace(sections: Sections) -> types.SimpleNamespace:
     """Typed sections as an object: `config.nsq.max_messages`. Free subsections stay dicts."""
-    free = {option.name for option in OPTIONS if option.default is None}
+    free = {option.name for option in OPTIONS if option.is_free}
     return types.SimpleNamespace(**{
         name.replace('-', '_'): to_namespace(value) if isinstance(value, dict) and name not in free else value
         for name, value in sections.items()})
 
 
-def read_config(filename, settings=()):
-    """The configuration of `filename` with `settings` laid over, as (config, faults, warnings): see build_config()."""
-    return build_config(read_file(filename, settings))
-
-
-def build_config(raw):
+def build_config(raw: Sections) -> tuple[types.SimpleNamespace, list[Fault], list[str]]:
     """Raw sections as (config, faults, warnings).
 
     `config` has a value for each option, the derived ones filled in; with faults it is fit for no run.
@@ -1925,7 +1938,7 @@ def build_config(raw):
     return config, faults, list(cross_warnings(config))
 
 
-def derive_options(config):
+def derive_options(config: types.SimpleNamespace) -> None:
     """Sets the options that depend on other options."""
     record, dead = config.record, config.dead_letter
     config.sqlite.path = os.path.join(config.state_dir, config.sqlite.path)
@@ -1938,47 +1951,52 @@ def derive_options(config):
         dead.topic = None if dead.discard else f'{config.nsq.topic or ""}'.removesuffix('#ephemeral') + '.dead'
 
 
-def cross_faults(config):
+def faults_where(section: str, *lines: tuple[Any, str, Any, str]) -> Iterator[Fault]:
+    """Yields a Fault for each line that begins with something true; then come its option, value and rule."""
+    for is_fault, option, value, rule in lines:
+        if is_fault:
+            yield Fault(section, option, value, rule)
+
+
+def cross_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the faults of combinations of options."""
-    nsq_, dead = config.nsq, config.dead_letter
-    if not nsq_.topic:
-        yield Fault('nsq', 'topic', None, 'missing; name the topic to read')
-    if bool(nsq_.nsqd_tcp_address) == bool(nsq_.lookupd_http_address):
-        both = 'not both' if nsq_.nsqd_tcp_address else 'one of them is needed'
-        yield Fault('nsq', 'nsqd-tcp-address', None, f'either this or lookupd-http-address: {both}')
-    yield from dead_letter_faults(nsq_, dead)
-    yield from mapping_faults(config)
-    if config.record.delete:
-        yield from delete_faults(config)
-    yield from store_faults(config)
-    yield from tls_faults(config)
-    yield from environment_faults(config)
+    nsqds, lookupds = config.nsq.nsqd_tcp_address, config.nsq.lookupd_http_address
+    yield from faults_where(
+        'nsq', (not config.nsq.topic, 'topic', None, 'missing; name the topic to read'),
+        (bool(nsqds) == bool(lookupds), 'nsqd-tcp-address', None,
+         f'either this or lookupd-http-address: {"not both" if nsqds else "one of them is needed"}'))
+    for faults in (dead_letter_faults, mapping_faults, delete_faults, store_faults, tls_faults, environment_faults):
+        yield from faults(config)
 
 
-def dead_letter_faults(nsq_, dead):
+def dead_letter_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the faults of [dead-letter]."""
-    if not (dead.topic or dead.file or dead.discard):
-        yield Fault('dead-letter', 'topic', None, 'no topic and no file: set discard = yes to discard dead letters')
-    if dead.discard and (dead.topic or dead.file):
-        yield Fault('dead-letter', 'discard', 'yes', 'cannot be combined with a topic or a file')
-    if dead.topic and len(dead.topic) > MAX_NAME:
-        yield Fault('dead-letter', 'topic', dead.topic, f'{len(dead.topic)} characters; NSQ takes {MAX_NAME} at most')
-    if dead.topic and dead.topic == nsq_.topic:
-        yield Fault('dead-letter', 'topic', dead.topic,
-                    'must not be the topic that is read: its dead letters would be consumed again')
+    topic, file, discard = config.dead_letter.topic, config.dead_letter.file, config.dead_letter.discard
+    yield from faults_where(
+        'dead-letter',
+        (not (topic or file or discard), 'topic', None,
+         'no topic and no file: set discard = yes to discard dead letters'),
+        (discard and (topic or file), 'discard', 'yes', 'cannot be combined with a topic or a file'),
+        (len(topic or '') > MAX_NAME, 'topic', topic,
+         f'{len(topic or "")} characters; NSQ takes {MAX_NAME} at most'),
+        (topic and topic == config.nsq.topic, 'topic', topic,
+         'must not be the topic that is read: its dead letters would be consumed again'))
 
 
-def mapping_faults(config):
+def mapping_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the faults between [message] and [record]."""
     message, record = config.message, config.record
     yield from unfit_fields(message, record)
     yield from conflicting_types(message.fields)
-    if message.unknown_fields != 'keep' and not message.fields:
-        yield Fault('message', 'unknown-fields', message.unknown_fields, 'without [[fields]] no field is known')
-    if record.write == 'update' and record.key != '$id':
-        yield Fault('record', 'write', 'update', 'bins cannot be merged in order; it needs key = $id')
-    if record.key != '$id' and record.write == 'replace' and not record.time_bin:
-        yield Fault('record', 'time-bin', '', 'with a field as key and write = replace it is needed: the newest wins')
+    yield from faults_where('message', (
+        message.unknown_fields != 'keep' and not message.fields, 'unknown-fields', message.unknown_fields,
+        'without [[fields]] no field is known'))
+    yield from faults_where(
+        'record',
+        (record.write == 'update' and record.key != '$id', 'write', 'update',
+         'bins cannot be merged in order; it needs key = $id'),
+        (record.write == 'replace' and record.key != '$id' and not record.time_bin, 'time-bin', '',
+         'with a field as key and write = replace it is needed: the newest wins'))
     yield from bin_faults(message, record)
 
 
@@ -2075,37 +2093,25 @@ def top_names(message: types.SimpleNamespace, record: types.SimpleNamespace) -> 
 def delete_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields what is wrong with [[delete]], and between it and the other options."""
     message, record, delete = config.message, config.record, config.record.delete
-    if not delete.field:
-        yield Fault('record.delete', 'field', None, 'missing; name the field that says that a record is deleted')
-    if not delete.values:
-        yield Fault('record.delete', 'values', None, 'missing; name the values of the field that say so')
-    if record.key == '$id':
-        yield Fault('record', 'key', '$id', 'never the same for two messages: [[delete]] needs a field as key')
-    elif record.write != 'replace':
-        yield Fault('record', 'write', record.write, '[[delete]] needs replace: the newest message of a key wins')
-    if delete.field and 'null' in delete.values and message.nulls == 'reject' and len(delete.field.steps) == 1:
-        yield Fault('record.delete', 'values', 'null', 'never comes: [message] has nulls = reject')
-    if delete.field in message.fields:
-        yield from impossible_values(message, delete)
-    elif delete.field and message.fields and message.unknown_fields == 'reject' and not is_known(delete.field, message):
-        yield Fault('record.delete', 'field', str(delete.field), 'no such field in [message] [[fields]]')
-
-
-def impossible_values(message: types.SimpleNamespace, delete: types.SimpleNamespace) -> Iterator[Fault]:
-    """Yields the values of [[delete]] that the rule of its field takes from no message."""
-    for word in delete.values:
-        if word != 'null' and not any(is_accepted(message.fields[delete.field].check, value)
-                                      for value in readings_of(word)):
-            yield Fault('record.delete', 'values', word, f'never comes: [[fields]] says otherwise of {delete.field}')
-
-
-def is_accepted(check: Callable[[Any], Any], value: object) -> bool:
-    """Whether a rule of [[fields]] takes a value."""
-    try:
-        check(value)
-    except vol.Invalid:
-        return False
-    return True
+    if not delete:
+        return
+    field, known = delete.field, message.fields.get(delete.field)
+    yield from faults_where(
+        'record.delete',
+        (not field, 'field', None, 'missing; name the field that says that a record is deleted'),
+        (not delete.values, 'values', None, 'missing; name the values of the field that say so'),
+        (field and len(field.steps) == 1 and message.nulls == 'reject' and 'null' in delete.values, 'values', 'null',
+         'never comes: [message] has nulls = reject'),
+        (field and message.fields and message.unknown_fields == 'reject' and not is_known(field, message), 'field',
+         str(field), 'no such field in [message] [[fields]]'))
+    yield from faults_where(
+        'record',
+        (record.key == '$id', 'key', '$id', 'never the same for two messages: [[delete]] needs a field as key'),
+        (record.key != '$id' and record.write != 'replace', 'write', record.write,
+         '[[delete]] needs replace: the newest message of a key wins'))
+    for word in delete.values if known else ():
+        if word != 'null' and not any(is_accepted_by(known.check, value) for value in readings_of(word)):
+            yield Fault('record.delete', 'values', word, f'never comes: [[fields]] says otherwise of {field}')
 
 
 def readings_of(word: str) -> list[Any]:
@@ -2116,84 +2122,87 @@ def readings_of(word: str) -> list[Any]:
     return [word, literals[word]] if word in literals else [word]
 
 
-def store_faults(config):
+def store_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the faults of the chosen store; the sections of other stores are not checked."""
-    options = config.aerospike
+    options, for_ever = config.aerospike, 'store = sqlite keeps records for ever: leave it'
     if config.store == 'sqlite':
-        if config.record.ttl:
-            yield Fault('record', 'ttl', None, 'store = sqlite keeps records for ever: leave it at default')
-        if config.record.ttl_field:
-            yield Fault('record', 'ttl-field', None, 'store = sqlite keeps records for ever: leave it empty')
+        yield from faults_where('record', (config.record.ttl, 'ttl', None, f'{for_ever} at default'),
+                                (config.record.ttl_field, 'ttl-field', None, f'{for_ever} empty'))
         return
-    for name in ('hosts', 'namespace'):
-        if not getattr(options, name):
-            yield Fault('aerospike', name, None, 'missing (or set store = sqlite, for a first run)')
-    if options.set and len(options.set.encode()) > MAX_SET_NAME:
-        yield Fault('aerospike', 'set', options.set, f'the topic has over {MAX_SET_NAME} bytes: name a set')
+    yield from faults_where('aerospike', *[
+        (not getattr(options, name), name, None, 'missing (or set store = sqlite, for a first run)')
+        for name in ('hosts', 'namespace')], (
+        len((options.set or '').encode()) > MAX_SET_NAME, 'set', options.set,
+        f'the topic has over {MAX_SET_NAME} bytes: name a set'))
     yield from auth_faults(options)
-    if options.tls and not options.tls.ca_file:
-        yield Fault('aerospike.tls', 'ca-file', None, 'missing: the client knows no authorities of its own')
+    yield from faults_where('aerospike.tls', (
+        options.tls and not options.tls.ca_file, 'ca-file', None,
+        'missing: the client knows no authorities of its own'))
 
 
 def auth_faults(options: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields what is wrong between auth-mode, user, password-file and [[tls]] of [aerospike]."""
-    mode, tls = options.auth_mode, options.tls
-    if mode == 'pki' and (options.user or options.password_file):
-        yield Fault('aerospike', 'auth-mode', mode, 'the certificate names the user: neither user nor password-file')
-    elif bool(options.user) != bool(options.password_file):
-        yield Fault('aerospike', 'user', options.user or '', 'user and password-file go together')
-    if mode == 'pki' and not (tls and tls.cert_file):
-        yield Fault('aerospike', 'auth-mode', mode, 'it needs the client certificate: cert-file in [[tls]]')
-    if mode == 'external' and not (options.user and options.password_file):
-        yield Fault('aerospike', 'auth-mode', mode, 'it needs user and password-file')
-    if mode == 'external' and not tls:
-        yield Fault('aerospike', 'auth-mode', mode, 'it needs [[tls]]: the password itself crosses the network')
+    mode, tls, user, password = options.auth_mode, options.tls, options.user, options.password_file
+    named = mode == 'pki' and bool(user or password)
+    yield from faults_where(
+        'aerospike',
+        (named, 'auth-mode', mode, 'the certificate names the user: neither user nor password-file'),
+        (not named and bool(user) != bool(password), 'user', user or '', 'user and password-file go together'),
+        (mode == 'pki' and not (tls and tls.cert_file), 'auth-mode', mode,
+         'it needs the client certificate: cert-file in [[tls]]'),
+        (mode == 'external' and not (user and password), 'auth-mode', mode, 'it needs user and password-file'),
+        (mode == 'external' and not tls, 'auth-mode', mode,
+         'it needs [[tls]]: the password itself crosses the network'))
 
 
-def tls_faults(config):
+def tls_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields a Fault for a key without its certificate, which would never be presented."""
-    for section in ('nsq', 'aerospike') if config.store == 'aerospike' else ('nsq',):
+    for section in connected_sections(config):
         tls = getattr(config, section).tls
-        if tls and tls.key_file and not tls.cert_file:
-            yield Fault(f'{section}.tls', 'key-file', tls.key_file, 'a key without its certificate: name its cert-file')
+        yield from faults_where(f'{section}.tls', (
+            tls and tls.key_file and not tls.cert_file, 'key-file', tls and tls.key_file,
+            'a key without its certificate: name its cert-file'))
 
 
-def environment_faults(config):
+def connected_sections(config: types.SimpleNamespace) -> Sequence[str]:
+    """The sections of what is connected to."""
+    return ('nsq', 'aerospike') if config.store == 'aerospike' else ('nsq',)
+
+
+def environment_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the faults of the files that the configuration names. The daemon repeats this in a thread."""
     yield from path_faults(config)
     yield from unreadable_files(config)
 
 
-def path_faults(config):
+def path_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the faults of the paths that are written to. A device or a FIFO is a fault of the text. A missing
     directory is a fault unless x-msrv creates it, as the store and the lock do."""
     if os.path.exists(config.state_dir) and not os.path.isdir(config.state_dir):
         yield Fault('', 'state-dir', config.state_dir, 'not a directory')
-    if config.store == 'sqlite' and os.path.exists(config.sqlite.path) and not os.path.isfile(config.sqlite.path):
-        yield Fault('sqlite', 'path', config.sqlite.path, 'not a regular file')
-    for section, option, filename in (('dead-letter', 'file', config.dead_letter.file),
-                                      ('metrics', 'textfile', config.metrics.textfile)):
+    made = [('sqlite', 'path', config.sqlite.path)] if config.store == 'sqlite' else []
+    found = [('dead-letter', 'file', config.dead_letter.file), ('metrics', 'textfile', config.metrics.textfile)]
+    for section, option, filename in (*made, *found):
         if filename and os.path.exists(filename):
             if not os.path.isfile(filename):
                 yield Fault(section, option, filename, 'not a regular file')
-        elif filename and not os.path.isdir(os.path.dirname(os.path.realpath(filename))):
+        elif filename and section != 'sqlite' and not os.path.isdir(os.path.dirname(os.path.realpath(filename))):
             yield Fault(section, option, filename, 'its directory is not there', FaultKind.UNAVAILABLE)
 
 
-def unreadable_files(config):
+def unreadable_files(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the secrets and certificates that can't be read."""
-    sections = {'nsq': config.nsq, **({'aerospike': config.aerospike} if config.store == 'aerospike' else {})}
-    for name, options in sections.items():
-        secret = 'auth-secret-file' if name == 'nsq' else 'password-file'
-        files = [(name, secret, getattr(options, secret.replace('-', '_')))]
+    for name in connected_sections(config):
+        options, secret = getattr(config, name), 'auth-secret-file' if name == 'nsq' else 'password-file'
+        files = [(name, secret, options)]
         if options.tls:
-            files += [(f'{name}.tls', option, getattr(options.tls, option.replace('-', '_')))
-                      for option in ('ca-file', 'cert-file', 'key-file')]
-        faults = [fault for file in files for fault in secret_file_faults(*file)]
+            files += [(f'{name}.tls', option, options.tls) for option in ('ca-file', 'cert-file', 'key-file')]
+        faults = [fault for section, option, node in files
+                  for fault in secret_file_faults(section, option, getattr(node, option.replace('-', '_')))]
         yield from faults or certificate_faults(name, options.tls)
 
 
-def secret_file_faults(section, option, filename):
+def secret_file_faults(section: str, option: str, filename: str | None) -> Iterator[Fault]:
     """Yields a Fault for a file that can't be read, or is empty."""
     try:
         if filename and not open_secret(filename):
@@ -2203,7 +2212,7 @@ def secret_file_faults(section, option, filename):
         yield Fault(section, option, filename, rule, FaultKind.UNAVAILABLE)
 
 
-def certificate_faults(section, tls):
+def certificate_faults(section: str, tls: types.SimpleNamespace | None) -> Iterator[Fault]:
     """Yields a Fault for certificates that do not load, or do not match."""
     try:
         if tls:
@@ -2212,7 +2221,7 @@ def certificate_faults(section, tls):
         yield Fault(section, 'tls', None, f'the certificates do not load: {error}', FaultKind.UNAVAILABLE)
 
 
-def address_faults(listen):
+def address_faults(listen: tuple[str, int] | None) -> Iterator[Fault]:
     """Yields a Fault for an address of `listen` that this host does not have. A port in use is no fault: a running
     daemon with the same configuration has it."""
     if not listen:
@@ -2222,16 +2231,16 @@ def address_faults(listen):
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind(found)
     except OSError as error:
-        yield Fault('metrics', 'listen', format_address(listen), error.strerror, FaultKind.UNAVAILABLE)
+        yield Fault('metrics', 'listen', format_address(listen), error.strerror or str(error), FaultKind.UNAVAILABLE)
 
 
-def open_secret(filename):
+def open_secret(filename: str) -> bytes:
     """The bytes of a secret's file, without the line end that editors add."""
     with open(open_regular(filename, os.O_RDONLY), 'rb') as file:
         return file.read(1 << 20).strip()
 
 
-def tls_context(tls):
+def tls_context(tls: types.SimpleNamespace) -> ssl.SSLContext:
     """The ssl context for the options of a [[tls]] section: host names verified, TLS 1.2 or newer."""
     context = ssl.create_default_context(cafile=tls.ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -2240,31 +2249,31 @@ def tls_context(tls):
     return context
 
 
-def no_passphrase():
+def no_passphrase() -> NoReturn:
     """Instead of OpenSSL's question on the terminal."""
     raise ValueError('the key is encrypted: x-msrv cannot ask for its passphrase')
 
 
-def cross_warnings(config):
+def cross_warnings(config: types.SimpleNamespace) -> Iterator[str]:
     """Yields what is no fault, but seldom meant."""
-    if config.nsq.channel.endswith('#ephemeral') or (config.nsq.topic or '').endswith('#ephemeral'):
+    nsq_, cluster = config.nsq, config.aerospike if config.store == 'aerospike' else None
+    local = nsq_.nsqd_tcp_address and not any(port for _, port in nsq_.nsqd_tcp_address)   # unix sockets
+    if any((name or '').endswith('#ephemeral') for name in (nsq_.channel, nsq_.topic)):
         yield '[nsq] an #ephemeral topic or channel: what is published between runs is lost'
-    local = config.nsq.nsqd_tcp_address and not any(port for _, port in config.nsq.nsqd_tcp_address)   # unix sockets
-    if config.nsq.auth_secret_file and not config.nsq.tls and not local:
+    if nsq_.auth_secret_file and not nsq_.tls and not local:
         yield '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'
-    if config.store == 'aerospike' and config.aerospike.user and not config.aerospike.tls:
+    if cluster and cluster.user and not cluster.tls:
         yield '[aerospike] user without [[tls]]: what proves the password crosses the network in the clear'
-    writers, connections = config.aerospike.writers, config.aerospike.max_connections
-    if config.store == 'aerospike' and writers > connections:
-        yield (f'[aerospike] writers = {writers}: max-connections = {connections} to each node, so calls beyond that '
-               'fail and are tried again')
+    if cluster and cluster.writers > cluster.max_connections:
+        yield (f'[aerospike] writers = {cluster.writers}: max-connections = {cluster.max_connections} to each node, so '
+               'calls beyond that fail and are tried again')
     if config.dead_letter.discard:
         yield '[dead-letter] discard = yes: what can never become a record is thrown away'
     if os.path.exists(UNIT_FILE):
         yield from sandbox_warnings(config)
 
 
-def sandbox_warnings(config):
+def sandbox_warnings(config: types.SimpleNamespace) -> Iterator[str]:
     """Yields a warning for each path that the packaged units may not write to."""
     paths = {'state-dir': config.state_dir, '[dead-letter] file': config.dead_letter.file,
              '[metrics] textfile': config.metrics.textfile}
@@ -2278,28 +2287,18 @@ def sandbox_warnings(config):
                    f'x-msrv (or x-msrv-daemon), with [Service] and ReadWritePaths={directory}')
 
 
-def sample_config():
-    """The full sample file: every option at its default, its help above it."""
+def sample_config() -> str:
+    """The full sample file: every option at its default, its help above it; what turns something on is a remark."""
     lines, section = ['# x-msrv: every option at its default.'], ''
     for option in OPTIONS:
         if option.section != section:
             section = option.section
-            lines += ['', *sample_section(section)]
+            outer, _, inner = section.partition('.')
+            lines += ['', *([f'# [[{inner}]] {SUBSECTIONS[section]}.', f'# [[{inner}]]'] if inner else [f'[{outer}]'])]
         lines += ['', *textwrap.wrap(option.help, 110, initial_indent='# ', subsequent_indent='# ')]
-        lines.append(sample_line(option))
+        line = f'[[{option.name}]]' if option.is_free else f'{option.name} = {option.default}'.rstrip()
+        lines.append(f'# {line}' if option.is_free or section in SUBSECTIONS else line)
     return '\n'.join(lines) + '\n'
-
-
-def sample_line(option):
-    """The line of one option in the sample; a line that would enable a feature is commented out."""
-    line = f'[[{option.name}]]' if option.default is None else f'{option.name} = {option.default}'
-    return ('# ' if option.default is None or option.section in SUBSECTIONS else '') + line.rstrip()
-
-
-def sample_section(section):
-    """The lines that open a section in the sample."""
-    outer, _, inner = section.partition('.')
-    return [f'# [[{inner}]] {SUBSECTIONS[section]}.', f'# [[{inner}]]'] if inner else [f'[{outer}]']
 
 
 class PrintedConfig(configobj.ConfigObj):   # type: ignore[misc]  # it has no hints
@@ -2315,31 +2314,34 @@ class PrintedConfig(configobj.ConfigObj):   # type: ignore[misc]  # it has no hi
         return str(self._get_single_quote(value)) % value if quoted == value and re.search(cut, quoted) else quoted
 
 
-def dump_config(raw: dict[str, Any], settings: Sequence[Setting] | None = None) -> str:
+def dump_config(raw: Sections, settings: Sequence[Setting] | None = None) -> str:
     """Raw sections with the defaults filled in, as the text of a file; a secret is only ever named by its file. With
     the settings that were laid over the file, a remark above each value that is not the default: where it comes from.
 
     Raises ConfigError for a value that --set or the environment can say and no file.
     """
     printed = PrintedConfig()
-    for section, options in itertools.groupby(OPTIONS, key=lambda option: option.section):
-        node: dict[str, Any] | None = raw
-        target = printed
-        for part in filter(None, section.split('.')):
+    for option in OPTIONS:
+        node: Sections | None = raw
+        for part in option.path[:-1]:
             node = (node or {}).get(part)
-        if node is None and section in SUBSECTIONS:
+        if node is None and option.section in SUBSECTIONS:
             continue
-        for part in filter(None, section.split('.')):
-            outer, target = target, target.setdefault(part, {})
-            outer.comments[part] = ['']   # a blank line above
-        for option in options:
-            value = (node or {}).get(option.name, option.default)
-            if value is not None:
-                target[option.name] = value
-                if settings is not None and value != option.default:
-                    remark_origin(target, option, settings)
+        target = functools.reduce(add_section, option.path[:-1], printed)
+        value = (node or {}).get(option.name, option.default)
+        if value is not None:
+            target[option.name] = value
+            if settings is not None and value != option.default:
+                remark_origin(target, option, settings)
     printed.walk(require_quotable)
     return '\n'.join(line.rstrip() for line in printed.write()) + '\n'
+
+
+def add_section(outer: configobj.Section, name: str) -> configobj.Section:
+    """The section of a name inside another one, with a blank line above it."""
+    inner = outer.setdefault(name, {})
+    outer.comments[name] = ['']
+    return inner
 
 
 def require_quotable(section: configobj.Section, name: str) -> None:
@@ -2353,20 +2355,17 @@ def require_quotable(section: configobj.Section, name: str) -> None:
         raise ConfigError(f'--set or environment: {fault}') from None
 
 
-def remark_origin(target: configobj.Section, option: 'Option', settings: Sequence[Setting]) -> None:
+def remark_origin(target: configobj.Section, option: Option, settings: Sequence[Setting]) -> None:
     """Puts above the value of an option, or above each line of a free subsection, where it comes from."""
-    path = *filter(None, option.section.split('.')), option.name
-    lines = [(target, option.name, path)]
-    if option.default is None:
-        inner = target[option.name]
-        lines = [(inner, name, (*path, name)) for name in inner]
     origins = {setting.path: setting.variable and f'the environment: {setting.variable}' or '--set'
                for setting in settings}
-    for section, name, where in lines:
-        section.comments[name] = [f'# from {origins.get(where, "the file")}']
+    section, names, path = (target[option.name], target[option.name], option.path) if option.is_free else (
+        target, [option.name], option.path[:-1])
+    for name in names:
+        section.comments[name] = [f'# from {origins.get((*path, name), "the file")}']
 
 
-def is_ip_literal(host):
+def is_ip_literal(host: str) -> bool:
     """True for an IP address, which needs no resolver."""
     try:
         return bool(ipaddress.ip_address(host))
@@ -2374,7 +2373,7 @@ def is_ip_literal(host):
         return False
 
 
-def format_address(address):
+def format_address(address: tuple[str, int]) -> str:
     """(host, port) as text, IPv6 in brackets; of a unix socket its path."""
     host, port = address
     if host.startswith('/'):
@@ -2382,14 +2381,14 @@ def format_address(address):
     return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
 
 
-def load_config(arguments):
+def load_config(arguments: argparse.Namespace) -> tuple[Sections, types.SimpleNamespace, list[Fault]]:
     """The configuration of the command line as (raw sections, config, faults): see validated_config(). Raises
     ConfigError, Unavailable."""
     raw = read_file(arguments.config, read_overrides(arguments))
     return raw, *validated_config(arguments, raw)
 
 
-def validated_config(arguments, raw):
+def validated_config(arguments: argparse.Namespace, raw: Sections) -> tuple[types.SimpleNamespace, list[Fault]]:
     """Raw sections as (config, faults), where all faults are FaultKind.UNAVAILABLE and of what the command uses.
     Raises ConfigError with a line for each fault, of whatever kind, when the text has any."""
     config, faults, warnings = build_config(raw)
@@ -2404,21 +2403,21 @@ def validated_config(arguments, raw):
     return config, [fault for fault in faults if is_fault_of_command(arguments, fault)]
 
 
-def is_fault_of_command(arguments, fault):
+def is_fault_of_command(arguments: argparse.Namespace, fault: Fault) -> bool:
     """True when a command uses the option of a fault."""
     if arguments.command in ('config', 'completion') or getattr(arguments, 'message', None) is not None:
         return False
     return fault.option != 'textfile' or arguments.command in ('once', 'check')   # only `once` writes it
 
 
-def format_faults(arguments, faults):
+def format_faults(arguments: argparse.Namespace, faults: Iterable[Fault]) -> str:
     """Faults for the operator, a line each, with the file or the variable of the environment."""
     variables = {setting.path: setting.variable for setting in read_overrides(arguments)}
     named = [fault._replace(variable=fault.variable or variables.get(fault.path, '')) for fault in faults]
     return '\n'.join(str(fault) if fault.variable else f'{arguments.config}: {fault}' for fault in named)
 
 
-def set_up_configured_log(config, arguments):
+def set_up_configured_log(config: types.SimpleNamespace, arguments: argparse.Namespace) -> None:
     """Sets up the log by the configuration."""
     set_up_log(arguments, config.log_format, topic=config.nsq.topic, channel=config.nsq.channel)
 
@@ -7569,7 +7568,8 @@ class Daemon:
                 self.close_listener()
                 self.listener = site
         except OSError as error:
-            self.record_wait('listen', [Fault('metrics', 'listen', format_address(address), error.strerror)])
+            self.record_wait('listen', [Fault('metrics', 'listen', address and format_address(address),
+                                              error.strerror or str(error))])
         else:
             self.record_wait('listen', ())
 

@@ -25,10 +25,11 @@ from xmsrv import (
     AerospikeStore,
     Record,
     StoreError,
+    build_config,
     check_version,
     connect_reason,
     newest_wins_filter,
-    read_config,
+    read_file,
     to_milliseconds,
     write_obstacles,
 )
@@ -43,7 +44,7 @@ def opened(program):
         def make(cluster, connected=True, more=(), **record):
             settings = cluster.settings(**dict(more))
             program.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'}, record=record, **settings)
-            config, faults, _ = read_config(str(program.path))
+            config, faults, _ = build_config(read_file(str(program.path)))
             assert not faults
             store = AerospikeStore(config)
             stack.callback(store.close)

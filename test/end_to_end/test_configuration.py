@@ -36,7 +36,6 @@ from xmsrv import (
     parse_secret_path,
     parse_size,
     unknown_variables,
-    variable_of,
     variable_path,
 )
 
@@ -120,6 +119,8 @@ def test_all_faults_are_reported_at_once(faults):
     # a section for an option and the other way round
     (TOP + 'nsq = 5\n[message]\n', 'nsq = 5: a section, not an option'),
     (VALID + '[message]\nfields = x\n', '[message] fields = x: a section, not an option'),
+    (VALID + '[message]\nfields = x # y\n', '[message] fields = x: a section, not an option'),
+    (VALID + '[record]\nbins = a, b # y\n', '[record] bins = a, b: a section, not an option'),
     (VALID + '[[msg-timeout]]\na = 1\n', '[nsq] msg-timeout: an option, not a section'),
     (VALID + '[[lookupd-http-address]]\nlocalhost:4161 = 1\n', '[nsq] lookupd-http-address: an option, not a section'),
     (VALID + '[message]\n[[fields]]\n[[[a]]]\ninteger = 1\n', '[message] [[fields]] a: an option, not a section'),
@@ -816,7 +817,7 @@ def test_a_value_of_the_environment_that_is_none_is_a_fault(program, variable, v
 
 @pytest.mark.parametrize('option', OPTIONS, ids=lambda option: f'{option.section}.{option.name}')
 def test_each_option_has_a_variable_of_its_own(option):
-    variable = variable_of(option)
+    variable = option.variable
     assert re.fullmatch('XMSRV__[A-Z_]*[A-Z](__)?', variable)
     free = ('a.b_C',) if option.default is None else ()
     found, = environment_settings({variable + ''.join(free): 'x', 'HOME': '/'})

@@ -15,7 +15,7 @@ import clusters
 import servers
 from aerospike_server import ENTERPRISE
 from servers import wait_until
-from xmsrv import DELETED, STALE, STORED, STORES, Deletion, Record, StoreError, read_config
+from xmsrv import DELETED, STALE, STORED, STORES, Deletion, Record, StoreError, build_config, read_file
 
 TOPIC, CHANNEL = 'orders', 'x-msrv'
 KEEP = 7 * 86400
@@ -64,7 +64,7 @@ def opened(program):
         def make(place, mode='tombstone', **more):
             program.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'}, record=record_options(mode, **more),
                               **place.settings())
-            config, faults, _ = read_config(str(program.path))
+            config, faults, _ = build_config(read_file(str(program.path)))
             assert not faults
             store = STORES[config.store](config)
             store.open()

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from xmsrv import MAX_BINS, InvalidMessage, Mapper, Message, decode_message, decode_with_path, rdy_shares, read_config
+from xmsrv import (
+    MAX_BINS,
+    InvalidMessage,
+    Mapper,
+    Message,
+    build_config,
+    decode_message,
+    decode_with_path,
+    rdy_shares,
+    read_file,
+)
 
 TIMESTAMP = 1_700_000_000_000_000_000
 
@@ -239,7 +249,7 @@ def record(program):
     """A function: record(body, message={...}, record={...}) is the Record that the configuration makes of `body`."""
     def make(body, **sections):
         program.configure(**{'nsq': {'nsqd-tcp-address': '127.0.0.1:4150'}, **sections})
-        config, faults, _ = read_config(str(program.path))
+        config, faults, _ = build_config(read_file(str(program.path)))
         assert not faults
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         return Mapper(config).build_record(Message(None, b'0123456789abcdef', TIMESTAMP, 1, body))
@@ -378,7 +388,7 @@ def test_fields_that_are_dropped_are_no_bins(record):
 def test_a_good_message_does_not_let_the_next_one_through(program):
     """Names that were found good are remembered; names that were not are looked at each time."""
     program.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'})
-    mapper = Mapper(read_config(str(program.path))[0])
+    mapper = Mapper(build_config(read_file(str(program.path)))[0])
     for _ in range(2):
         mapper.build_record(Message(None, b'0' * 16, 1, 1, b'{"a": 1}'))
         for body in (b'{"a": 1, "gid": 1}', b'{"a": 1, "a_name_of_17_byte": 1}'):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import roundtrip
 import servers
-from xmsrv import DUPLICATE, MAX_BINS, STALE, STORED, Record, SqliteStore, StoreError, read_config
+from xmsrv import DUPLICATE, MAX_BINS, STALE, STORED, Record, SqliteStore, StoreError, build_config, read_file
 
 BY_ID = {'key': 'id'}
 
@@ -22,7 +22,7 @@ def opened(program):
     with contextlib.ExitStack() as stack:
         def make(**record):
             program.configure(nsq={'nsqd-tcp-address': '127.0.0.1:4150'}, record=record)
-            config, faults, _ = read_config(str(program.path))
+            config, faults, _ = build_config(read_file(str(program.path)))
             assert not faults
             store = SqliteStore(config)
             stack.callback(store.close)

@@ -35,7 +35,7 @@ FLAGS = {
 }
 
 # Sections in which a function may still have no hints; mypy.ini loosens what it has to for them. None is added.
-UNTYPED = {'options and configuration', 'stores'}
+UNTYPED = {'stores'}
 
 
 def defined_names():
