@@ -969,7 +969,7 @@ def read_textfile(filename: str) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# options and configuration
+# values of options: validators
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_FILE = '/etc/x-msrv/x-msrv.conf'
@@ -1096,22 +1096,16 @@ def parse_dead_letter_topic(value: Any) -> Any:
     return value if value == '$topic.dead' else parse_topic(value)
 
 
-def parse_ttl(value: Any, words: str = 'default, never') -> int:
-    """`default` as 0, `never` as TTL_NEVER, a duration as whole seconds: what the Aerospike client takes for them.
-    words: those that an error names."""
-    if value in ('default', 'never'):
-        return 0 if value == 'default' else TTL_NEVER
-    seconds = parse_quantity(value, TIME_UNITS, f'{words} or a duration such as 1h, 30d')
-    if not 1 <= seconds <= MAX_TTL or seconds % 1:
-        raise ValueError('a whole number of seconds, from 1s to 3650d')
-    return int(seconds)
-
-
-def time_to_keep(value: Any) -> int:
-    """`never` as TTL_NEVER, or a duration as whole seconds."""
-    if value == 'default':
-        raise ValueError('never, or a duration such as 1h, 30d')
-    return parse_ttl(value, 'never')
+def ttl_parser(**words: int) -> Validator:
+    """A validator of a word, or of a duration as whole seconds: what the Aerospike client takes for them."""
+    def check_ttl(value: Any) -> int:
+        if single_value(value) in words:
+            return words[value]
+        seconds = parse_quantity(value, TIME_UNITS, f'{", ".join(words)} or a duration such as 1h, 30d')
+        if not 1 <= seconds <= MAX_TTL or seconds % 1:
+            raise ValueError('a whole number of seconds, from 1s to 3650d')
+        return int(seconds)
+    return check_ttl
 
 
 def parse_address(value: Any) -> tuple[str, int]:
@@ -1127,6 +1121,28 @@ def parse_address(value: Any) -> tuple[str, int]:
     except UnicodeError:
         raise ValueError('not a host name: a part of it is empty or over 63 characters') from None
     return match[2], int(match[3])
+
+
+def is_accepted_by(check: Validator, value: Any) -> bool:
+    """True when a validator accepts a value."""
+    try:
+        check(value)
+    except (ValueError, vol.Invalid):
+        return False
+    return True
+
+
+def is_ip_literal(host: str) -> bool:
+    """True for an IP address, which needs no resolver."""
+    return is_accepted_by(ipaddress.ip_address, host)
+
+
+def format_address(address: tuple[str, int]) -> str:
+    """(host, port) as text, IPv6 in brackets; of a unix socket its path."""
+    host, port = address
+    if host.startswith('/'):
+        return host
+    return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
 
 
 def nsqd_address(value: Any) -> tuple[str, int]:
@@ -1201,6 +1217,10 @@ def as_invalid(check: Validator) -> Validator:
             raise vol.Invalid(str(error)) from None
     return check_value
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fields of a message: paths, types and rules
+# ---------------------------------------------------------------------------------------------------------------------
 
 def join_path(where: str, step: str | int) -> str:
     """The path of a member or element: `ext[0].n`; names that are no plain, short words are quoted, in ASCII."""
@@ -1353,32 +1373,24 @@ class ValueRule(NamedTuple):
     argument: Any = None
 
 
-def raise_unless(accepts: Validator, fault: str) -> Validator:
-    """A validator: raises vol.Invalid for a value that is not accepted."""
-    def check(value: Any) -> Any:
-        if not accepts(value):
-            raise vol.Invalid(fault)
-        return value
-    return check
-
-
 def with_article(kind: str) -> str:
     """`a string`, `an integer`, `base64`."""
     return ARTICLES.get(kind, 'a ') + kind
 
 
-def type_validator(kind: str) -> Validator:
-    """A validator: the value is of the JSON type `kind`; nothing is converted."""
-    return raise_unless(TYPE_CHECKS[kind], f'not {with_article(kind)}')
+def type_rule(kind: str) -> ValueRule:
+    """The rule that a value is of the JSON type `kind`; nothing is converted."""
+    return ValueRule(kind, TYPE_CHECKS[kind], f'not {with_article(kind)}')
 
 
-def all_of(checks: Sequence[Validator]) -> Validator:
-    """A validator: the first of `checks` that does not take the value says why."""
+def check_all(rules: Sequence[ValueRule]) -> Validator:
+    """A validator: the first of `rules` that does not accept the value says why."""
     def check(value: Any) -> Any:
-        for each in checks:
-            each(value)
+        for rule in rules:
+            if not rule.accepts(value):
+                raise vol.Invalid(rule.fault)
         return value
-    return checks[0] if len(checks) == 1 else check
+    return check
 
 
 def parse_scalar(rule: str, word: str, kind: str) -> Any:
@@ -1446,8 +1458,7 @@ def parse_field(value: Any) -> FieldRule:
                              + comma_hint(before, text))
     rules = [parse_rule(text, kind) for text in texts if text != 'required']
     require_possible(kind, rules)
-    checks = [type_validator(kind), *(raise_unless(rule.accepts, rule.fault) for rule in rules)]
-    return FieldRule(kind, all_of(checks), 'required' in texts)
+    return FieldRule(kind, check_all([type_rule(kind), *rules]), 'required' in texts)
 
 
 def comma_hint(before: str, rest: str) -> str:
@@ -1482,6 +1493,15 @@ def require_possible(kind: str, rules: Sequence[ValueRule]) -> None:
                     raise ValueError(f'one-of {word}: never, for {rule.text}')
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# options and configuration: the table of options, and what a file, the environment and --set say
+# ---------------------------------------------------------------------------------------------------------------------
+
+def place_of(section: str, name: str) -> tuple[str, ...]:
+    """Sections and name, `nsq.tls` and `ca-file` as ('nsq', 'tls', 'ca-file')."""
+    return *filter(None, section.split('.')), name
+
+
 class Option(NamedTuple):
     """An option, or with a default of None a free subsection, which is only there when the file has it."""
 
@@ -1494,12 +1514,17 @@ class Option(NamedTuple):
     @property
     def path(self) -> tuple[str, ...]:
         """Sections and name."""
-        return *filter(None, self.section.split('.')), self.name
+        return place_of(self.section, self.name)
 
     @property
     def is_free(self) -> bool:
         """Whether it is a subsection of names that a user chooses."""
         return self.default is None
+
+    @property
+    def dotted(self) -> str:
+        """What --set calls it, nsq.tls.ca-file; for a free subsection the beginning, message.fields."""
+        return '.'.join(self.path) + '.' * self.is_free
 
     @property
     def variable(self) -> str:
@@ -1559,7 +1584,7 @@ OPTIONS = (
            'That time: when it was published (ns), or the PATH of an integer field.'),
     Option('record', 'write', 'replace', one_of('replace', 'create', 'update'),
            'replace: the newest wins; create: the first wins; update: bins are merged (with $id only).'),
-    Option('record', 'ttl', 'default', parse_ttl,
+    Option('record', 'ttl', 'default', ttl_parser(default=0, never=TTL_NEVER),
            'How long a record stays after its last write: default, as the namespace has it; never, for ever; or a '
            'duration of whole seconds, up to 3650d.'),
     Option('record', 'ttl-field', '', optional_value(Path.parse),
@@ -1578,7 +1603,7 @@ OPTIONS = (
     Option('record.delete', 'mode', 'tombstone', one_of('tombstone', 'remove'),
            'tombstone: key and time stay, so that an older message that comes late changes nothing; remove: nothing '
            'stays.'),
-    Option('record.delete', 'keep', '7d', time_to_keep,
+    Option('record.delete', 'keep', '7d', ttl_parser(never=TTL_NEVER),
            'How long a tombstone stays: longer than any message can be late.'),
     Option('aerospike', 'hosts', '', list_of(parse_address),
            'Seed nodes, host:port, separated by commas. Must be set.'),
@@ -1660,7 +1685,7 @@ class Fault(NamedTuple):
     @property
     def path(self) -> tuple[str, ...]:
         """Sections and option, as a Setting has them."""
-        return *filter(None, self.section.split('.')), self.option
+        return place_of(self.section, self.option)
 
 
 Sections = dict[str, Any]   # of a file, raw or typed: sections are dicts, too
@@ -1768,20 +1793,11 @@ def unquoted_comments(text: str, section: configobj.Section, name: str) -> Itera
 
 def may_contain_hash(section: str, name: str, value: str) -> bool:
     """True when an option accepts a value that continues with a #."""
-    option = OPTIONS_BY_PATH.get((*filter(None, section.split('.')), name))
+    option = OPTIONS_BY_PATH.get(place_of(section, name))
     if option:
         return any(is_accepted_by(option.check, value + more) for more in ('#', '#ephemeral'))
     around = OPTIONS_BY_PATH.get(tuple(section.split('.')))
     return around is not None and around.is_free
-
-
-def is_accepted_by(check: Validator, value: Any) -> bool:
-    """True when a validator accepts a value."""
-    try:
-        check(value)
-    except (ValueError, vol.Invalid):
-        return False
-    return True
 
 
 class Setting(NamedTuple):
@@ -1797,21 +1813,27 @@ class Setting(NamedTuple):
 def command_line_setting(text: str) -> Setting:
     """`SECTION.OPTION=VALUE`, what follows --set. Raises ConfigError."""
     name, _, value = text.partition('=')
-    path = tuple(split_name(name.strip())) if '=' in text else ('',)
-    if not path[-1]:
+    path = option_path(name.strip(), lambda option: option.dotted) or tuple(name.strip().split('.'))
+    if '=' not in text or not path[-1]:
         raise ConfigError(f'--set {text}: not SECTION.OPTION=VALUE')
     return Setting(path, value, f'--set {text}')
 
 
-def variable_path(variable: str) -> tuple[str, ...]:
-    """The path of the option that a variable sets; empty where there is none."""
+def option_path(name: str, spelling: Callable[[Option], str]) -> tuple[str, ...]:
+    """The path of the option that is spelled so; empty where there is none. What follows the name of a free subsection
+    is the path of a field, whose dots are its own."""
     for option in OPTIONS:
-        name = variable.removeprefix(option.variable)
-        if option.is_free and name not in ('', variable):
-            return *option.path, name
-        if not option.is_free and not name:
-            return option.path
+        inner = name.removeprefix(spelling(option))
+        if option.is_free and inner not in ('', name):
+            return *option.path, inner
+        if name == spelling(option):
+            return () if option.is_free else option.path
     return ()
+
+
+def variable_path(variable: str) -> tuple[str, ...]:
+    """The path of the option that a variable of the environment sets; empty where there is none."""
+    return option_path(variable, lambda option: option.variable)
 
 
 def environment_settings(environment: Mapping[str, str]) -> list[Setting]:
@@ -1856,15 +1878,6 @@ def apply_setting(raw: Sections, setting: Setting) -> None:
         read = None
     if not read or read.inline_comments['value']:   # a # would cut it short
         raise ConfigError(f'{setting.shown}: the value cannot be read; quote the value')
-
-
-def split_name(name: str) -> list[str]:
-    """`SECTION.OPTION` as its parts. What follows the name of a free subsection is a path, whose dots are its own."""
-    for option in OPTIONS:
-        inner = name.removeprefix('.'.join(option.path) + '.')
-        if option.is_free and inner != name:
-            return [*option.path, inner]
-    return name.split('.')
 
 
 def validate_sections(raw: Sections) -> tuple[Sections, list[Fault]]:
@@ -1917,39 +1930,9 @@ def to_namespace(sections: Sections) -> types.SimpleNamespace:
         for name, value in sections.items()})
 
 
-def build_config(raw: Sections) -> tuple[types.SimpleNamespace, list[Fault], list[str]]:
-    """Raw sections as (config, faults, warnings).
-
-    `config` has a value for each option, the derived ones filled in; with faults it is fit for no run.
-    """
-    sections, faults = validate_sections(copy.deepcopy(raw))
-    at_fault = {(fault.section, fault.option) for fault in faults}
-    if ('nsq', 'lookupd-http-address') in at_fault:
-        at_fault.add(('nsq', 'nsqd-tcp-address'))   # the one fault that stands for either
-    config = to_namespace(sections)
-    config.nsq.tls = getattr(config.nsq, 'tls', None)
-    config.aerospike.tls = getattr(config.aerospike, 'tls', None)
-    config.message.fields = getattr(config.message, 'fields', {})
-    config.record.bins = getattr(config.record, 'bins', {})
-    config.record.delete = getattr(config.record, 'delete', None)
-    derive_options(config)
-    faults += [fault for fault in cross_faults(config)
-               if not at_fault & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
-    return config, faults, list(cross_warnings(config))
-
-
-def derive_options(config: types.SimpleNamespace) -> None:
-    """Sets the options that depend on other options."""
-    record, dead = config.record, config.dead_letter
-    config.sqlite.path = os.path.join(config.state_dir, config.sqlite.path)
-    config.sqlite.set = config.sqlite.set or config.nsq.topic
-    config.endless = not config.period and not config.nsq.max_messages   # the daemon's one window
-    config.aerospike.set = config.aerospike.set or config.nsq.topic
-    if record.key == '$id' or record.write != 'replace':
-        record.time_bin = None   # it serves newest-wins alone
-    if dead.topic == '$topic.dead':
-        dead.topic = None if dead.discard else f'{config.nsq.topic or ""}'.removesuffix('#ephemeral') + '.dead'
-
+# ---------------------------------------------------------------------------------------------------------------------
+# faults of the configuration: what only shows between options, and in the files that they name
+# ---------------------------------------------------------------------------------------------------------------------
 
 def faults_where(section: str, *lines: tuple[Any, str, Any, str]) -> Iterator[Fault]:
     """Yields a Fault for each line that begins with something true; then come its option, value and rule."""
@@ -2159,9 +2142,8 @@ def tls_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields a Fault for a key without its certificate, which would never be presented."""
     for section in connected_sections(config):
         tls = getattr(config, section).tls
-        yield from faults_where(f'{section}.tls', (
-            tls and tls.key_file and not tls.cert_file, 'key-file', tls and tls.key_file,
-            'a key without its certificate: name its cert-file'))
+        if tls and tls.key_file and not tls.cert_file:
+            yield Fault(f'{section}.tls', 'key-file', tls.key_file, 'a key without its certificate: name its cert-file')
 
 
 def connected_sections(config: types.SimpleNamespace) -> Sequence[str]:
@@ -2287,6 +2269,66 @@ def sandbox_warnings(config: types.SimpleNamespace) -> Iterator[str]:
                    f'x-msrv (or x-msrv-daemon), with [Service] and ReadWritePaths={directory}')
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# effective configuration: all of it together, read and printed
+# ---------------------------------------------------------------------------------------------------------------------
+
+def build_config(raw: Sections) -> tuple[types.SimpleNamespace, list[Fault], list[str]]:
+    """Raw sections as (config, faults, warnings).
+
+    `config` has a value for each option, the derived ones filled in; with faults it is fit for no run.
+    """
+    sections, faults = validate_sections(copy.deepcopy(raw))
+    at_fault = {(fault.section, fault.option) for fault in faults}
+    if ('nsq', 'lookupd-http-address') in at_fault:
+        at_fault.add(('nsq', 'nsqd-tcp-address'))   # the one fault that stands for either
+    config = to_namespace(sections)
+    config.nsq.tls = getattr(config.nsq, 'tls', None)
+    config.aerospike.tls = getattr(config.aerospike, 'tls', None)
+    config.message.fields = getattr(config.message, 'fields', {})
+    config.record.bins = getattr(config.record, 'bins', {})
+    config.record.delete = getattr(config.record, 'delete', None)
+    derive_options(config)
+    faults += [fault for fault in cross_faults(config)
+               if not at_fault & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
+    return config, faults, list(cross_warnings(config))
+
+
+def derive_options(config: types.SimpleNamespace) -> None:
+    """Sets the options that depend on other options."""
+    record, dead = config.record, config.dead_letter
+    config.sqlite.path = os.path.join(config.state_dir, config.sqlite.path)
+    config.sqlite.set = config.sqlite.set or config.nsq.topic
+    config.endless = not config.period and not config.nsq.max_messages   # the daemon's one window
+    config.aerospike.set = config.aerospike.set or config.nsq.topic
+    if record.key == '$id' or record.write != 'replace':
+        record.time_bin = None   # it serves newest-wins alone
+    if dead.topic == '$topic.dead':
+        dead.topic = None if dead.discard else f'{config.nsq.topic or ""}'.removesuffix('#ephemeral') + '.dead'
+
+
+def load_config(arguments: argparse.Namespace) -> tuple[Sections, types.SimpleNamespace, list[Fault]]:
+    """The configuration of the command line as (raw sections, config, faults): see validated_config(). Raises
+    ConfigError, Unavailable."""
+    raw = read_file(arguments.config, read_overrides(arguments))
+    return raw, *validated_config(arguments, raw)
+
+
+def validated_config(arguments: argparse.Namespace, raw: Sections) -> tuple[types.SimpleNamespace, list[Fault]]:
+    """Raw sections as (config, faults), where all faults are FaultKind.UNAVAILABLE and of what the command uses.
+    Raises ConfigError with a line for each fault, of whatever kind, when the text has any."""
+    config, faults, warnings = build_config(raw)
+    faults = unknown_variables(os.environ) + faults
+    if any(fault.kind is FaultKind.TEXT for fault in faults):
+        raise ConfigError(format_faults(arguments, faults))
+    if arguments.command == 'check':
+        set_up_configured_log(config, arguments)
+        for warning in warnings:
+            log.warning('%s: %s', arguments.config, warning)
+        faults += address_faults(config.metrics.listen)
+    return config, [fault for fault in faults if is_fault_of_command(arguments, fault)]
+
+
 def sample_config() -> str:
     """The full sample file: every option at its default, its help above it; what turns something on is a remark."""
     lines, section = ['# x-msrv: every option at its default.'], ''
@@ -2363,44 +2405,6 @@ def remark_origin(target: configobj.Section, option: Option, settings: Sequence[
         target, [option.name], option.path[:-1])
     for name in names:
         section.comments[name] = [f'# from {origins.get((*path, name), "the file")}']
-
-
-def is_ip_literal(host: str) -> bool:
-    """True for an IP address, which needs no resolver."""
-    try:
-        return bool(ipaddress.ip_address(host))
-    except ValueError:
-        return False
-
-
-def format_address(address: tuple[str, int]) -> str:
-    """(host, port) as text, IPv6 in brackets; of a unix socket its path."""
-    host, port = address
-    if host.startswith('/'):
-        return host
-    return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
-
-
-def load_config(arguments: argparse.Namespace) -> tuple[Sections, types.SimpleNamespace, list[Fault]]:
-    """The configuration of the command line as (raw sections, config, faults): see validated_config(). Raises
-    ConfigError, Unavailable."""
-    raw = read_file(arguments.config, read_overrides(arguments))
-    return raw, *validated_config(arguments, raw)
-
-
-def validated_config(arguments: argparse.Namespace, raw: Sections) -> tuple[types.SimpleNamespace, list[Fault]]:
-    """Raw sections as (config, faults), where all faults are FaultKind.UNAVAILABLE and of what the command uses.
-    Raises ConfigError with a line for each fault, of whatever kind, when the text has any."""
-    config, faults, warnings = build_config(raw)
-    faults = unknown_variables(os.environ) + faults
-    if any(fault.kind is FaultKind.TEXT for fault in faults):
-        raise ConfigError(format_faults(arguments, faults))
-    if arguments.command == 'check':
-        set_up_configured_log(config, arguments)
-        for warning in warnings:
-            log.warning('%s: %s', arguments.config, warning)
-        faults += address_faults(config.metrics.listen)
-    return config, [fault for fault in faults if is_fault_of_command(arguments, fault)]
 
 
 def is_fault_of_command(arguments: argparse.Namespace, fault: Fault) -> bool:
@@ -2767,7 +2771,7 @@ class MessageSchema:
 
     def __init__(self, message: types.SimpleNamespace, partial: bool = False) -> None:
         fields = message.fields
-        implied = {path: FieldRule(kind, type_validator(kind)) for path, kinds in parent_types(fields).items()
+        implied = {path: FieldRule(kind, check_all([type_rule(kind)])) for path, kinds in parent_types(fields).items()
                    for kind in kinds if path not in fields or fields[path].kind in OPEN_TYPES}
         self.rules = [(path.get, path.label, check_geojson if rule.kind == 'geojson' else rule.check,
                        rule.required and not partial)

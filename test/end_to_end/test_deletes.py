@@ -380,7 +380,7 @@ FAULTS = [
     ({'values': None}, {}, '[[delete]] values: missing'),
     ({'field': '$id'}, {}, '[[delete]] field = $id'),
     ({'mode': 'soft'}, {}, 'mode = soft: not one of tombstone, remove'),
-    ({'keep': 'default'}, {}, 'keep = default: never, or a duration'),
+    ({'keep': 'default'}, {}, 'keep = default: not never or a duration'),
     ({'keep': '1500ms'}, {}, 'keep = 1500ms: '),
     ({}, {'key': '$id', 'time': '$timestamp'}, '[record] key = $id: '),
     ({}, {'write': 'create'}, '[record] write = create: '),
