@@ -552,6 +552,25 @@ def set_up_log(arguments: argparse.Namespace, log_format: str = 'text', **common
 ENDS = ('queue', 'store', 'dead letters')
 
 
+class EndState(enum.StrEnum):
+    """The state of one of ENDS. UP: no failure is known. DOWN: it fails, and a text says why. CLOSED: it is closed on
+    purpose while another end fails. STARTING: nothing is known of it yet."""
+
+    UP = 'up'
+    DOWN = 'down'
+    CLOSED = 'closed'
+    STARTING = 'starting'
+
+
+# Of several workers: one that fails counts for all; one that is just starting does not while others work.
+MERGE_ORDER = (EndState.DOWN, EndState.CLOSED, EndState.UP, EndState.STARTING)
+
+
+def merge_end_states(states: Sequence[Mapping[str, EndState]]) -> dict[str, EndState]:
+    """The state of each of ENDS for several workers together."""
+    return {end: min((each[end] for each in states), key=MERGE_ORDER.index) for end in ENDS}
+
+
 class EndFailure(NamedTuple):
     """The failure of an end: its text, the loop time since when, and its kind."""
 
@@ -591,6 +610,11 @@ class Health:
         return end not in self.errors
 
     @property
+    def end_states(self) -> dict[str, EndState]:
+        """The state of each of ENDS, while all are open."""
+        return {end: EndState.UP if self.is_up(end) else EndState.DOWN for end in ENDS}
+
+    @property
     def failure_text(self) -> str | None:
         """The text of all failures, each with its end; None without a failure."""
         return '; '.join(f'{end} unavailable: {self.errors[end].text}' for end in ENDS if end in self.errors) or None
@@ -623,6 +647,8 @@ METRIC_DEFINITIONS = (
            'Messages that wait for the channel on an nsqd, in its topic or in itself; none where nsqd does not say.'),
     Metric('xmsrv_in_flight', 'gauge', (), 'Messages held, without an answer to nsqd yet.'),
     Metric('xmsrv_connections', 'gauge', ('state',), 'nsqds that are connected (up), and that are not (down).'),
+    Metric('xmsrv_queue_up', 'gauge', (),
+           '1 while an nsqd is connected, or none is needed, for the store fails; 0 while none can be reached.', min),
     Metric('xmsrv_store_up', 'gauge', (), '1 while the store takes records, 0 while it does not.', min),
     Metric('xmsrv_dead_letters_up', 'gauge', (), '1 while dead letters are kept, 0 while their keeper is away.', min),
     Metric('xmsrv_windows_total', 'counter', ('result',), 'Windows that ended well (done), or not (failed).'),
@@ -635,7 +661,7 @@ METRIC_DEFINITIONS = (
 )
 LAST_SUCCESS = 'xmsrv_last_success_timestamp_seconds'
 LASTING = (LAST_SUCCESS, 'xmsrv_build_info')                               # gauges that a reload does not touch
-UP_METRICS = {'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}   # of ENDS; of the queue: connections
+UP_METRICS = {'queue': 'xmsrv_queue_up', 'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}   # of ENDS
 METRICS_BY_NAME = {metric.name: metric for metric in METRIC_DEFINITIONS}
 BUCKET_BOUNDS = {   # upper bounds of the buckets
     'xmsrv_store_batch_seconds': (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
@@ -773,9 +799,17 @@ class Metrics:
 
     def record_unavailable(self, error: Unavailable) -> None:
         """Records a window that could not begin."""
+        store_failed = isinstance(error, StoreUnavailable)
         self.increment('xmsrv_windows_total', 1, 'failed')
-        self.set_gauge('xmsrv_store_up', int(not isinstance(error, StoreUnavailable)))
+        self.set_gauge('xmsrv_store_up', int(not store_failed))
+        self.set_gauge('xmsrv_queue_up', int(store_failed))
         self.record_disconnected()
+
+    def record_ends(self, states: Mapping[str, EndState]) -> None:
+        """Sets the gauge of each end, once something is known of it."""
+        for end, name in UP_METRICS.items():
+            if states[end] is not EndState.STARTING:
+                self.set_gauge(name, int(states[end] is not EndState.DOWN))
 
     def record_disconnected(self) -> None:
         """Records that no nsqd is connected."""
@@ -6226,8 +6260,7 @@ async def run_once(config: types.SimpleNamespace, stopper: 'SignalHandler', metr
         limits = WindowLimits(config.nsq.max_messages, config.timeout, config.idle_timeout)
         window = stopper.window = Window(pipeline, limits, Mapper(config))
         await window.run()
-        for end, name in UP_METRICS.items():
-            metrics.set_gauge(name, int(health.is_up(end)))
+        metrics.record_ends(health.end_states)
         metrics.record_consumer(pipeline.source)
         if config.metrics.textfile and config.metrics.depth_interval:
             await note_depths(config, metrics)
@@ -6881,13 +6914,10 @@ class WindowRunner:
 
     @property
     def end_failures(self) -> dict[str, str]:
-        """Why each of ENDS fails that does. The queue can be down without a failure: nsqlookupd names no nsqd, or what
-        else fails has closed the connections."""
+        """Why each of ENDS is down that is. The queue can be down without a failure: nsqlookupd names no nsqd."""
         failures = {end: self.health.errors[end].text for end in ENDS if end in self.health.errors}
-        opened = self.pipeline or failures   # else it is just starting
-        if opened and 'queue' not in failures and not self.end_states['queue']:
-            source = self.pipeline.source if self.pipeline else None
-            failures['queue'] = ('no nsqd is connected' if not source or source.addresses else
+        if 'queue' not in failures and self.end_states['queue'] is EndState.DOWN:
+            failures['queue'] = ('no nsqd is connected' if self.pipeline.source.addresses else
                                  f'no nsqd has the topic {self.config.nsq.topic} yet')
         return failures
 
@@ -6902,12 +6932,19 @@ class WindowRunner:
                                           source.connect_errors.get(address) or '') for address in source.addresses}
 
     @property
-    def end_states(self) -> dict[str, bool]:
-        """Which of ENDS are up."""
-        queue = bool(self.pipeline and self.pipeline.source.connections)
-        opened = self.pipeline or not self.health.is_up('queue')   # the store is opened first
-        return {'queue': queue and self.health.is_up('queue'), 'store': bool(opened and self.health.is_up('store')),
-                'dead letters': self.health.is_up('dead letters')}
+    def end_states(self) -> dict[str, EndState]:
+        """The state of each of ENDS. Without a pipeline the ends that do not fail are closed, or just being opened.
+
+        Example: the store failed in a window, and `backoff` waits to open both ends again. The store is DOWN, the queue
+        is CLOSED: nobody has to look after nsqd.
+        """
+        states = self.health.end_states
+        if self.pipeline and not self.pipeline.source.connections:
+            states['queue'] = EndState.DOWN
+        elif not self.pipeline:
+            unopened = EndState.CLOSED if self.health.errors else EndState.STARTING
+            states |= {end: unopened for end in ('queue', 'store') if self.health.is_up(end)}
+        return states
 
     def is_healthy(self, now: float) -> bool:
         """True when no call has exceeded its time limit; the call itself proves that the event loop runs."""
@@ -6919,14 +6956,13 @@ class WindowRunner:
         if self.window:
             metrics.sync_counts(self.window)
             # it never ends, so success is recorded while all ends are up
-            if self.endless and all(self.end_states.values()):
+            if self.endless and set(self.end_states.values()) == {EndState.UP}:
                 metrics.set_gauge(LAST_SUCCESS, time.time())
         if self.pipeline:
             metrics.record_consumer(self.pipeline.source)
         else:
             metrics.record_disconnected()
-        for end, name in UP_METRICS.items():
-            metrics.set_gauge(name, int(self.end_states[end]))
+        metrics.record_ends(self.end_states)
         return [metrics.take_snapshot()]
 
 
@@ -6972,7 +7008,7 @@ class WorkerHandle:
         self.connections: dict[str, tuple[int, int, str]] = {}
         self.change_log = ChangeLog()
         self.last_status, self.is_healthy, self.failed_starts = 0.0, True, 0
-        self.end_states = dict.fromkeys(ENDS, False)
+        self.end_states = dict.fromkeys(ENDS, EndState.STARTING)
         self.snapshot: Any = None                 # its figures, as it told them last
 
     def send_line(self, **message: Any) -> None:
@@ -7078,8 +7114,8 @@ class Supervisor:
         """Handles a status line of a worker."""
         worker.last_status, worker.is_healthy = asyncio.get_running_loop().time(), message['healthy']
         worker.change_log.clear()
-        worker.end_states, worker.failure_text, worker.snapshot = (message['ends'], message['trouble'],
-                                                                   message['figures'])
+        worker.end_states = {end: EndState(state) for end, state in message['ends'].items()}
+        worker.failure_text, worker.snapshot = message['trouble'], message['figures']
         worker.failures, worker.connections = message['failures'], message['connections']
         for window in message['windows']:
             self.on_window_end(types.SimpleNamespace(**window))
@@ -7093,7 +7129,8 @@ class Supervisor:
         """Handles the exit of a worker: keeps its metrics."""
         if worker.snapshot:
             self.dead_worker_metrics.merge_snapshot(worker.snapshot, gauges=False)
-        worker.state, worker.snapshot, worker.end_states = WorkerState.BACKOFF, None, dict.fromkeys(ENDS, False)
+        worker.state, worker.snapshot = WorkerState.BACKOFF, None
+        worker.end_states = dict.fromkeys(ENDS, EndState.STARTING)
         worker.last_grant, worker.failure_text, worker.failures, worker.connections = 0, None, {}, {}
         self.state_changed.set()
 
@@ -7173,10 +7210,9 @@ class Supervisor:
 
     @property
     def end_failures(self) -> dict[str, str]:
-        """Why each of ENDS fails, each reason once, also where several members say so."""
-        gone = [f'worker {worker.index + 1} has ended' for worker in self.workers_in_state(WorkerState.BACKOFF)]
-        reasons = {end: dict.fromkeys([*gone, *(worker.failures[end] for worker in self.workers
-                                                if end in worker.failures)]) for end in ENDS}
+        """Why each of ENDS fails, each reason once, also where several workers say so."""
+        reasons = {end: dict.fromkeys(worker.failures[end] for worker in self.workers if end in worker.failures)
+                   for end in ENDS}
         return {end: '; '.join(reason) for end, reason in reasons.items() if reason}
 
     @property
@@ -7190,9 +7226,9 @@ class Supervisor:
         return found
 
     @property
-    def end_states(self) -> dict[str, bool]:
-        """The ends that are up for all workers."""
-        return {end: all(worker.end_states[end] for worker in self.workers) for end in ENDS}
+    def end_states(self) -> dict[str, EndState]:
+        """The state of each of ENDS for all workers together."""
+        return merge_end_states([worker.end_states for worker in self.workers])
 
     def is_healthy(self, now: float) -> bool:
         """True when every worker responds and reports itself healthy; logs the workers that do not respond."""
@@ -7445,8 +7481,8 @@ class Daemon:
         """The failures, or the ends that are not up yet: STATUS gives the reason whenever /readyz is not 200."""
         if not self.runner:
             return ''
-        missing = [end for end, up in self.end_states.items() if not up]
-        return self.runner.failure_text or (f'not up yet: {", ".join(missing)}' if missing else '')
+        starting = [end for end, state in self.end_states.items() if state is EndState.STARTING]
+        return self.runner.failure_text or (f'not up yet: {", ".join(starting)}' if starting else '')
 
     def on_hangup(self) -> None:
         """Handles SIGHUP: reloads the configuration."""
@@ -7590,16 +7626,23 @@ class Daemon:
         self.listener = None
 
     @property
-    def end_states(self) -> dict[str, bool]:
-        """The ends that are up."""
-        return self.runner.end_states if self.runner else dict.fromkeys(ENDS, False)
+    def end_states(self) -> dict[str, EndState]:
+        """The state of each of ENDS."""
+        return self.runner.end_states if self.runner else dict.fromkeys(ENDS, EndState.STARTING)
+
+    @property
+    def is_ready(self) -> bool:
+        """True when all of ENDS are up."""
+        return set(self.end_states.values()) == {EndState.UP}
 
     @property
     def end_failures(self) -> dict[str, str]:
-        """Why each of ENDS is down that is."""
+        """Why each of ENDS is not up that is not."""
         failures = self.runner.end_failures if self.runner else {}
-        why = '; '.join(self.waiting_lines) or ('not up yet' if self.runner else self.status)
-        return {end: failures.get(end) or why for end, up in self.end_states.items() if not up}
+        waits = '; '.join(self.waiting_lines) or ('not up yet' if self.runner else self.status)
+        reasons = {EndState.CLOSED: 'on purpose, while another end fails', EndState.STARTING: waits}
+        return {end: failures.get(end) or reasons.get(state, '') for end, state in self.end_states.items()
+                if state is not EndState.UP}
 
     def is_healthy(self) -> bool:
         """True while the engine makes progress."""
@@ -7696,7 +7739,7 @@ def serve_http(daemon: Daemon, address: Address, sockets: list[socket.socket]) -
 
     answers = {'/metrics': lambda d: ('text/plain; version=0.0.4', True, d.metrics_text()),
                '/healthz': lambda d: ('text/plain', d.is_healthy(), 'ok\n' if d.is_healthy() else 'no progress\n'),
-               '/readyz': lambda d: ('text/plain', all(d.end_states.values()), readiness_text(d)),
+               '/readyz': lambda d: ('text/plain', d.is_ready, readiness_text(d)),
                '/': lambda d: ('text/html', True, render_page(d))}
     site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
     server = httpserver.HTTPServer(site, max_header_size=HTTP_MAX_HEADER, max_body_size=HTTP_MAX_BODY,
@@ -7706,11 +7749,13 @@ def serve_http(daemon: Daemon, address: Address, sockets: list[socket.socket]) -
 
 
 def readiness_text(daemon: Daemon) -> str:
-    """A line for each end, up or down, and for each wait."""
-    ends = [f'{end}: {"up" if up else "down"}' for end, up in daemon.end_states.items()]
-    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting_lines])
+    """A line for each end with its state, a line for each wait, and what fails, if anything does."""
+    ends = [f'{end}: {state}' for end, state in daemon.end_states.items()]
+    fails = daemon.failure_text or ('' if daemon.is_ready or daemon.waiting_lines else daemon.status)
+    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting_lines, fails] if line)
 
 
+PAGE_ORDER = (EndState.DOWN, EndState.STARTING, EndState.CLOSED, EndState.UP)   # the page's is the first of them
 PAGE_STYLE = """:root{color-scheme:light dark;--text:#1d2328;--faint:#5c666f;--back:#fff;--box:#f3f5f7;--line:#d5dbe0;
 --good:#176b35;--bad:#b3141c;--dead:#b07400;--bar:#2f7d4a;--gone:#5b7f95;--depth:#3566b8}
 @media(prefers-color-scheme:dark){:root{--text:#dfe4e8;--faint:#98a3ad;--back:#101418;--box:#1a2026;--line:#323b44;
@@ -7718,8 +7763,10 @@ PAGE_STYLE = """:root{color-scheme:light dark;--text:#1d2328;--faint:#5c666f;--b
 *{box-sizing:border-box}body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:64em;padding:.8em 1em 2em;
 color:var(--text);background:var(--back);overflow-wrap:anywhere}h1{font-size:1.25em;margin:.2em 0}
 h2{font-size:1em;margin:1.6em 0 .3em}p{margin:.3em 0}small,.faint{color:var(--faint);font-size:.87em}
-.up{color:var(--good)}.down{color:var(--bad);font-weight:bold}#status{padding:.5em .7em;background:var(--box);
-border-left:4px solid var(--good)}#status.down{border-color:var(--bad);font-weight:normal;color:var(--text)}
+.up{color:var(--good)}.down{color:var(--bad);font-weight:bold}.closed,.starting{color:var(--faint)}
+#status{padding:.5em .7em;background:var(--box);border-left:4px solid var(--good)}
+#status.down,#status.starting{border-color:var(--bad);font-weight:normal;color:var(--text)}
+#status.starting{border-color:var(--dead)}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{padding:.25em .9em .25em 0;text-align:left;
 vertical-align:top;border-bottom:1px solid var(--line)}th{color:var(--faint);font-weight:normal;font-size:.87em}
 td:first-child{white-space:nowrap}.number{text-align:right}.tiles,.charts{display:grid;gap:.6em;margin:.8em 0}
@@ -7741,11 +7788,12 @@ fill:var(--faint)}svg line{stroke:var(--line)}.stored{fill:var(--bar)}.deleted{f
 PAGE_TEMPLATE = """\
 <!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5">
 <meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">
-<title>{{ '' if all_up else 'DOWN: ' }}x-msrv {{ name }}</title><style>{% raw style %}</style></head><body>
+<title>{{ '' if state == 'up' else state.upper() + ': ' }}x-msrv {{ name }}</title>
+<style>{% raw style %}</style></head><body>
 <h1>x-msrv {{ name }}</h1>
-<p id="status" class="{{ 'up' if all_up else 'down' }}">{{ status }}</p>
-<table id="ends">{% for end, state, begun, why in ends %}<tr>
-<td><span id="{{ end.replace(' ', '-') }}" class="{{ state }}">{{ end }}: {{ state }}</span></td>
+<p id="status" class="{{ state }}">{{ status }}</p>
+<table id="ends">{% for end, kind, begun, why in ends %}<tr>
+<td><span id="{{ end.replace(' ', '-') }}" class="{{ kind }}">{{ end }}: {{ kind }}</span></td>
 <td>since {{ begun }}{{ '; ' + why if why else '' }}</td></tr>{% end %}</table>
 <div class="tiles">{% for id, title, value, note in tiles %}
 <div id="{{ id }}"><small>{{ title }}</small><b>{{ value }}</b>
@@ -7760,8 +7808,8 @@ PAGE_TEMPLATE = """\
 <title>{{ bar.label }}</title></rect>{% end %}</svg>
 <p>{% for kind in chart.kinds %}<small class="key {{ kind }}">{{ kind }}</small>{% end %}</p></figure>{% end %}</div>
 <h2>nsqds</h2><div class="wide"><table id="nsqds"><tr><th>nsqd</th><th>connection</th><th class="number">waiting</th>
-<th class="number">in flight</th><th></th></tr>{% for nsqd, kind, state, waiting, in_flight, note in nsqds %}
-<tr><td>{{ nsqd }}</td><td class="{{ kind }}">{{ state }}</td><td class="number">{{ waiting }}</td>
+<th class="number">in flight</th><th></th></tr>{% for nsqd, kind, words, waiting, in_flight, note in nsqds %}
+<tr><td>{{ nsqd }}</td><td class="{{ kind }}">{{ words }}</td><td class="number">{{ waiting }}</td>
 <td class="number">{{ in_flight }}</td><td>{{ note }}</td></tr>{% end %}</table></div>
 <h2>The latest dead letters</h2>{% if letters %}<p><small>{{ reasons }}</small></p><table id="letters">
 {% for when, reason, detail in letters %}
@@ -7783,7 +7831,8 @@ def render_page(daemon: 'Daemon') -> bytes:
     ends, nsq, rows = daemon.end_states, daemon.config.nsq, list(nsqd_rows(daemon))
     history.note_ends(ends, daemon.end_failures, now)
     made: bytes = page_template().generate(
-        name=f'{nsq.topic}/{nsq.channel}', style=PAGE_STYLE, status=daemon.status_line, all_up=all(ends.values()),
+        name=f'{nsq.topic}/{nsq.channel}', style=PAGE_STYLE, status=daemon.status_line,
+        state=min(ends.values(), key=PAGE_ORDER.index),
         ends=[(end, state, format_moment(begun, now), why or (some_down(rows) if end == 'queue' else ''))
               for end, (state, begun, why) in history.ends.items()],
         tiles=page_tiles(history, total), charts=[rate_chart(history), depth_chart(history)],
@@ -7803,9 +7852,9 @@ CHARTED = ('stored', 'deleted', 'dead', 'requeued')   # from below
 
 
 class EndSince(NamedTuple):
-    """That one of ENDS is `up` or `down`, since which second of 1970, and why it is down."""
+    """The state of one of ENDS, since which second of 1970, and why it is not up."""
 
-    state: str
+    state: EndState
     since: float
     why: str
 
@@ -7821,7 +7870,7 @@ class Sample(NamedTuple):
 
 
 class History:
-    """What the page shows of the past: since when each end is up or down, counts by time, and the last depths."""
+    """What the page shows of the past: since when each end is in its state, counts by time, and the last depths."""
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -7829,10 +7878,10 @@ class History:
         self.samples: collections.deque[Sample] = collections.deque(maxlen=SAMPLES + 1)
         self.depths: dict[str, ChannelDepth] = {}
 
-    def note_ends(self, ends: Mapping[str, bool], failures: Mapping[str, str], now: float) -> None:
+    def note_ends(self, ends: Mapping[str, EndState], failures: Mapping[str, str], now: float) -> None:
         """How each end is now; another reason for the same outage does not begin it anew."""
-        for end, up in ends.items():
-            was, state = self.ends.get(end), 'up' if up else 'down'
+        for end, state in ends.items():
+            was = self.ends.get(end)
             begun = was.since if was and was.state == state else now
             self.ends[end] = EndSince(state, begun, failures.get(end, ''))
 
@@ -7947,23 +7996,25 @@ def dead_letter_reasons(total: MetricTotals) -> str:
 
 
 def nsqd_rows(daemon: 'Daemon') -> Iterator[tuple[str, str, str, str, int, str]]:
-    """Yields a line for each nsqd that is configured, connected or answers by HTTP: (nsqd, `up` or `down`, that in
-    words, what waits, messages in flight, remark)."""
+    """Yields a line for each nsqd that is configured, connected or answers by HTTP: (nsqd, an EndState, that in words,
+    what waits, messages in flight, remark)."""
+    queue = daemon.end_states['queue']
+    unconnected = queue if queue in (EndState.CLOSED, EndState.STARTING) else EndState.DOWN
     connections = daemon.runner.connections if daemon.runner else {}
     configured = [format_address(address) for address in daemon.config.nsq.nsqd_tcp_address]
     for nsqd in dict.fromkeys([*configured, *connections, *daemon.history.depths]):
         up, in_flight, error = connections.get(nsqd, (0, 0, ''))
         depth, workers = daemon.history.depths.get(nsqd), daemon.config.workers
         paused = f'{depth.paused} paused' if depth and depth.paused else ''
-        state = 'down' if not up else 'up' if up >= workers else f'{up} of {workers} workers'
+        state = EndState.UP if up >= workers else unconnected
         waiting = f'{depth.waiting:,}' if depth else 'not known'
-        yield (nsqd, 'up' if up >= workers else 'down', state, waiting, in_flight,
+        yield (nsqd, state, f'{up} of {workers} workers' if 0 < up < workers else state, waiting, in_flight,
                '; '.join(filter(None, [error, paused])))
 
 
 def some_down(rows: Sequence[tuple[Any, ...]]) -> str:
     """Which of the nsqds are not connected, where the queue is up all the same."""
-    down = [nsqd for nsqd, kind, *_ in rows if kind == 'down']
+    down = [nsqd for nsqd, state, *_ in rows if state is EndState.DOWN]
     return f'{len(down)} of {len(rows)} nsqds are not connected' if down else ''
 
 

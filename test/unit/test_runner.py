@@ -26,8 +26,10 @@ from xmsrv import (
     WindowRunner,
     Worker,
     WriteResult,
+    readiness_text,
 )
 
+UP, DOWN, CLOSED, STARTING = xmsrv.EndState
 AWAY = WriteResult('retry', -15, 'no answer')
 
 
@@ -127,8 +129,13 @@ def test_a_store_that_failed_is_opened_again_and_probed_by_one_batch_at_a_time(m
     async def steps(it):
         await it.window()
         it.queue.send(1)
-        await asyncio.sleep(4)
+        seen = set()
+        while now() < 5.5:
+            seen.add((it.runner.end_states['queue'], it.runner.end_states['store']))
+            assert 'queue' not in it.runner.failure_text
+            await asyncio.sleep(0.01)
         assert len(it.opened) == 2 and not it.runner.health.is_up('store')
+        assert seen == {(UP, UP), (UP, DOWN), (CLOSED, DOWN)}   # the window closes both ends, and one is to blame
         assert it.queue.requeues == [(1, 0)]
         second = await it.window()
         assert second.store_batcher.breaker.state is BreakerState.HALF_OPEN
@@ -146,10 +153,11 @@ def test_a_store_that_failed_is_opened_again_and_probed_by_one_batch_at_a_time(m
 def test_an_end_that_is_away_is_tried_again_with_backoff(monkeypatch, fault, end):
     async def steps(it):
         await asyncio.sleep(300)
-        assert it.runner.end_states[end] is False and it.runner.failure_text.startswith(f'{end} unavailable: gone')
-        assert it.runner.end_states['queue'] is False
-        if end == 'queue':
-            assert it.runner.end_states['store'] is True
+        other, = {'queue', 'store'} - {end}   # is not to blame, and not opened before the first is
+        assert it.runner.end_states == {end: DOWN, other: CLOSED, 'dead letters': UP}
+        assert it.runner.failure_text == f'{end} unavailable: gone'
+        total = xmsrv.merge_metrics(it.runner.current_metrics())
+        assert {each for each, name in xmsrv.UP_METRICS.items() if not total.value_of(name)} == {end}
     it = Runner(monkeypatch, fault=lambda: fault).run(steps)
     delays = [b - a for a, b in zip(it.opened, it.opened[1:], strict=False)]
     assert 0.5 <= delays[0] <= 1 and 15 <= max(delays) <= 30 and len(delays) < 25
@@ -179,11 +187,11 @@ def test_a_reload_writes_what_is_pending_and_starts_no_other_window(monkeypatch)
 def test_ends_are_those_of_health_and_of_the_connections(monkeypatch):
     async def steps(it):
         await it.window()
-        assert it.runner.end_states == {'queue': True, 'store': True, 'dead letters': True}
+        assert it.runner.end_states == {'queue': UP, 'store': UP, 'dead letters': UP}
         it.queue.connections = []
-        assert it.runner.end_states['queue'] is False
+        assert it.runner.end_states['queue'] is DOWN
         it.runner.health.report_failure('dead letters', 'away')
-        assert it.runner.end_states['dead letters'] is False
+        assert it.runner.end_states['dead letters'] is DOWN
     Runner(monkeypatch).run(steps)
 
 
@@ -426,7 +434,7 @@ class Process:
     def say(self, **fields):
         state = {'state': 'idle', 'seen': 0, 'healthy': True, 'windows': [], 'trouble': None,
                  'failures': {}, 'connections': {},
-                 'ends': dict.fromkeys(xmsrv.ENDS, True), 'figures': Metrics().take_snapshot(), **fields}
+                 'ends': dict.fromkeys(xmsrv.ENDS, 'up'), 'figures': Metrics().take_snapshot(), **fields}
         self.stdout.feed_data(json.dumps(state).encode() + b'\n')
 
     def exit(self, status=0):
@@ -528,10 +536,10 @@ def test_the_end_of_a_worker_frees_its_grant_keeps_its_figures_and_another_is_st
         assert len(processes) == 3
         total = xmsrv.merge_metrics([*team.current_metrics(), team.dead_worker_metrics.take_snapshot()])
         assert (total.value_of('xmsrv_received_total'), total.value_of('xmsrv_worker_restarts_total')) == (14, 1)
-        assert not any(team.end_states.values())
+        assert set(team.workers[0].end_states.values()) == {STARTING} and set(team.end_states.values()) == {UP}
         processes[2].say()
         await asyncio.sleep(0.1)
-        assert all(team.end_states.values())
+        assert set(team.workers[0].end_states.values()) == set(team.end_states.values()) == {UP}
     with_team(monkeypatch, steps)
 
 
@@ -614,10 +622,10 @@ def test_a_team_says_what_is_wrong_each_thing_once(monkeypatch):
     async def steps(team, processes):
         assert team.failure_text == ''
         for process in processes:
-            process.say(trouble='store unavailable: gone', ends={**dict.fromkeys(xmsrv.ENDS, True), 'store': False})
+            process.say(trouble='store unavailable: gone', ends={**dict.fromkeys(xmsrv.ENDS, 'up'), 'store': 'down'})
         await asyncio.sleep(0.1)
         assert team.failure_text == 'store unavailable: gone'
-        assert team.end_states == {'queue': True, 'store': False, 'dead letters': True}
+        assert team.end_states == {'queue': UP, 'store': DOWN, 'dead letters': UP}
         processes[1].exit(1)
         await asyncio.sleep(0.1)
         assert team.failure_text == 'worker 2 has ended; store unavailable: gone'
@@ -625,7 +633,40 @@ def test_a_team_says_what_is_wrong_each_thing_once(monkeypatch):
         processes[2].say()
         processes[0].say()
         await asyncio.sleep(0.1)
-        assert (team.failure_text, all(team.end_states.values())) == ('', True)
+        assert (team.failure_text, set(team.end_states.values())) == ('', {UP})
+    with_team(monkeypatch, steps)
+
+
+def test_a_worker_that_is_started_again_is_no_end_that_is_down(monkeypatch, daemon):
+    """While another works, all is up; without one it is starting, and says so."""
+    async def steps(team, processes):
+        daemon.runner = team
+        for process in processes:
+            process.say()
+        await asyncio.sleep(0.1)
+        processes[1].exit(-9)
+        await asyncio.sleep(0.1)
+        assert (daemon.is_ready, team.end_failures, daemon.end_failures) == (True, {}, {})
+        assert readiness_text(daemon) == 'queue: up\nstore: up\ndead letters: up\nworker 2 has ended\n'
+        processes[0].exit(-9)
+        await asyncio.sleep(0.1)
+        assert not daemon.is_ready and set(team.end_states.values()) == {STARTING}
+        assert readiness_text(daemon).endswith('starting\nworker 1 has ended; worker 2 has ended\n')
+        await asyncio.sleep(1.5)
+        assert len(processes) == 4
+        assert readiness_text(daemon) == ('queue: starting\nstore: starting\ndead letters: starting\n'
+                                          'not up yet: queue, store, dead letters\n')
+        processes[2].say(ends={'queue': 'starting', 'store': 'starting', 'dead letters': 'up'})
+        await asyncio.sleep(0.1)
+        assert daemon.status_line == 'not up yet: queue, store'
+        processes[3].say()
+        await asyncio.sleep(0.1)
+        assert (daemon.is_ready, daemon.failure_text) == (True, '')
+        processes[2].say(ends={'queue': 'closed', 'store': 'down', 'dead letters': 'up'},
+                         trouble='store unavailable: x', failures={'store': 'x'})
+        await asyncio.sleep(0.1)
+        assert daemon.end_failures == {'queue': 'on purpose, while another end fails', 'store': 'x'}
+        assert readiness_text(daemon) == 'queue: closed\nstore: down\ndead letters: up\nstore unavailable: x\n'
     with_team(monkeypatch, steps)
 
 
@@ -742,7 +783,7 @@ def said(monkeypatch, steps):
         worker = Worker(None)
         worker.runner = types.SimpleNamespace(
             current_metrics=lambda: [Metrics().take_snapshot()], is_healthy=lambda now: True,
-                                              end_states=dict.fromkeys(xmsrv.ENDS, True),
+                                              end_states=dict.fromkeys(xmsrv.ENDS, UP),
             failure_text='x', end_failures={}, connections={})
         await steps(worker)
     clock.run(main())
