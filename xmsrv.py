@@ -6304,7 +6304,7 @@ class RunLock:
     first unit that ends."""
 
     def __init__(self, config: types.SimpleNamespace, filename: str) -> None:
-        self.filename = real_path(filename)
+        self.filename, self.state_dir = real_path(filename), config.state_dir
         name = os.path.basename(self.filename).removesuffix('.conf')[:LOCK_NAME]
         digest = hashlib.sha256(os.fsencode(self.filename)).hexdigest()[:LOCK_HASH]
         self.path = os.path.join(config.state_dir, f'{name}-{digest}.lock')
@@ -6319,11 +6319,16 @@ class RunLock:
         except BlockingIOError:
             return self.holder_pid()
         except OSError as error:   # also of a file system that has no locks
-            raise Unavailable(f'{self.path}: {error.strerror}') from None
+            rule = state_dir_fault(self.state_dir) or f'{self.path}: {error.strerror}'
+            raise Unavailable(self.describe_fault(rule)) from None
         with contextlib.suppress(OSError):   # on a full disk it is a lock even without its text
             os.ftruncate(fd, 0)
             os.pwrite(fd, f'{os.getpid()}\n'.encode() + os.fsencode(self.filename) + b'\n', 0)
         return None
+
+    def describe_fault(self, rule: str) -> str:
+        """The fault of state-dir, as those of the configuration are described."""
+        return f'{self.filename}: {Fault("", "state-dir", self.state_dir, rule)}'
 
     def holder_pid(self) -> str:
         """The pid of the holder, as text."""
@@ -6345,6 +6350,17 @@ class RunLock:
                 os.ftruncate(self.fd, 0)
             os.close(self.fd)
             self.fd = None
+
+
+def state_dir_fault(path: str) -> str | None:
+    """Why no lock can be made in this state-dir; None when one can. A missing directory is made with the lock."""
+    there = path
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK):
+        return None
+    rule = 'not writable' if os.path.isdir(there) else 'not a directory'
+    return rule if there == path else f'cannot be created: {there} is {rule}'
 
 
 def real_path(filename: str) -> str:
@@ -7390,6 +7406,8 @@ class Daemon:
                 if self.lock:
                     self.lock.release()
                 self.lock = lock
+                if news.last:
+                    self.status = 'starting'
                 return
             self.status = reason
             news.log(logging.WARNING, '%s', reason)
@@ -8071,9 +8089,10 @@ def depth_chart(history: History) -> Chart:
 # check: the other ends
 # ---------------------------------------------------------------------------------------------------------------------
 
-async def check_connections(config: types.SimpleNamespace) -> int:
-    """Connects to the queue and the store and describes both. Returns the exit status."""
-    problems = []
+async def check_connections(config: types.SimpleNamespace, filename: str) -> int:
+    """Connects to the queue and the store and describes both, and looks at state-dir. Returns the exit status."""
+    rule = state_dir_fault(config.state_dir)
+    problems = [RunLock(config, filename).describe_fault(rule)] if rule else []
     store = STORES[config.store](config)
     try:
         store.open()
@@ -8411,7 +8430,7 @@ def command_check(arguments: argparse.Namespace) -> int:
         check_message(config, read_message(arguments.message))
         return os.EX_OK
     print(f'{arguments.config}: no fault found', flush=True)
-    return asyncio.run(check_connections(config)) if arguments.connect else os.EX_OK
+    return asyncio.run(check_connections(config, arguments.config)) if arguments.connect else os.EX_OK
 
 
 def read_message(filename: str) -> bytes:

@@ -632,19 +632,48 @@ def test_a_lock_that_is_no_file_is_69_and_waited_for(nsqd, program, workdir, mak
     lock, = (workdir / 'state').glob('*.lock')
     lock.unlink()
     make(lock)
-    assert f'{lock}: not a regular file' in program.run('once', expect=os.EX_UNAVAILABLE).stderr
+    fault = f'{program.path}: state-dir = {workdir}/state: {lock}: not a regular file\n'
+    assert program.run('once', expect=os.EX_UNAVAILABLE).stderr == f'error: {fault}'
     running = program.start('daemon')
-    wait_until(lambda: count(program, f'waiting: {lock}: not a regular file'), 'the daemon says so')
+    wait_until(lambda: count(program, f'waiting: {fault}'), 'the daemon says so')
     fill(nsqd, 10, 10)
     lock.unlink()
     wait_until(lambda: len(program.rows()) == 20, 'it goes on', 20)
     stopped(running)
 
 
-def test_a_state_directory_that_cannot_be_is_69(nsqd, program, workdir):
+def test_a_state_directory_that_cannot_be_is_69_and_waited_for(nsqd, program, systemd, workdir):
+    """`once`, the daemon and `check --connect` say the same of it; check without it does not look."""
     (workdir / 'file').write_text('')
-    program.configure(nsqd, state_dir=workdir / 'file' / 'state')
-    assert f'{workdir}/file/state/x-msrv-' in program.run('once', expect=os.EX_UNAVAILABLE).stderr
+    fill(nsqd, 10)
+    port = servers.free_ports()
+    program.configure(nsqd, state_dir=workdir / 'file' / 'state', metrics={'listen': f'127.0.0.1:{port}'})
+    fault = (f'{program.path}: state-dir = {workdir}/file/state: cannot be created: {workdir}/file is not a directory')
+    program.run('check')
+    for command in ['once'], ['check', '--connect']:
+        assert program.run(*command, expect=os.EX_UNAVAILABLE).stderr == f'error: {fault}\n'
+    running = program.start('daemon')
+    wait_until(lambda: systemd.fields('STATUS')[-1:] == [f'waiting: {fault}'], 'systemd hears of it')
+    assert get(port, '/readyz') == (503, ''.join(f'{end}: starting\n' for end in ENDS) + f'waiting: {fault}\n')
+    assert fault in get(port, '/')[1] and count(program, f'waiting: {fault}') == 1
+    (workdir / 'file').unlink()
+    wait_until(lambda: len(program.rows()) == 10, 'all are stored', 20)
+    stopped(running)
+
+
+def test_a_lock_that_is_no_longer_waited_for_is_not_in_the_status(nsqd, program, systemd):
+    """A window without end never brings another line."""
+    fill(nsqd, 0)
+    port = servers.free_ports()
+    program.configure(nsqd, timeout='60s', idle_timeout='60s', metrics={'listen': f'127.0.0.1:{port}'})
+    first = program.start('once')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is subscribed')
+    daemon = program.start('daemon')
+    wait_until(lambda: any('waiting for process' in text for text in systemd.fields('STATUS')), 'it waits')
+    stopped(first)
+    wait_until(lambda: get(port, '/readyz')[0] == 200, 'it is ready')
+    wait_until(lambda: systemd.fields('STATUS')[-1] == 'starting', 'and says so')   # the first window is open
+    stopped(daemon)
 
 
 # ------------------------------------------------------------------------------------- outages, and what systemd hears

@@ -5,7 +5,7 @@ import types
 import pytest
 
 import fakes
-from xmsrv import AlreadyRunning, Backoff, RunLock, Schedule, Unavailable, hold_run_lock
+from xmsrv import AlreadyRunning, Backoff, RunLock, Schedule, Unavailable, hold_run_lock, state_dir_fault
 
 
 def starts(period, *late):
@@ -96,6 +96,20 @@ def test_a_state_directory_that_cannot_be_is_unavailable(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(Unavailable):
         RunLock(types.SimpleNamespace(state_dir=str(tmp_path / 'file' / 'state')), 'x.conf').try_acquire()
+
+
+@pytest.mark.parametrize(('path', 'closed', 'rule'), [
+    ('there', '', None), ('there/new/state', '', None),
+    ('there', 'there', 'not writable'), ('there/new/state', 'there', 'cannot be created: {}/there is not writable'),
+    ('file', '', 'not a directory'), ('file/new/state', '', 'cannot be created: {}/file is not a directory'),
+    ('link', '', 'not a directory')])
+def test_a_state_directory_that_cannot_be_used_has_a_rule(tmp_path, monkeypatch, path, closed, rule):
+    """`closed`: a directory in which nothing can be made; root may make files anywhere, so that is only said."""
+    (tmp_path / 'there').mkdir()
+    (tmp_path / 'file').touch()
+    (tmp_path / 'link').symlink_to('nowhere')
+    monkeypatch.setattr(os, 'access', lambda path, mode: str(path) != str(tmp_path / closed))
+    assert state_dir_fault(str(tmp_path / path)) == (rule and rule.format(tmp_path))
 
 
 def test_a_lock_is_given_back_at_the_end_whatever_happens(config, tmp_path):
