@@ -367,7 +367,7 @@ MUTANTS = (
     Mutant('a removed lock file is trusted', 'return self.fd is not None and is_in_place(self.fd, self.path)', 'return self.fd is not None'),
     Mutant('no lock', 'self.fd = fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)', 'self.fd = fd = open_regular(self.path, os.O_RDWR | os.O_CREAT)'),
     Mutant('a lock by the name of the file', 'hexdigest()[:LOCK_HASH]', 'hexdigest()[:0]'),
-    Mutant('a lock by the name that is given', 'self.filename = real_path(filename)', 'self.filename = os.path.abspath(filename)'),
+    Mutant('a lock by the name that is given', 'real_path(filename), config.state_dir', 'os.path.abspath(filename), config.state_dir'),
     Mutant('the lock is not given back', '        yield\n    finally:\n        lock.release()', '        yield\n    finally:\n        pass'),
     Mutant('what is in flight at an error is not requeued', '        source.requeue(list(source.in_flight.values()))\n    await', '        pass\n    await'),
     Mutant('a store that stops is tried again', "'retry' if error.retryable else 'stop'", "'retry'"),
