@@ -76,7 +76,17 @@ import time
 import types
 import typing
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
@@ -797,12 +807,10 @@ class Metrics:
         for nsqd, depth in waiting.items():
             self.set_gauge('xmsrv_channel_depth', depth, nsqd)
 
-    def record_unavailable(self, error: Unavailable) -> None:
-        """Records a window that could not begin."""
-        store_failed = isinstance(error, StoreUnavailable)
+    def record_unavailable(self, failed: Collection[str]) -> None:
+        """Records a window that could not begin, for these of ENDS."""
         self.increment('xmsrv_windows_total', 1, 'failed')
-        self.set_gauge('xmsrv_store_up', int(not store_failed))
-        self.set_gauge('xmsrv_queue_up', int(store_failed))
+        self.record_ends({end: EndState.DOWN if end in failed else EndState.CLOSED for end in ENDS})
         self.record_disconnected()
 
     def record_ends(self, states: Mapping[str, EndState]) -> None:
@@ -5090,7 +5098,9 @@ class Batcher:
         suspect = (batch.failures or batch.tries) and self.accepted > batch.accepted_before
         batch.failures, batch.accepted_before, batch.messages = batch.failures + 1, self.accepted, retry
         if not suspect:
-            self.health.report_failure(self.end, self.last_error, kind=f'batch {result.reason}')
+            # a cluster answers the same code with another text for each node
+            kind = f'batch {result.reason}' if isinstance(result.reason, int) else None
+            self.health.report_failure(self.end, self.last_error, kind)
             self.retries.extend(batch.halves_if_due() if retry else ())
             if self.breaker.state is not BreakerState.OPEN:   # else another batch under way has opened it
                 self.open_breaker()
@@ -8024,7 +8034,7 @@ def nsqd_rows(daemon: 'Daemon') -> Iterator[tuple[str, str, str, str, int, str]]
         up, in_flight, error = connections.get(nsqd, (0, 0, ''))
         depth, workers = daemon.history.depths.get(nsqd), daemon.config.workers
         paused = f'{depth.paused} paused' if depth and depth.paused else ''
-        state = EndState.UP if up >= workers else unconnected
+        state = EndState.UP if up >= workers else EndState.STARTING if up and not error else unconnected
         waiting = f'{depth.waiting:,}' if depth else 'not known'
         yield (nsqd, state, f'{up} of {workers} workers' if 0 < up < workers else state, waiting, in_flight,
                '; '.join(filter(None, [error, paused])))
@@ -8389,8 +8399,18 @@ def load_available_config(arguments: argparse.Namespace) -> types.SimpleNamespac
 def require_available(arguments: argparse.Namespace, unavailable: Sequence[Fault]) -> None:
     """Raises Unavailable with a line for each fault, where there are any."""
     if unavailable:
-        of_store = all(fault.section.startswith('aerospike') for fault in unavailable)
-        raise (StoreUnavailable if of_store else Unavailable)(format_faults(arguments, unavailable))
+        raise Unavailable(format_faults(arguments, unavailable))
+
+
+SECTION_ENDS = {'nsq': 'queue', 'aerospike': 'store', 'sqlite': 'store', 'dead-letter': 'dead letters'}
+
+
+def failed_ends(error: Unavailable, unavailable: Sequence[Fault]) -> set[str]:
+    """The ends for which a run could not begin: those that need a missing file, or the one that can't be reached."""
+    if unavailable:
+        return {SECTION_ENDS[section] for fault in unavailable
+                if (section := fault.section.partition('.')[0]) in SECTION_ENDS}
+    return {'store' if isinstance(error, StoreUnavailable) else 'queue'}
 
 
 def command_once(arguments: argparse.Namespace) -> int:
@@ -8404,7 +8424,7 @@ def command_once(arguments: argparse.Namespace) -> int:
             require_available(arguments, unavailable)
             return run_until_signal(lambda stopper: run_once(config, stopper, metrics))
         except Unavailable as error:
-            metrics.record_unavailable(error)
+            metrics.record_unavailable(failed_ends(error, unavailable))
             raise
         finally:
             if config.metrics.textfile:

@@ -1496,6 +1496,17 @@ def test_a_textfile_of_a_run_that_found_nobody(nsqd, program, workdir):
     assert (second['xmsrv_received_total'], second[success]) == (10, first[success])
 
 
+@pytest.mark.parametrize(('section', 'option', 'end'), [
+    ('dead-letter', 'file', 'xmsrv_dead_letters_up'), ('nsq', 'auth-secret-file', 'xmsrv_queue_up')])
+def test_a_textfile_of_a_run_whose_file_is_missing_blames_the_end_that_needs_it(nsqd, program, workdir, section, option,
+                                                                                end):
+    path = workdir / 'x-msrv.prom'
+    missing = {section: {option: workdir / 'mount' / 'file'}}
+    program.once(nsqd, expect=os.EX_UNAVAILABLE, metrics={'textfile': path}, **missing)
+    ends = ('xmsrv_queue_up', 'xmsrv_store_up', 'xmsrv_dead_letters_up')
+    assert [name for name in ends if not series(path)[name]] == [end]
+
+
 @pytest.mark.parametrize('content', [
     b'rubbish {{{\n', b'\xff\xfe', b'xmsrv_received_total x\n', b'xmsrv_messages_total{foo="x"} 1\n',
     b'xmsrv_messages_total{foo="x",topic="orders",channel="x-msrv"} 1\n',

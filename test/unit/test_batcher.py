@@ -167,6 +167,16 @@ def test_an_outage_with_another_answer_is_a_line_again_and_the_same_answer_of_an
         'store unavailable (no answer of node 0)', 'store unavailable (not authenticated)']
 
 
+def test_an_outage_without_a_code_is_a_line_again_where_its_text_is_another(monkeypatch, caplog):
+    """First the file of dead letters has no room, then its directory is gone."""
+    monkeypatch.setattr(log, 'propagate', True)
+    caplog.set_level(logging.INFO, 'x-msrv')
+    texts = itertools.chain(['no space'] * 3, itertools.repeat('no such file'))
+    run(Store(lambda batch, now: WriteResult('retry', 'away', next(texts))), [1], 20)
+    assert [record.getMessage().split(':')[0] for record in caplog.records] == [
+        'store unavailable (no space)', 'store unavailable (no such file)']
+
+
 def test_breaker_goes_from_closed_to_open_to_half_open_and_back():
     breaker = Breaker()
     assert breaker.state is BreakerState.CLOSED

@@ -183,7 +183,7 @@ figures.record_window(window)
 figures.set_period(types.SimpleNamespace(endless=False, period=1, timeout=2))
 figures.record_consumer(types.SimpleNamespace(connections=[], in_flight=[], addresses=[]))
 figures.set_depths({'a': 1})
-figures.record_unavailable(xmsrv.Unavailable('away'))
+figures.record_unavailable({'queue'})
 print(sorted(name for name in sys.modules if name.startswith('prometheus_client')))
 '''
     ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, timeout=30)

@@ -185,6 +185,14 @@ def test_the_page_has_a_line_for_each_nsqd():
     assert shown(daemon, 'nsqds') == (
         'nsqd connection waiting in flight 10.0.0.1:4150 down not known 0 10.0.0.2:4150 up 12,345 40 '
         '10.0.0.3:4150 1 of 2 workers not known 7 Connection refused 10.0.0.4:4150 down 0 0 channel paused')
+    assert '3 of 4 nsqds are not connected' in shown(daemon, 'ends')
+
+
+def test_an_nsqd_that_a_worker_is_just_about_to_connect_to_is_not_away():
+    engine = types.SimpleNamespace(connections={'127.0.0.1:4150': (1, 7, '')})
+    daemon = Fake(engine=engine, workers='2')
+    assert '127.0.0.1:4150 1 of 2 workers not known 7' in shown(daemon, 'nsqds')
+    assert 'not connected' not in shown(daemon, 'ends')
 
 
 def test_the_numbers_of_the_page():
