@@ -6330,15 +6330,11 @@ class RunLock:
             return self.holder_pid()
         except OSError as error:   # also of a file system that has no locks
             rule = state_dir_fault(self.state_dir) or f'{self.path}: {error.strerror}'
-            raise Unavailable(self.describe_fault(rule)) from None
+            raise Unavailable(f'{self.filename}: {Fault("", "state-dir", self.state_dir, rule)}') from None
         with contextlib.suppress(OSError):   # on a full disk it is a lock even without its text
             os.ftruncate(fd, 0)
             os.pwrite(fd, f'{os.getpid()}\n'.encode() + os.fsencode(self.filename) + b'\n', 0)
         return None
-
-    def describe_fault(self, rule: str) -> str:
-        """The fault of state-dir, as those of the configuration are described."""
-        return f'{self.filename}: {Fault("", "state-dir", self.state_dir, rule)}'
 
     def holder_pid(self) -> str:
         """The pid of the holder, as text."""
@@ -8100,9 +8096,9 @@ def depth_chart(history: History) -> Chart:
 # ---------------------------------------------------------------------------------------------------------------------
 
 async def check_connections(config: types.SimpleNamespace, filename: str) -> int:
-    """Connects to the queue and the store and describes both, and looks at state-dir. Returns the exit status."""
-    rule = state_dir_fault(config.state_dir)
-    problems = [RunLock(config, filename).describe_fault(rule)] if rule else []
+    """Connects to the queue and the store and describes both. Returns the exit status. filename: of the
+    configuration."""
+    problems = [f'{filename}: {fault}' for fault in unwritable_paths(config)]
     store = STORES[config.store](config)
     try:
         store.open()
@@ -8128,6 +8124,19 @@ async def check_connections(config: types.SimpleNamespace, filename: str) -> int
     for problem in problems:
         log.error('%s', problem)
     return os.EX_UNAVAILABLE if problems else os.EX_OK
+
+
+def unwritable_paths(config: types.SimpleNamespace) -> Iterator[Fault]:
+    """Yields the faults of the paths in which a run would write, and this user can't. Only for `check --connect`, which
+    does what a run does: another user may check the text."""
+    rule = state_dir_fault(config.state_dir)
+    if rule:
+        yield Fault('', 'state-dir', config.state_dir, rule)
+    letters, textfile = config.dead_letter.file, config.metrics.textfile
+    for section, option, filename, made in (('dead-letter', 'file', letters, not os.path.exists(letters or '')),
+                                            ('metrics', 'textfile', textfile, True)):   # each run makes another
+        if filename and not os.access(os.path.dirname(os.path.realpath(filename)) if made else filename, os.W_OK):
+            yield Fault(section, option, filename, 'not writable')
 
 
 async def describe_nsqd(config: types.SimpleNamespace, address: Address, http_port: int | None) -> str:

@@ -192,3 +192,21 @@ def test_a_signal_ends_what_runs_and_what_is_opened():
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(main())
     assert time.monotonic() - begun < 9    # the signal ended the wait of 10 s
+
+
+@pytest.mark.parametrize(('closed', 'faults'), [
+    (None, []), ('state', ['state-dir = {}/state: not writable']),
+    ('letters', ['[dead-letter] file = {}/letters/dead: not writable']),
+    ('letters/dead', ['[dead-letter] file = {}/letters/dead: not writable']),
+    ('figures', ['[metrics] textfile = {}/figures/x.prom: not writable']), ('figures/x.prom', [])])
+def test_a_path_that_a_run_cannot_write_to_is_a_fault(tmp_path, monkeypatch, closed, faults):
+    """Root may write anywhere, so that is only said. The textfile is replaced by a new one each time."""
+    for name in 'state', 'letters', 'figures':
+        (tmp_path / name).mkdir()
+    (tmp_path / 'figures' / 'x.prom').touch()
+    if closed == 'letters/dead':
+        (tmp_path / closed).touch()
+    config = fakes.options(state_dir=str(tmp_path / 'state'), dead_letter={'file': str(tmp_path / 'letters' / 'dead')},
+                           metrics={'textfile': str(tmp_path / 'figures' / 'x.prom')})
+    monkeypatch.setattr(os, 'access', lambda path, mode: str(path) != str(tmp_path / closed) if closed else True)
+    assert [str(fault) for fault in xmsrv.unwritable_paths(config)] == [fault.format(tmp_path) for fault in faults]
