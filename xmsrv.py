@@ -1427,10 +1427,12 @@ def type_rule(kind: str) -> ValueRule:
 
 def check_all(rules: Sequence[ValueRule]) -> Validator:
     """A validator: the first of `rules` that does not accept the value says why."""
+    pairs = [(rule.accepts, rule.fault) for rule in rules]
+
     def check(value: Any) -> Any:
-        for rule in rules:
-            if not rule.accepts(value):
-                raise vol.Invalid(rule.fault)
+        for accepts, fault in pairs:
+            if not accepts(value):
+                raise vol.Invalid(fault)
         return value
     return check
 

@@ -36,7 +36,8 @@ LONGEST = 300               # seconds for the tests of one mutant, before they c
 NOTICED = {pytest.ExitCode.OK: False, pytest.ExitCode.TESTS_FAILED: True, pytest.ExitCode.INTERRUPTED: True}   # the last where the import fails
 
 # The tests that come first, by the section in which a mutant stands: most often it is killed by one of these.
-FIRST = {'message and mapping': ['mapping', 'paths', 'sets_and_ttl', 'documents_and_types', 'deletion'],
+FIRST = {'fields of a message': ['rules', 'paths'], 'faults of the configuration': ['rules', 'paths'],
+         'message and mapping': ['mapping', 'paths', 'sets_and_ttl', 'documents_and_types', 'deletion'],
          'nsqd protocol': ['consumer'], 'stores': ['store_results', 'sets_and_ttl', 'deletion'],
          'dead letters': ['letters'], 'batcher and breaker': ['batcher', 'schedule', 'runner'],
          'RDY and consumer': ['consumer', 'rdy'], 'window': ['window', 'runner'],
@@ -63,6 +64,18 @@ def end_to_end(file, names):
 
 
 MUTANTS = (
+    # -- values of options, fields of a message, faults of the configuration
+    Mutant('a relative path', 'if not os.path.isabs(path):', 'if False:', end_to_end('test_configuration', 'whole or relative')),
+    Mutant('a credential outside of its directory', "if name in ('', '.', '..') or re.search('[/\\0]', name):", 'if False:',
+           end_to_end('test_configuration', 'credential')),
+    Mutant('limits that exclude each other', '    if least > most:\n', '    if False:\n'),
+    Mutant('a word that another rule excludes', '                if not rule.accepts(value):\n                    raise ValueError',
+           '                if False:\n                    raise ValueError'),
+    Mutant('an integer that has over 64 bit', "if kind == 'integer' and not lowest <= value <= highest:", 'if False:'),
+    Mutant('a key of any type', 'for kind in sorted(kinds[path].difference(fitting)):', 'for kind in ():'),
+    Mutant('a bin of two options', '        if others:\n            yield Fault(*group[-1]', '        if False:\n            yield Fault(*group[-1]'),
+    Mutant('a bin of a list that stays', 'and not any(isinstance(step, int) for step in path.steps))}', ')}'),
+
     # -- message and mapping
     Mutant('id without its checksum', "(b'%b-%x-%x' % (id, timestamp, zlib.crc32(body)))", "(b'%b-%x' % (id, timestamp))"),
     Mutant('id without its time', "(b'%b-%x-%x' % (id, timestamp, zlib.crc32(body)))", "(b'%b-%x' % (id, zlib.crc32(body)))"),
