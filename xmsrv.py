@@ -1777,7 +1777,7 @@ def read_file(filename: str, settings: Iterable['Setting'] = ()) -> Sections:
 # What configobj says of a line, and the rule that it breaks.
 SYNTAX_RULES = {
     'Invalid line': 'neither OPTION = VALUE nor [SECTION]',
-    'Duplicate': 'stands twice, first in line',
+    'Duplicate': 'stands twice',
     'Cannot compute the section depth': 'has not as many [ as ]',
     'Section too nested': 'stands in no section: [SECTION] first, then [[SUBSECTION]]',
     'Parse error in value': 'a quote that does not end, or a comma without a value',
@@ -1786,21 +1786,22 @@ SYNTAX_RULES = {
 
 
 def syntax_faults(lines: Sequence[str], errors: Iterable[configobj.ConfigObjError]) -> Iterator[Fault]:
-    """Yields a Fault for each line that configobj can't read; not for one that stands twice only because a line above
-    it can't be read."""
-    places = [*line_places(lines)]
+    """Yields a Fault for each line that configobj can't read; not for one that stands twice only because the heading
+    above it can't be read."""
+    places, unread = [*line_places(lines)], False
     for error in errors:
         section, name = places[error.line_number - 1]
         rule = next((rule for text, rule in SYNTAX_RULES.items() if str(error).startswith(text)), str(error))
         if isinstance(error, configobj.DuplicateError):
             first = places.index((section, name)) + 1
-            if first == error.line_number:
+            if first == error.line_number and unread:
                 continue
-            rule += f' {first}'
-        written = re.fullmatch(r'\s*(\[.*\])\s*(?:#.*)?|[^=]*?=\s*(.*)', error.line)
-        heading, value = written.groups() if written else (error.line.strip(), None)
-        yield Fault(section, heading and re.sub(r'(?<=\[)\s+|\s+(?=\])', '', heading) or name, value, rule,
-                    line=error.line_number)
+            rule += f', first in line {first}' * (first < error.line_number)
+        unread = True
+        written, is_option, value = error.line.strip().partition('=')
+        if written.startswith('[') or not is_option:
+            name, value = truncate_text(error.line.strip(), 200), None
+        yield Fault(section, name, value and value.strip(), rule, line=error.line_number)
 
 
 def line_places(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
