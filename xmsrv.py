@@ -1912,6 +1912,8 @@ def read_overrides(arguments: argparse.Namespace) -> list[Setting]:
 def apply_setting(raw: Sections, setting: Setting) -> None:
     """Lays one Setting over the raw sections; its value is read as the file's are. Raises ConfigError."""
     *sections, option = setting.path
+    if not is_accepted_by(str.encode, setting.shown + setting.value):
+        raise ConfigError(f'{setting.shown}: not UTF-8')
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):

@@ -811,11 +811,14 @@ def test_a_fault_of_the_environment_names_its_variable_beside_those_of_the_file(
     ('XMSRV__NSQ__TOPIC', 'tail#ephemeral', 'the value cannot be read; quote the value'),
     ('XMSRV__SQLITE__SET', 'two\nlines', 'the value cannot be read; quote the value'),
     ('XMSRV__NSQ__TLS__CA_FILE', 'x', 'tls is an option, not a section'),
+    ('XMSRV__SQLITE__SET', 'a\udcff', 'not UTF-8'),
+    ('XMSRV__RECORD__BINS__\udcff', 'a', 'not UTF-8'),
 ])
 def test_a_value_of_the_environment_that_is_none_is_a_fault(program, variable, value, rule):
     program.write(VALID.replace('{directory}', str(program.directory)) + 'tls = x\n')
     program.extra = {variable: value}
-    assert program.run('check', expect=78).stderr == f'error: environment: {variable}: {rule}\n'
+    said = f'error: environment: {variable}: {rule}\n'.encode('ascii', 'backslashreplace').decode()
+    assert program.run('check', expect=78).stderr == said
 
 
 @pytest.mark.parametrize('option', OPTIONS, ids=lambda option: f'{option.section}.{option.name}')
