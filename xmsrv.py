@@ -3821,30 +3821,32 @@ THREAD_PREFIX = 'x-msrv'     # how the names of threads begin that may hang in a
 
 
 class Store:
-    """The interface of a store; by itself a store that stores nothing. All methods block: they run in `writers`
-    threads.
+    """The interface of a store; itself it stores nothing. All methods block: they run in `writers` threads.
 
-    batch_size: maximum records per call. call_timeout: seconds within which a call returns, unless it hangs.
+    batch_size: maximum records per call. call_timeout: seconds after which a call counts as hanging.
     """
 
     batch_size = 500
     writers = 1
     call_timeout = 5.0
 
-    def open(self):
+    def open(self) -> None:
         """Connects. Raises StoreError."""
 
-    def write(self, records):
+    def write(self, records: list[Record]) -> list[WriteResult]:
         """Writes the records, each whole or not at all, durably. Returns a WriteResult for each. Raises StoreError when
         none of them was written."""
         raise StoreError('no store', retryable=False)
 
-    def describe_contents(self):
+    def describe_contents(self) -> tuple[str, list[str]]:
         """Describes the store for `check --connect`: a line, and a list of problems. Raises StoreError."""
         return 'no store', []
 
-    def close(self):
+    def close(self) -> None:
         """Disconnects."""
+
+
+RecordId = tuple[str, str | int]   # the set and the key of a record
 
 
 class SqliteStore(Store):
@@ -3856,18 +3858,19 @@ class SqliteStore(Store):
              ' stored_at TEXT NOT NULL, PRIMARY KEY ("set", "key")) WITHOUT ROWID')
     drop = ('DELETE FROM records WHERE expires_at <= (SELECT max(expires_at) FROM'
             ' (SELECT expires_at FROM records WHERE expires_at <= ? ORDER BY expires_at LIMIT 1000))')
-    to_json = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode
+    # check_circular: bins were decoded from JSON, so no object is inside itself; the search costs a seventh of encoding
+    to_json = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'), check_circular=False).encode
 
-    def __init__(self, config):
+    def __init__(self, config: types.SimpleNamespace) -> None:
         self.path, self.set = config.sqlite.path, config.sqlite.set
         self.mode, self.time_bin, self.set_field = config.record.write, config.record.time_bin, config.record.set_field
-        # else each record is written, whatever is there
+        # Otherwise each record is written, whatever the table has under its key.
         self.needs_read = bool(self.time_bin) or self.mode != 'replace'
         self.delete_mode = config.record.delete and config.record.delete.mode
-        self.columns = ()        # of the table, once it is open
-        self.db = None
+        self.columns: tuple[str, ...] = ()   # of the table, once it is open
+        self.db: Any = None                  # an sqlite3.Connection, once it is open
 
-    def open(self):
+    def open(self) -> None:
         """Opens or creates the file; raises StoreError when it can't be written to."""
         with self.sqlite_errors():
             os.makedirs(os.path.dirname(self.path), mode=0o750, exist_ok=True)
@@ -3882,9 +3885,11 @@ class SqliteStore(Store):
         log.debug('sqlite %s: open', self.path)
 
     def prepare_table(self) -> None:
-        """Adds the column for tombstones where they are wanted, and finds out a table of another form before the first
-        message. Who has opened the table before that column came fails from then on, and opens it again: else it would
-        write a record and leave the end of a tombstone beside it."""
+        """Adds the column for tombstones if configured. Fails now for a table of another form.
+
+        A process that opened the table before that column was added fails at its next write, as it gives a value too
+        few, and opens the table again. Otherwise it would write a record, and leave the end of a tombstone in its row.
+        """
         self.db.execute('BEGIN IMMEDIATE')
         self.columns = self.read_columns()
         if self.delete_mode == 'tombstone' and 'expires_at' not in self.columns:
@@ -3901,7 +3906,7 @@ class SqliteStore(Store):
         return tuple(row[1] for row in self.db.execute('PRAGMA table_info (records)'))
 
     @contextlib.contextmanager
-    def sqlite_errors(self):
+    def sqlite_errors(self) -> Iterator[None]:
         """Raises StoreError for errors of SQLite and the file system; only a locked database is worth a retry."""
         try:
             yield
@@ -3911,144 +3916,133 @@ class SqliteStore(Store):
                     self.db.execute('ROLLBACK')
             raise StoreError(f'sqlite {self.path}: {error}', retryable='locked' in str(error)) from error
 
-    def write(self, records):
+    def write(self, records: list[Record]) -> list[WriteResult]:
         """Writes a batch in one transaction. With newest-wins, create or update each record is compared with the stored
         one; BEGIN IMMEDIATE holds the write lock of the file, so that nothing is written between the comparison and the
         write."""
         with self.sqlite_errors():
             self.db.execute('BEGIN IMMEDIATE')
             self.drop_expired()
-            answers = self.merge_stored(records) if self.needs_read else [STORED] * len(records)
-            self.carry_out(records, answers)
+            results = self.merge_stored(records) if self.needs_read else [STORED] * len(records)
+            self.write_and_delete(records, results)
             self.db.execute('COMMIT')
-            if not os.path.samestat(os.stat(self.path), self.file):   # with WAL, SQLite goes on in what nobody can find
+            if not os.path.samestat(os.stat(self.path), self.file):   # with WAL, SQLite goes on in the old file
                 raise OSError('the file was replaced while it was in use')
-        return answers
+        return results
 
-    def upsert(self, records):
-        """Writes all rows in one statement: the interpreter lock is released once and not for each row. To get it back
-        may take 5 ms while the loop decodes: 400 rows/s instead of 90,000, measured."""
+    def upsert(self, records: list[Record]) -> None:
+        """Writes all rows in one statement; of equal keys the last one stays. One statement releases the interpreter
+        lock once and not for each row. To get it back may take 5 ms while the loop decodes: 400 rows/s instead of
+        90,000, measured."""
         if not records:
             return
+        rows: list[tuple[Any, ...]] = [(record.set, record.key, self.to_json(record.bins)) for record in records]
+        value = change = ''
         if 'expires_at' in self.columns:
-            self.upsert_with_expiry(records)
-            return
-        # An upsert takes no key twice.
-        if self.set_field:
-            places = {self.set_and_key(record): self.to_json(record.bins) for record in records}
-            row, rows = '(?,?,?)', [(*place, bins) for place, bins in places.items()]
-        else:
-            row, rows = '(?1,?,?)', list({record.key: self.to_json(record.bins) for record in records}.items())
+            rows = [(*row, self.end_of(record)) for row, record in zip(rows, records, strict=True)]
+            value, change = ', column4', ', expires_at = excluded.expires_at'
+        row = f'({",".join("?" * len(rows[0]))})'
         self.db.execute(
-            'INSERT INTO records SELECT column1, column2, column3, ?2 FROM (VALUES ' + ','.join([row] * len(rows)) +
-            ') WHERE true ON CONFLICT ("set", "key")'
-            ' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at',
+            f'INSERT INTO records SELECT coalesce(column1, ?1), column2, column3, ?2{value}'
+            f' FROM (VALUES {",".join([row] * len(rows))}) WHERE true ON CONFLICT ("set", "key")'
+            f' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at{change}',
             (self.set, format_rfc3339(time.time()), *itertools.chain.from_iterable(rows)))
-
-    def set_and_key(self, record):
-        """The set and the key of a record."""
-        return record.set or self.set, record.key
-
-    def upsert_with_expiry(self, records: list[Record]) -> None:
-        """As upsert(), in a table that has tombstones: each with its end, and a record without one."""
-        rows = {place: (*place, self.to_json(record.bins), self.end_of(record))
-                for place, record in zip(map(self.set_and_key, records), records, strict=True)}
-        self.db.execute(
-            'INSERT INTO records SELECT column1, column2, column3, ?1, column4 FROM (VALUES ' +
-            ','.join(['(?,?,?,?)'] * len(rows)) + ') WHERE true ON CONFLICT ("set", "key")'
-            ' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at, expires_at = excluded.expires_at',
-            (format_rfc3339(time.time()), *itertools.chain.from_iterable(rows.values())))
 
     @staticmethod
     def end_of(record: Record) -> str | None:
-        """When a tombstone ends, as text that compares like the time; None for a record, which stays."""
+        """When a tombstone ends, as text that sorts by time (`never` last); None for a record."""
         if not isinstance(record, Deletion):
             return None
         return 'never' if record.ttl == TTL_NEVER else format_rfc3339(time.time() + (record.ttl or 0))
 
+    def record_id(self, record: Record) -> RecordId:
+        """The set and the key of a record."""
+        return record.set or self.set, record.key
+
     def drop_expired(self) -> None:
-        """Removes tombstones that have ended; a bounded number, for the batch behind it waits. Until its turn comes one
-        still holds off older messages."""
+        """Removes expired tombstones, about 1,000 at most, as the batch waits for that. A tombstone that is left still
+        holds off older messages."""
         if 'expires_at' in self.columns:
             self.db.execute(self.drop, (format_rfc3339(time.time()),))
 
-    def carry_out(self, records: list[Record], answers: list[WriteResult]) -> None:
-        """Writes the records and tombstones that nothing newer stands against, and removes what is to be removed."""
-        judged, removed = list(zip(records, answers, strict=True)), set()
+    def write_and_delete(self, records: list[Record], results: list[WriteResult]) -> None:
+        """Writes the records and tombstones that have won, and with `mode = remove` removes the deleted records."""
+        # Example of `remove`: a batch has a record of key 1 and then its removal. Both succeed, so key 1 is in
+        # `removed`: the record is not written, and the removal is the DELETE below. A tombstone is a row like that of
+        # any record.
+        removed: set[RecordId] = set()
         if self.delete_mode == 'remove':
-            removed = {self.set_and_key(record) for record, answer in judged if answer is DELETED}
-        self.upsert([record for record, answer in judged
-                     if answer is STORED and not (removed and self.set_and_key(record) in removed)
-                     or answer is DELETED and not removed])
-        for set_, places in group_by_key(list(removed), lambda place: place[0]):
-            self.db.execute(f'DELETE FROM records WHERE "set" = ? AND "key" IN ({",".join("?" * len(places))})',
-                            (set_, *(key for _, key in places)))
+            removed = {self.record_id(record) for record, result in zip(records, results, strict=True)
+                       if result is DELETED}
+        self.upsert([record for record, result in zip(records, results, strict=True)
+                     if result in (STORED, DELETED) and not (removed and self.record_id(record) in removed)])
+        for set_, record_ids in group_by_key(list(removed), lambda record_id: record_id[0]):
+            self.db.execute(f'DELETE FROM records WHERE "set" = ? AND "key" IN ({",".join("?" * len(record_ids))})',
+                            (set_, *(key for _, key in record_ids)))
 
-    def merge_stored(self, records):
-        """The result of each record. In update mode the stored bins are merged into the record.
-
-        What is removed leaves no time behind, by which an older message of the same batch could be told: so removals
-        come after all else.
-        """
-        there, order = self.read_stored(records), range(len(records))
+    def merge_stored(self, records: list[Record]) -> list[WriteResult]:
+        """The result of each record. In update mode the stored bins are merged into the record."""
+        stored, order = self.read_stored(records), list(range(len(records)))
         if self.delete_mode == 'remove':
-            order = sorted(order, key=lambda at: isinstance(records[at], Deletion))
-        answers = [STORED] * len(records)
-        for at in order:
-            answers[at] = self.judge_record(records[at], there)
-        return answers
+            # Removals are judged last, as a removed record has no time to compare with.
+            # Example: a batch has a removal of time 5 and then an older record of time 3. Judged in this order the
+            # record would be stored. Judged last, the removal takes that record away, too.
+            order.sort(key=lambda index: isinstance(records[index], Deletion))
+        results = [STORED] * len(records)
+        for index in order:
+            results[index] = self.judge_record(records[index], stored)
+        return results
 
-    def judge_record(self, record: Record, there: dict[tuple[str, str | int], Any]) -> WriteResult:
-        """The WriteResult for one record, and in `there` what is stored after it."""
-        place = self.set_and_key(record)
-        answer = self.compare_stored(record, there[place]) if place in there else STORED
-        if answer is STORED and self.mode == 'update':
-            record.bins = {**there.get(place, {}), **record.bins}
+    def judge_record(self, record: Record, stored: dict[RecordId, Any]) -> WriteResult:
+        """The result of one record; updates `stored` to the bins that are stored after it."""
+        record_id = self.record_id(record)
+        result = self.compare_stored(record, stored[record_id]) if record_id in stored else STORED
+        if result is STORED and self.mode == 'update':
+            record.bins = {**stored.get(record_id, {}), **record.bins}
             if len(record.bins) > MAX_BINS:
-                answer = WriteResult('rejected', 'unsupported-value', too_many_bins(len(record.bins)))
-        if answer is not STORED:
-            return answer
-        there[place] = record.bins
+                result = WriteResult('rejected', 'unsupported-value', too_many_bins(len(record.bins)))
+        if result is not STORED:
+            return result
+        stored[record_id] = record.bins
         if not isinstance(record, Deletion):
             return STORED
         if self.delete_mode == 'remove':
-            del there[place]
+            del stored[record_id]
         return DELETED
 
-    def compare_stored(self, record, bins):
+    def compare_stored(self, record: Record, bins: Any) -> WriteResult:
         """The result of a record whose key is stored already, with `bins`."""
         if self.mode == 'create':
             return DUPLICATE
         if not isinstance(bins, dict):
-            return WriteResult('rejected', 'rejected',
-                               'the stored bins are no JSON object, so nothing can be said of them')
+            return WriteResult('rejected', 'rejected', 'the stored bins are no JSON object, so they cannot be compared')
         if self.mode == 'update' or self.time_bin not in bins:
             return STORED
         moment = bins[self.time_bin]
         if not TYPE_CHECKS['integer'](moment):
-            return WriteResult('rejected', 'rejected', f'the stored {self.time_bin} is no integer, so neither is newer')
+            return WriteResult('rejected', 'rejected', f'the stored {self.time_bin} is no integer: cannot compare')
         return STALE if moment > record.time else STORED
 
-    def read_stored(self, records):
-        """The bins stored in the places of `records`, by place."""
-        places = {self.set_and_key(record) for record in records}
-        if not places:
+    def read_stored(self, records: list[Record]) -> dict[RecordId, Any]:
+        """The stored bins of all records whose set and key `records` have."""
+        record_ids = {self.record_id(record) for record in records}
+        if not record_ids:
             return {}
-        # A join, for with `("set", "key") IN (LABEL_VALUES ...)` SQLite scans the whole table.
-        query = ('SELECT "set", "key", bins FROM (VALUES ' + ','.join(['(?,?)'] * len(places)) +
+        # A join, for with `("set", "key") IN (VALUES ...)` SQLite scans the whole table.
+        query = ('SELECT "set", "key", bins FROM (VALUES ' + ','.join(['(?,?)'] * len(record_ids)) +
                  ') CROSS JOIN records ON "set" = column1 AND "key" = column2')
-        rows = self.db.execute(query, [*itertools.chain.from_iterable(places)])
+        rows = self.db.execute(query, [*itertools.chain.from_iterable(record_ids)])
         return {(set_, key): self.parse_bins(bins) for set_, key, bins in rows}
 
     @staticmethod
-    def parse_bins(bins):
+    def parse_bins(bins: Any) -> Any:
         """The bins of a row; the raw value when it is no JSON."""
         try:
             return json.loads(bins)
         except (ValueError, TypeError, RecursionError):
             return bins
 
-    def describe_contents(self):
+    def describe_contents(self) -> tuple[str, list[str]]:
         """Path, number of records, SQLite's version."""
         tombstone = 'expires_at' if 'expires_at' in self.columns else 'NULL'
         query = f'SELECT count(*), count({tombstone}), count(DISTINCT "set") FROM records'
@@ -4060,7 +4054,7 @@ class SqliteStore(Store):
         where = f'{sets} sets' if self.set_field else f'set {self.set}'
         return f'sqlite {self.path}: {records} in {where}, SQLite {sqlite3.sqlite_version}', []
 
-    def close(self):
+    def close(self) -> None:
         """Closes the file."""
         if self.db:
             self.db.close()
@@ -6194,7 +6188,7 @@ class Pipeline:
     async def write(self, messages: list[Message]) -> list[WriteResult]:
         """Writes the records of messages in a thread of the store. Returns the result of each."""
         loop = asyncio.get_running_loop()
-        begun, records = loop.time(), [message.record for message in messages]
+        begun, records = loop.time(), typing.cast(list[Record], [message.record for message in messages])
         try:
             results = await loop.run_in_executor(self.executor, self.store.write, records)
         except StoreError as error:
@@ -8119,13 +8113,13 @@ async def check_connections(config: types.SimpleNamespace, filename: str) -> int
         nsqds, problems = {}, [*problems, str(error)]
     described = await asyncio.gather(*(describe_nsqd(config, address, http_port)
                                        for address, http_port in nsqds.items()), return_exceptions=True)
-    for address, line in zip(nsqds, described, strict=True):
-        if isinstance(line, UNREACHABLE):
-            problems.append(f'nsqd {format_address(address)}: {describe_error(line)}')
-        elif isinstance(line, BaseException):
-            raise line
+    for address, found in zip(nsqds, described, strict=True):
+        if isinstance(found, UNREACHABLE):
+            problems.append(f'nsqd {format_address(address)}: {describe_error(found)}')
+        elif isinstance(found, BaseException):
+            raise found
         else:
-            print(line)
+            print(found)
     for problem in problems:
         log.error('%s', problem)
     return os.EX_UNAVAILABLE if problems else os.EX_OK

@@ -518,6 +518,16 @@ def test_sqlite_replaces_the_whole_record_but_in_update(tmp_path):
         assert stored(tmp_path) == {'k': {'n': 2}}
 
 
+@pytest.mark.parametrize('record', [{}, {'set-field': 't'}, {'key': 'id', 'time': 'ts', 'delete': {
+    'field': 'op', 'values': 'd'}}], ids=['one set', 'several sets', 'tombstones'])
+def test_sqlite_leaves_the_last_of_equal_keys_in_a_batch(tmp_path, record):
+    with sqlite_store(tmp_path, record=record) as store:
+        store.upsert([Record(key, {'n': n}, n) for n, key in enumerate(['a', 1, 'a', '1', 1, 'b', 'a'])])
+        assert stored(tmp_path) == {'a': {'n': 6}, 1: {'n': 4}, '1': {'n': 3}, 'b': {'n': 5}}
+        assert store.db.execute('SELECT DISTINCT "set" FROM records').fetchall() == [(store.set,)]
+        store.upsert([])
+
+
 def test_sqlite_judges_only_what_is_in_its_own_set(tmp_path):
     with sqlite_store(tmp_path, record={'write': 'create'}, sqlite={'set': 'one'}) as store:
         assert outcomes(store, 'k') == ['stored']
