@@ -237,6 +237,12 @@ def group_by_key(items: Sequence[Item], key: Callable[[Item], Key]) -> Iterable[
     return groups.items()
 
 
+def halves(items: list[Item]) -> list[list[Item]]:
+    """Both halves of a batch that was refused as a whole, to be tried by themselves; none of a single item."""
+    middle = len(items) // 2
+    return [items[:middle], items[middle:]] if middle else []
+
+
 def require_regular(filename: str) -> None:
     """Raises OSError where the path is no regular file: a device, a pipe, a FIFO, a directory."""
     with contextlib.suppress(FileNotFoundError):
@@ -4441,14 +4447,14 @@ class AerospikeStore(Store):
             if batch.result and not any(write.result for write in writes):   # never seen: an error that is nobody's
                 self.set_result(writes, batch.result)
         except Exception as error:   # whatever it raises, nothing was written
-            code, half = getattr(error, 'code', -2), len(writes) // 2
-            if not half or self.outcomes_by_code.get(code) == 'retry':
+            code, parts = getattr(error, 'code', -2), halves(writes)
+            if not parts or self.outcomes_by_code.get(code) == 'retry':
                 self.set_result(writes, code)
             elif time.monotonic() > deadline:
                 self.set_result(writes, -15)
             else:
-                self.send_batch(writes[:half], deadline)
-                self.send_batch(writes[half:], deadline)
+                for part in parts:
+                    self.send_batch(part, deadline)
 
     def send_wide_apart(self, writes, deadline):
         """Like send_batch(), but wide records are sent last and one by one, so that a slow one delays only itself.
@@ -4824,10 +4830,9 @@ class DeadLetterSink:
             await publisher.publish([encode_topic(self.build_header(m), m.body) for m in messages])
         except UNREACHABLE as error:
             self.connections.pop(address).close()
-            half = len(messages) // 2
-            if half and not self.closed and not isinstance(error, asyncio.TimeoutError):
-                return (await self.publish_batch(address, messages[:half])
-                        + await self.publish_batch(address, messages[half:]))
+            parts = halves(messages)
+            if parts and not self.closed and not isinstance(error, asyncio.TimeoutError):
+                return [unkept for part in parts for unkept in await self.publish_batch(address, part)]
             return self.unpublished_results(messages, publisher, error)
         return []
 
@@ -4970,13 +4975,9 @@ class Batch:
         self.messages, self.failures, self.accepted_before, self.tries = messages, failures, accepted_before, tries
 
     def halves_if_due(self) -> list['Batch']:
-        """Both halves, with the same counts; the batch itself when it has one message, or too few
-        failures."""
-        middle = len(self.messages) // 2
-        if not middle or self.failures < FAILURES_TO_HALVE:
-            return [self]
-        return [Batch(part, self.failures, self.accepted_before)
-                for part in (self.messages[:middle], self.messages[middle:])]
+        """Both halves, with the same counts; the batch itself when it has one message, or too few failures."""
+        parts = halves(self.messages) if self.failures >= FAILURES_TO_HALVE else []
+        return [Batch(part, self.failures, self.accepted_before) for part in parts] or [self]
 
 
 class Batcher:

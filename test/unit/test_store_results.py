@@ -12,7 +12,7 @@ import pytest
 
 import fakes
 import xmsrv
-from xmsrv import MAX_BINS, STORES, Record, StoreError, log
+from xmsrv import MAX_BINS, STORES, Record, StoreError, halves, log
 
 ERRORS = aerospike.exception
 
@@ -157,6 +157,12 @@ def test_with_newest_wins_each_write_carries_its_own_time_and_the_whole_policy(m
         assert write.policy['expressions'] == wanted
         assert write.policy['commit_level'] == aerospike.POLICY_COMMIT_LEVEL_ALL
         assert write.policy['key'] == aerospike.POLICY_KEY_SEND
+
+
+@pytest.mark.parametrize(('items', 'parts'), [
+    ([], []), ([1], []), ([1, 2], [[1], [2]]), ([1, 2, 3], [[1], [2, 3]])])
+def test_the_halves_of_a_batch_have_all_of_it(items, parts):
+    assert halves(items) == parts
 
 
 def test_what_the_client_refuses_as_a_whole_is_halved_until_the_culprit_is_alone(monkeypatch):
