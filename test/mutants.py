@@ -278,7 +278,7 @@ MUTANTS = (
     Mutant('only old batches probe', 'if self.retries and not probes_new:', 'if self.retries:'),
     Mutant('a busy record has no delay', '0.1 * 2 ** min(batch.tries, 6))', '0)'),
     Mutant('a stopped batcher goes on', "        if (self.stopped or self.breaker", '        if (self.breaker'),
-    Mutant('health is not told of the outage', "            self.health.report_failure(self.end, self.last_error, kind=f'batch {result.reason}')\n", ''),
+    Mutant('health is not told of the outage', "            self.health.report_failure(self.end, self.last_error, kind)\n", ''),
     Mutant('health is not told of the recovery', "        self.health.report_recovery(self.end)\n        if retry:", '        if retry:'),
     Mutant('a refused letter is an outage', "(result.outcome == 'unkept' and result.reason != 'refused')", "result.outcome == 'unkept'"),
 
