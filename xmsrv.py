@@ -588,11 +588,12 @@ def merge_end_states(states: Sequence[Mapping[str, EndState]]) -> dict[str, EndS
 
 
 class EndFailure(NamedTuple):
-    """The failure of an end: its text, the loop time since when, and its kind."""
+    """The failure of an end: its text, the loop time since when, its kind, and the loop time of its last report."""
 
     text: str
     since: float
     kind: str
+    last: float
 
 
 class Health:
@@ -607,8 +608,8 @@ class Health:
 
     def report_failure(self, end: str, text: str, kind: str | None = None) -> None:
         """`end` fails, because of `text`. A failure of another kind than the last one is a warning again."""
-        last = self.errors.get(end)
-        failure = EndFailure(text, last.since if last else asyncio.get_running_loop().time(), kind or text)
+        last, now = self.errors.get(end), asyncio.get_running_loop().time()
+        failure = EndFailure(text, last.since if last else now, kind or text, now)
         known = last is not None and last.kind == failure.kind
         log.log(logging.DEBUG if known else logging.WARNING, '%s unavailable (%s): retrying%s', end, text,
                 '' if end == 'dead letters' else ', consumption paused', extra={'kind': f'{end}: {failure.kind}'})
@@ -6817,6 +6818,7 @@ def format_age(seconds: float) -> str:
 
 START_TOLERANCE = 0.05      # seconds by which a start may be late and still count as on time
 RECOVERY_TICK = 0.5         # seconds between looks whether an idle queue shows that the store is back
+LETTER_RETURN_TIME = REQUEUE_DELAYS[1] + 5.0   # seconds after which a dead letter that was given back has come again
 
 
 class Schedule:
@@ -6895,9 +6897,11 @@ class WindowRunner:
         self.window = window = Window(pipeline, limits, Mapper(config))
         if self.end_reason:
             window.end(self.end_reason)
-        clearing = pipeline.tasks.start(self.clear_error_when_idle(pipeline.source))
+        clearing = pipeline.tasks.start(self.clear_errors_when_idle(pipeline.source))
         await window.run()
         clearing.cancel()
+        if window.end_reason is End.IDLE:
+            self.clear_settled_failure()
         self.window = None
         window.report_end()
         self.on_window_end(window)
@@ -6905,13 +6909,23 @@ class WindowRunner:
             raise StoreUnavailable(window.detail)
         self.backoff.reset_delay()
 
-    async def clear_error_when_idle(self, source: Source) -> None:
-        """Clears the failure of the store when the queue is idle: then no batch can prove its recovery, and its
-        connection has to be enough."""
+    async def clear_errors_when_idle(self, source: Source) -> None:
+        """Clears failures when the queue is idle, for then no batch can prove a recovery."""
         while True:
             await asyncio.sleep(RECOVERY_TICK)
             if source.idle_since is not None and self.window and not self.window.pending_count:
-                self.health.report_recovery('store')
+                self.health.report_recovery('store')   # its connection has to be enough
+                self.clear_settled_failure()
+
+    def clear_settled_failure(self) -> None:
+        """Clears the failure of the dead letters when none of them can come again, as others have settled them.
+
+        Example: of two workers, one could not keep a dead letter and gave it back; the other one got it, and kept it.
+        Nothing ever comes to the first that could tell it so.
+        """
+        failure = self.health.errors.get('dead letters')
+        if failure and asyncio.get_running_loop().time() - failure.last > LETTER_RETURN_TIME:
+            self.health.report_recovery('dead letters')
 
     def end_by(self, reason: End) -> None:
         """Ends the open window by `reason`, and then the runner; without a window, cancels the current wait."""

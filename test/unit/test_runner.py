@@ -211,6 +211,32 @@ def test_the_store_recovers_in_a_quiet_topic_but_not_while_messages_wait(monkeyp
     Runner(monkeypatch, period='0').run(steps)
 
 
+@pytest.mark.parametrize('period', ['0', '10s'])
+def test_dead_letters_recover_in_a_quiet_topic_once_none_that_was_given_back_can_come_again(monkeypatch, period):
+    """Another worker has settled it, or somebody has emptied the channel: here nothing could prove the recovery."""
+    async def steps(it):
+        await it.window()
+        await asyncio.sleep(100)
+        it.runner.health.report_failure('dead letters', 'no space')
+        it.queue.idle_since = now() + 1000
+        await asyncio.sleep(500)
+        it.runner.health.report_failure('dead letters', 'no space')   # it came again
+        await asyncio.sleep(595)
+        assert not it.runner.health.is_up('dead letters')
+        await asyncio.sleep(60)
+        assert it.runner.health.is_up('dead letters')
+    Runner(monkeypatch, period=period).run(steps)
+
+
+def test_dead_letters_do_not_recover_while_messages_come(monkeypatch):
+    async def steps(it):
+        await it.window()
+        it.runner.health.report_failure('dead letters', 'no space')
+        await asyncio.sleep(3000)
+        assert not it.runner.health.is_up('dead letters')
+    Runner(monkeypatch, period='0').run(steps)
+
+
 def test_a_call_that_hangs_is_not_healthy(monkeypatch):
     async def steps(it):
         window = await it.window()
