@@ -632,9 +632,14 @@ class Health:
         return {end: EndState.UP if self.is_up(end) else EndState.DOWN for end in ENDS}
 
     @property
-    def failure_text(self) -> str | None:
-        """The text of all failures, each with its end; None without a failure."""
-        return '; '.join(f'{end} unavailable: {self.errors[end].text}' for end in ENDS if end in self.errors) or None
+    def failures(self) -> dict[str, str]:
+        """Why each of ENDS is down that is."""
+        return {end: self.errors[end].text for end in ENDS if end in self.errors}
+
+
+def describe_failures(failures: Mapping[str, str]) -> list[str]:
+    """Failures in words, each with its end."""
+    return [f'{end} unavailable: {why}' for end, why in failures.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6946,12 +6951,12 @@ class WindowRunner:
     @property
     def failure_text(self) -> str:
         """What fails, in words."""
-        return '; '.join(f'{end} unavailable: {why}' for end, why in self.end_failures.items())
+        return '; '.join(describe_failures(self.end_failures))
 
     @property
     def end_failures(self) -> dict[str, str]:
         """Why each of ENDS is down that is. The queue can be down without a failure: nsqlookupd names no nsqd."""
-        failures = {end: self.health.errors[end].text for end in ENDS if end in self.health.errors}
+        failures = self.health.failures
         if 'queue' not in failures and self.end_states['queue'] is EndState.DOWN:
             failures['queue'] = ('no nsqd is connected' if self.pipeline.source.addresses else
                                  f'no nsqd has the topic {self.config.nsq.topic} yet')
@@ -7033,19 +7038,25 @@ class WorkerState(enum.StrEnum):
     BACKOFF = 'backoff'
 
 
+class WorkerStatus(NamedTuple):
+    """What a worker last said of itself, as WindowRunner has it; the defaults are of one that has said nothing yet."""
+
+    is_healthy: bool = True
+    end_states: Mapping[str, EndState] = dict.fromkeys(ENDS, EndState.STARTING)
+    failures: Mapping[str, str] = {}
+    connections: Mapping[str, tuple[int, int, str]] = {}
+    snapshot: Snapshot | None = None
+
+
 class WorkerHandle:
-    """The parent's view of a worker process. last_grant: its number, as a status line may have crossed the grant."""
+    """The parent's view of a worker process. last_grant: its number, as a status line may have crossed the grant.
+    last_status: the loop time of `status`."""
 
     def __init__(self, place: int) -> None:
         self.index, self.state, self.last_grant = place, WorkerState.STARTING, 0
-        self.process: Any = None                  # its Process, from its first start on
-        self.failure_text: str | None = None
-        self.failures: dict[str, str] = {}
-        self.connections: dict[str, tuple[int, int, str]] = {}
+        self.process: Any = None   # its Process, from its first start on
         self.change_log = ChangeLog()
-        self.last_status, self.is_healthy, self.failed_starts = 0.0, True, 0
-        self.end_states = dict.fromkeys(ENDS, EndState.STARTING)
-        self.snapshot: Any = None                 # its figures, as it told them last
+        self.status, self.last_status, self.failed_starts = WorkerStatus(), 0.0, 0
 
     def send_line(self, **message: Any) -> None:
         """Sends a line to the worker; its reader notices when it has exited."""
@@ -7148,11 +7159,11 @@ class Supervisor:
 
     def on_status(self, worker: WorkerHandle, message: dict[str, Any]) -> None:
         """Handles a status line of a worker."""
-        worker.last_status, worker.is_healthy = asyncio.get_running_loop().time(), message['healthy']
+        worker.last_status = asyncio.get_running_loop().time()
         worker.change_log.clear()
-        worker.end_states = {end: EndState(state) for end, state in message['ends'].items()}
-        worker.failure_text, worker.snapshot = message['trouble'], message['figures']
-        worker.failures, worker.connections = message['failures'], message['connections']
+        worker.status = WorkerStatus(
+            message['healthy'], {end: EndState(state) for end, state in message['ends'].items()}, message['failures'],
+            message['connections'], message['figures'])
         for window in message['windows']:
             self.on_window_end(types.SimpleNamespace(**window))
         if worker.state is not WorkerState.STOPPING:
@@ -7163,11 +7174,9 @@ class Supervisor:
 
     def on_exit(self, worker: WorkerHandle) -> None:
         """Handles the exit of a worker: keeps its metrics."""
-        if worker.snapshot:
-            self.dead_worker_metrics.merge_snapshot(worker.snapshot, gauges=False)
-        worker.state, worker.snapshot = WorkerState.BACKOFF, None
-        worker.end_states = dict.fromkeys(ENDS, EndState.STARTING)
-        worker.last_grant, worker.failure_text, worker.failures, worker.connections = 0, None, {}, {}
+        if worker.status.snapshot:
+            self.dead_worker_metrics.merge_snapshot(worker.status.snapshot, gauges=False)
+        worker.state, worker.status, worker.last_grant = WorkerState.BACKOFF, WorkerStatus(), 0
         self.state_changed.set()
 
     # -- its periods
@@ -7238,17 +7247,16 @@ class Supervisor:
 
     @property
     def failure_text(self) -> str:
-        """The failures of all workers, each text once."""
+        """What fails, in words, and which workers are to be started again."""
         gone = [] if self.tell_to_end else [f'worker {worker.index + 1} has ended'
                                             for worker in self.workers_in_state(WorkerState.BACKOFF)]
-        told = [worker.failure_text for worker in self.workers if worker.failure_text]
-        return '; '.join(dict.fromkeys([*gone, *told]))
+        return '; '.join([*gone, *describe_failures(self.end_failures)])
 
     @property
     def end_failures(self) -> dict[str, str]:
         """Why each of ENDS fails, each reason once, also where several workers say so."""
-        reasons = {end: dict.fromkeys(worker.failures[end] for worker in self.workers if end in worker.failures)
-                   for end in ENDS}
+        told = [worker.status.failures for worker in self.workers]
+        reasons = {end: dict.fromkeys(failures[end] for failures in told if end in failures) for end in ENDS}
         return {end: '; '.join(reason) for end, reason in reasons.items() if reason}
 
     @property
@@ -7256,7 +7264,7 @@ class Supervisor:
         """As WindowRunner has it, of all members together."""
         found: dict[str, tuple[int, int, str]] = {}
         for worker in self.workers:
-            for nsqd, (up, in_flight, error) in worker.connections.items():
+            for nsqd, (up, in_flight, error) in worker.status.connections.items():
                 there = found.get(nsqd, (0, 0, ''))
                 found[nsqd] = there[0] + up, there[1] + in_flight, there[2] or error
         return found
@@ -7264,7 +7272,7 @@ class Supervisor:
     @property
     def end_states(self) -> dict[str, EndState]:
         """The state of each of ENDS for all workers together."""
-        return merge_end_states([worker.end_states for worker in self.workers])
+        return merge_end_states([worker.status.end_states for worker in self.workers])
 
     def is_healthy(self, now: float) -> bool:
         """True when every worker responds and reports itself healthy; logs the workers that do not respond."""
@@ -7275,11 +7283,12 @@ class Supervisor:
                                   worker.process.pid)
             if now - worker.last_status >= WORKER_KILL_TIME:
                 self.kill_worker(worker)
-        return not silent and all(worker.is_healthy for worker in alive)
+        return not silent and all(worker.status.is_healthy for worker in alive)
 
     def current_metrics(self) -> list[Any]:
         """The metrics of the parent and all workers."""
-        return [self.metrics.take_snapshot(), *(worker.snapshot for worker in self.workers if worker.snapshot)]
+        told = [worker.status.snapshot for worker in self.workers]
+        return [self.metrics.take_snapshot(), *filter(None, told)]
 
 
 def worker_command() -> list[str]:
@@ -7349,12 +7358,11 @@ class Worker:
     def send_status(self) -> None:
         """Sends a status line to the parent."""
         windows, self.windows[:] = [vars(window_summary(window)) for window in self.windows], []
-        metrics, = self.runner.current_metrics()
-        healthy = self.runner.is_healthy(asyncio.get_running_loop().time())
+        runner, (metrics,) = self.runner, self.runner.current_metrics()
         line = json.dumps({
-            'state': self.state, 'seen': self.last_grant, 'healthy': healthy, 'windows': windows,
-            'ends': self.runner.end_states, 'trouble': self.runner.failure_text, 'failures': self.runner.end_failures,
-            'connections': self.runner.connections, 'figures': metrics})
+            'state': self.state, 'seen': self.last_grant, 'windows': windows, 'figures': metrics,
+            'healthy': runner.is_healthy(asyncio.get_running_loop().time()), 'ends': runner.end_states,
+            'failures': runner.end_failures, 'connections': runner.connections})
         with contextlib.suppress(BrokenPipeError):
             write_all(1, line.encode() + b'\n')
 

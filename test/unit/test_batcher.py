@@ -152,7 +152,7 @@ def test_health_fails_with_the_breaker_and_recovers_with_it(kept):
     store = Store(lambda batch, now: AWAY if not kept or now < 1001 else STORED)
     _, batcher = run(store, [1], 10)
     assert batcher.health.is_up('store') is kept
-    assert batcher.health.failure_text == (None if kept else 'store unavailable: no answer')
+    assert batcher.health.failures == ({} if kept else {'store': 'no answer'})
 
 
 def test_an_outage_with_another_answer_is_a_line_again_and_the_same_answer_of_another_node_is_none(monkeypatch, caplog):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import clock
-from xmsrv import REPEATS_LOGGED, REPEATS_TEMPLATE, Health, RateLimitFilter, log
+from xmsrv import REPEATS_LOGGED, REPEATS_TEMPLATE, Health, RateLimitFilter, describe_failures, log
 
 
 @pytest.fixture
@@ -28,16 +28,16 @@ def lines(monkeypatch):
 def test_a_failure_is_said_once_and_its_end_with_how_long_it_took(lines):
     async def main():
         health = Health()
-        assert (health.is_up('store'), health.failure_text) == (True, None)
+        assert (health.is_up('store'), health.failures) == (True, {})
         health.report_failure('store', 'no answer', kind='batch')
         await asyncio.sleep(2)
         health.report_failure('store', 'no answer of another node', kind='batch')
         assert (health.is_up('store'), health.is_up('queue')) == (False, True)
-        assert health.failure_text == 'store unavailable: no answer of another node'
+        assert health.failures == {'store': 'no answer of another node'}
         await asyncio.sleep(3)
         health.report_recovery('store')
         health.report_recovery('store')
-        assert (health.is_up('store'), health.failure_text) == (True, None)
+        assert (health.is_up('store'), health.failures) == (True, {})
     clock.run(main())
     assert lines == [('WARNING', 'store unavailable (no answer): retrying, consumption paused'),
                      ('DEBUG', 'store unavailable (no answer of another node): retrying, consumption paused'),
@@ -51,7 +51,7 @@ def test_a_failure_of_another_kind_is_a_warning_again_and_the_same_is_none(lines
         health.report_failure('queue', 'refused')
         health.report_failure('queue', 'no name')
         health.report_failure('dead letters', 'full')
-        assert health.failure_text == 'queue unavailable: no name; dead letters unavailable: full'
+        assert describe_failures(health.failures) == ['queue unavailable: no name', 'dead letters unavailable: full']
     clock.run(main())
     assert [level for level, _ in lines] == ['WARNING', 'DEBUG', 'WARNING', 'WARNING']
     assert lines[-1][1] == 'dead letters unavailable (full): retrying'    # for the queue flows meanwhile

@@ -458,7 +458,7 @@ class Process:
         self.exited = asyncio.Event()
 
     def say(self, **fields):
-        state = {'state': 'idle', 'seen': 0, 'healthy': True, 'windows': [], 'trouble': None,
+        state = {'state': 'idle', 'seen': 0, 'healthy': True, 'windows': [],
                  'failures': {}, 'connections': {},
                  'ends': dict.fromkeys(xmsrv.ENDS, 'up'), 'figures': Metrics().take_snapshot(), **fields}
         self.stdout.feed_data(json.dumps(state).encode() + b'\n')
@@ -562,10 +562,10 @@ def test_the_end_of_a_worker_frees_its_grant_keeps_its_figures_and_another_is_st
         assert len(processes) == 3
         total = xmsrv.merge_metrics([*team.current_metrics(), team.dead_worker_metrics.take_snapshot()])
         assert (total.value_of('xmsrv_received_total'), total.value_of('xmsrv_worker_restarts_total')) == (14, 1)
-        assert set(team.workers[0].end_states.values()) == {STARTING} and set(team.end_states.values()) == {UP}
+        assert set(team.workers[0].status.end_states.values()) == {STARTING} and set(team.end_states.values()) == {UP}
         processes[2].say()
         await asyncio.sleep(0.1)
-        assert set(team.workers[0].end_states.values()) == set(team.end_states.values()) == {UP}
+        assert set(team.workers[0].status.end_states.values()) == set(team.end_states.values()) == {UP}
     with_team(monkeypatch, steps)
 
 
@@ -648,7 +648,7 @@ def test_a_team_says_what_is_wrong_each_thing_once(monkeypatch):
     async def steps(team, processes):
         assert team.failure_text == ''
         for process in processes:
-            process.say(trouble='store unavailable: gone', ends={**dict.fromkeys(xmsrv.ENDS, 'up'), 'store': 'down'})
+            process.say(failures={'store': 'gone'}, ends={**dict.fromkeys(xmsrv.ENDS, 'up'), 'store': 'down'})
         await asyncio.sleep(0.1)
         assert team.failure_text == 'store unavailable: gone'
         assert team.end_states == {'queue': UP, 'store': DOWN, 'dead letters': UP}
@@ -689,7 +689,7 @@ def test_a_worker_that_is_started_again_is_no_end_that_is_down(monkeypatch, daem
         await asyncio.sleep(0.1)
         assert (daemon.is_ready, daemon.failure_text) == (True, '')
         processes[2].say(ends={'queue': 'closed', 'store': 'down', 'dead letters': 'up'},
-                         trouble='store unavailable: x', failures={'store': 'x'})
+                         failures={'store': 'x'})
         await asyncio.sleep(0.1)
         assert daemon.end_failures == {'queue': 'on purpose, while another end fails', 'store': 'x'}
         assert readiness_text(daemon) == 'queue: closed\nstore: down\ndead letters: up\nstore unavailable: x\n'
@@ -810,7 +810,7 @@ def said(monkeypatch, steps):
         worker.runner = types.SimpleNamespace(
             current_metrics=lambda: [Metrics().take_snapshot()], is_healthy=lambda now: True,
                                               end_states=dict.fromkeys(xmsrv.ENDS, UP),
-            failure_text='x', end_failures={}, connections={})
+            end_failures={'store': 'x'}, connections={})
         await steps(worker)
     clock.run(main())
     assert {fd for fd, _ in lines} <= {1}
@@ -825,7 +825,8 @@ def test_a_worker_that_waits_for_its_grant_is_idle_and_says_so_at_once(monkeypat
         worker.grants.put_nowait(4)
         assert await waiting == 4
     line, = said(monkeypatch, steps)
-    assert [line[name] for name in ('state', 'seen', 'healthy', 'windows', 'trouble')] == ['idle', 0, True, [], 'x']
+    assert [line[name] for name in ('state', 'seen', 'healthy', 'windows', 'failures')] == [
+        'idle', 0, True, [], {'store': 'x'}]
 
 
 def test_a_worker_says_twice_a_second_how_it_is_and_tells_of_each_window_once(monkeypatch):

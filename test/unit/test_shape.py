@@ -31,7 +31,7 @@ FLAGS = {
     'WindowLimits.keeps_excess': 'a wish: an argument, never changed',
     'DeadLetterFileSource.read_all': 'a fact about the file: its last line was read',
     'Daemon.is_stopping': 'set once, by a signal',
-    'WorkerHandle.is_healthy': 'what the worker said of itself last',
+    'WorkerStatus.is_healthy': 'what the worker said of itself last',
 }
 
 # Sections in which a function may still have no hints; mypy.ini loosens what it has to for them. None is added.
