@@ -438,6 +438,29 @@ def test_a_reload_holds_once_its_files_are_there_and_messages_flow_meanwhile(nsq
     assert numbers(program) == list(range(next(sent)))
 
 
+def test_a_reload_without_its_file_waits_for_it_and_messages_flow_meanwhile(nsqd, program, systemd):
+    """Who replaces the file by two steps need not send the signal twice."""
+    fill(nsqd, 10)
+    port = servers.free_ports()
+    program.configure(nsqd, period='200ms', metrics={'listen': f'127.0.0.1:{port}'})
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 10, 'it is under way', 20)
+    program.path.unlink()
+    running.send_signal(signal.SIGHUP)
+    waits = f'waiting for configuration: {program.path}: No such file or directory'
+    wait_until(lambda: count(program, f'{waits}; keeping the current configuration'), 'it says so')
+    wait_until(lambda: any(text.startswith(waits) for text in systemd.fields('STATUS')), 'systemd hears of it')
+    ready = (200, f'queue: up\nstore: up\ndead letters: up\n{waits}\n')
+    wait_until(lambda: get(port, '/readyz') == ready, 'so does who asks', 20)
+    fill(nsqd, 10, 10)
+    wait_until(lambda: len(program.rows()) == 20, 'messages flow', 20)
+    program.configure(nsqd, period='200ms', sqlite={'set': 'new'})
+    wait_until(lambda: count(program, 'configuration reloaded'), 'it is in force', 40)
+    fill(nsqd, 10, 20)
+    wait_until(lambda: len(program.rows()) == 30 and 'new' in {where for where, _, _, _ in program.rows()}, 'it is', 20)
+    stopped(running)
+
+
 def test_a_reload_changes_the_number_of_workers(nsqd, program):
     fill(nsqd, 0)
     program.configure(nsqd, period='0', workers=2)
