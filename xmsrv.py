@@ -469,18 +469,26 @@ def journal_entry(fields: Mapping[str, object]) -> bytes:
     return b''.join(lines)
 
 
+class RepeatCount(NamedTuple):
+    """Lines of a kind: since when, how many, and the last of them."""
+
+    since: float
+    number: int
+    last: logging.LogRecord
+
+
 class RateLimitFilter(logging.Filter):
     """Suppresses repeated warnings and errors: the first REPEATS_LOGGED of a kind pass, the others are counted, and the
     count is logged after a minute or at exit. The kind is the record's own `kind`, else its template, or without words
     in that the whole text.
 
-    seen: kind -> (since when, how many, the last one). With -v all pass.
+    seen: by kind. With -v all pass.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self.clock, self.lock = clock, threading.Lock()   # the store's threads log as well
-        self.seen: dict[str, tuple[float, int, logging.LogRecord]] = {}
+        self.seen: dict[str, RepeatCount] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """True for a record that is logged."""
@@ -490,12 +498,11 @@ class RateLimitFilter(logging.Filter):
         template = record.msg if re.search('[a-z]{2}', record.msg) else record.getMessage()
         kind = getattr(record, 'kind', template)
         with self.lock:
-            since, number, _ = self.seen.get(kind, (self.clock(), 0, record))
-            number += 1
-            self.seen[kind] = since, number, record
-        if number == REPEATS_LOGGED + 1:
+            before = self.seen.get(kind) or RepeatCount(self.clock(), 0, record)
+            count = self.seen[kind] = RepeatCount(before.since, before.number + 1, record)
+        if count.number == REPEATS_LOGGED + 1:
             self.set_timer()
-        return number <= REPEATS_LOGGED
+        return count.number <= REPEATS_LOGGED
 
     def set_timer(self) -> None:
         """Logs the count in time, even without another line; in a thread, as an event loop may not exist."""
@@ -510,7 +517,7 @@ class RateLimitFilter(logging.Filter):
     def log_counts(self, until: float = math.inf) -> None:
         """Logs the counts that began before `until`, and removes them."""
         with self.lock:
-            over = [self.seen.pop(kind) for kind, (since, *_) in list(self.seen.items()) if since <= until]
+            over = [self.seen.pop(kind) for kind, count in list(self.seen.items()) if count.since <= until]
         for _, number, last in over:
             if number > REPEATS_LOGGED:
                 log.log(last.levelno, REPEATS_TEMPLATE, number - REPEATS_LOGGED, last.getMessage())
@@ -701,8 +708,21 @@ SUFFIXES = {'histogram': {'_bucket': ('le',), '_sum': (), '_count': ()}}   # els
 # Each series by name: its metric, and its labels in the order in which a key of MetricTotals has their values.
 SERIES = {metric.name + suffix: (metric, (*metric.labels, *more)) for metric in METRIC_DEFINITIONS
           for suffix, more in SUFFIXES.get(metric.kind, {'': ()}).items()}
-# {'samples': [[series, value of each label, number]], 'recent': [...]}, as JSON can say it
-Snapshot = dict[str, list[Any]]
+
+
+class RecentDeadLetter(NamedTuple):
+    """One of the latest dead letters: seconds since 1970, and why."""
+
+    when: float
+    reason: str
+    detail: str
+
+
+class Snapshot(typing.TypedDict):
+    """What a process counted, as JSON can say it. samples: lists of series, value of each label, number."""
+
+    samples: list[list[Any]]
+    recent: list[RecentDeadLetter]
 
 
 class LagHistogram:
@@ -739,7 +759,7 @@ class Metrics:
         self.metrics: dict[str, Any] = {}
         self.lag = LagHistogram(LAG, METRICS_BY_NAME[LAG].help, BUCKET_BOUNDS[LAG])
         self.registry.register(self.lag)
-        self.recent: collections.deque[Any] = collections.deque(maxlen=RECENT_DEAD_LETTERS)
+        self.recent: collections.deque[RecentDeadLetter] = collections.deque(maxlen=RECENT_DEAD_LETTERS)
         for metric in METRIC_DEFINITIONS:   # so that the first of anything can be seen as an increase
             for value in LABEL_VALUES.get(metric.name, [()]):
                 if metric.kind != 'gauge' and metric.name != LAG and len(value) == len(metric.labels):
@@ -782,7 +802,7 @@ class Metrics:
         elif answer is DEAD:
             for message in messages:
                 self.increment('xmsrv_dead_letters_total', 1, message.rejection.reason)
-                self.recent.append((now, message.rejection.reason, message.rejection.detail))
+                self.recent.append(RecentDeadLetter(now, message.rejection.reason, message.rejection.detail))
 
     def sync_counts(self, window: Any) -> None:
         """Adds the counts of a window since the last call. A REQ that nsqd refuses is late and no longer requeued; what
@@ -890,7 +910,7 @@ class MetricTotals:
     def __init__(self, constant: Mapping[str, str] | None = None) -> None:
         self.constant = constant or {}
         self.numbers: dict[tuple[str, ...], float] = {}
-        self.recent: list[tuple[Any, ...]] = []
+        self.recent: list[RecentDeadLetter] = []
 
     def merge_snapshot(self, snapshot: Snapshot, gauges: bool = True) -> None:
         """Takes in what a process counted. A worker that was started after an upgrade may count more than we know."""
@@ -903,7 +923,8 @@ class MetricTotals:
                 self.numbers[key] = (there or 0) + number
             elif gauges:
                 self.numbers[key] = number if there is None else metric.join((there, number))
-        self.recent = sorted([*self.recent, *map(tuple, snapshot['recent'])])[-RECENT_DEAD_LETTERS:]
+        letters = [*self.recent, *itertools.starmap(RecentDeadLetter, snapshot['recent'])]
+        self.recent = sorted(letters)[-RECENT_DEAD_LETTERS:]
 
     def take_snapshot(self) -> Snapshot:
         """All of it, to be merged with others."""
@@ -1042,6 +1063,7 @@ MAX_SOCKET_PATH = 107  # bytes: unix(7)
 INT64 = range(-1 << 63, 1 << 63)   # of an integer in a record
 VARIABLES = 'XMSRV__'  # how ours begin: Docker and Kubernetes make XMSRV_PORT and others for a service of that name
 SIZE_UNITS = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
+Address = tuple[str, int]          # host, port; path of a unix socket, 0
 Validator = Callable[[Any], Any]   # a value of the file in, the typed value out; ValueError with one sentence
 
 
@@ -1162,7 +1184,7 @@ def ttl_parser(**words: int) -> Validator:
     return check_ttl
 
 
-def parse_address(value: Any) -> tuple[str, int]:
+def parse_address(value: Any) -> Address:
     """`host:port`, `192.0.2.1:4150` or `[2001:db8::1]:4150` as (host, port)."""
     match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:\[\]/@]+)):([0-9]{1,5})', single_value(value))
     if not match or not 0 < int(match[3]) < 65536:
@@ -1191,7 +1213,7 @@ def is_ip_literal(host: str) -> bool:
     return is_accepted_by(ipaddress.ip_address, host)
 
 
-def format_address(address: tuple[str, int]) -> str:
+def format_address(address: Address) -> str:
     """(host, port) as text, IPv6 in brackets; of a unix socket its path."""
     host, port = address
     if host.startswith('/'):
@@ -1199,7 +1221,7 @@ def format_address(address: tuple[str, int]) -> str:
     return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
 
 
-def nsqd_address(value: Any) -> tuple[str, int]:
+def nsqd_address(value: Any) -> Address:
     """As address(), or the path of a unix socket, with 0 for its port."""
     if not single_value(value).startswith('/'):
         if '/' in value:
@@ -2231,26 +2253,27 @@ def path_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
             yield Fault(section, option, filename, 'its directory is not there', FaultKind.UNAVAILABLE)
 
 
+def value_of(config: types.SimpleNamespace, option: Option) -> Any:
+    """The value of an option; None where its section is off."""
+    return functools.reduce(lambda node, part: node and getattr(node, part.replace('-', '_')), option.path, config)
+
+
 def unreadable_files(config: types.SimpleNamespace) -> Iterator[Fault]:
-    """Yields the secrets and certificates that can't be read."""
-    for name in connected_sections(config):
-        options, secret = getattr(config, name), 'auth-secret-file' if name == 'nsq' else 'password-file'
-        files = [(name, secret, options)]
-        if options.tls:
-            files += [(f'{name}.tls', option, options.tls) for option in ('ca-file', 'cert-file', 'key-file')]
-        faults = [fault for section, option, node in files
-                  for fault in secret_file_faults(section, option, getattr(node, option.replace('-', '_')))]
-        yield from faults or certificate_faults(name, options.tls)
+    """Yields the secrets and certificates that can't be read, or are empty."""
+    for section in connected_sections(config):
+        files = [option for option in OPTIONS if option.path[0] == section and option.name.endswith('-file')]
+        faults = [fault for option in files for fault in secret_file_faults(option, value_of(config, option))]
+        yield from faults or certificate_faults(section, getattr(config, section).tls)
 
 
-def secret_file_faults(section: str, option: str, filename: str | None) -> Iterator[Fault]:
-    """Yields a Fault for a file that can't be read, or is empty."""
+def secret_file_faults(option: Option, filename: str | None) -> Iterator[Fault]:
+    """Yields a Fault for the file of an option that can't be read, or is empty."""
     try:
         if filename and not open_secret(filename):
             raise ValueError('empty')
     except (OSError, ValueError) as error:
         rule = getattr(error, 'strerror', None) or str(error)
-        yield Fault(section, option, filename, rule, FaultKind.UNAVAILABLE)
+        yield Fault(option.section, option.name, filename, rule, FaultKind.UNAVAILABLE)
 
 
 def certificate_faults(section: str, tls: types.SimpleNamespace | None) -> Iterator[Fault]:
@@ -2262,7 +2285,7 @@ def certificate_faults(section: str, tls: types.SimpleNamespace | None) -> Itera
         yield Fault(section, 'tls', None, f'the certificates do not load: {error}', FaultKind.UNAVAILABLE)
 
 
-def address_faults(listen: tuple[str, int] | None) -> Iterator[Fault]:
+def address_faults(listen: Address | None) -> Iterator[Fault]:
     """Yields a Fault for an address of `listen` that this host does not have. A port in use is no fault: a running
     daemon with the same configuration has it."""
     if not listen:
@@ -3090,7 +3113,6 @@ FRAME_HEADER = struct.Struct('>ii')          # size of what follows, frame type
 MESSAGE_HEADER = struct.Struct('>iiqH16s')   # of a message: size, type, timestamp, attempts, id
 LATE_ERRORS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')       # not fatal: nsqd has delivered it again
 UNREACHABLE = (OSError, NsqdError, asyncio.TimeoutError, UnicodeError)    # the last: a name that is none
-Address = tuple[str, int]               # host, port
 Nsqds = dict[Address, int | None]       # address -> HTTP port, where nsqlookupd has named it
 
 
