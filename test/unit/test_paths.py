@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fakes
@@ -200,6 +200,7 @@ def outcome(mapper, value):
         return rejection.reason, rejection.detail
 
 
+@settings(deadline=None)   # each example reads two configurations
 @given(st.fixed_dictionaries({'a': objects, 'h': objects}), st.lists(st.sampled_from(PLACES), unique=True, min_size=2),
        st.lists(st.sampled_from(PLACES[3:]), unique=True), st.randoms(use_true_random=False))
 def test_any_order_of_lines_makes_the_same_bins(value, sources, fields, random):

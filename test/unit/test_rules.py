@@ -1,7 +1,7 @@
 """The rules of [[fields]]: what a line accepts, and lines that no value keeps."""
 import pytest
 import voluptuous as vol
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fakes
@@ -27,6 +27,7 @@ def lines(values, limits):
                     | words.map(lambda chosen: 'one-of ' + '|'.join(map(str, chosen))), max_size=4)
 
 
+@settings(deadline=None)
 @given(st.tuples(st.just('integer'), st.just(INTEGERS), lines(INTEGERS, st.integers(-5, 5)))
        | st.tuples(st.just('string'), st.just(TEXTS), lines(TEXTS[1:], st.integers(0, 6))))
 def test_a_line_is_refused_where_no_value_keeps_it_or_a_word_of_it_never_comes(line):
