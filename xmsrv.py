@@ -4094,15 +4094,16 @@ class SqliteStore(Store):
             self.db.close()
 
 
-# The outcome of each answer of the cluster (names: aerospike.exception), the most severe first.
-OUTCOMES_BY_CODE = {
+# The meaning of each answer of the cluster (names: aerospike.exception), the most severe first; any other answer is
+# 'unknown'. Meanings are words of this section alone: build_result() makes a WriteResult of each.
+MEANING_BY_CODE = {
     **dict.fromkeys((8, 20, 22, 80, 81, 82), 'stop'),   # full, no namespace, forbidden, not allowed
     **dict.fromkeys((-15, -14, -10, -8, 7, 9, 11, 18), 'retry'),   # no answer, time, load, the cluster
     **dict.fromkeys((14, 28, 120), 'busy'),   # this record alone
-    **dict.fromkeys((-2, 4, 12, 21), 'refused'),   # the message's own fault, or that of a policy for all messages
+    **dict.fromkeys((-2, 4, 12, 21), 'refused'),   # this message is to blame, or a policy for all messages
     0: 'stored', 5: 'duplicate', 13: 'too-big', 27: 'filtered', 160: 'no-geometry',
 }
-FORM_ACCEPTED = ('stored', 'duplicate', 'filtered')   # answers that only a well-formed write gets
+FORM_ACCEPTED = ('stored', 'duplicate', 'filtered')   # meanings of answers that only a well-formed write gets
 ADVICE_BY_CODE = {8: 'make room', 9: 'see whether the nodes are overloaded or gone',
                   18: 'the disks are too slow for the load',
                   20: 'see namespace in [aerospike]',
@@ -4111,55 +4112,74 @@ ADVICE_BY_CODE = {8: 'make room', 9: 'see whether the nodes are overloaded or go
                   80: 'see user in [aerospike]', 81: 'give the user the role read-write',
                   82: 'the whitelist lacks this host'}
 NOT_FOUND = 2                # no record of that key
-FULL_SET = 22                # the answer to a new record of a set at its limit, and to some more
+NO_ANSWER = -15              # the client's own code for a call without an answer
+FULL_SET = 22                # the answer to a new record of a full set; ADVICE_BY_CODE has its other causes
 FORBIDDING_CODES = (8, 22)   # answers whose cause the statistics of the nodes name
 # A record with more bins gets a call of its own: the server compares the name of each bin with all before it, so that
 # 4,000 bins take 0.1 s and 32,767 take seconds (8.1, measured), and the other records of the batch would have to wait.
 WIDE_RECORD = 4000
 MAX_SETS = 4095          # of a namespace, which never forgets one: AS_SET_MAX_COUNT of the server
-# A call has a thread for each node of its batch: with one too few the batch of a node that is well would wait for one
-# that hangs, longer than the call may take.
+# A call takes a thread for each node of its batch: with one thread too few, a node that hangs delays the records of
+# another node longer than the call may take.
 NODES = 8                # the most that a cluster of the Community Edition has
 MAX_THREADS = 256
 MIN_SERVER = (6, 0)      # the first server that takes batches of writes
-INT32_MAX = 0x7FFFFFFF   # ms: the client counts them in 32 bits; what is over wraps round, and 0 would be no limit
+INT32_MAX = 0x7FFFFFFF   # ms: the client counts in 32 bits. A larger number would wrap round, and 0 would be no limit.
+
+Facts = dict[str, str]   # what a node says of one thing, by name
+code_of = operator.attrgetter('result')   # the answer to a write
 
 
-def to_milliseconds(seconds):
-    """Seconds as the client takes a limit: whole milliseconds, never 0 (which is no limit) nor over its 32 bits."""
+def to_milliseconds(seconds: float) -> int:
+    """Seconds as the client takes a limit: whole milliseconds, at least 50 (0 is no limit), within 32 bits."""
     return min(INT32_MAX, max(50, int(seconds * 1000)))
 
 
-def parse_facts(text, separator):
+@functools.cache
+def names_of_answers() -> dict[int, str]:
+    """The client's names of the answers of a cluster, by code."""
+    from aerospike import exception
+    codes = {name: getattr(error, 'code', None) for name, error in vars(exception).items()}
+    return {code: name for name, code in codes.items() if isinstance(code, int)}
+
+
+def describe_code(code: Any, cause: str = '') -> str:
+    """The name of an answer's code, with its cause where that is known, else with advice."""
+    advice = cause or ADVICE_BY_CODE.get(code)
+    return f'{code} {names_of_answers().get(code, "not known to the client")}' + (f' ({advice})' if advice else '')
+
+
+def parse_facts(text: str, separator: str) -> Facts:
     """`a=1;b=true`, an answer to an info question, as a dict."""
-    return dict(fact.partition('=')[::2] for fact in text.strip(';').split(separator))
+    return {name: value for name, _, value in (fact.partition('=') for fact in text.strip(';').split(separator))}
 
 
-def sets_of(text: str, name: str) -> dict[str, dict[str, str]]:
-    """The answer to `sets/NAMESPACE` as the facts of each set by its name; that to one set has no name in it."""
+def sets_of(text: str, name: str) -> dict[str, Facts]:
+    """The answer to `sets/NAMESPACE` as the facts of each set by its name; the answer about a single set has no name in
+    it, so `name` is that."""
     found = [parse_facts(each, ':') for each in text.split(';') if each]
     return {facts.get('set', name): facts for facts in found}
 
 
-def integer_fact(facts, name):
+def integer_fact(facts: Facts, name: str) -> int:
     """A fact as an integer; 0 when the server does not have it."""
     return int(facts[name]) if facts.get(name, '').isdecimal() else 0
 
 
-def check_version(where, version):
+def check_version(where: str, version: str) -> None:
     """Raises StoreError for a server (`5.7.0.8`) below MIN_SERVER; a version of another form is taken as new enough."""
     numbers = re.match(r'(\d+)\.(\d+)', version)
     if numbers and tuple(map(int, numbers.groups())) < MIN_SERVER:
         raise StoreError(f'{where}: server {version} is too old: {".".join(map(str, MIN_SERVER))} or newer is needed')
 
 
-def refuses_ttl(namespace: dict[str, str]) -> bool:
+def refuses_ttl(namespace: Facts) -> bool:
     """Whether a node refuses every ttl, by its facts of the namespace: nothing would expire there."""
     return namespace.get('nsup-period') == '0' and namespace.get('allow-ttl-without-nsup') != 'true'
 
 
-def write_obstacles(ttl, namespace, set_, name='the set'):
-    """Yields the reasons why a node forbids writes, from its facts of the namespace and the set (dicts of info)."""
+def write_obstacles(ttl: int, namespace: Facts, set_: Facts, name: str = 'the set') -> Iterator[str]:
+    """Yields the reasons why a node forbids writes, from its facts of the namespace and the set."""
     if namespace.get('stop_writes') == 'true':
         yield 'the namespace stops writes (stop_writes): a limit of its storage or memory is reached'
     if namespace.get('clock_skew_stop_writes') == 'true':
@@ -4176,15 +4196,15 @@ def write_obstacles(ttl, namespace, set_, name='the set'):
         yield f'a ttl is refused{source}, for nsup-period is 0 and allow-ttl-without-nsup is off'
 
 
-def tombstone_obstacles(keep: int | None, namespace: dict[str, str]) -> Iterator[str]:
+def tombstone_obstacles(keep: int | None, namespace: Facts) -> Iterator[str]:
     """Yields why a node refuses tombstones that end after `keep` seconds, by its facts of the namespace."""
     if keep not in (None, TTL_NEVER) and refuses_ttl(namespace):
         yield ('the tombstones of [[delete]] are refused, for keep is a ttl, nsup-period is 0 and '
                'allow-ttl-without-nsup is off: set nsup-period, or keep = never')
 
 
-def lasting_tombstones(keep: int | None, namespace: dict[str, str]) -> list[str]:
-    """Says that a namespace takes tombstones and does not remove them when they have ended."""
+def lasting_tombstones(keep: int | None, namespace: Facts) -> list[str]:
+    """The warning that a namespace accepts tombstones but never removes expired ones."""
     if keep in (None, TTL_NEVER) or namespace.get('nsup-period') != '0' or refuses_ttl(namespace):
         return []
     return ['the tombstones of [[delete]] are not removed after keep, for nsup-period is 0: they fill the storage']
@@ -4193,43 +4213,45 @@ def lasting_tombstones(keep: int | None, namespace: dict[str, str]) -> list[str]
 class ConnectLog:
     """Collects the log lines of the client while it connects: its exceptions name neither the host nor the reason.
 
-    The client has one log for the whole process, so it is disabled again.
+    The client has one log for the whole process, so __exit__ disables it.
     """
 
     LINE = re.compile(r'Failed to (lookup|connect to seed|connect to peer) (\S+) (\d+)\. (?:AEROSPIKE_(\w+) ?)?(.*)',
                       re.DOTALL)
-    PEER = ' (an address that the cluster names; if it is of a network inside: services-alternate = yes)'
+    PEER = ' (an address from the cluster; if it is an internal one: services-alternate = yes)'
 
-    def __init__(self, client_module):
-        self.module, self.lines = client_module, []
+    def __init__(self, client_module: Any) -> None:
+        self.module = client_module
+        self.lines: list[str] = []
 
-    def __enter__(self):
+    def __enter__(self) -> typing.Self:
         self.module.set_log_level(self.module.LOG_LEVEL_WARN)
         self.module.set_log_handler(self.on_client_line)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.module.set_log_handler(None)
 
-    def on_client_line(self, level, function, path, line, text):
+    def on_client_line(self, level: int, function: str, path: str, line: int, text: str) -> None:
         """Takes one line."""
         self.lines.append(text)
 
-    def failed_hosts(self):
+    def failed_hosts(self) -> list[str]:
         """`host:port: reason` of each host that failed, as far as the client logged it."""
-        found, before = [], []   # before: what TLS says comes in lines of its own, ahead of the host's
+        found: list[str] = []
+        before: list[str] = []   # lines of TLS, which the client logs ahead of the line of the host
         for text in self.lines:
             match = self.LINE.match(text)
             if match:
                 what, host, port, code, rest = match.groups()
                 why = '; '.join([*before, connect_reason(code or '', rest)])
                 hint = self.PEER if what == 'connect to peer' else ''
-                found.append(f'{format_address((host, port))}: {truncate_text(why, 300)}{hint}')
+                found.append(f'{format_address((host, int(port)))}: {truncate_text(why, 300)}{hint}')
             before = [] if match else [*before, text]
         return list(dict.fromkeys(found))
 
 
-def connect_reason(code, text):
+def connect_reason(code: str, text: str) -> str:
     """The reason in a line of the client about a host, in words and without the repeated address."""
     text = re.sub(r'(, | from )(\[\S+\]|[^\s:]+):\d+$', '', text).removeprefix('AEROSPIKE_' + code)
     text = re.sub(r'^Invalid hostname \S+: ', '', text)
@@ -4243,74 +4265,238 @@ def connect_reason(code, text):
     return text or code.removeprefix('ERR_').replace('_', ' ').lower()
 
 
-@functools.cache
-def names_of_answers() -> dict[int, str]:
-    """The client's names of the answers of a cluster, by code."""
-    from aerospike import exception
-    codes = {name: getattr(error, 'code', None) for name, error in vars(exception).items()}
-    return {code: name for name, code in codes.items() if isinstance(code, int)}
+class NodeInfo:
+    """Asks the nodes of a cluster about themselves (info requests): when the store opens, for the cause of an answer,
+    and for `check --connect`. Deadlines are monotonic. where: how the store is named in messages."""
+
+    def __init__(self, client: Any, config: types.SimpleNamespace, where: str) -> None:
+        self.client, self.where = client, where
+        self.options, self.record = config.aerospike, config.record
+        delete = config.record.delete
+        self.keep = delete.keep if delete and delete.mode == 'tombstone' else None   # of tombstones, in seconds
+
+    def query_info(self, question: str, deadline: float | None = None) -> dict[str, str]:
+        """The answer of each node to an info request, by node. Raises StoreError."""
+        from aerospike.exception import AerospikeError
+        policy = {'timeout': to_milliseconds(deadline - time.monotonic())} if deadline else None
+        try:
+            answers = self.client.info_all(question, policy)
+        except AerospikeError as error:
+            raise StoreError(f'{self.where}: {describe_code(error.code)}') from None
+        found = {node: answer.strip() for node, (error, answer) in answers.items() if not error and answer is not None}
+        if not found:
+            raise StoreError(f'{self.where}: no node answers')
+        return found
+
+    def query_facts(self, deadline: float | None = None) -> tuple[dict[str, Facts], dict[str, dict[str, Facts]]]:
+        """({node: facts of the namespace}, {node: {set: facts}}), for each set that records may go to. Raises
+        StoreError."""
+        namespace = self.options.namespace
+        namespaces = self.query_info(f'namespace/{namespace}', deadline)
+        one = '' if self.record.set_field else f'/{self.options.set}'
+        sets = self.query_info(f'sets/{namespace}{one}', deadline)
+        return ({node: parse_facts(text, ';') for node, text in namespaces.items()},
+                {node: sets_of(text, self.options.set) for node, text in sets.items()})
+
+    # -- for the store
+
+    def check_versions(self) -> None:
+        """Raises StoreError for a server below MIN_SERVER. A node that is too busy to say its version passes."""
+        versions: dict[str, str] = {}
+        with contextlib.suppress(StoreError):
+            versions = self.query_info('build', time.monotonic() + self.options.total_timeout)
+        for version in versions.values():
+            check_version(self.where, version)
+
+    def have_durable_deletes(self) -> bool:
+        """Whether all nodes have durable deletes, so that no node that restarts revives a removed record. The Community
+        Edition refuses them. Raises StoreError."""
+        for question in ('release', 'edition'):   # from 8.1 on, and before
+            with contextlib.suppress(StoreError):
+                editions = self.query_info(question, time.monotonic() + self.options.total_timeout).values()
+                if all('Edition' in edition for edition in editions):
+                    return not any('Community' in edition for edition in editions)
+        raise StoreError(f'{self.where}: no node says which edition it is, so whether it has durable deletes')
+
+    def find_obstacles(self, deadline: float | None = None) -> list[str]:
+        """The reasons why writes are forbidden, each once for all nodes. Raises StoreError."""
+        namespaces, sets = self.query_facts(deadline)
+        ttl = 1 if self.record.ttl_field else self.record.ttl   # a ttl of a message may be any, but is one
+        causes = [obstacle for node, facts in namespaces.items()
+                  for name, set_ in sets.get(node, {}).items() or [(self.options.set, {})]
+                  for obstacle in write_obstacles(ttl, facts, set_, self.set_label(name))]
+        refused = [obstacle for facts in namespaces.values() for obstacle in tombstone_obstacles(self.keep, facts)]
+        return list(dict.fromkeys([*causes, *refused]))
+
+    def find_full_sets(self, deadline: float) -> dict[str, str]:
+        """What the nodes say of each set that takes no new record, by its name; nothing where none answers."""
+        sets: dict[str, dict[str, Facts]] = {}
+        with contextlib.suppress(StoreError):
+            _, sets = self.query_facts(deadline)
+        return {name: text for node in sets.values() for name, facts in node.items()
+                for text in write_obstacles(0, {}, facts, self.set_label(name))}
+
+    def set_label(self, name: str) -> str:
+        """How a set is named to the operator: by its name where there may be several."""
+        return f'the set {name}' if self.record.set_field else 'the set'
+
+    # -- for `check --connect`
+
+    def describe_nodes(self, durable_deletes: bool | None) -> tuple[str, list[str]]:
+        """Describes nodes, version, records, ttl and record size of the namespace. Returns a line, and the problems.
+        durable_deletes: those of removals; None where nothing is removed. Raises StoreError."""
+        versions = self.query_info('build')
+        servers = ' and '.join(dict.fromkeys(versions.values()))
+        namespaces, sets = self.query_facts()
+        facts = next((facts for facts in namespaces.values() if 'nsup-period' in facts), None)
+        if not facts:
+            names = next(iter(self.query_info('namespaces').values())).replace(';', ', ')
+            return f'{self.where}: server {servers}', [f'{self.where}: no such namespace; there are {names}']
+        line = (f'{self.where}: {len(versions)} node{"s" * (len(versions) > 1)}, server {servers}, '
+                f'{self.describe_records(facts, sets)}, default-ttl {facts.get("default-ttl")}, '
+                f'nsup-period {facts["nsup-period"]}')
+        if durable_deletes is not None:
+            line += f', {"" if durable_deletes else "no "}durable deletes'
+        problems = [*self.find_obstacles(), *self.find_batch_limits(), *lasting_tombstones(self.keep, facts),
+                    *self.find_set_limit(sets)]
+        return line, [f'{self.where}: {problem}' for problem in problems]
+
+    def describe_records(self, namespace: Facts, sets: dict[str, dict[str, Facts]]) -> str:
+        """The number of records, each counted once, their size at most, and the number of sets."""
+        copies = integer_fact(namespace, 'effective_replication_factor') or 1
+        records = sum(integer_fact(facts, 'objects') for node in sets.values() for facts in node.values()) // copies
+        number = len(set().union(*sets.values()))
+        among = f' in {number} of at most {MAX_SETS} sets' if self.record.set_field else ''
+        return f'{records} records of at most {namespace.get("max-record-size")} bytes{among}'
+
+    def find_set_limit(self, sets: dict[str, dict[str, Facts]]) -> list[str]:
+        """The problem of a namespace that can have no new set, where messages name the set."""
+        if not self.record.set_field or len(set().union(*sets.values())) < MAX_SETS:
+            return []
+        return [f'the namespace has {MAX_SETS} sets: a message that names a new one can never be stored']
+
+    def find_batch_limits(self) -> list[str]:
+        """The problem of a batch-size above the limit of the server, as far as the server reports it."""
+        texts: Iterable[str] = ()
+        with contextlib.suppress(StoreError):
+            texts = self.query_info('get-config:context=service').values()
+        # 0: without limit
+        limits = {integer_fact(parse_facts(text, ';'), 'batch-max-requests') for text in texts} - {0}
+        return [f'batch-size = {self.options.batch_size} is over batch-max-requests = {limit} of the server'
+                for limit in sorted(limits)[:1] if limit < self.options.batch_size]
+
+
+EXISTS_POLICIES = {'replace': 'POLICY_EXISTS_CREATE_OR_REPLACE', 'create': 'POLICY_EXISTS_CREATE',
+                   'update': 'POLICY_EXISTS_IGNORE'}
+
+
+def newest_wins_filter(time_bin: str) -> tuple[list[Any], Any, list[Any]]:
+    """The filter for newest-wins: a record is written when the stored time is absent or not newer.
+
+    The compiled expression is a list. Returned are the items before the one that differs from record to record, that
+    item, and those after it: compiling costs 8 us a record, putting the item in its place 0.2.
+    """
+    from aerospike_helpers import expressions as exp
+    compiled = exp.Or(exp.Not(exp.BinExists(time_bin)), exp.LE(exp.IntBin(time_bin), 0)).compile()
+    # The item is (op, kind, {'val': 0}, children), for the 0 above. build_write() puts the time of its record there.
+    index = next(index for index, item in enumerate(compiled) if item[2] == {'val': 0})
+    return compiled[:index], compiled[index], compiled[index + 1:]
+
+
+class WriteBuilder:
+    """Makes records into the writes and removals that batch_write() takes. All that is the same for each record is made
+    once, here.
+
+    policy: of all writes, the client's default. durable_deletes: of removals; None where nothing is removed.
+    """
+
+    def __init__(self, config: types.SimpleNamespace, policy: dict[str, Any], durable_deletes: bool | None) -> None:
+        import aerospike
+        from aerospike_helpers.batch import records
+        self.Write, self.Remove, self.operator = records.Write, records.Remove, aerospike.OPERATOR_WRITE
+        self.namespace, self.set, self.policy = config.aerospike.namespace, config.aerospike.set, policy
+        self.removal_policy = None if durable_deletes is None else {
+            'key': policy['key'], 'commit_level': policy['commit_level'], 'durable_delete': durable_deletes}
+        self.filter = newest_wins_filter(config.record.time_bin) if config.record.time_bin else None
+        encoders: dict[str, Callable[[Any], Any]] = {'blob': binascii.a2b_base64, 'geojson': aerospike.GeoJSON}
+        self.encoders = {name: encoders[kind] for name, kind in typed_bins(config).items()}
+
+    def build_write(self, record: Record) -> Any:
+        """A Write, or a Remove for a Deletion where records are removed."""
+        key, policy = (self.namespace, record.set or self.set, record.key), None   # None: the client's default
+        if self.filter:
+            before, (op, kind, _, children), after = self.filter
+            newest = [*before, (op, kind, {'val': record.time}, children), *after]
+            if self.removal_policy and isinstance(record, Deletion):
+                return self.Remove(key, {**self.removal_policy, 'expressions': newest})
+            policy = {**self.policy, 'expressions': newest}
+        if record.ttl:
+            policy = {**(policy or self.policy), 'ttl': record.ttl}
+        operator = self.operator
+        ops = [{'op': operator, 'bin': name, 'val': value} for name, value in record.bins.items()]
+        if self.encoders:
+            for op in ops:
+                if op['bin'] in self.encoders:
+                    op['val'] = self.encoders[op['bin']](op['val'])
+        return self.Write(key, ops, None, policy)
 
 
 class AerospikeStore(Store):
     """Stores records in an Aerospike cluster: one batch_write per call, each record with its own answer.
 
-    The retries of the client are off: only the window retries, with its backoff and TOUCH. It is used only in the
-    threads of the executor. write_accepted: the cluster accepted a write in this run, so a later refusal is the fault
-    of the record, not of a policy.
+    The retries of the client are off: only the window retries, with backoff and TOUCH. The store is used only in the
+    threads of the executor. removes: whether a Deletion removes its record. write_accepted: the cluster accepted a
+    write in this run, so a later refusal is the fault of the record, not of a policy.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: types.SimpleNamespace) -> None:
         options = config.aerospike
-        self.options, self.record = options, config.record
-        self.namespace, self.set = options.namespace, options.set
+        self.config, self.options, self.record = config, options, config.record
         self.batch_size, self.writers = options.batch_size, options.writers
         self.call_timeout = options.total_timeout + 0.5
-        place = self.namespace if config.record.set_field else f'{self.namespace}.{self.set}'
-        self.where = f'aerospike {", ".join(map(format_address, options.hosts))}: {place}'
-        self.client, self.write_accepted = None, False
-        self.advice = {}   # code -> what the nodes named as its cause
-        self.encoders = typed_bins(config)   # type of a bin, by its name; open() puts the functions in
+        target = options.namespace if config.record.set_field else f'{options.namespace}.{options.set}'
+        self.where = f'aerospike {", ".join(map(format_address, options.hosts))}: {target}'
+        self.removes = bool(self.record.delete) and self.record.delete.mode == 'remove'
+        self.client: Any = None
+        self.write_accepted = False
+        self.causes: dict[int, str] = {}   # code -> its cause, by the nodes
+        # Only `create` is answered with 5 (the key exists), only newest-wins with 27 (filtered out). Anywhere else
+        # these are 'unknown' and retried: taken for 'duplicate', a 5 would finish a message that is not stored.
         impossible = ({5} if self.record.write != 'create' else set()) | ({27} if not self.record.time_bin else set())
-        self.outcomes_by_code = {code: outcome for code, outcome in OUTCOMES_BY_CODE.items() if code not in impossible}
+        self.meanings = {code: meaning for code, meaning in MEANING_BY_CODE.items() if code not in impossible}
 
-    def open(self):
+    # -- opening
+
+    def open(self) -> None:
         """Connects. The client is imported here, as no other store needs it."""
         import aerospike
-        from aerospike_helpers.batch import records
-        self.aerospike, self.batch, self.Write = aerospike, records, records.Write
-        self.op = aerospike.OPERATOR_WRITE
+        from aerospike_helpers.batch.records import BatchRecords
+        self.aerospike, self.BatchRecords = aerospike, BatchRecords
         key = aerospike.POLICY_KEY_SEND if self.options.send_key else aerospike.POLICY_KEY_DIGEST
-        self.policy = {'key': key, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
-                       'exists': getattr(aerospike, EXISTS_POLICIES[self.record.write]), 'ttl': self.record.ttl}
-        self.filter = newest_wins_filter(self.record.time_bin) if self.record.time_bin else None
-        encoders = {'blob': binascii.a2b_base64, 'geojson': aerospike.GeoJSON}
-        self.encoders = {name: encoders.get(kind, kind) for name, kind in self.encoders.items()}
-        self.connect()
-        versions = {}
-        with contextlib.suppress(StoreError):   # nodes that are too busy to say their version are no reason to stop
-            versions = self.query_info('build', time.monotonic() + self.options.total_timeout)
-        for version in versions.values():
-            check_version(self.where, version)
-        if self.removes:
-            self.removal = {**{name: self.policy[name] for name in ('key', 'commit_level')},
-                            'durable_delete': self.takes_durable_deletes()}
+        policy = {'key': key, 'commit_level': aerospike.POLICY_COMMIT_LEVEL_ALL,
+                  'exists': getattr(aerospike, EXISTS_POLICIES[self.record.write]), 'ttl': self.record.ttl}
+        self.client = self.connect(policy)
+        self.nodes = NodeInfo(self.client, self.config, self.where)
+        self.nodes.check_versions()
+        self.durable_deletes = self.nodes.have_durable_deletes() if self.removes else None
+        self.builder = WriteBuilder(self.config, policy, self.durable_deletes)
         log.debug('%s: connected', self.where)
 
-    def connect(self):
-        """Connects the client. Raises StoreError, with the reason for each host."""
+    def connect(self, policy: dict[str, Any]) -> Any:
+        """Returns a connected client. Raises StoreError, with the reason for each host."""
         with ConnectLog(self.aerospike) as connect_log:
             try:
-                self.client = self.connect_client(self.client_config())
-            except (OSError, ValueError) as error:   # a secret that was there when the file was checked
+                return self.connect_client(self.client_config(policy))
+            except (OSError, ValueError) as error:   # password-file has changed since it was checked
                 raise StoreError(f'{self.where}: {self.options.password_file}: '
                                  f'{getattr(error, "strerror", None) or error}') from None
             except self.aerospike.exception.AerospikeError as error:
                 reason = '; '.join(connect_log.failed_hosts()) or truncate_text(str(error.msg), 200)
-                raise StoreError(f'{self.where}: {self.describe_code(error.code)}: {reason}') from None
+                raise StoreError(f'{self.where}: {describe_code(error.code)}: {reason}') from None
 
-    def connect_client(self, config):
-        """Returns a connected client. The client refuses a cluster when one of two hosts is down and it finds only one
-        node: then one node is enough."""
+    def connect_client(self, config: dict[str, Any]) -> Any:
+        """Returns a connected client. With one of two hosts down, and one node found, the client refuses the cluster:
+        then this one node is enough."""
         try:
             return self.aerospike.client(config)
         except self.aerospike.exception.AerospikeError:
@@ -4322,7 +4508,7 @@ class AerospikeStore(Store):
             client.close()
             raise
 
-    def client_config(self):
+    def client_config(self, policy: dict[str, Any]) -> dict[str, Any]:
         """The client's own configuration; it refuses a name that it does not know (validate_keys)."""
         options, tls = self.options, self.options.tls
         config = {'validate_keys': True, 'connect_timeout': to_milliseconds(options.total_timeout),
@@ -4330,7 +4516,7 @@ class AerospikeStore(Store):
                   'use_services_alternate': options.services_alternate,
                   'max_conns_per_node': options.max_connections,
                   'thread_pool_size': min(MAX_THREADS, NODES * options.writers),
-                  'policies': {'batch_write': self.policy,
+                  'policies': {'batch_write': policy,
                                'auth_mode': getattr(self.aerospike, f'AUTH_{options.auth_mode.upper()}')}}
         if options.cluster_name:
             config['cluster_name'] = options.cluster_name
@@ -4342,149 +4528,59 @@ class AerospikeStore(Store):
                 config['tls'].update(certfile=tls.cert_file, keyfile=tls.key_file or tls.cert_file)
         return config
 
-    def describe_code(self, code):
-        """The name of an answer's code, with advice."""
-        name = names_of_answers().get(code, 'not known to the client')
-        advice = self.advice.get(code) or ADVICE_BY_CODE.get(code)
-        return f'{code} {name}' + (f' ({advice})' if advice else '')
+    # -- writing a batch
 
-    def ask_for_cause(self, codes, deadline):
-        """Asks the nodes for the cause of the forbidding answers among `codes`, so that the advice names it."""
-        for code in set(codes).intersection(FORBIDDING_CODES):
-            self.advice[code] = None   # what held for an earlier batch may be over
-            with contextlib.suppress(StoreError):
-                self.advice[code] = '; '.join(self.find_obstacles(deadline))
-
-    def takes_durable_deletes(self) -> bool:
-        """Whether all nodes have durable deletes, after which none that starts anew finds the record again. The
-        Community Edition refuses them. Raises StoreError."""
-        for question in ('release', 'edition'):   # from 8.1 on, and before
-            with contextlib.suppress(StoreError):
-                editions = self.query_info(question, time.monotonic() + self.options.total_timeout).values()
-                if all('Edition' in edition for edition in editions):
-                    return not any('Community' in edition for edition in editions)
-        raise StoreError(f'{self.where}: no node says which edition it is, so whether it has durable deletes')
-
-    def call_policy(self, deadline):
-        """The policy of one call that has to be back at `deadline` (monotonic). concurrent: to all nodes at once; one
-        after the other takes half as long again with three."""
-        left = to_milliseconds(deadline - time.monotonic())
-        return {'total_timeout': left, 'socket_timeout': left, 'max_retries': 0, 'concurrent': True}
-
-    # -- a batch's way
-
-    def write(self, records):
+    def write(self, records: list[Record]) -> list[WriteResult]:
         """Writes a batch. An outage is a result, not an exception."""
         deadline = time.monotonic() + self.options.total_timeout
-        writes = [self.build_write(record) for record in records]
+        writes = list(map(self.builder.build_write, records))
         removals = [write for write in writes if self.is_removal(write)] if self.removes else []
         others = [write for write in writes if not self.is_removal(write)] if removals else writes
         if max([len(record.bins) for record in records], default=0) > WIDE_RECORD:
             self.send_wide_apart(others, deadline)
-        elif others or not removals:
+        elif others:
             self.send_batch(others, deadline)
         if removals:
-            self.call_removals(removals, others, deadline)
-        if any(write.result for write in writes):
+            self.send_removals(removals, others, deadline)
+        if any(map(code_of, writes)):
             return self.resolve_results(records, writes, deadline)
-        self.write_accepted = self.write_accepted or bool(others)   # a removal is right in any form
+        self.write_accepted = self.write_accepted or bool(others)   # an accepted removal says nothing of writes
         return [self.success_of(record) for record in records] if self.record.delete else [STORED] * len(writes)
-
-    def resolve_results(self, records: list[Record], writes: list[Any], deadline: float) -> list[WriteResult]:
-        """The result of each record of a batch in which not all records were simply stored."""
-        outcomes = [self.outcome_of(write) for write in writes]
-        self.write_accepted = self.write_accepted or any(outcome in FORM_ACCEPTED and not self.is_removal(write)
-                                                         for outcome, write in zip(outcomes, writes, strict=True))
-        if 'stop' in outcomes:
-            self.ask_for_cause((write.result for write in writes), deadline)
-        answers = [self.success_of(record) if outcome == 'stored' else self.build_result(outcome, write)
-                   for record, outcome, write in zip(records, outcomes, writes, strict=True)]
-        if self.record.set_field and FULL_SET in [write.result for write in writes]:
-            self.spare_other_sets(writes, answers, deadline)
-        filtered = [place for place, outcome in enumerate(outcomes) if outcome == 'filtered']
-        for place, answer in zip(filtered, self.read_filtered([records[at] for at in filtered], deadline), strict=True):
-            answers[place] = answer
-        return answers
-
-    @property
-    def removes(self) -> bool:
-        """Whether a message that deletes a record has it removed."""
-        return bool(self.record.delete) and self.record.delete.mode == 'remove'
-
-    @property
-    def keep_of_tombstones(self) -> int | None:
-        """How long tombstones stay, in seconds; None where there are none."""
-        return self.record.delete.keep if self.record.delete and not self.removes else None
 
     def is_removal(self, write: Any) -> bool:
         """Whether a write removes its record."""
-        return write.__class__ is self.batch.Remove
+        return write.__class__ is self.builder.Remove
 
-    def outcome_of(self, write: Any) -> str:
-        """What the answer to a write means, by OUTCOMES_BY_CODE. Where nothing was there to remove, all is as it should
-        be."""
-        if write.result == NOT_FOUND and self.is_removal(write):
-            return 'stored'
-        return self.outcomes_by_code.get(write.result, 'unknown')
-
-    @staticmethod
-    def success_of(record: Record) -> WriteResult:
-        """The WriteResult for a record whose write was done."""
-        return DELETED if isinstance(record, Deletion) else STORED
-
-    def spare_other_sets(self, writes: list[Any], answers: list[WriteResult], deadline: float) -> None:
-        """Changes the answers for records of a set that is full: they come again later, and no other set's wait."""
-        full = self.full_sets(deadline)
-        for at, write in enumerate(writes):
-            if write.result == FULL_SET and write.key[1] in full:
-                text = f'{self.where}: answer {FULL_SET}: {full[write.key[1]]}; its messages are requeued with a delay'
-                answers[at] = WriteResult('set-full', FULL_SET, text)
-
-    def full_sets(self, deadline: float) -> dict[str, str]:
-        """What the nodes say of each set that takes no new record, by its name; nothing where none answers."""
-        sets: dict[str, dict[str, dict[str, str]]] = {}
-        with contextlib.suppress(StoreError):
-            _, sets = self.read_facts(deadline)
-        return {name: text for node in sets.values() for name, facts in node.items()
-                for text in write_obstacles(0, {}, facts, f'the set {name}')}
-
-    def build_write(self, record):
-        """A record as the client takes it; without newest-wins its policy is the client's own default."""
-        write, policy = self.op, None
-        key = self.namespace, record.set or self.set, record.key
-        if self.filter:
-            before, (op, kind, _, children), after = self.filter
-            moment = (op, kind, {'val': record.time}, children)
-            policy = {**self.policy, 'expressions': [*before, moment, *after]}
-        if isinstance(record, Deletion) and self.removes:
-            return self.batch.Remove(key, {**self.removal, 'expressions': policy['expressions']})
-        if record.ttl:
-            policy = {**(policy or self.policy), 'ttl': record.ttl}
-        ops = [{'op': write, 'bin': name, 'val': value} for name, value in record.bins.items()]
-        if self.encoders:
-            for op in ops:
-                if op['bin'] in self.encoders:
-                    op['val'] = self.encoders[op['bin']](op['val'])
-        return self.Write(key, ops, None, policy)
-
-    def send_batch(self, writes, deadline):
-        """Writes a batch and sets the code of each answer. The client refuses a batch as a whole: then each half is
+    def send_batch(self, writes: list[Any], deadline: float) -> None:
+        """Writes a batch and sets the code of each answer. Where the client refuses a batch as a whole, each half is
         sent by itself, until the record that it refuses is alone."""
         try:
-            batch = self.client.batch_write(self.batch.BatchRecords(writes), self.call_policy(deadline))
-            if batch.result and not any(write.result for write in writes):   # never seen: an error that is nobody's
-                self.set_result(writes, batch.result)
+            batch = self.client.batch_write(self.BatchRecords(writes), self.call_policy(deadline))
+            if batch.result and not any(map(code_of, writes)):   # never seen: an error of no record
+                self.set_code(writes, batch.result)
         except Exception as error:   # whatever it raises, nothing was written
             code, parts = getattr(error, 'code', -2), halves(writes)
-            if not parts or self.outcomes_by_code.get(code) == 'retry':
-                self.set_result(writes, code)
+            if not parts or self.meanings.get(code) == 'retry':
+                self.set_code(writes, code)
             elif time.monotonic() > deadline:
-                self.set_result(writes, -15)
+                self.set_code(writes, NO_ANSWER)
             else:
                 for part in parts:
                     self.send_batch(part, deadline)
 
-    def send_wide_apart(self, writes, deadline):
+    def call_policy(self, deadline: float) -> dict[str, Any]:
+        """The policy of one call that has to return by `deadline` (monotonic). concurrent: to all nodes at once; one
+        after the other takes half as long again for three."""
+        left = to_milliseconds(deadline - time.monotonic())
+        return {'total_timeout': left, 'socket_timeout': left, 'max_retries': 0, 'concurrent': True}
+
+    @staticmethod
+    def set_code(writes: list[Any], code: int) -> None:
+        """Sets the same answer for all writes."""
+        for write in writes:
+            write.result = code
+
+    def send_wide_apart(self, writes: list[Any], deadline: float) -> None:
         """Like send_batch(), but wide records are sent last and one by one, so that a slow one delays only itself.
         Records that the deadline leaves no time for are not sent and get the answer of a timeout."""
         others = [write for write in writes if len(write.ops) <= WIDE_RECORD]
@@ -4494,168 +4590,120 @@ class AerospikeStore(Store):
             if len(write.ops) > WIDE_RECORD and time.monotonic() < deadline:
                 self.send_batch([write], deadline)
             elif len(write.ops) > WIDE_RECORD:
-                self.set_result([write], -15)
+                self.set_code([write], NO_ANSWER)
 
-    def call_removals(self, removals: list[Any], others: list[Any], deadline: float) -> None:
-        """Removes, after the other writes of the batch: what is removed leaves no time behind, by which an older record
-        could be told. Where one of the same key has to be tried again, the removal is, too."""
-        waiting = {write.key: write.result for write in others
-                   if write.result and self.outcome_of(write) in ('retry', 'busy', 'stop', 'unknown')}
+    def send_removals(self, removals: list[Any], others: list[Any], deadline: float) -> None:
+        """Sends removals, after the other writes of the batch: a removed record leaves no time to compare older records
+        with. Where a write of the same key must be retried, so must the removal."""
+        retried = {write.key: write.result for write in others
+                   if write.result and self.meaning_of(write) in ('retry', 'busy', 'stop', 'unknown')}
         for write in removals:
-            write.result = waiting.get(write.key, 0)
+            write.result = retried.get(write.key, 0)
         due = [write for write in removals if not write.result]
         if due:
             self.send_batch(due, deadline)
 
+    # -- from answers to results
+
+    def resolve_results(self, records: list[Record], writes: list[Any], deadline: float) -> list[WriteResult]:
+        """The result of each record of a batch in which not all records were simply stored."""
+        meanings = [self.meaning_of(write) for write in writes]
+        self.write_accepted = self.write_accepted or any(meaning in FORM_ACCEPTED and not self.is_removal(write)
+                                                         for meaning, write in zip(meanings, writes, strict=True))
+        if 'stop' in meanings:
+            self.find_causes(set(map(code_of, writes)), deadline)
+        results = [self.success_of(record) if meaning == 'stored' else self.build_result(meaning, write)
+                   for record, meaning, write in zip(records, meanings, writes, strict=True)]
+        if self.record.set_field and FULL_SET in map(code_of, writes):
+            self.mark_full_sets(writes, results, deadline)
+        filtered = [index for index, meaning in enumerate(meanings) if meaning == 'filtered']
+        for index, result in zip(filtered, self.read_filtered([records[index] for index in filtered], deadline),
+                                 strict=True):
+            results[index] = result
+        return results
+
+    def meaning_of(self, write: Any) -> str:
+        """The meaning of the answer to a write, by MEANING_BY_CODE. A removal that finds no record counts as
+        'stored'."""
+        if write.result == NOT_FOUND and self.is_removal(write):
+            return 'stored'
+        return self.meanings.get(write.result, 'unknown')
+
     @staticmethod
-    def set_result(writes, code):
-        """Sets the same answer for all writes."""
-        for write in writes:
-            write.result = code
+    def success_of(record: Record) -> WriteResult:
+        """The result of a record whose write, or removal, was done."""
+        return DELETED if isinstance(record, Deletion) else STORED
 
-    def build_result(self, outcome, write):
+    def find_causes(self, codes: set[int], deadline: float) -> None:
+        """Asks the nodes for the cause of the forbidding answers among `codes`, to name it in place of the advice."""
+        for code in codes.intersection(FORBIDDING_CODES):
+            self.causes[code] = ''   # the cause of an earlier batch may be over
+            with contextlib.suppress(StoreError):
+                self.causes[code] = '; '.join(self.nodes.find_obstacles(deadline))
+
+    def build_result(self, meaning: str, write: Any) -> WriteResult:
         """The result of a record that was not simply stored."""
-        code = write.result
-        text = f'{self.where}: answer {self.describe_code(code)}' + (', perhaps written' if write.in_doubt else '')
-        if outcome == 'retry' and not self.is_removal(write) and len(write.ops) > WIDE_RECORD:
-            text += f'; a record of {len(write.ops)} bins takes the server long: see total-timeout'
-        if outcome == 'duplicate':
+        if meaning == 'duplicate':
             return DUPLICATE
-        if outcome == 'too-big':
-            return WriteResult('rejected', 'too-big', f'answer {self.describe_code(code)}')
-        if outcome == 'no-geometry':
+        code, answer = write.result, f'answer {describe_code(write.result, self.causes.get(write.result, ""))}'
+        if meaning == 'too-big':
+            return WriteResult('rejected', 'too-big', answer)
+        if meaning == 'no-geometry':
             names = [op['bin'] for op in write.ops if isinstance(op['val'], self.aerospike.GeoJSON)]
-            return WriteResult('rejected', 'rejected',
-                               f'answer {self.describe_code(code)}: no geometry in {", ".join(names)}')
-        if outcome == 'refused' and self.write_accepted:
-            return WriteResult('rejected', 'rejected', f'answer {self.describe_code(code)}')
-        if outcome == 'refused':
+            return WriteResult('rejected', 'rejected', f'{answer}: no geometry in {", ".join(names)}')
+        if meaning == 'refused' and self.write_accepted:
+            return WriteResult('rejected', 'rejected', answer)
+        text = f'{self.where}: {answer}' + (', perhaps written' if write.in_doubt else '')
+        if meaning == 'refused':
             return WriteResult('refused', code, f'{text}, and no write of this run has succeeded yet')
-        if outcome == 'unknown':
+        if meaning == 'retry' and not self.is_removal(write) and len(write.ops) > WIDE_RECORD:
+            text += f'; a record of {len(write.ops)} bins takes the server long: see total-timeout'
+        if meaning == 'unknown':
             log.error('%s; its messages are retried, and requeued when the window ends', text)
-        return WriteResult(outcome if outcome in ('stop', 'busy') else 'retry', code, text)
+        return WriteResult(meaning if meaning in ('stop', 'busy') else 'retry', code, text)
 
-    def read_filtered(self, records, deadline):
+    def mark_full_sets(self, writes: list[Any], results: list[WriteResult], deadline: float) -> None:
+        """Makes `set-full` of the results for full sets: only their messages are requeued, and other sets go on."""
+        full = self.nodes.find_full_sets(deadline)
+        for index, write in enumerate(writes):
+            if write.result == FULL_SET and write.key[1] in full:
+                text = f'{self.where}: answer {FULL_SET}: {full[write.key[1]]}; its messages are requeued with a delay'
+                results[index] = WriteResult('set-full', FULL_SET, text)
+
+    def read_filtered(self, records: list[Record], deadline: float) -> list[WriteResult]:
         """The result of each record that the filter rejected, by the stored time. A stored time of the wrong type also
         fails the filter: rejected. If the record has changed since, retry."""
         if not records:
             return []
-        keys = [(self.namespace, record.set or self.set, record.key) for record in records]
+        keys = [(self.options.namespace, record.set or self.options.set, record.key) for record in records]
         try:
             found = self.client.batch_read(keys, [self.record.time_bin], self.call_policy(deadline)).batch_records
         except self.aerospike.exception.AerospikeError as error:
             return [WriteResult('retry', error.code,
-                                f'{self.where}: answer {self.describe_code(error.code)}')] * len(records)
-        return [self.resolve_filtered(record, there) for record, there in zip(records, found, strict=True)]
+                                f'{self.where}: answer {describe_code(error.code)}')] * len(records)
+        return [self.resolve_filtered(record, stored) for record, stored in zip(records, found, strict=True)]
 
-    def resolve_filtered(self, record, there):
-        """The result of one record that the filter rejected."""
-        stored = there.record[2].get(self.record.time_bin) if there.result == 0 else None
-        if TYPE_CHECKS['integer'](stored) and stored > record.time:
+    def resolve_filtered(self, record: Record, stored: Any) -> WriteResult:
+        """The result of one record that the filter rejected. stored: the answer to reading the stored time."""
+        moment: Any = stored.record[2].get(self.record.time_bin) if stored.result == 0 else None
+        if TYPE_CHECKS['integer'](moment) and moment > record.time:
             return STALE
-        if there.result == NOT_FOUND and self.removes:
-            return STALE   # what was newer has been removed since: to write this now would undo that
-        if stored is None or TYPE_CHECKS['integer'](stored):
-            return WriteResult('retry', there.result, f'{self.where}: the record changed meanwhile')
-        return WriteResult('rejected', 'rejected',
-                           f'the stored {self.record.time_bin} is no integer, so neither is newer')
+        if stored.result == NOT_FOUND and self.removes:
+            return STALE   # a newer deletion has removed it: writing this record would undo that
+        if moment is None or TYPE_CHECKS['integer'](moment):
+            return WriteResult('retry', stored.result, f'{self.where}: the record changed meanwhile')
+        return WriteResult('rejected', 'rejected', f'the stored {self.record.time_bin} is no integer: cannot compare')
 
-    # -- what is at the other end
+    # -- check, and the end
 
-    def describe_contents(self):
+    def describe_contents(self) -> tuple[str, list[str]]:
         """Describes nodes, version, records, ttl and record size of the namespace, and its problems."""
-        versions = self.query_info('build')
-        namespaces, sets = self.read_facts()
-        if not any('nsup-period' in facts for facts in namespaces.values()):
-            names = next(iter(self.query_info('namespaces').values())).replace(';', ', ')
-            problem = f'{self.where}: no such namespace; there are {names}'
-            return f'{self.where}: server {join_versions(versions)}', [problem]
-        facts = next(facts for facts in namespaces.values() if 'nsup-period' in facts)
-        copies = integer_fact(facts, 'effective_replication_factor') or 1
-        records = sum(integer_fact(facts, 'objects') for node in sets.values() for facts in node.values()) // copies
-        names = set().union(*sets.values())
-        among = f' in {len(names)} of at most {MAX_SETS} sets' if self.record.set_field else ''
-        line = (f'{self.where}: {len(versions)} node{"s" * (len(versions) > 1)}, server {join_versions(versions)}, '
-                f'{records} records of at most {facts.get("max-record-size")} bytes{among}, default-ttl '
-                f'{facts.get("default-ttl")}, nsup-period {facts["nsup-period"]}')
-        if self.removes:
-            line += f', {"" if self.removal["durable_delete"] else "no "}durable deletes'
-        full = [f'the namespace has {MAX_SETS} sets: a message that names a new one can never be stored']
-        problems = [*self.find_obstacles(), *self.batch_limits(), *lasting_tombstones(self.keep_of_tombstones, facts),
-                    *(full if among and len(names) >= MAX_SETS else [])]
-        return line, [f'{self.where}: {problem}' for problem in problems]
+        return self.nodes.describe_nodes(self.durable_deletes)
 
-    def batch_limits(self):
-        """The fault of a batch-size above the limit of the server, as far as the server reports it."""
-        texts = ()
-        with contextlib.suppress(StoreError):
-            texts = self.query_info('get-config:context=service').values()
-        # 0: without limit
-        limits = {integer_fact(parse_facts(text, ';'), 'batch-max-requests') for text in texts} - {0}
-        return [f'batch-size = {self.batch_size} is over batch-max-requests = {limit} of the server'
-                for limit in sorted(limits)[:1] if limit < self.batch_size]
-
-    def find_obstacles(self, deadline=None):
-        """The reasons why writes are forbidden, each once for all nodes. Raises StoreError."""
-        namespaces, sets = self.read_facts(deadline)
-        ttl = 1 if self.record.ttl_field else self.record.ttl   # what fields name is some ttl
-        causes = [obstacle for node, facts in namespaces.items()
-                  for name, set_ in sets.get(node, {}).items() or [(self.set, {})]
-                  for obstacle in write_obstacles(ttl, facts, set_, *self.told_of_sets(name))]
-        refused = [obstacle for facts in namespaces.values()
-                   for obstacle in tombstone_obstacles(self.keep_of_tombstones, facts)]
-        return list(dict.fromkeys([*causes, *refused]))
-
-    def told_of_sets(self, name):
-        """How a set is named to the operator, where there may be several."""
-        return [f'the set {name}'] if self.record.set_field else []
-
-    def read_facts(self, deadline=None):
-        """What each node says of the namespace, and of each set that records may go to, by node and name. Raises
-        StoreError."""
-        namespaces = self.query_info(f'namespace/{self.namespace}', deadline)
-        one = '' if self.record.set_field else f'/{self.set}'
-        sets = self.query_info(f'sets/{self.namespace}{one}', deadline)
-        return ({node: parse_facts(text, ';') for node, text in namespaces.items()},
-                {node: sets_of(text, self.set) for node, text in sets.items()})
-
-    def query_info(self, question, deadline=None):
-        """The answer of each node to an info request, by node; deadline: monotonic. Raises StoreError."""
-        policy = {'timeout': to_milliseconds(deadline - time.monotonic())} if deadline else None
-        try:
-            answers = self.client.info_all(question, policy)
-        except self.aerospike.exception.AerospikeError as error:
-            raise StoreError(f'{self.where}: {self.describe_code(error.code)}') from None
-        found = {node: answer.strip() for node, (error, answer) in answers.items() if not error and answer is not None}
-        if not found:
-            raise StoreError(f'{self.where}: no node answers')
-        return found
-
-    def close(self):
+    def close(self) -> None:
         """Disconnects."""
         if self.client:
             self.client.close()
-
-
-def join_versions(versions):
-    """The versions of the nodes, each once."""
-    return ' and '.join(dict.fromkeys(versions.values()))
-
-
-EXISTS_POLICIES = {'replace': 'POLICY_EXISTS_CREATE_OR_REPLACE', 'create': 'POLICY_EXISTS_CREATE',
-                   'update': 'POLICY_EXISTS_IGNORE'}
-
-
-def newest_wins_filter(time_bin):
-    """The filter for newest-wins: a record is written when the stored time is absent or not newer.
-
-    The compiled expression, which is a list, as what comes before and after the one item that differs from record to
-    record: compiling costs 8 us a record, putting the item in its place 0.2.
-    """
-    from aerospike_helpers import expressions as exp
-    compiled = exp.Or(exp.Not(exp.BinExists(time_bin)), exp.LE(exp.IntBin(time_bin), 0)).compile()
-    place = next(place for place, item in enumerate(compiled) if item[2] == {'val': 0})
-    return compiled[:place], compiled[place], compiled[place + 1:]
 
 
 STORES = {'aerospike': AerospikeStore, 'sqlite': SqliteStore}

@@ -19,7 +19,7 @@ from aerospike_server import Lost
 from clusters import NAMESPACE
 from xmsrv import (
     DUPLICATE,
-    OUTCOMES_BY_CODE,
+    MEANING_BY_CODE,
     STALE,
     STORED,
     AerospikeStore,
@@ -281,10 +281,10 @@ def answered(store, cluster, code):
 
 
 @pytest.mark.parametrize('code',
-                         [code for code, what in OUTCOMES_BY_CODE.items() if what in ('retry', 'stop') and code > 0])
+                         [code for code, what in MEANING_BY_CODE.items() if what in ('retry', 'stop') and code > 0])
 def test_an_answer_that_is_nobodys_fault(opened, standin, code):
     answers = answered(opened(standin), standin, code)
-    assert outcomes(answers) == ['stored', 'stored', OUTCOMES_BY_CODE[code], 'stored']
+    assert outcomes(answers) == ['stored', 'stored', MEANING_BY_CODE[code], 'stored']
     assert f'answer {code} ' in answers[2].detail and f'{NAMESPACE}.{standin.set}' in answers[2].detail
     assert standin.numbers() == [0, 1, 3]
 

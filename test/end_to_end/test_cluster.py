@@ -62,8 +62,8 @@ def test_without_them_it_is_69_with_the_option_that_is_missing(program, nsqd, pa
     fill(nsqd, 10)
     done = program.once(nsqd, expect=69, **pair.settings())
     peer, = pair.server.peers
-    refused(done, nsqd, f'{peer.advertised}: Connection refused (an address that the cluster names; if it is of a '
-                        'network inside: services-alternate = yes)')
+    refused(done, nsqd, f'{peer.advertised}: Connection refused (an address from the cluster; if it is an internal '
+                        'one: services-alternate = yes)')
 
 
 @pytest.mark.parametrize(('fail', 'mend'), [('refuse', 'listen'), ('hang', 'resume')])

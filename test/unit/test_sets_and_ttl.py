@@ -166,7 +166,7 @@ def test_aerospike_writes_to_the_set_with_the_ttl_of_the_record(monkeypatch):
     store.write([Record('k', {'n': 1}, None, 'a', 60), Record('k', {'n': 1}, None, 'b'), Record('k', {'n': 1}, None)])
     assert [write.key for write in client.writes] == [('test', 'a', 'k'), ('test', 'b', 'k'), ('test', 'rest', 'k')]
     own, *others = [write.policy for write in client.writes]
-    assert others == [None, None] and own == {**store.policy, 'ttl': 60} and store.policy['ttl'] == 3600
+    assert others == [None, None] and own == {**store.builder.policy, 'ttl': 60} and store.builder.policy['ttl'] == 3600
 
 
 def test_aerospike_joins_ttl_and_the_filter_of_newest_wins_and_reads_in_the_same_set(monkeypatch):

@@ -34,9 +34,6 @@ FLAGS = {
     'WorkerStatus.is_healthy': 'what the worker said of itself last',
 }
 
-# Sections in which a function may still have no hints; mypy.ini loosens what it has to for them. None is added.
-UNTYPED = {'stores'}
-
 
 def defined_names():
     """The line where each name of the module is defined."""
@@ -128,7 +125,7 @@ def test_every_function_has_hints():
     for node in functions():
         if not is_typed(node):
             untyped.setdefault(names[bisect.bisect(starts, node.lineno - 1)], []).append(node.name)
-    assert {section: found for section, found in untyped.items() if section not in UNTYPED} == {}
+    assert untyped == {}
 
 
 def test_no_flag_decides_what_a_state_should():

@@ -151,7 +151,7 @@ def test_with_newest_wins_each_write_carries_its_own_time_and_the_whole_policy(m
     from aerospike_helpers import expressions as exp
     client = Client()
     with opened(monkeypatch, client, record={'key': 'id'}) as store:
-        writes = [store.build_write(record) for record in [*records('a', time=5), *records('b', time=6)]]
+        writes = [store.builder.build_write(record) for record in [*records('a', time=5), *records('b', time=6)]]
     for write, moment in zip(writes, (5, 6), strict=True):
         wanted = exp.Or(exp.Not(exp.BinExists('gts')), exp.LE(exp.IntBin('gts'), moment)).compile()
         assert write.policy['expressions'] == wanted
@@ -303,9 +303,9 @@ def test_an_info_question_that_fails_is_an_outage_with_its_name(monkeypatch):
             raise ERRORS.TimeoutError('x')
         asked, client.info_all = [], fails
         with pytest.raises(StoreError, match='9 TimeoutError'):
-            store.query_info('build')
+            store.nodes.query_info('build')
         with pytest.raises(StoreError):
-            store.query_info('build', time.monotonic() + 2)
+            store.nodes.query_info('build', time.monotonic() + 2)
         assert asked[0] is None and 1900 < asked[1]['timeout'] <= 2000
 
 
@@ -431,7 +431,7 @@ def test_an_answer_is_told_with_its_name_and_advice_and_whether_it_may_have_been
         assert store.build_result('retry', write).detail.endswith(', perhaps written')
         write = types.SimpleNamespace(result=9, in_doubt=False, ops=[1] * 4001)
         assert 'a record of 4001 bins takes the server long' in store.build_result('retry', write).detail
-        assert store.describe_code(12345) == '12345 not known to the client'
+        assert xmsrv.describe_code(12345) == '12345 not known to the client'
 
 
 def test_the_time_that_is_stored_and_cannot_be_read_is_tried_again(monkeypatch):
@@ -449,7 +449,7 @@ def test_an_error_that_is_nobodys_is_everybodys(monkeypatch):
     client = Client()
     client.batch_write = lambda batch, policy: types.SimpleNamespace(result=-8)
     with opened(monkeypatch, client) as store:
-        write = store.build_write(records('a')[0])
+        write = store.builder.build_write(records('a')[0])
         write.result = 0
         store.send_batch([write], time.monotonic() + 1)
         assert write.result == -8
