@@ -689,7 +689,7 @@ METRIC_DEFINITIONS = (
     Metric('xmsrv_build_info', 'gauge', ('version',), 'Always 1.', max),
 )
 LAST_SUCCESS = 'xmsrv_last_success_timestamp_seconds'
-LASTING = (LAST_SUCCESS, 'xmsrv_build_info')                               # gauges that a reload does not touch
+KEPT_GAUGES = (LAST_SUCCESS, 'xmsrv_build_info')                               # gauges that a reload does not touch
 UP_METRICS = {'queue': 'xmsrv_queue_up', 'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}   # of ENDS
 METRICS_BY_NAME = {metric.name: metric for metric in METRIC_DEFINITIONS}
 BUCKET_BOUNDS = {   # upper bounds of the buckets
@@ -860,7 +860,8 @@ class Metrics:
 
     def forget_gauges(self) -> None:
         """What was so then need not be so now; what was counted stays, and when all was well."""
-        for name in [name for name in self.metrics if METRICS_BY_NAME[name].kind == 'gauge' and name not in LASTING]:
+        gauges = [name for name in self.metrics if METRICS_BY_NAME[name].kind == 'gauge']
+        for name in set(gauges).difference(KEPT_GAUGES):
             self.registry.unregister(self.metrics.pop(name))
 
     def take_snapshot(self) -> Snapshot:
@@ -3104,7 +3105,7 @@ HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_tim
 OUTPUT_BUFFER_TIMEOUT = 25       # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 OUTPUT_BUFFER_SIZE = 64 * 1024   # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK_INTERVAL = 0.025            # seconds between looks at RDY, idleness and TOUCH
-RDY_HEARD = 2 * OUTPUT_BUFFER_TIMEOUT / 1000   # seconds and a round trip for nsqd to hear of RDY, which has no answer
+RDY_TRANSIT = 2 * OUTPUT_BUFFER_TIMEOUT / 1000   # seconds and a round trip for nsqd to receive RDY, which has no answer
 DEFLATE_LEVEL = 1                # of what is sent: FINs, whose ids hardly get smaller at any
 PUBLISH_TIMEOUT = 5.0            # seconds for nsqd to take a batch of dead letters
 CLOSE_TIMEOUT = 1.0              # seconds to wait for CLOSE_WAIT
@@ -3281,9 +3282,9 @@ class Connection:
     TLS was not obtained; here only pynsq's commands and names are used. `info` is nsqd's answer to IDENTIFY.
     """
 
-    def __init__(self, address: Address, link: ConnectionOptions, topic: str | None = None,
+    def __init__(self, address: Address, options: ConnectionOptions, topic: str | None = None,
                  channel: str | None = None) -> None:
-        self.address, self.link, self.topic, self.channel = address, link, topic, channel
+        self.address, self.options, self.topic, self.channel = address, options, topic, channel
         self.stream: Any = None   # an IOStream, once it is connected
         self.info: dict[str, Any] = {}
         self.is_closed = False
@@ -3300,7 +3301,7 @@ class Connection:
     async def open(self) -> None:
         """Connects, up to the subscription where a topic is given. Raises one of UNREACHABLE."""
         try:
-            await self.connect(self.link.requested_features())
+            await self.connect(self.options.requested_features())
         except NsqdError as error:
             if not str(error).startswith('E_BAD_BODY'):
                 raise
@@ -3308,26 +3309,26 @@ class Connection:
             self.heartbeat_interval = DEFAULT_HEARTBEAT
             await self.connect({})
 
-    async def connect(self, wishes: dict[str, int]) -> None:
+    async def connect(self, features: dict[str, int]) -> None:
         """Performs the handshake; a failure leaves no socket open."""
         try:
-            await self.perform_handshake(wishes)
+            await self.perform_handshake(features)
         except BaseException:
             self.close_socket()
             raise
 
-    async def perform_handshake(self, wishes: dict[str, int]) -> None:
+    async def perform_handshake(self, features: dict[str, int]) -> None:
         """IDENTIFY, TLS, deflate, AUTH, SUB: no secret is sent before a configured TLS is there."""
         self.buffer, self.is_closed = b'', False
-        tls, secret = await self.limit_step('the reading of certificates and secret', self.link.load_credentials())
+        tls, secret = await self.limit_step('the reading of certificates and secret', self.options.load_credentials())
         await (self.connect_tcp() if self.address[1] else self.connect_unix())
         asked = asyncio.get_running_loop().time()
-        self.send_command(b'  V2' + nsq.identify({**self.link.identity_fields(), **wishes}))
+        self.send_command(b'  V2' + nsq.identify({**self.options.identity_fields(), **features}))
         self.info = self.parse_info(await self.limit_step('IDENTIFY', self.read_response()))
         self.round_trip = asyncio.get_running_loop().time() - asked
         if tls:
             await self.limit_step('TLS', self.start_tls(tls))
-        if self.link.compression == 'deflate':
+        if self.options.compression == 'deflate':
             await self.limit_step('deflate', self.start_deflate())
         await self.limit_step('AUTH', self.authenticate(secret))
         if self.topic:
@@ -3338,21 +3339,21 @@ class Connection:
     async def limit_step(self, step: str, awaitable: Awaitable[Item]) -> Item:
         """Awaits a step of the handshake. Raises NsqdError when it takes longer than connect-timeout."""
         try:
-            async with asyncio.timeout(self.link.connect_timeout) as bound:
+            async with asyncio.timeout(self.options.connect_timeout) as bound:
                 return await awaitable
         except TimeoutError:
             if not bound.expired():   # ETIMEDOUT from the kernel
                 raise
-            raise NsqdError(f'{step}: no answer in {self.link.connect_timeout:g} s') from None
+            raise NsqdError(f'{step}: no answer in {self.options.connect_timeout:g} s') from None
 
     async def connect_tcp(self) -> None:
         """A TCP connection to the first address of the name that takes one, of either family."""
         found = await self.limit_step('name server', NameResolver().resolve(*self.address))
         try:   # tornado's own bound: it closes the sockets of all attempts
             self.stream = await TCPClient(ResolvedName(found)).connect(
-                *self.address, timeout=self.link.connect_timeout)
+                *self.address, timeout=self.options.connect_timeout)
         except TimeoutError:
-            raise NsqdError(f'no connection in {self.link.connect_timeout:g} s') from None
+            raise NsqdError(f'no connection in {self.options.connect_timeout:g} s') from None
         self.stream.set_nodelay(True)
 
     async def connect_unix(self) -> None:
@@ -3589,16 +3590,16 @@ class Subscription(Connection):
     rdy: the last RDY sent. in_flight: number of messages without an answer. held_back: how many of these wait for the
     window's end; RDY is raised by that number. rdy_since: loop time since when nsqd could have delivered. idle: no
     message arrived for `idle_delay` though RDY was above 0; reset by a message, and when RDY rises from 0. proven_idle:
-    the same, reset by a message only. unheard: messages beyond RDY that nsqd may still send, as it may not have
+    the same, reset by a message only. old_rdy: messages beyond RDY that nsqd may still send, as it may not have
     received yet the RDY that was lowered at lowered_at.
     """
 
     def __init__(self, address: Address, consumer: Any) -> None:
-        super().__init__(address, consumer.link, consumer.topic, consumer.channel)
+        super().__init__(address, consumer.connection_options, consumer.topic, consumer.channel)
         self.consumer = consumer
         self.rdy = self.in_flight = self.held_back = 0
         self.idle, self.proven_idle, self.rdy_since = False, False, 0.0
-        self.unheard, self.lowered_at = 0, 0.0
+        self.old_rdy, self.lowered_at = 0, 0.0
         self.close_wait: asyncio.Event | None = None   # set by CLOSE_WAIT
 
     async def open(self) -> None:
@@ -3614,13 +3615,13 @@ class Subscription(Connection):
     def deliver(self, messages: list[Message]) -> None:
         """Passes messages to the consumer. Reading never stops: nsqd closes a connection that it can't write to."""
         self.rdy_since = self.last_read
-        self.unheard = max(0, self.unheard - len(messages))
+        self.old_rdy = max(0, self.old_rdy - len(messages))
         self.consumer.on_messages(self, messages)
 
     def on_response(self, kind: int, data: bytes) -> None:
         """A refused FIN, REQ or TOUCH is late, no error: what was stored stays stored, the redelivery rewrites it."""
         if kind == ERROR and data.startswith(LATE_ERRORS):
-            self.consumer.on_refused(self, data)
+            self.consumer.on_late_answer(self, data)
         elif data == b'CLOSE_WAIT' and self.close_wait:
             self.close_wait.set()
         else:
@@ -3632,11 +3633,11 @@ class Subscription(Connection):
             now = asyncio.get_running_loop().time()
             if rdy > self.rdy:
                 self.rdy_since = now
-                self.unheard = max(0, self.unheard_at(now) - (rdy - self.rdy))
+                self.old_rdy = max(0, self.old_rdy_at(now) - (rdy - self.rdy))
             else:
                 # Example: RDY is 10, 2 messages are in flight, and RDY 3 is sent. Until nsqd receives it, 10 - 2 = 8
-                # more messages may come. claim_at() has 3 of them in the new RDY, so 5 are unheard.
-                self.unheard = self.unheard_at(now) + max(0, self.rdy - self.in_flight - rdy)
+                # more messages may come. may_send_at() has 3 of them in the new RDY, so `old_rdy` is 5.
+                self.old_rdy = self.old_rdy_at(now) + max(0, self.rdy - self.in_flight - rdy)
                 self.lowered_at = now
             if not self.rdy:
                 self.idle = False
@@ -3644,13 +3645,13 @@ class Subscription(Connection):
             self.rdy = rdy
             self.send_command(nsq.ready(rdy))
 
-    def claim_at(self, now: float) -> int:
-        """How many messages nsqd may send, by its RDY and by a higher one before it (`unheard`)."""
-        return max(0, self.rdy - self.held_back) + self.unheard_at(now)
+    def may_send_at(self, now: float) -> int:
+        """How many messages nsqd may send, by its RDY and by a higher one before it (`old_rdy`)."""
+        return max(0, self.rdy - self.held_back) + self.old_rdy_at(now)
 
-    def unheard_at(self, now: float) -> int:
-        """`unheard`; 0 once nsqd must have received the lower RDY."""
-        return self.unheard if now - self.lowered_at < RDY_HEARD + self.round_trip else 0
+    def old_rdy_at(self, now: float) -> int:
+        """`old_rdy`; 0 once nsqd must have received the lower RDY."""
+        return self.old_rdy if now - self.lowered_at < RDY_TRANSIT + self.round_trip else 0
 
     async def close(self) -> None:
         """Sends CLS after all answers and reads until CLOSE_WAIT: closing at once would lose the FINs on their way.
@@ -5428,11 +5429,10 @@ class Consumer:
     """The connections to all nsqds of a topic: the Source for messages from nsqd. It alone owns RDY and the messages in
     flight, and answers nsqd."""
 
-    def __init__(self, config: types.SimpleNamespace, tasks: BackgroundTasks, link: ConnectionOptions, topic: str,
-                 channel: str,
-                 health: Health) -> None:
-        self.config, self.tasks, self.link, self.topic, self.channel = config, tasks, link, topic, channel
-        self.health = health
+    def __init__(self, config: types.SimpleNamespace, tasks: BackgroundTasks, connection_options: ConnectionOptions,
+                 topic: str, channel: str, health: Health) -> None:
+        self.config, self.tasks, self.connection_options, self.health = config, tasks, connection_options, health
+        self.topic, self.channel = topic, channel
         self.max_in_flight = config.nsq.max_in_flight
         self.addresses: list[Address] = []                          # of the nsqds to connect to
         self.connect_tasks: dict[Address, asyncio.Task[Any]] = {}   # address -> the task that keeps its connection up
@@ -5617,25 +5617,25 @@ class Consumer:
     def on_credit_change(self) -> None:
         """Distributes the budget to the connections."""
         # Example: max-in-flight is 2,500 and the credit is over 5,000. All of RDY is moved from A to B: if A still
-        # sends 2,500 by its old RDY, and B 2,500 by the new one, that is not too many. So nothing is claimed, and A
+        # sends 2,500 by its old RDY, and B 2,500 by the new one, that is not too many. So nothing is counted, and A
         # loses its RDY at once.
         plenty = self.credit is not None and self.credit() > 2 * self.max_in_flight
         now = asyncio.get_running_loop().time()
-        claimed = 0 if plenty else sum([connection.claim_at(now) for connection in self.connections])
+        may_come = 0 if plenty else sum([connection.may_send_at(now) for connection in self.connections])
         for connection, share in RdyAllocator.allocate_rdy(self.connections, self.rdy_budget, keep=not plenty):
-            claim, rdy = connection.claim_at(now), share
+            may_send, rdy = connection.may_send_at(now), share
             if rdy > connection.rdy and not plenty:
-                rdy = min(rdy, self.most_rdy(connection, claimed - claim))
+                rdy = min(rdy, self.rdy_bound(connection, may_come - may_send))
             connection.set_rdy(rdy)
-            claimed += connection.claim_at(now) - claim
+            may_come += connection.may_send_at(now) - may_send
 
-    def most_rdy(self, connection: Subscription, others: int) -> int:
+    def rdy_bound(self, connection: Subscription, others: int) -> int:
         """The highest RDY that a connection may get now; others: what all other connections may still send.
 
         A slow nsqd looks like an idle one. When its RDY is lowered, it may still send by the old RDY until it receives
-        the new one (`unheard`). Until then no other nsqd gets that part of the credit.
+        the new one (`old_rdy`). Until then no other nsqd gets that part of the credit.
 
-        Example: 10 may come, A has RDY 10 and is silent, so it is lowered to 1. B waits for RDY_HEARD, then it gets 9.
+        Example: 10 may come, A has RDY 10 and is silent, so it is lowered to 1. B gets 9, after RDY_TRANSIT.
         """
         credit = self.credit() if self.credit else 0
         return max(connection.rdy, credit + connection.held_back - others)
@@ -5690,7 +5690,7 @@ class Consumer:
         self.late += late
         return late
 
-    def on_refused(self, connection: Subscription, data: bytes) -> None:
+    def on_late_answer(self, connection: Subscription, data: bytes) -> None:
         """Handles a refused FIN, REQ or TOUCH: nsqd has redelivered the message."""
         if not data.startswith(b'E_TOUCH'):
             self.late += 1
@@ -5768,7 +5768,7 @@ def decoded_size(body: bytes) -> int:
     return len(body) + 72 * body.count(b',') + 128 * body.count(b'[') + 256 * body.count(b'{')
 
 
-class RecordQueue:
+class DecodeQueue:
     """Messages that wait to become records: decoded messages take at most `max_held` bytes, unless it is a single
     one."""
 
@@ -5795,7 +5795,7 @@ class RecordQueue:
         self.decoded_bytes = decoded
         return fit, invalid
 
-    def release(self, messages: list[Message]) -> None:
+    def subtract_sizes(self, messages: list[Message]) -> None:
         """Subtracts their sizes."""
         self.decoded_bytes -= sum([message.size for message in messages])
 
@@ -5892,7 +5892,7 @@ ACTIONS = {'stored': 'finish', 'deleted': 'finish', 'duplicate': 'finish', 'stal
 
 
 class Window:
-    """One bounded receive: accepts up to max-messages messages and counts what became of them (`settled`).
+    """One bounded receive: accepts up to max-messages messages and counts what became of them (`outcome_counts`).
 
     It accepts messages from its Source, has them mapped and written in batches, and acts on each result. pending_count:
     messages that are not settled. excess: messages beyond the limit. refused_keys: keys of the messages that the
@@ -5902,7 +5902,7 @@ class Window:
     def __init__(self, pipeline: Any, limits: WindowLimits, mapper: Mapper) -> None:
         self.pipeline, self.limits, self.source = pipeline, limits, pipeline.source
         config, store = pipeline.config, pipeline.store
-        self.records = RecordQueue(mapper, config.nsq.max_held)
+        self.records = DecodeQueue(mapper, config.nsq.max_held)
         self.store_batcher = self.new_batcher('store', pipeline.write, (store.batch_size, BATCH_BYTES), store.writers,
                                               store.call_timeout)
         self.dead_letter_batcher = self.new_batcher(
@@ -5911,8 +5911,8 @@ class Window:
         self.state, self.detail = WindowState.OPEN, ''
         self.end_reason: Any = None   # an End, once the window ends
         self.times = WindowTimes()
-        self.settled = dict.fromkeys(OUTCOMES, 0)
-        self.exported_counts = dict(self.settled)   # what the metrics have of `settled`
+        self.outcome_counts = dict.fromkeys(OUTCOMES, 0)
+        self.exported_counts = dict(self.outcome_counts)   # what the metrics have of `outcome_counts`
         self.accepted = self.pending_count = 0
         self.unsettled = UnsettledMessages()
         self.excess: list[Message] = []
@@ -5967,7 +5967,7 @@ class Window:
 
     def count_received(self, number: int) -> None:
         """Counts received messages."""
-        self.settled['received'] += number
+        self.outcome_counts['received'] += number
         self.pipeline.metrics.increment('xmsrv_received_total', number)
 
     def reject_invalid(self, messages: list[Message]) -> None:
@@ -5985,16 +5985,16 @@ class Window:
 
     def finish(self, messages: list[Message], result: WriteResult) -> None:
         """Finishes durable messages."""
-        self.settled[result.outcome] += len(messages)
+        self.outcome_counts[result.outcome] += len(messages)
         self.pipeline.metrics.add_settled(result, messages, time.time())
         self.unsettled.discard(messages)
-        self.release(messages)
+        self.uncount_pending(messages)
         self.source.finish(messages)
 
-    def release(self, messages: list[Message]) -> None:
+    def uncount_pending(self, messages: list[Message]) -> None:
         """Settles messages."""
         self.pending_count -= len(messages)
-        self.records.release(messages)
+        self.records.subtract_sizes(messages)
 
     def retry(self, messages: list[Message], result: WriteResult) -> list[Message]:
         """Lets the batcher retry the messages."""
@@ -6026,7 +6026,7 @@ class Window:
             if self.limits.keeps_excess:
                 self.requeue_with_delay(messages, WriteResult('unsettled', None, text))
             else:   # left in flight: requeued without delay when the window ends
-                self.release(messages)
+                self.uncount_pending(messages)
                 self.unsettled.add(messages, End.STORE_FAILED)
 
     def on_set_full(self, messages: list[Message], result: WriteResult) -> None:
@@ -6039,7 +6039,7 @@ class Window:
         if self.end_reason is not End.STORE_FAILED:
             log.error('%s; the window ends, its messages are requeued', result.detail)
         self.pipeline.health.report_failure('store', result.detail)
-        self.release(messages)
+        self.uncount_pending(messages)
         self.end(End.STORE_FAILED, result.detail)
 
     def on_unkept(self, messages: list[Message], result: WriteResult) -> list[Message]:
@@ -6053,7 +6053,7 @@ class Window:
 
     def requeue_with_delay(self, messages: list[Message], result: WriteResult) -> None:
         """Requeues messages that can't be settled now, with a delay that doubles with each delivery."""
-        self.release(messages)
+        self.uncount_pending(messages)
         for attempts, group in group_by_key(messages, lambda message: message.attempts):
             first, most = REQUEUE_DELAYS
             self.source.requeue(group, min(most, first * 2 ** min(attempts - 1, 20)))
@@ -6181,7 +6181,7 @@ class Window:
     @property
     def count(self) -> dict[str, int]:
         """The number of messages received, and of each outcome."""
-        return {**self.settled, 'requeued': self.source.requeued, 'late': self.source.late}
+        return {**self.outcome_counts, 'requeued': self.source.requeued, 'late': self.source.late}
 
     @property
     def exit_status(self) -> int:
@@ -6561,7 +6561,7 @@ class Replay(Window):
         """Holds and logs messages that stay dead letters."""
         for message in messages:   # each was asked for
             log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), terminal_safe(str(message.rejection)))
-        self.release(messages)
+        self.uncount_pending(messages)
         self.source.hold_messages(messages)
         self.last_letter = asyncio.get_running_loop().time()
 

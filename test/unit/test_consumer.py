@@ -9,7 +9,16 @@ from tornado.iostream import StreamClosedError
 import clock
 import fakes
 import xmsrv
-from xmsrv import RDY_HEARD, BackgroundTasks, ConnectionOptions, Consumer, Health, NsqdError, Subscription, Unavailable
+from xmsrv import (
+    RDY_TRANSIT,
+    BackgroundTasks,
+    ConnectionOptions,
+    Consumer,
+    Health,
+    NsqdError,
+    Subscription,
+    Unavailable,
+)
 
 
 def connect(consumer, port=4150):
@@ -332,7 +341,7 @@ def test_rdy_goes_to_another_nsqd_only_when_the_first_has_heard_that_it_lost_it(
     """An nsqd that is slow and one that is idle look the same: what a slow one sends still fits into the window."""
     async def steps(consumer, window, one, two):
         await near_the_end(consumer, one, two)
-        await asyncio.sleep(RDY_HEARD * 0.9)
+        await asyncio.sleep(RDY_TRANSIT * 0.9)
         assert (one.rdy, two.rdy) == (0, 1)
         consumer.finish(come(two, *range(10, 19)))   # it had not heard yet
         await asyncio.sleep(0.02)
@@ -346,7 +355,7 @@ def test_an_nsqd_that_stays_silent_loses_its_rdy_soon():
         lowered_at = asyncio.get_running_loop().time()
         while one.rdy < 9:
             await asyncio.sleep(0.001)
-        assert RDY_HEARD <= asyncio.get_running_loop().time() - lowered_at < RDY_HEARD + 0.06 and two.rdy == 1
+        assert RDY_TRANSIT <= asyncio.get_running_loop().time() - lowered_at < RDY_TRANSIT + 0.06 and two.rdy == 1
         consumer.finish(come(one, *range(20, 29)))
         assert window.messages_left == 1 and one.rdy + two.rdy <= 1
         await asyncio.sleep(0.4)
@@ -361,7 +370,7 @@ def test_a_far_nsqd_hears_later():
         await near_the_end(consumer, one, two)
         await asyncio.sleep(0.5)
         assert one.rdy == 0
-        await asyncio.sleep(RDY_HEARD + 0.05)
+        await asyncio.sleep(RDY_TRANSIT + 0.05)
         assert one.rdy > 0
     with_consumer(steps, connections=2, credit=20)
 
@@ -381,7 +390,7 @@ def test_an_nsqd_gets_back_at_once_what_it_may_not_have_heard_that_it_lost():
         await near_the_end(consumer, one, two)
         consumer.finish(come(two, 10))
         consumer.on_credit_change()
-        assert (window.messages_left, one.rdy, two.rdy, two.unheard) == (9, 0, 5, 4)
+        assert (window.messages_left, one.rdy, two.rdy, two.old_rdy) == (9, 0, 5, 4)
     with_consumer(steps, connections=2, credit=20)
 
 

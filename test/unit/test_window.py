@@ -12,11 +12,11 @@ from xmsrv import (
     DEAD,
     STORED,
     BackgroundTasks,
+    DecodeQueue,
     End,
     Health,
     Mapper,
     Metrics,
-    RecordQueue,
     UnsettledMessages,
     Window,
     WindowLimits,
@@ -419,11 +419,11 @@ def test_the_memory_of_what_is_decoded_is_bounded_and_everything_is_stored():
 
 
 def test_one_message_larger_than_the_bound_is_decoded_alone():
-    queue = RecordQueue(types.SimpleNamespace(build_record=lambda message: None), 10)
+    queue = DecodeQueue(types.SimpleNamespace(build_record=lambda message: None), 10)
     queue.waiting.extend(numbered(n, body=b'x' * 100) for n in range(3))
     fit, _ = queue.take_records(100)
     assert (len(fit), queue.take_records(100)) == (1, ([], []))
-    queue.release(fit)
+    queue.subtract_sizes(fit)
     assert len(queue.take_records(100)[0]) == 1
 
 
