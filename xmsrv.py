@@ -7462,7 +7462,7 @@ class Daemon:
         self.config_in_force = asyncio.Event()
         self.config_task: asyncio.Task[Any] | None = None   # waits for the files of another one
         self.address_due = asyncio.Event()   # `listen` may have changed
-        # what is waited for: `configuration` or `listen` -> (text, since when)
+        # what is waited for: `configuration`, `lock` or `listen` -> (text, since when)
         self.waits: dict[str, tuple[str, float]] = {}
         self.file_executor = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix=f'{THREAD_PREFIX}-files')
 
@@ -7492,33 +7492,30 @@ class Daemon:
                 self.lock.release()
 
     async def hold_lock(self) -> None:
-        """Waits until no other process holds the lock of this configuration, and logs it. Another state-dir has another
-        lock."""
-        news = ChangeLog()
+        """Waits until this process holds the lock of its configuration."""
         while not self.is_stopping:
-            lock = RunLock(self.config, self.arguments.config)   # anew each time: a reload may change its path
-            if self.lock and self.lock.path == lock.path and self.lock.is_held:
-                return
-            reason = self.acquire_or_reason(lock)
+            reason = self.take_lock()
+            self.record_wait('lock', [reason] if reason else ())
             if not reason:
-                if self.lock:
-                    self.lock.release()
-                self.lock = lock
-                if news.last:
-                    self.status = 'starting'
                 return
-            self.status = reason
-            news.log(logging.WARNING, '%s', reason)
             await asyncio.sleep(TICK_INTERVAL * 4)
 
-    @staticmethod
-    def acquire_or_reason(lock: RunLock) -> str | None:
-        """Tries to acquire a lock. Returns None, or the reason why it has to wait."""
+    def take_lock(self) -> str | None:
+        """Acquires the lock, in place of that of another state-dir, unless it is held. Returns None, or the reason why
+        it has to wait."""
+        lock = RunLock(self.config, self.arguments.config)   # anew each time: a reload may change its path
+        if self.lock and self.lock.path == lock.path and self.lock.is_held:
+            return None
         try:
             holder = lock.try_acquire()
         except Unavailable as error:
-            return f'waiting: {error}'
-        return f'waiting for process {holder}, which has {lock.path}' if holder else None
+            return str(error)
+        if holder:
+            return f'process {holder} has {lock.path}'
+        if self.lock:
+            self.lock.release()
+        self.lock = lock
+        return None
 
     async def run_until_stopped(self) -> int:
         """Runs one engine after the other: a new one for each configuration."""
@@ -7590,7 +7587,8 @@ class Daemon:
     @property
     def status_line(self) -> str:
         """The line of STATUS: waits, and the failures or the last window."""
-        return '; '.join([*self.waiting_lines, self.failure_text or self.status])
+        state = self.failure_text or (self.status if self.runner or not self.waits else '')
+        return '; '.join(filter(None, [*self.waiting_lines, state]))
 
     @property
     def failure_text(self) -> str:
@@ -7688,7 +7686,7 @@ class Daemon:
         if text:
             self.waits[subject] = text, since
         if text and text != was:
-            meanwhile = '; keeping the current configuration' if self.runner and subject != 'listen' else ''
+            meanwhile = '; keeping the current configuration' if self.runner and subject == 'configuration' else ''
             log.warning('waiting for %s: %s%s', subject, text, meanwhile)
         elif was and not text:
             log.warning('%s: recovered after %.1f s', subject, now - since)
@@ -7755,8 +7753,8 @@ class Daemon:
     def end_failures(self) -> dict[str, str]:
         """Why each of ENDS is not up that is not."""
         failures = self.runner.end_failures if self.runner else {}
-        waits = '; '.join(self.waiting_lines) or ('not up yet' if self.runner else self.status)
-        reasons = {EndState.CLOSED: 'on purpose, while another end fails', EndState.STARTING: waits}
+        reasons = {EndState.CLOSED: 'on purpose, while another end fails',
+                   EndState.STARTING: '; '.join(self.waiting_lines) or 'not up yet'}
         return {end: failures.get(end) or reasons.get(state, '') for end, state in self.end_states.items()
                 if state is not EndState.UP}
 
@@ -7867,8 +7865,7 @@ def serve_http(daemon: Daemon, address: Address, sockets: list[socket.socket]) -
 def readiness_text(daemon: Daemon) -> str:
     """A line for each end with its state, a line for each wait, and what fails, if anything does."""
     ends = [f'{end}: {state}' for end, state in daemon.end_states.items()]
-    fails = daemon.failure_text or ('' if daemon.is_ready or daemon.waiting_lines else daemon.status)
-    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting_lines, fails] if line)
+    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting_lines, daemon.failure_text] if line)
 
 
 PAGE_ORDER = (EndState.DOWN, EndState.STARTING, EndState.CLOSED, EndState.UP)   # the page's is the first of them

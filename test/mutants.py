@@ -403,7 +403,7 @@ MUTANTS = (
     Mutant('windows drift', 'self.last_start = due if now - due <= START_TOLERANCE else now', 'self.last_start = now'),
     Mutant('the old lock is kept after a reload', 'if self.lock and self.lock.path == lock.path and self.lock.is_held:', 'if self.lock and self.lock.is_held:'),
     Mutant('the daemon trusts a removed lock file', 'self.lock.path == lock.path and self.lock.is_held:', 'self.lock.path == lock.path:'),
-    Mutant('the old lock is not released', '                if self.lock:\n                    self.lock.release()\n                self.lock = lock', '                self.lock = lock'),
+    Mutant('the old lock is not released', '        if self.lock:\n            self.lock.release()\n        self.lock = lock', '        self.lock = lock'),
     Mutant('a faulty file takes effect', "        except ConfigError as error:\n            log.error('%s\\nkeeping the current", "        except ConfigError as error:\n            self.engine.leave()\n            log.error('%s\\nkeeping the current"),
     Mutant('a reload changes nothing', '        if self.runner:\n            self.runner.end_after_window()\n', ''),
     Mutant('a failed store is not opened again', 'if window.end_reason is End.STORE_FAILED and not self.health.is_up', 'if False and not self.health.is_up'),

@@ -507,7 +507,7 @@ def test_a_reload_while_the_lock_is_waited_for_takes_the_lock_of_the_new_state_d
     once = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 1, 'another run has the lock')
     daemon = program.start('daemon')
-    wait_until(lambda: count(program, f'waiting for process {once.pid}'), 'the daemon waits for it')
+    wait_until(lambda: count(program, f'waiting for lock: process {once.pid} has '), 'the daemon waits for it')
     program.configure(nsqd, state_dir=workdir / 'other')
     daemon.send_signal(signal.SIGHUP)
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'it waits no more')
@@ -639,8 +639,8 @@ def test_the_daemon_waits_for_once_and_says_so(nsqd, program, systemd):
     first = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is subscribed')
     daemon = program.start('daemon')
-    wait_until(lambda: count(program, f'waiting for process {first.pid}'), 'the daemon says so')
-    wait_until(lambda: any('waiting for process' in text for text in systemd.fields('STATUS')), 'to systemd as well')
+    wait_until(lambda: count(program, f'waiting for lock: process {first.pid} has '), 'the daemon says so')
+    wait_until(lambda: any('waiting for lock: ' in text for text in systemd.fields('STATUS')), 'to systemd as well')
     stopped(first)
     nsqd.publish(TOPIC, bodies(3))
     wait_until(lambda: len(program.rows()) == 3, 'the daemon has taken over')
@@ -658,7 +658,7 @@ def test_a_lock_that_is_no_file_is_69_and_waited_for(nsqd, program, workdir, mak
     fault = f'{program.path}: state-dir = {workdir}/state: {lock}: not a regular file\n'
     assert program.run('once', expect=os.EX_UNAVAILABLE).stderr == f'error: {fault}'
     running = program.start('daemon')
-    wait_until(lambda: count(program, f'waiting: {fault}'), 'the daemon says so')
+    wait_until(lambda: count(program, f'waiting for lock: {fault}'), 'the daemon says so')
     fill(nsqd, 10, 10)
     lock.unlink()
     wait_until(lambda: len(program.rows()) == 20, 'it goes on', 20)
@@ -676,11 +676,13 @@ def test_a_state_directory_that_cannot_be_is_69_and_waited_for(nsqd, program, sy
     for command in ['once'], ['check', '--connect']:
         assert program.run(*command, expect=os.EX_UNAVAILABLE).stderr == f'error: {fault}\n'
     running = program.start('daemon')
-    wait_until(lambda: systemd.fields('STATUS')[-1:] == [f'waiting: {fault}'], 'systemd hears of it')
-    assert get(port, '/readyz') == (503, ''.join(f'{end}: starting\n' for end in ENDS) + f'waiting: {fault}\n')
-    assert fault in get(port, '/')[1] and count(program, f'waiting: {fault}') == 1
+    waits = f'waiting for lock: {fault}'
+    wait_until(lambda: systemd.fields('STATUS')[-1:] == [waits], 'systemd hears of it')
+    assert get(port, '/readyz') == (503, ''.join(f'{end}: starting\n' for end in ENDS) + f'{waits}\n')
+    assert waits in get(port, '/')[1] and count(program, waits) == 1
     (workdir / 'file').unlink()
     wait_until(lambda: len(program.rows()) == 10, 'all are stored', 20)
+    assert count(program, 'lock: recovered after') == 1
     stopped(running)
 
 
@@ -692,7 +694,7 @@ def test_a_lock_that_is_no_longer_waited_for_is_not_in_the_status(nsqd, program,
     first = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is subscribed')
     daemon = program.start('daemon')
-    wait_until(lambda: any('waiting for process' in text for text in systemd.fields('STATUS')), 'it waits')
+    wait_until(lambda: any('waiting for lock: process' in text for text in systemd.fields('STATUS')), 'it waits')
     stopped(first)
     wait_until(lambda: get(port, '/readyz')[0] == 200, 'it is ready')
     wait_until(lambda: systemd.fields('STATUS')[-1] == 'starting', 'and says so')   # the first window is open
@@ -1160,7 +1162,7 @@ def test_counts_of_workers_are_not_doubled_between_two_configurations(nsqd, prog
         fcntl.flock(held, fcntl.LOCK_EX)
         program.configure(nsqd, state_dir=workdir / 'other', **settings)
         running.send_signal(signal.SIGHUP)
-        wait_until(lambda: count(program, 'waiting for process'), 'the lock is waited for')
+        wait_until(lambda: count(program, 'waiting for lock: process'), 'the lock is waited for')
         assert figure(port, stored) == 1000
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'the workers are back')
     assert figure(port, stored) == 1000

@@ -425,7 +425,7 @@ def test_a_lock_that_another_has_is_waited_for_and_the_status_says_so(daemon):
         assert other.try_acquire() is None
         waiting = asyncio.ensure_future(daemon.hold_lock())
         await asyncio.sleep(5)
-        assert not waiting.done() and f'waiting for process {os.getpid()}' in daemon.status_line
+        assert not waiting.done() and f'waiting for lock: process {os.getpid()} has ' in daemon.status_line
         other.release()
         await asyncio.wait_for(waiting, 1)
         assert daemon.lock.is_held
