@@ -5491,7 +5491,12 @@ class Consumer:
                 await connection.open()
                 self.on_connect(connection, backoff)
                 news.clear()
-                await connection.read_messages()
+                # one that nsqd closes at once is no reason to try ten times a second
+                stable = asyncio.get_running_loop().call_later(backoff.longest, backoff.reset_delay)
+                try:
+                    await connection.read_messages()
+                finally:
+                    stable.cancel()
             except UNREACHABLE as error:
                 if address not in self.addresses:   # it was closed
                     return
@@ -5509,7 +5514,6 @@ class Consumer:
         if backoff.tries:
             log.info('nsqd %s is back', connection)
         self.health.report_recovery('queue')
-        backoff.reset_delay()
         self.tasks.wake.set()
 
     def on_disconnect(self, connection: Subscription, error: str, news: ChangeLog) -> None:

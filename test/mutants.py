@@ -315,6 +315,7 @@ MUTANTS = (
     Mutant('an nsqd that nobody names is connected again', '        while address in self.addresses:\n', '        while True:\n'),
     Mutant('the queue is up without an nsqd', "                self.health.report_failure('queue', f'nsqd {connection}: {error}' if was_up else self.failure_text)", '                pass'),
     Mutant('one nsqd of two is the queue', "        if self.connections or not was_up and self.health.is_up('queue'):", "        if not was_up and self.health.is_up('queue'):"),
+    Mutant('a connection that ends at once begins the delays anew', 'call_later(backoff.longest, backoff.reset_delay)', 'call_later(0, backoff.reset_delay)'),
     Mutant('the first error of an outage stays', "            if was_up or self.has_tried_all():\n", '            if was_up:\n'),
     Mutant('delays of REQ in seconds', "(b'REQ %%s %d\\n' % (delay * 1000), messages)", "(b'REQ %%s %d\\n' % delay, messages)"),
     Mutant('what is held back uses up RDY', '        rdys = [(c, share and share + c.held_back)', '        rdys = [(c, share)'),

@@ -760,6 +760,17 @@ def test_a_source_that_is_opened_again_says_only_what_is_new(monkeypatch, lines)
         'retrying, consumption paused']
 
 
+def test_an_nsqd_that_closes_each_connection_is_asked_less_and_less_often(monkeypatch, lines):
+    """And does not fill the log: a connection that ends at once is no recovery to rely on."""
+    async def steps(consumer, attempts):
+        await consumer.open()
+        await asyncio.sleep(60)
+        starts = [start for _, start in attempts]
+        assert starts[1] - starts[0] < 0.3 and starts[-1] - starts[-2] > 2 and len(attempts) < 30
+    opened(monkeypatch, steps, {1: [0.1]})
+    assert len(lines()) < 90
+
+
 def test_delays_begin_anew_after_a_connection_that_was_up(monkeypatch):
     async def steps(consumer, attempts):
         with pytest.raises(Unavailable):
