@@ -2278,12 +2278,16 @@ def secret_file_faults(option: Option, filename: str | None) -> Iterator[Fault]:
 
 
 def certificate_faults(section: str, tls: types.SimpleNamespace | None) -> Iterator[Fault]:
-    """Yields a Fault for certificates that do not load, or do not match."""
+    """Yields a Fault for the authorities, or else the certificate with its key, that do not load or do not match."""
+    option, filename = 'ca-file', tls and tls.ca_file
     try:
+        if filename:
+            ssl.create_default_context(cafile=filename)
         if tls:
+            option, filename = 'cert-file', tls.cert_file
             tls_context(tls)
     except (OSError, ValueError) as error:
-        yield Fault(section, 'tls', None, f'the certificates do not load: {error}', FaultKind.UNAVAILABLE)
+        yield Fault(f'{section}.tls', option, filename, f'the certificates do not load: {error}', FaultKind.UNAVAILABLE)
 
 
 def address_faults(listen: Address | None) -> Iterator[Fault]:

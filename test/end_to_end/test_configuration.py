@@ -454,15 +454,16 @@ def test_a_regular_file_is_opened_also_by_a_link(workdir):
     assert (workdir / 'file').read_bytes() == b'x' and (workdir / 'file').stat().st_mode & 0o137 == 0
 
 
-@pytest.mark.parametrize('text, section', [
-    (VALID + '[[tls]]\ncert-file = {directory}/cert.pem\n', 'nsq'),
-    (CLUSTER + '[[tls]]\nca-file = {directory}/cert.pem\n', 'aerospike'),
+@pytest.mark.parametrize('text, option', [
+    (VALID + '[[tls]]\ncert-file = {directory}/cert.pem\n', '[nsq] [[tls]] cert-file'),
+    (VALID + '[[tls]]\nca-file = {directory}/cert.pem\ncert-file = {directory}/cert.pem\n', '[nsq] [[tls]] ca-file'),
+    (CLUSTER + '[[tls]]\nca-file = {directory}/cert.pem\n', '[aerospike] [[tls]] ca-file'),
 ])
-def test_a_certificate_that_does_not_load_is_69(faults, workdir, text, section):
+def test_a_certificate_that_does_not_load_is_69(faults, workdir, text, option):
     """It may be under way to its place."""
     (workdir / 'cert.pem').write_text('no certificate')
     found, = faults(text, expect=69)
-    assert found.startswith(f'[{section}] tls: the certificates do not load: ')
+    assert found.startswith(f'{option} = {workdir}/cert.pem: the certificates do not load: ')
 
 
 def test_an_encrypted_key_is_69_and_no_question(faults, workdir):
