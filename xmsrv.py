@@ -3969,55 +3969,11 @@ class SqliteStore(Store):
                 raise OSError('the file was replaced while it was in use')
         return results
 
-    def upsert(self, records: list[Record]) -> None:
-        """Writes all rows in one statement; of equal keys the last one stays. One statement releases the interpreter
-        lock once and not for each row. To get it back may take 5 ms while the loop decodes: 400 rows/s instead of
-        90,000, measured."""
-        if not records:
-            return
-        rows: list[tuple[Any, ...]] = [(record.set, record.key, self.to_json(record.bins)) for record in records]
-        value = change = ''
-        if 'expires_at' in self.columns:
-            rows = [(*row, self.end_of(record)) for row, record in zip(rows, records, strict=True)]
-            value, change = ', column4', ', expires_at = excluded.expires_at'
-        row = f'({",".join("?" * len(rows[0]))})'
-        self.db.execute(
-            f'INSERT INTO records SELECT coalesce(column1, ?1), column2, column3, ?2{value}'
-            f' FROM (VALUES {",".join([row] * len(rows))}) WHERE true ON CONFLICT ("set", "key")'
-            f' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at{change}',
-            (self.set, format_rfc3339(time.time()), *itertools.chain.from_iterable(rows)))
-
-    @staticmethod
-    def end_of(record: Record) -> str | None:
-        """When a tombstone ends, as text that sorts by time (`never` last); None for a record."""
-        if not isinstance(record, Deletion):
-            return None
-        return 'never' if record.ttl == TTL_NEVER else format_rfc3339(time.time() + (record.ttl or 0))
-
-    def record_id(self, record: Record) -> RecordId:
-        """The set and the key of a record."""
-        return record.set or self.set, record.key
-
     def drop_expired(self) -> None:
         """Removes expired tombstones, about 1,000 at most, as the batch waits for that. A tombstone that is left still
         holds off older messages."""
         if 'expires_at' in self.columns:
             self.db.execute(self.drop, (format_rfc3339(time.time()),))
-
-    def write_and_delete(self, records: list[Record], results: list[WriteResult]) -> None:
-        """Writes the records and tombstones that have won, and with `mode = remove` removes the deleted records."""
-        # Example of `remove`: a batch has a record of key 1 and then its removal. Both succeed, so key 1 is in
-        # `removed`: the record is not written, and the removal is the DELETE below. A tombstone is a row like that of
-        # any record.
-        removed: set[RecordId] = set()
-        if self.delete_mode == 'remove':
-            removed = {self.record_id(record) for record, result in zip(records, results, strict=True)
-                       if result is DELETED}
-        self.upsert([record for record, result in zip(records, results, strict=True)
-                     if result in (STORED, DELETED) and not (removed and self.record_id(record) in removed)])
-        for set_, record_ids in group_by_key(list(removed), lambda record_id: record_id[0]):
-            self.db.execute(f'DELETE FROM records WHERE "set" = ? AND "key" IN ({",".join("?" * len(record_ids))})',
-                            (set_, *(key for _, key in record_ids)))
 
     def merge_stored(self, records: list[Record]) -> list[WriteResult]:
         """The result of each record. In update mode the stored bins are merged into the record."""
@@ -4031,6 +3987,25 @@ class SqliteStore(Store):
         for index in order:
             results[index] = self.judge_record(records[index], stored)
         return results
+
+    def read_stored(self, records: list[Record]) -> dict[RecordId, Any]:
+        """The stored bins of all records whose set and key `records` have."""
+        record_ids = {self.record_id(record) for record in records}
+        if not record_ids:
+            return {}
+        # A join, for with `("set", "key") IN (VALUES ...)` SQLite scans the whole table.
+        query = ('SELECT "set", "key", bins FROM (VALUES ' + ','.join(['(?,?)'] * len(record_ids)) +
+                 ') CROSS JOIN records ON "set" = column1 AND "key" = column2')
+        rows = self.db.execute(query, [*itertools.chain.from_iterable(record_ids)])
+        return {(set_, key): self.parse_bins(bins) for set_, key, bins in rows}
+
+    @staticmethod
+    def parse_bins(bins: Any) -> Any:
+        """The bins of a row; the raw value when it is no JSON."""
+        try:
+            return json.loads(bins)
+        except (ValueError, TypeError, RecursionError):
+            return bins
 
     def judge_record(self, record: Record, stored: dict[RecordId, Any]) -> WriteResult:
         """The result of one record; updates `stored` to the bins that are stored after it."""
@@ -4062,24 +4037,49 @@ class SqliteStore(Store):
             return WriteResult('rejected', 'rejected', f'the stored {self.time_bin} is no integer: cannot compare')
         return STALE if moment > record.time else STORED
 
-    def read_stored(self, records: list[Record]) -> dict[RecordId, Any]:
-        """The stored bins of all records whose set and key `records` have."""
-        record_ids = {self.record_id(record) for record in records}
-        if not record_ids:
-            return {}
-        # A join, for with `("set", "key") IN (VALUES ...)` SQLite scans the whole table.
-        query = ('SELECT "set", "key", bins FROM (VALUES ' + ','.join(['(?,?)'] * len(record_ids)) +
-                 ') CROSS JOIN records ON "set" = column1 AND "key" = column2')
-        rows = self.db.execute(query, [*itertools.chain.from_iterable(record_ids)])
-        return {(set_, key): self.parse_bins(bins) for set_, key, bins in rows}
+    def record_id(self, record: Record) -> RecordId:
+        """The set and the key of a record."""
+        return record.set or self.set, record.key
+
+    def write_and_delete(self, records: list[Record], results: list[WriteResult]) -> None:
+        """Writes the records and tombstones that have won, and with `mode = remove` removes the deleted records."""
+        # Example of `remove`: a batch has a record of key 1 and then its removal. Both succeed, so key 1 is in
+        # `removed`: the record is not written, and the removal is the DELETE below. A tombstone is a row like that of
+        # any record.
+        removed: set[RecordId] = set()
+        if self.delete_mode == 'remove':
+            removed = {self.record_id(record) for record, result in zip(records, results, strict=True)
+                       if result is DELETED}
+        self.upsert([record for record, result in zip(records, results, strict=True)
+                     if result in (STORED, DELETED) and not (removed and self.record_id(record) in removed)])
+        for set_, record_ids in group_by_key(list(removed), lambda record_id: record_id[0]):
+            self.db.execute(f'DELETE FROM records WHERE "set" = ? AND "key" IN ({",".join("?" * len(record_ids))})',
+                            (set_, *(key for _, key in record_ids)))
+
+    def upsert(self, records: list[Record]) -> None:
+        """Writes all rows in one statement; of equal keys the last one stays. One statement releases the interpreter
+        lock once and not for each row. To get it back may take 5 ms while the loop decodes: 400 rows/s instead of
+        90,000, measured."""
+        if not records:
+            return
+        rows: list[tuple[Any, ...]] = [(record.set, record.key, self.to_json(record.bins)) for record in records]
+        value = change = ''
+        if 'expires_at' in self.columns:
+            rows = [(*row, self.end_of(record)) for row, record in zip(rows, records, strict=True)]
+            value, change = ', column4', ', expires_at = excluded.expires_at'
+        row = f'({",".join("?" * len(rows[0]))})'
+        self.db.execute(
+            f'INSERT INTO records SELECT coalesce(column1, ?1), column2, column3, ?2{value}'
+            f' FROM (VALUES {",".join([row] * len(rows))}) WHERE true ON CONFLICT ("set", "key")'
+            f' DO UPDATE SET bins = excluded.bins, stored_at = excluded.stored_at{change}',
+            (self.set, format_rfc3339(time.time()), *itertools.chain.from_iterable(rows)))
 
     @staticmethod
-    def parse_bins(bins: Any) -> Any:
-        """The bins of a row; the raw value when it is no JSON."""
-        try:
-            return json.loads(bins)
-        except (ValueError, TypeError, RecursionError):
-            return bins
+    def end_of(record: Record) -> str | None:
+        """When a tombstone ends, as text that sorts by time (`never` last); None for a record."""
+        if not isinstance(record, Deletion):
+            return None
+        return 'never' if record.ttl == TTL_NEVER else format_rfc3339(time.time() + (record.ttl or 0))
 
     def describe_contents(self) -> tuple[str, list[str]]:
         """Path, number of records, SQLite's version."""

@@ -154,12 +154,17 @@ class Client:
     def info_all(self, question, policy=None):
         return {}
 
+    def close(self):
+        pass
+
 
 def test_aerospike_gets_blobs_and_geometries(monkeypatch):
     client = Client()
     monkeypatch.setattr(aerospike, 'client', lambda config: client)
     store = AerospikeStore(fakes.options(message={'fields': {'b': 'base64', 'g': 'geojson', 'h': 'geojson'}}))
     store.open()
+    store.close()
+    store.open()   # again, as after an outage
     record = Record('k', {'b': 'AAE=', 'g': POINT, 'h': json.dumps(POINT), 'n': 'AAE='}, None)
     store.write([record])
     ops = {op['bin']: op['val'] for op in client.writes[0].ops}

@@ -208,6 +208,17 @@ def test_forbidden_after_a_good_write_stops_and_names_the_cause(monkeypatch, fac
     assert result.outcome == 'stop' and '22' in result.detail and advice in result.detail
 
 
+def test_the_cause_of_an_earlier_batch_is_not_named_for_a_later_one(monkeypatch):
+    client = Client({'bad': 8})
+    client.info = {'namespace/': 'stop_writes=true', 'sets/': '', 'build': '8.1.0.0'}
+    with opened(monkeypatch, client) as store:
+        first, = store.write(records('bad'))
+        client.info_all = lambda question, policy=None: {}
+        second, = store.write(records('bad'))
+    assert 'stop_writes' in first.detail
+    assert second.detail.endswith('(make room)')
+
+
 @pytest.mark.parametrize(('version', 'taken'), [('5.7.0.8', False), ('6.0.0.0', True), ('10.1', True), ('odd', True)])
 def test_a_server_that_takes_no_batches_of_writes_is_refused(monkeypatch, version, taken):
     client = Client()
