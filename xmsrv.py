@@ -4730,14 +4730,6 @@ DeadLetter = tuple[dict[str, Any], Message]         # its header, and the messag
 DeadLetterDecoder = Callable[[bytes], DeadLetter]   # decode_topic() or decode_line()
 
 
-def build_envelope(message: Message, key: str | int | None, rejection: InvalidMessage, topic: str,
-                   channel: str) -> dict[str, Any]:
-    """The header of a dead letter, as a dict for JSON. The timestamp (ns) is a string: many tools round numbers."""
-    return {'reason': rejection.reason, 'detail': rejection.detail, 'key': key, 'topic': topic, 'channel': channel,
-            'nsqd': str(message.conn), 'id': message.id.decode('ascii', 'replace'), 'attempts': message.attempts,
-            'timestamp': str(message.timestamp), 'time': format_rfc3339(time.time())}
-
-
 def encode_topic(header: dict[str, Any], body: bytes) -> bytes:
     """A dead letter for a topic: a line of JSON, then the body's own bytes, so that it is hardly larger than them."""
     return json.dumps(header).encode() + b'\n' + body
@@ -4822,15 +4814,13 @@ def open_locked(filename: str, flags: int, seconds: float) -> int:
     Replay may rename a new file over the old one before the lock is obtained; then the new one is opened.
     """
     while True:
-        fd = open_regular(filename, flags)
-        try:
+        with contextlib.ExitStack() as stack:
+            fd = open_regular(filename, flags)
+            stack.callback(os.close, fd)
             lock_file(fd, seconds)
             if is_in_place(fd, filename):
+                stack.pop_all()   # leaves it open
                 return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
 
 
 def is_in_place(fd: int, filename: str) -> bool:
@@ -4869,7 +4859,7 @@ class DeadLetterSink:
     def __init__(self, config: types.SimpleNamespace, link: ConnectionOptions) -> None:
         options = config.dead_letter
         self.topic, self.file, self.discard = options.topic, options.file, options.discard
-        self.source = config.nsq.topic, config.nsq.channel
+        self.source = {'topic': config.nsq.topic, 'channel': config.nsq.channel}
         self.key_is_id = config.record.key == '$id'
         self.link = link
         self.connections: dict[Address, Publisher] = {}
@@ -4877,10 +4867,14 @@ class DeadLetterSink:
         self.closed = False
 
     def build_header(self, message: Message) -> dict[str, Any]:
-        """The header of a message's dead letter, with the record's key where it is known."""
-        assert message.rejection, 'only a message that can never become a record is a dead letter'
+        """The header of a message's dead letter, as a dict for JSON, with the record's key where it is known. The
+        timestamp (ns) is a string: many tools round numbers."""
+        rejection = message.rejection
+        assert rejection, 'only a message that can never become a record is a dead letter'
         key = message.record.key if message.record else message.key if self.key_is_id else None
-        return build_envelope(message, key, message.rejection, *self.source)
+        return {'reason': rejection.reason, 'detail': rejection.detail, 'key': key, **self.source,
+                'nsqd': str(message.conn), 'id': message.id.decode('ascii', 'replace'), 'attempts': message.attempts,
+                'timestamp': str(message.timestamp), 'time': format_rfc3339(time.time())}
 
     async def write_dead_letters(self, messages: list[Message]) -> list[WriteResult]:
         """Keeps the messages, each with its `rejection`. Returns DEAD, or WriteResult('unkept', ...), for each."""
@@ -4892,39 +4886,38 @@ class DeadLetterSink:
         unkept = dict.fromkeys(messages, WriteResult('unkept', 'refused', 'neither a topic nor a file is configured'))
         if self.topic:
             groups = group_by_key(messages, lambda message: message.conn.address)
-            unkept = {message: result for refused in await asyncio.gather(*(
-                self.publish_batch(address, list(group)) for address, group in groups)) for message, result in refused}
+            found = await asyncio.gather(*(self.publish_batch(address, list(group)) for address, group in groups))
+            unkept = {message: result for results in found for message, result in results.items()}
         if unkept and self.file:
             unkept = await self.append_to_file(list(unkept))
         return [unkept.get(message, DEAD) for message in messages]
 
-    async def publish_batch(self, address: Address, messages: list[Message]) -> list[tuple[Message, WriteResult]]:
-        """Publishes dead letters to one nsqd. Returns (message, result) for each that it did not accept. When nsqd
+    async def publish_batch(self, address: Address, messages: list[Message]) -> dict[Message, WriteResult]:
+        """Publishes dead letters to one nsqd. Returns {message: result} of those that it did not accept. When nsqd
         refuses a batch, each half is published by itself, until the refused one is alone."""
         try:
             publisher = await self.open_publisher(address)
         except UNREACHABLE as error:
             text = f'nsqd {format_address(address)}: {describe_error(error)}'
-            log.warning('dead letters: nsqd %s: %s', format_address(address), describe_error(error))
-            return [(message, WriteResult('unkept', 'away', text)) for message in messages]
+            log.warning('dead letters: %s', text)
+            return dict.fromkeys(messages, WriteResult('unkept', 'away', text))
         try:
             await publisher.publish([encode_topic(self.build_header(m), m.body) for m in messages])
         except UNREACHABLE as error:
             self.connections.pop(address).close()
-            parts = halves(messages)
-            if parts and not self.closed and not isinstance(error, asyncio.TimeoutError):
-                return [unkept for part in parts for unkept in await self.publish_batch(address, part)]
-            return self.unpublished_results(messages, publisher, error)
-        return []
+            if len(messages) > 1 and not self.closed and not isinstance(error, asyncio.TimeoutError):
+                first, second = halves(messages)
+                return await self.publish_batch(address, first) | await self.publish_batch(address, second)
+            return dict.fromkeys(messages, self.unpublished_result(messages[0], publisher, error))
+        return {}
 
-    def unpublished_results(self, messages: list[Message], publisher: Publisher,
-                            error: BaseException) -> list[tuple[Message, WriteResult]]:
-        """The result of dead letters that nsqd did not accept: (message, result) for each."""
-        refused = isinstance(error, NsqdError)   # else nsqd may have accepted them
+    def unpublished_result(self, message: Message, publisher: Publisher, error: BaseException) -> WriteResult:
+        """Logs that nsqd did not accept a dead letter. Returns its result."""
+        refused = isinstance(error, NsqdError)   # else nsqd may have accepted it
         hint = '; a file in [dead-letter] would keep it' if refused and not self.file else ''
         text = f'nsqd {publisher}: {describe_error(error)}'
-        log.warning('dead letter %s: %s%s', messages[0].key, text, hint)
-        return [(message, WriteResult('unkept', 'refused' if refused else 'unknown', text)) for message in messages]
+        log.warning('dead letter %s: %s%s', message.key, text, hint)
+        return WriteResult('unkept', 'refused' if refused else 'unknown', text)
 
     async def open_publisher(self, address: Address) -> Publisher:
         """The connection that publishes to the nsqd at `address`. Its SUB, at RDY 0, makes the replay channel: else

@@ -135,8 +135,11 @@ def test_the_history_grows_to_a_limit_and_keeps_the_latest():
 
 
 def test_the_envelope_has_where_it_came_from_and_the_first_time_as_text():
-    header = xmsrv.build_envelope(fakes.message(3, conn='nsqd:1', attempts=2), 'k', InvalidMessage('key', 'none'),
-                                  'orders', 'x-msrv')
+    message = fakes.message(3, conn='nsqd:1', attempts=2)
+    message.record, message.rejection = xmsrv.Record('k', {}, None), InvalidMessage('key', 'none')
+    sink = DeadLetterSink(fakes.options(), None)
+    header = sink.build_header(message)
+    sink.close()
     assert header.pop('time')
     assert header == {'reason': 'key', 'detail': 'none', 'key': 'k', 'topic': 'orders', 'channel': 'x-msrv',
                       'nsqd': 'nsqd:1', 'id': f'{3:016d}', 'attempts': 2, 'timestamp': '1003'}

@@ -11,6 +11,7 @@ from xmsrv import (
     STORED,
     BackgroundTasks,
     DeadLetterFileSource,
+    DeadLetterSink,
     End,
     Health,
     InvalidMessage,
@@ -19,7 +20,6 @@ from xmsrv import (
     ReplayFilter,
     ReplayListing,
     WriteResult,
-    build_envelope,
     decode_line,
     decode_topic,
     encode_line,
@@ -32,8 +32,10 @@ AWAY = WriteResult('retry', -15, 'no answer')
 def letter(n, reason='schema', wrap=encode_topic, body=None):
     """The dead letter of message `n`, which was published at n seconds."""
     message = fakes.message(n, body or b'{"n": %d}' % n)
-    message.timestamp = n * 10 ** 9
-    return wrap(build_envelope(message, None, InvalidMessage(reason, 'no'), 'orders', 'x-msrv'), message.body)
+    message.timestamp, message.rejection = n * 10 ** 9, InvalidMessage(reason, 'no')
+    sink = DeadLetterSink(fakes.options(), None)
+    sink.close()
+    return wrap(sink.build_header(message), message.body)
 
 
 def passed(steps=None, path=None, write=lambda now: STORED, seconds=0.01, kind=Replay, choice=None, **sections):
