@@ -3856,7 +3856,7 @@ def topic_and_channel_depth(topic: dict[str, Any], channel: str) -> tuple[int, i
 # stores
 # ---------------------------------------------------------------------------------------------------------------------
 
-THREAD_PREFIX = 'x-msrv'     # how the names of threads begin that may hang in a call: see leave_stuck_calls
+THREAD_PREFIX = 'x-msrv'     # of the names of threads that may hang in a call: see leave_stuck_calls
 
 
 class Store:
@@ -4042,7 +4042,7 @@ class SqliteStore(Store):
         return record.set or self.set, record.key
 
     def write_and_delete(self, records: list[Record], results: list[WriteResult]) -> None:
-        """Writes the records and tombstones that have won, and with `mode = remove` removes the deleted records."""
+        """Writes the records and tombstones with a good result. With `mode = remove` it removes the deleted records."""
         # Example of `remove`: a batch has a record of key 1 and then its removal. Both succeed, so key 1 is in
         # `removed`: the record is not written, and the removal is the DELETE below. A tombstone is a row like that of
         # any record.
@@ -4116,7 +4116,7 @@ ADVICE_BY_CODE = {8: 'make room', 9: 'see whether the nodes are overloaded or go
               'x-msrv check --connect names it',
                   80: 'see user in [aerospike]', 81: 'give the user the role read-write',
                   82: 'the whitelist lacks this host'}
-NOT_FOUND = 2                # no record of that key
+NOT_FOUND = 2                # the answer where no record has that key
 NO_ANSWER = -15              # the client's own code for a call without an answer
 FULL_SET = 22                # the answer to a new record of a full set; ADVICE_BY_CODE has its other causes
 FORBIDDING_CODES = (8, 22)   # answers whose cause the statistics of the nodes name
@@ -4131,7 +4131,7 @@ MAX_THREADS = 256
 MIN_SERVER = (6, 0)      # the first server that takes batches of writes
 INT32_MAX = 0x7FFFFFFF   # ms: the client counts in 32 bits. A larger number would wrap round, and 0 would be no limit.
 
-Facts = dict[str, str]   # what a node says of one thing, by name
+Facts = dict[str, str]   # what a node reports of a namespace or a set: name -> value
 code_of = operator.attrgetter('result')   # the answer to a write
 
 
@@ -4160,8 +4160,7 @@ def parse_facts(text: str, separator: str) -> Facts:
 
 
 def sets_of(text: str, name: str) -> dict[str, Facts]:
-    """The answer to `sets/NAMESPACE` as the facts of each set by its name; the answer about a single set has no name in
-    it, so `name` is that."""
+    """The answer to `sets/NAMESPACE` as {set: its facts}. The answer about a single set has no name: it is `name`."""
     found = [parse_facts(each, ':') for each in text.split(';') if each]
     return {facts.get('set', name): facts for facts in found}
 
@@ -4238,7 +4237,7 @@ class ConnectLog:
         self.module.set_log_handler(None)
 
     def on_client_line(self, level: int, function: str, path: str, line: int, text: str) -> None:
-        """Takes one line."""
+        """Collects one line."""
         self.lines.append(text)
 
     def failed_hosts(self) -> list[str]:
@@ -4264,7 +4263,7 @@ def connect_reason(code: str, text: str) -> str:
     text = re.sub("^Invalid node .* Expected cluster name '(.*)' Received '(.*)'$",
                   r"its cluster-name is '\2', not '\1'", text, flags=re.DOTALL)
     if text.startswith('Invalid proto'):
-        return 'what answers there is no Aerospike server'
+        return 'the server at this address is no Aerospike server'
     if code == 'ERR_TIMEOUT' and not text:
         return 'no answer in time'
     return text or code.removeprefix('ERR_').replace('_', ' ').lower()
@@ -4326,7 +4325,7 @@ class NodeInfo:
     def find_obstacles(self, deadline: float | None = None) -> list[str]:
         """The reasons why writes are forbidden, each once for all nodes. Raises StoreError."""
         namespaces, sets = self.query_facts(deadline)
-        ttl = 1 if self.record.ttl_field else self.record.ttl   # a ttl of a message may be any, but is one
+        ttl = 1 if self.record.ttl_field else self.record.ttl   # 1: any ttl stands for those of messages
         causes = [obstacle for node, facts in namespaces.items()
                   for name, set_ in sets.get(node, {}).items() or [(self.options.set, {})]
                   for obstacle in write_obstacles(ttl, facts, set_, self.set_label(name))]
@@ -4334,7 +4333,7 @@ class NodeInfo:
         return list(dict.fromkeys([*causes, *refused]))
 
     def find_full_sets(self, deadline: float) -> dict[str, str]:
-        """What the nodes say of each set that takes no new record, by its name; nothing where none answers."""
+        """{set: reason} for each set that accepts no new record; empty where no node answers."""
         sets: dict[str, dict[str, Facts]] = {}
         with contextlib.suppress(StoreError):
             _, sets = self.query_facts(deadline)
@@ -4342,14 +4341,14 @@ class NodeInfo:
                 for text in write_obstacles(0, {}, facts, self.set_label(name))}
 
     def set_label(self, name: str) -> str:
-        """How a set is named to the operator: by its name where there may be several."""
+        """A set as messages to the operator have it: with its name where records may go to several sets."""
         return f'the set {name}' if self.record.set_field else 'the set'
 
     # -- for `check --connect`
 
     def describe_nodes(self, durable_deletes: bool | None) -> tuple[str, list[str]]:
         """Describes nodes, version, records, ttl and record size of the namespace. Returns a line, and the problems.
-        durable_deletes: those of removals; None where nothing is removed. Raises StoreError."""
+        durable_deletes: whether removals are durable; None without removals. Raises StoreError."""
         versions = self.query_info('build')
         servers = ' and '.join(dict.fromkeys(versions.values()))
         namespaces, sets = self.query_facts()
@@ -4375,7 +4374,7 @@ class NodeInfo:
         return f'{records} records of at most {namespace.get("max-record-size")} bytes{among}'
 
     def find_set_limit(self, sets: dict[str, dict[str, Facts]]) -> list[str]:
-        """The problem of a namespace that can have no new set, where messages name the set."""
+        """The problem that a namespace can have no new set, where messages name the set."""
         if not self.record.set_field or len(set().union(*sets.values())) < MAX_SETS:
             return []
         return [f'the namespace has {MAX_SETS} sets: a message that names a new one can never be stored']
@@ -4409,10 +4408,10 @@ def newest_wins_filter(time_bin: str) -> tuple[list[Any], Any, list[Any]]:
 
 
 class WriteBuilder:
-    """Makes records into the writes and removals that batch_write() takes. All that is the same for each record is made
-    once, here.
+    """Makes the writes and removals for batch_write() from records. What is the same for all records is made once, when
+    the store opens.
 
-    policy: of all writes, the client's default. durable_deletes: of removals; None where nothing is removed.
+    policy: of all writes, the client's default. durable_deletes: whether removals are durable; None without removals.
     """
 
     def __init__(self, config: types.SimpleNamespace, policy: dict[str, Any], durable_deletes: bool | None) -> None:
@@ -4549,7 +4548,7 @@ class AerospikeStore(Store):
             self.send_removals(removals, others, deadline)
         if any(map(code_of, writes)):
             return self.resolve_results(records, writes, deadline)
-        self.write_accepted = self.write_accepted or bool(others)   # an accepted removal says nothing of writes
+        self.write_accepted = self.write_accepted or bool(others)   # an accepted removal proves nothing of writes
         return [self.success_of(record) for record in records] if self.record.delete else [STORED] * len(writes)
 
     def is_removal(self, write: Any) -> bool:

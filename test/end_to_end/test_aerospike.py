@@ -515,7 +515,7 @@ def web_server():
 
 UNREACHABLE = {unknown_name: 'Name or service not known|Temporary failure in name resolution',
                proxies.refusing: 'Connection refused', silent: 'no answer in time',
-               web_server: 'what answers there is no Aerospike server'}
+               web_server: 'the server at this address is no Aerospike server'}
 
 
 @pytest.mark.parametrize('host, reason', UNREACHABLE.items(), ids=lambda value: getattr(value, '__name__', ''))

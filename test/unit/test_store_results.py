@@ -331,7 +331,7 @@ def test_a_limit_is_never_0_nor_over_what_the_client_counts(seconds, taken):
     ('ERR_CONNECTION', 'Socket write error: 111, 127.0.0.1:3000', 'Connection refused'),
     ('ERR_CONNECTION', 'Socket read error: 104 from [::1]:3000', 'Connection reset by peer'),
     ('ERR_INVALID_HOST', 'Invalid hostname db: Name or service not known', 'Name or service not known'),
-    ('ERR_CLIENT', 'Invalid proto version 72', 'what answers there is no Aerospike server'),
+    ('ERR_CLIENT', 'Invalid proto version 72', 'the server at this address is no Aerospike server'),
     ('ERR_NOT_AUTHENTICATED', '', 'not authenticated')])
 def test_the_clients_line_about_a_host_in_words(code, text, reason):
     assert xmsrv.connect_reason(code, text) == reason
