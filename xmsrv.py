@@ -16,8 +16,8 @@ COMMANDS_ENDED_BY_SIGNAL = {'once', 'daemon', 'worker', 'replay'}
 
 
 def exit_at_once(number: int, _: object) -> None:
-    """Handles both signals until a command installs its own handler: nothing has to be finished yet. Without a handler
-    the process 1 of a container would not hear SIGTERM at all, and SIGINT would show where it was."""
+    """Handles SIGTERM and SIGINT until a command installs its own handler: no message was taken yet. Without a handler
+    process 1 of a container would not receive SIGTERM at all, and SIGINT would print a traceback."""
     os._exit(0 if COMMANDS_ENDED_BY_SIGNAL.intersection(sys.argv) else 128 + number)
 
 
@@ -270,13 +270,13 @@ OUTCOMES = ('received', 'stored', 'deleted', 'duplicate', 'stale', 'dead', 'requ
 JOURNAL_SOCKET = '/run/systemd/journal/socket'   # systemd.io/JOURNAL_NATIVE_PROTOCOL
 PRIORITIES = {'DEBUG': 7, 'INFO': 6, 'NOTICE': 5, 'WARNING': 4, 'ERROR': 3, 'CRITICAL': 2}   # sd-daemon(3)
 STARTED_AT = time.monotonic()   # not logging's relativeCreated, which falls when somebody sets the clock back
-REPEATS_LOGGED = 5              # warnings and errors of a kind, in a row, before they are only counted
-REPEATS_INTERVAL = 60.0         # seconds for which they are
+REPEATS_LOGGED = 5              # warnings or errors of a kind that are logged; more are counted
+REPEATS_INTERVAL = 60.0         # seconds until their count is logged
 REPEATS_TEMPLATE = '%d more like this in the last minute: %s'
 
 STDOUT_FD = 1               # the descriptor of standard output
 
-SYSTEMD_VARIABLES = ('NOTIFY_SOCKET', 'WATCHDOG_PID', 'WATCHDOG_USEC')   # only the parent tells systemd
+SYSTEMD_VARIABLES = ('NOTIFY_SOCKET', 'WATCHDOG_PID', 'WATCHDOG_USEC')   # workers don't inherit these
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -287,7 +287,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 class Output(io.TextIOWrapper):
-    """Standard output. A failed write raises OutputError, unlike other errors of input and output, and only once."""
+    """Standard output. A failed write raises OutputError instead of OSError, and only once."""
 
     def write(self, text: str) -> int:
         """As print() does it. Raises OutputError, OutputClosed."""
@@ -376,7 +376,7 @@ class TextFormatter(logging.Formatter):
 
 
 class PriorityFormatter(logging.Formatter):
-    """`<4>text`, each line of several: what the journal reads from stderr."""
+    """`<4>text`, a prefix per line: what the journal reads from stderr."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The lines of a record."""
@@ -385,7 +385,7 @@ class PriorityFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one JSON object a line; `common` is in each, and the counts of a summary are members."""
+    """Formats a record as one JSON object a line; members: `common`, and the record's own `fields`."""
 
     def __init__(self, common: Mapping[str, object]) -> None:
         super().__init__()
@@ -432,7 +432,7 @@ class JournalHandler(logging.StreamHandler[TextIO]):
                               **{f'XMSRV_{name.upper()}': value for name, value in fields.items()}})
 
     def send_entry(self, entry: bytes) -> None:
-        """Sends a datagram, to the path each time, so that a restarted journal receives it. Raises OSError."""
+        """Sends a datagram, unconnected, so that a restarted journal receives it, too. Raises OSError."""
         self.socket = self.socket or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             self.socket.sendto(entry, JOURNAL_SOCKET)
@@ -614,7 +614,7 @@ class Health:
         self.errors: dict[str, EndFailure] = {}
 
     def report_failure(self, end: str, text: str, kind: str | None = None) -> None:
-        """`end` fails, because of `text`. A failure of another kind than the last one is a warning again."""
+        """`end` fails, because of `text`. A repeated failure of the same kind is logged only with -v."""
         last, now = self.errors.get(end), asyncio.get_running_loop().time()
         failure = EndFailure(text, last.since if last else now, kind or text, now)
         known = last is not None and last.kind == failure.kind
@@ -626,7 +626,7 @@ class Health:
         """`end` works, or works again."""
         failure = self.errors.pop(end, None)
         if failure:
-            level = logging.INFO if end == 'queue' else logging.WARNING   # as for each nsqd that is back
+            level = logging.INFO if end == 'queue' else logging.WARNING   # as for a single nsqd
             log.log(level, '%s recovered after %.1f s', end, asyncio.get_running_loop().time() - failure.since)
 
     def is_up(self, end: str) -> bool:
@@ -666,14 +666,14 @@ class Metric(NamedTuple):
 # The one table of metrics. No label has a value that a message could choose.
 METRIC_DEFINITIONS = (
     Metric('xmsrv_received_total', 'counter', (), 'Messages that came, those that came again too.'),
-    Metric('xmsrv_messages_total', 'counter', ('outcome',), 'What became of them.'),
+    Metric('xmsrv_messages_total', 'counter', ('outcome',), 'Messages by outcome.'),
     Metric('xmsrv_dead_letters_total', 'counter', ('reason',), 'Messages that can never become a record.'),
     Metric('xmsrv_store_errors_total', 'counter', ('code',), 'Records that the store did not take, by its answer.'),
     Metric('xmsrv_store_batch_seconds', 'histogram', (), 'Seconds that a call of the store took.'),
     Metric('xmsrv_store_batch_records', 'histogram', (), 'Records in a call of the store.'),
     Metric('xmsrv_lag_seconds', 'histogram', (), 'Age of a message when its record was stored or deleted, in seconds.'),
     Metric('xmsrv_channel_depth', 'gauge', ('nsqd',),
-           'Messages that wait for the channel on an nsqd, in its topic or in itself; none where nsqd does not say.'),
+           'Messages waiting on an nsqd, in the topic or the channel; absent where nsqd does not tell.'),
     Metric('xmsrv_in_flight', 'gauge', (), 'Messages held, without an answer to nsqd yet.'),
     Metric('xmsrv_connections', 'gauge', ('state',), 'nsqds that are connected (up), and that are not (down).'),
     Metric('xmsrv_queue_up', 'gauge', (),
@@ -697,14 +697,14 @@ BUCKET_BOUNDS = {   # upper bounds of the buckets
     'xmsrv_store_batch_records': (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
     'xmsrv_lag_seconds': (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 21600, 86400),
 }
-LABEL_VALUES = {   # of the labels whose values are known beforehand
+LABEL_VALUES = {   # label values known beforehand: start at 0
     'xmsrv_messages_total': [(outcome,) for outcome in OUTCOMES[1:]],
     'xmsrv_dead_letters_total': [(reason,) for reason in REASONS],
     'xmsrv_windows_total': [('done',), ('failed',)],
 }
 RECENT_DEAD_LETTERS = 10   # dead letters that are shown
 LAG = 'xmsrv_lag_seconds'
-SUFFIXES = {'histogram': {'_bucket': ('le',), '_sum': (), '_count': ()}}   # else a series has the name of its metric
+SUFFIXES = {'histogram': {'_bucket': ('le',), '_sum': (), '_count': ()}}   # other series have their metric's name
 # Each series by name: its metric, and its labels in the order in which a key of MetricTotals has their values.
 SERIES = {metric.name + suffix: (metric, (*metric.labels, *more)) for metric in METRIC_DEFINITIONS
           for suffix, more in SUFFIXES.get(metric.kind, {'': ()}).items()}
@@ -733,7 +733,7 @@ class LagHistogram:
         self.counts, self.total = [0] * len(self.bounds), 0.0   # of each bucket alone
 
     def observe_all(self, ages: list[float]) -> None:
-        """Counts ages. One below zero counts as zero, for a sum that falls looks like a restart."""
+        """Counts ages. An age below zero counts as zero: a falling sum looks like a restart."""
         ages.sort()
         below = 0
         for bucket, bound in enumerate(self.bounds):
@@ -751,8 +751,8 @@ class LagHistogram:
 
 
 class Metrics:
-    """What this process counts, in prometheus_client's own metrics, each made when it is first needed: a gauge that
-    nobody has set yet is not there. recent: of the latest dead letters (seconds since 1970, reason, detail)."""
+    """What this process counts, in prometheus_client's own metrics, each made when first needed: a gauge that nobody
+    has set yet has no series. recent: (seconds since 1970, reason, detail) of the latest dead letters."""
 
     def __init__(self) -> None:
         self.registry = import_prometheus().CollectorRegistry()
@@ -760,7 +760,7 @@ class Metrics:
         self.lag = LagHistogram(LAG, METRICS_BY_NAME[LAG].help, BUCKET_BOUNDS[LAG])
         self.registry.register(self.lag)
         self.recent: collections.deque[RecentDeadLetter] = collections.deque(maxlen=RECENT_DEAD_LETTERS)
-        for metric in METRIC_DEFINITIONS:   # so that the first of anything can be seen as an increase
+        for metric in METRIC_DEFINITIONS:   # a counter that starts at 0 shows its first event
             for value in LABEL_VALUES.get(metric.name, [()]):
                 if metric.kind != 'gauge' and metric.name != LAG and len(value) == len(metric.labels):
                     self.labelled_metric(metric.name, *value)
@@ -778,7 +778,7 @@ class Metrics:
         return made.labels(*labels) if labels else made
 
     def increment(self, name: str, number: float = 1, *labels: str) -> None:
-        """Counts."""
+        """Adds `number` to a counter."""
         self.labelled_metric(name, *labels).inc(number)
 
     def set_gauge(self, name: str, number: float, *labels: str) -> None:
@@ -805,11 +805,13 @@ class Metrics:
                 self.recent.append(RecentDeadLetter(now, message.rejection.reason, message.rejection.detail))
 
     def sync_counts(self, window: Any) -> None:
-        """Adds the counts of a window since the last call. A REQ that nsqd refuses is late and no longer requeued; what
-        a counter has it keeps, so the next ones are not counted until both agree again."""
+        """Adds the counts of a window since the last call. Where nsqd refuses a REQ, count['requeued'] falls by one;
+        a counter can't fall, so the next requeue is not counted."""
         count = window.count
         for outcome in OUTCOMES[1:]:
             new = count[outcome] - window.exported_counts[outcome]
+            # Example: 5 requeues are exported, then nsqd refuses one of them, so count has 4. The next requeue makes it
+            # 5 again: nothing is added. The one after it makes 6: 1 is added.
             if new > 0:
                 self.increment('xmsrv_messages_total', new, outcome)
                 window.exported_counts[outcome] = count[outcome]
@@ -833,7 +835,7 @@ class Metrics:
         self.set_gauge('xmsrv_connections', max(0, len(consumer.addresses) - up), 'down')
 
     def set_depths(self, waiting: Mapping[str, int]) -> None:
-        """What waits on each nsqd, now; one that does not say so, or is no longer asked, has none."""
+        """Sets the depth of each nsqd, and removes the depths of nsqds that did not tell any."""
         if 'xmsrv_channel_depth' in self.metrics:
             self.metrics['xmsrv_channel_depth'].clear()
         for nsqd, depth in waiting.items():
@@ -859,7 +861,7 @@ class Metrics:
         self.set_gauge('xmsrv_in_flight', 0)
 
     def forget_gauges(self) -> None:
-        """What was so then need not be so now; what was counted stays, and when all was well."""
+        """Removes all gauges but LASTING: after a reload they may be wrong. Counters stay."""
         gauges = [name for name in self.metrics if METRICS_BY_NAME[name].kind == 'gauge']
         for name in set(gauges).difference(KEPT_GAUGES):
             self.registry.unregister(self.metrics.pop(name))
@@ -873,7 +875,7 @@ class NullMetric:
     """A Counter, Gauge or Histogram that counts nothing."""
 
     def labels(self, *values: str) -> 'NullMetric':
-        """The same, for it has none."""
+        """Itself: it has no labels."""
         return self
 
     def ignore_value(self, number: float = 1) -> None:
@@ -895,18 +897,18 @@ class NullMetrics(Metrics):
         return NullMetric()
 
     def record_disconnected(self) -> None:
-        """Nobody asks how many there were."""
+        """Nothing to record."""
 
 
 def samples_of(families: Iterable[Any]) -> list[list[Any]]:
-    """The samples of what prometheus_client calls families, as a Snapshot has them: those of METRIC_DEFINITIONS."""
+    """The samples of families (prometheus_client) as a Snapshot has them; only metrics of METRIC_DEFINITIONS."""
     return [[sample.name, *(sample.labels[label] for label in SERIES[sample.name][1]), sample.value]
             for family in families for sample in family.samples if sample.name in SERIES]
 
 
 class MetricTotals:
-    """The metrics of several processes, or of one run after the other, added up. numbers: by (series, value of each
-    label). recent: as Metrics have it. constant: labels that every series gets."""
+    """The metrics of several processes, or of successive runs, added up. numbers: by (series, value of each
+    label). recent: as in Metrics. constant: labels that every series gets."""
 
     def __init__(self, constant: Mapping[str, str] | None = None) -> None:
         self.constant = constant or {}
@@ -914,7 +916,7 @@ class MetricTotals:
         self.recent: list[RecentDeadLetter] = []
 
     def merge_snapshot(self, snapshot: Snapshot, gauges: bool = True) -> None:
-        """Takes in what a process counted. A worker that was started after an upgrade may count more than we know."""
+        """Adds a snapshot. Drops series that this version does not know: a worker may be of a newer one."""
         for *labelled, number in snapshot['samples']:
             key = tuple(labelled)
             if key[0] not in SERIES:
@@ -966,8 +968,8 @@ def format_exposition(metrics: MetricTotals, process: bool = False) -> bytes:
 
 
 def import_prometheus() -> Any:
-    """Imports now what is needed at the end, too: an upgrade may replace it under a window that runs. The variable
-    would have it keep all numbers in files."""
+    """Imports now what the end of a run needs, too: an upgrade may replace it meanwhile. The variable would
+    make prometheus_client use files."""
     for name in ('PROMETHEUS_MULTIPROC_DIR', 'prometheus_multiproc_dir'):
         os.environ.pop(name, None)
     import prometheus_client.core
@@ -976,8 +978,8 @@ def import_prometheus() -> Any:
 
 
 def write_textfile(filename: str, metrics: Metrics, constant: Mapping[str, str]) -> None:
-    """Writes the figures for node_exporter: whole or not at all, readable for everybody, and with what the runs before
-    counted. A failure is worth a warning, no more: the messages are stored."""
+    """Writes the figures for node_exporter: whole or not at all, readable for everybody, with the counts of earlier
+    runs added. A failure is only a warning: the messages are stored."""
     filename = os.path.realpath(filename)   # a link to the file stays one
     total = merge_metrics([metrics.take_snapshot()], constant)
     try:
@@ -986,7 +988,7 @@ def write_textfile(filename: str, metrics: Metrics, constant: Mapping[str, str])
         log.warning('%s: not a textfile of x-msrv, its counters start from 0: %s', filename, error)
     beside = f'{filename}.{os.getpid()}'
     try:
-        require_regular(filename)   # what stands there by now is never replaced by a file
+        require_regular(filename)   # a device or a FIFO is never replaced
         with open(open_regular(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 'wb') as file:
             os.fchmod(file.fileno(), 0o644)
             file.write(format_exposition(total))
@@ -1001,8 +1003,8 @@ def write_textfile(filename: str, metrics: Metrics, constant: Mapping[str, str])
 
 def read_previous_counts(filename: str, constant: Mapping[str, str]) -> Snapshot:
     """The counts in the file that have the labels `constant`, and its last success: those of earlier runs of this
-    pipeline. Counts of another topic or channel are left out, with a warning. Raises anything for what is no such
-    file."""
+    pipeline. Counts of another topic or channel are left out, with a warning. Another kind of file raises any
+    error."""
     if not os.path.exists(filename):
         return {'samples': [], 'recent': []}
     families = read_textfile(filename)
@@ -1015,7 +1017,7 @@ def read_previous_counts(filename: str, constant: Mapping[str, str]) -> Snapshot
 
 
 def lasting_samples(samples: Iterable[Any]) -> list[list[Any]]:
-    """Those of the samples in a textfile that the next run goes on with. Raises ValueError for what is no count."""
+    """Picks the samples of a textfile that the next run continues. Raises ValueError for one that is no count."""
     from prometheus_client.utils import floatToGoString
     kept = {}
     for sample in samples:
@@ -1027,10 +1029,10 @@ def lasting_samples(samples: Iterable[Any]) -> list[list[Any]]:
             values['le'] = floatToGoString(values['le'])
         if metric.kind != 'gauge':
             kept[(sample.name, *values.values())] = sample.value
-        # one in the future was written under a wrong clock: the alerts would be silent
+        # a time in the future (a clock was wrong) would silence the alerts
         elif metric.name == LAST_SUCCESS:
             kept[(LAST_SUCCESS,)] = min(sample.value, time.time())
-    for name, bounds in BUCKET_BOUNDS.items():   # other bounds are of another version
+    for name, bounds in BUCKET_BOUNDS.items():   # drops those of another version
         buckets = {key for key in kept if key[0] == f'{name}_bucket'}
         if buckets != {(f'{name}_bucket', floatToGoString(bound)) for bound in [*bounds, math.inf]}:
             kept = {key: number for key, number in kept.items() if SERIES[key[0]][0].name != name}
@@ -1059,10 +1061,10 @@ MAX_TTL = 3650 * 86400   # s: the longest that an Aerospike server takes
 MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store, so that a pipeline can move
 TIME_UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 TTL_NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
-MAX_CONNECTIONS = 15000    # to a node: the most that a server takes of all its clients (proto-fd-max, as it comes)
+MAX_CONNECTIONS = 15000    # to a node: a server's limit for all its clients (proto-fd-max, its default)
 MAX_SOCKET_PATH = 107  # bytes: unix(7)
 INT64 = range(-1 << 63, 1 << 63)   # of an integer in a record
-VARIABLES = 'XMSRV__'  # how ours begin: Docker and Kubernetes make XMSRV_PORT and others for a service of that name
+VARIABLES = 'XMSRV__'  # their prefix: Docker and Kubernetes set XMSRV_PORT and others for a service of that name
 SIZE_UNITS = {'': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}
 Address = tuple[str, int]          # host, port; path of a unix socket, 0
 Validator = Callable[[Any], Any]   # a value of the file in, the typed value out; ValueError with one sentence
@@ -1223,7 +1225,7 @@ def format_address(address: Address) -> str:
 
 
 def nsqd_address(value: Any) -> Address:
-    """As address(), or the path of a unix socket, with 0 for its port."""
+    """As parse_address(), or the path of a unix socket, with 0 as port."""
     if not single_value(value).startswith('/'):
         if '/' in value:
             raise ValueError('not host:port, nor the whole path of a unix socket, as /run/nsqd.sock')
@@ -1245,7 +1247,7 @@ def lookupd_address(value: Any) -> str:
 def compression_name(value: Any) -> str:
     """`none` or `deflate`."""
     if value == 'snappy':
-        raise ValueError('snappy needs a library of machine code, which is not carried; deflate makes less of it')
+        raise ValueError('snappy needs a native library, which is not carried; deflate compresses better')
     return str(one_of('none', 'deflate')(value))
 
 
@@ -1311,7 +1313,7 @@ class Path:
     r"""The place of a value in a message: `customer.city`, `items[0].id`, `a\.b` for a name that has a dot in it.
 
     steps: the name of each object's member (str) and the index of each list's item (int), from the top. A backslash
-    takes the meaning from `.`, `[`, `]`, from itself, and from a `$` at the beginning; so a path is written in one way.
+    escapes `.`, `[`, `]`, itself, and a `$` at the beginning; so each path has one spelling.
     get(document): the value there; None where there is none, or a null.
     """
 
@@ -1333,6 +1335,8 @@ class Path:
         at = 0
         while at < len(rest):
             token = cls.TOKEN.match(rest, at)
+            # A dot stands before each name but the first: `a.b` is right, `.a` and `a[0]b` are not. An index never
+            # comes first, for a message is an object: `[0].a` is wrong.
             if not token or token[3] is None and bool(token[1]) != bool(at) or not at and token[3]:
                 raise ValueError(f'no path at {rest[at:]!r}: names with a dot between them, items as [0], and a '
                                  'backslash before each . [ ] and backslash of a name')
@@ -1360,7 +1364,7 @@ class Path:
         return functools.reduce(join_path, self.steps, '')
 
     def parents(self) -> Iterator[tuple['Path', str]]:
-        """Yields each path on the way to this one, with the type that its value has where this one leads on."""
+        """Yields each container on the way to this value: its path, and its type (`object` or `list`)."""
         for end, step in enumerate(self.steps[1:], 1):
             steps = self.steps[:end]
             yield Path(functools.reduce(join_path, steps, ''), steps), 'list' if isinstance(step, int) else 'object'
@@ -1433,7 +1437,7 @@ ARTICLES = {'integer': 'an ', 'object': 'an ', 'base64': ''}   # of TYPE_CHECKS,
 
 
 class FieldRule(NamedTuple):
-    """A line of [[fields]]: the name of its type, a check that raises vol.Invalid, and whether there has to be one."""
+    """A line of [[fields]]: the name of its type, a check that raises vol.Invalid, and whether it is required."""
 
     kind: str
     check: Validator
@@ -1531,7 +1535,7 @@ def parse_field(value: Any) -> FieldRule:
     kind, *texts = [value] if isinstance(value, str) else value or ['']
     if kind not in TYPE_CHECKS:
         raise ValueError(f'no type {kind!r}; there are ' + ', '.join(TYPE_CHECKS))
-    for before, text in zip(['', *texts], texts, strict=False):   # first, for a rule cut at its comma is often none
+    for before, text in zip(['', *texts], texts, strict=False):   # before parse_rule(): its error has no hint
         if text != 'required' and text.partition(' ')[0] not in VALUE_RULES:
             raise ValueError(f'no rule {text!r}; there are required, ' + ', '.join(VALUE_RULES)
                              + comma_hint(before, text))
@@ -1641,7 +1645,7 @@ OPTIONS = (
     Option('nsq', 'connect-timeout', '5s', parse_duration,
            'Maximum duration of each step of a connection: name, TCP, IDENTIFY, TLS, deflate, AUTH, SUB.'),
     Option('nsq', 'compression', 'none', compression_name,
-           'none, or for a far link deflate: what crosses between nsqd and here is compressed.'),
+           'none, or deflate for a slow link: all traffic with nsqd is compressed.'),
     Option('nsq', 'auth-secret-file', '', optional_value(parse_secret_path),
            'File with the secret for AUTH, or credential:NAME; nsqlookupds with https:// get it, too.'),
     Option('nsq.tls', 'ca-file', '', optional_value(whole_path),
@@ -1678,7 +1682,7 @@ OPTIONS = (
     Option('record.delete', 'field', '', optional_value(Path.parse),
            'PATH of the field that says that a record is deleted.'),
     Option('record.delete', 'values', '', list_of(single_value),
-           'It is, where the field has one of these values: strings, integers, true, false or null.'),
+           'Values of that field that delete: strings, integers, true, false or null.'),
     Option('record.delete', 'mode', 'tombstone', one_of('tombstone', 'remove'),
            'tombstone: key and time stay, so that an older message that comes late changes nothing; remove: nothing '
            'stays.'),
@@ -1697,7 +1701,7 @@ OPTIONS = (
            "yes: the nodes are reached by their alternate addresses, as from outside of a NAT, of Docker's or of "
            "Kubernetes' network."),
     Option('aerospike', 'cluster-name', '', optional_value(single_value),
-           'Name of the cluster; a node that has another one is not connected to. Empty: any.'),
+           'Name of the cluster; a node of another cluster is not used. Empty: any.'),
     Option('aerospike', 'max-connections', '100', whole_number(1, MAX_CONNECTIONS),
            'Connections to each node at most.'),
     Option('aerospike', 'send-key', 'yes', parse_yes_no,
@@ -1724,21 +1728,21 @@ OPTIONS = (
     Option('metrics', 'listen', '', optional_value(parse_address),
            'host:port at which the daemon answers /metrics, /healthz, /readyz and a page to look at; empty: nowhere.'),
     Option('metrics', 'depth-interval', '10s', parse_period,
-           'Interval between looks at the depth of the channel, at the HTTP side of each nsqd, for the page and the '
-           'figures; 0: none. A run of `once` looks at its end, where it has a textfile.'),
+           'Interval at which each nsqd is asked over HTTP for the depth of the channel, for the page and the '
+           'metrics; 0: never. `once` asks at its end, if it has a textfile.'),
     Option('metrics', 'textfile', '', optional_value(whole_path),
            'File that `once` writes the same figures to, NAME.prom in the directory of node_exporter; empty: none.'),
 )
 OPTIONS_BY_PATH = {option.path: option for option in OPTIONS}
-# Only on when the file has them, and what they turn on.
+# Off unless configured, and what they turn on.
 SUBSECTIONS = {'nsq.tls': 'turns TLS on', 'aerospike.tls': 'turns TLS on', 'record.delete': 'turns deletes on'}
 
 
 class FaultKind(enum.Enum):
     """The kind of a fault: it decides the exit status, and whether the daemon waits."""
 
-    TEXT = 'the text of the configuration, which no time mends'
-    UNAVAILABLE = 'something that the text names, and that may yet come'
+    TEXT = 'the text of the configuration: waiting is no use'
+    UNAVAILABLE = 'a file or address that the text names may yet come'
 
 
 class Fault(NamedTuple):
@@ -1858,7 +1862,7 @@ def section_path(section: configobj.Section) -> str:
 def unquoted_comments(text: str, section: configobj.Section, name: str) -> Iterator[Fault]:
     """Yields a Fault for a value that a # may have cut: configobj reads the rest of the line as a comment.
 
-    After a value in quotes it is one, and where the option takes no value with a # in it: `timeout = 5s # a remark`.
+    No Fault after a value in quotes, nor where the option takes no value with a #, as `timeout = 5s # a remark`.
     """
     comment, value = section.inline_comments.get(name), section[name]
     end = value[-1] if isinstance(value, list) and value else value
@@ -1881,8 +1885,8 @@ def may_contain_hash(section: str, name: str, value: str) -> bool:
 
 
 class Setting(NamedTuple):
-    """A value that is laid over what the file says. shown: how it was given, for an error; variable: of the
-    environment; none for --set."""
+    """A value that overrides the file. shown: how it was given, for an error; variable: the environment variable;
+    empty for --set."""
 
     path: tuple[str, ...]
     value: str
@@ -1924,14 +1928,14 @@ def environment_settings(environment: Mapping[str, str]) -> list[Setting]:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[Fault]:
-    """A Fault for each variable that begins as ours do and sets nothing, with the nearest known name."""
+    """A Fault for each XMSRV__ variable that sets no option, with the nearest known name."""
     unknown = [name for name in environment if name.startswith(VARIABLES) and not variable_path(name)]
     return [Fault('', '', environment[name], 'no such option' + nearest_variable(name), variable=name)
             for name in unknown]
 
 
 def nearest_variable(variable: str) -> str:
-    """A hint at the known variable of the same option in another section, or at the one most like it; else nothing."""
+    """A hint: the variable of this option in another section, or else the most similar variable, or nothing."""
     names = [option.variable.removeprefix(VARIABLES) + 'NAME' * option.is_free for option in OPTIONS]
     elsewhere = [name for name in names if f'__{name}'.endswith('__' + variable.rpartition('__')[2])]
     close = elsewhere or difflib.get_close_matches(variable.removeprefix(VARIABLES), names, 1)
@@ -1939,7 +1943,7 @@ def nearest_variable(variable: str) -> str:
 
 
 def read_overrides(arguments: argparse.Namespace) -> list[Setting]:
-    """What is laid over the file, the stronger last: the environment, then --set. Raises ConfigError."""
+    """The settings that override the file: environment, then --set, which wins. Raises ConfigError."""
     given = [command_line_setting(text) for text in arguments.set_before + arguments.set_after]
     return environment_settings(os.environ) + given
 
@@ -1963,7 +1967,7 @@ def apply_setting(raw: Sections, setting: Setting) -> None:
 
 
 def validate_sections(raw: Sections) -> tuple[Sections, list[Fault]]:
-    """Raw sections as (typed sections, faults): every fault at once, the typed sections without what is at fault."""
+    """Raw sections as (typed sections, faults): all faults at once; the typed sections lack the faulty values."""
     schema, faults = configuration_schema(), list[Fault]()
     while True:
         try:
@@ -1995,7 +1999,7 @@ def fault_from_error(raw: Sections, error: vol.Invalid) -> Fault:
 
 
 def nearest_name(section: str, option: str) -> str:
-    """A hint at the known name that is most like `option`, or at the section in which it is known; else nothing."""
+    """A hint: the section that has this `option`, or else the most similar known name, or nothing."""
     elsewhere = [known.section for known in OPTIONS if known.name == option]
     if elsewhere:
         return f'; it belongs to [{elsewhere[0]}]' if elsewhere[0] else '; it belongs to the top, before any section'
@@ -2096,7 +2100,7 @@ def is_known(path: Path, message: types.SimpleNamespace) -> bool:
 
 
 def conflicting_types(fields: dict[Path, FieldRule]) -> Iterator[Fault]:
-    """Yields the fields of [[fields]] that other paths go through, and that can't be what these need."""
+    """Yields a Fault for each value that would need two types: `a = string` beside `a.b = any`."""
     for path, kinds in known_types(fields).items():
         if len(kinds.difference(OPEN_TYPES)) > 1:
             yield Fault('message.fields', str(path), None,
@@ -2176,11 +2180,11 @@ def delete_faults(config: types.SimpleNamespace) -> Iterator[Fault]:
          '[[delete]] needs replace: the newest message of a key wins'))
     for word in delete.values if known else ():
         if word != 'null' and not any(is_accepted_by(known.check, value) for value in readings_of(word)):
-            yield Fault('record.delete', 'values', word, f'never comes: [[fields]] says otherwise of {field}')
+            yield Fault('record.delete', 'values', word, f'never comes: [[fields]] rejects it in {field}')
 
 
 def readings_of(word: str) -> list[Any]:
-    """The values for which a word of [[delete]] may stand: the string, and an integer, true, false or null."""
+    """The values that a word of [[delete]] stands for: `1` is '1' and 1, `true` is 'true' and True."""
     literals = {'true': True, 'false': False, 'null': None}
     if re.fullmatch('-?(0|[1-9][0-9]{0,18})', word):
         return [word, int(word)]
@@ -2324,7 +2328,7 @@ def no_passphrase() -> NoReturn:
 
 
 def cross_warnings(config: types.SimpleNamespace) -> Iterator[str]:
-    """Yields what is no fault, but seldom meant."""
+    """Yields warnings: legal, but seldom meant."""
     nsq_, cluster = config.nsq, config.aerospike if config.store == 'aerospike' else None
     local = nsq_.nsqd_tcp_address and not any(port for _, port in nsq_.nsqd_tcp_address)   # unix sockets
     if any((name or '').endswith('#ephemeral') for name in (nsq_.channel, nsq_.topic)):
@@ -2332,7 +2336,7 @@ def cross_warnings(config: types.SimpleNamespace) -> Iterator[str]:
     if nsq_.auth_secret_file and not nsq_.tls and not local:
         yield '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'
     if cluster and cluster.user and not cluster.tls:
-        yield '[aerospike] user without [[tls]]: what proves the password crosses the network in the clear'
+        yield '[aerospike] user without [[tls]]: a hash of the password crosses the network in the clear'
     if cluster and cluster.writers > cluster.max_connections:
         yield (f'[aerospike] writers = {cluster.writers}: max-connections = {cluster.max_connections} to each node, so '
                'calls beyond that fail and are tried again')
@@ -2350,9 +2354,9 @@ def sandbox_warnings(config: types.SimpleNamespace) -> Iterator[str]:
         paths['[sqlite] path'] = config.sqlite.path
     for option, filename in paths.items():
         directory = filename and (filename if option == 'state-dir' else os.path.dirname(filename))
-        let = 'INVOCATION_ID' in os.environ and os.access(directory or '.', os.W_OK)   # inside a unit that may
+        let = 'INVOCATION_ID' in os.environ and os.access(directory or '.', os.W_OK)   # in a unit that may
         if directory and not let and not (directory + '/').startswith(STATE_DIR + '/'):
-            yield (f'{option} = {filename}: the service may write below {STATE_DIR} alone; let it: systemctl edit '
+            yield (f'{option} = {filename}: the service may write only below {STATE_DIR}; let it: systemctl edit '
                    f'x-msrv (or x-msrv-daemon), with [Service] and ReadWritePaths={directory}')
 
 
@@ -2368,7 +2372,7 @@ def build_config(raw: Sections) -> tuple[types.SimpleNamespace, list[Fault], lis
     sections, faults = validate_sections(copy.deepcopy(raw))
     at_fault = {(fault.section, fault.option) for fault in faults}
     if ('nsq', 'lookupd-http-address') in at_fault:
-        at_fault.add(('nsq', 'nsqd-tcp-address'))   # the one fault that stands for either
+        at_fault.add(('nsq', 'nsqd-tcp-address'))   # cross_faults() names only this one
     config = to_namespace(sections)
     config.nsq.tls = getattr(config.nsq, 'tls', None)
     config.aerospike.tls = getattr(config.aerospike, 'tls', None)
@@ -2376,6 +2380,8 @@ def build_config(raw: Sections) -> tuple[types.SimpleNamespace, list[Fault], lis
     config.record.bins = getattr(config.record, 'bins', {})
     config.record.delete = getattr(config.record, 'delete', None)
     derive_options(config)
+    # Example: `nsqd-tcp-address = x` is no address, so validation has removed it. "either this or lookupd-http-address"
+    # would be a second fault for the same line: it is left out. So is each fault inside a section that is no section.
     faults += [fault for fault in cross_faults(config)
                if not at_fault & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
     return config, faults, list(cross_warnings(config))
@@ -2389,7 +2395,7 @@ def derive_options(config: types.SimpleNamespace) -> None:
     config.endless = not config.period and not config.nsq.max_messages   # the daemon's one window
     config.aerospike.set = config.aerospike.set or config.nsq.topic
     if record.key == '$id' or record.write != 'replace':
-        record.time_bin = None   # it serves newest-wins alone
+        record.time_bin = None   # only newest-wins needs it
     if dead.topic == '$topic.dead':
         dead.topic = None if dead.discard else f'{config.nsq.topic or ""}'.removesuffix('#ephemeral') + '.dead'
 
@@ -2402,8 +2408,8 @@ def load_config(arguments: argparse.Namespace) -> tuple[Sections, types.SimpleNa
 
 
 def validated_config(arguments: argparse.Namespace, raw: Sections) -> tuple[types.SimpleNamespace, list[Fault]]:
-    """Raw sections as (config, faults), where all faults are FaultKind.UNAVAILABLE and of what the command uses.
-    Raises ConfigError with a line for each fault, of whatever kind, when the text has any."""
+    """Raw sections as (config, faults): only faults of FaultKind.UNAVAILABLE, of options that the command uses.
+    Raises ConfigError with a line for each fault, of either kind, if any is of TEXT."""
     config, faults, warnings = build_config(raw)
     faults = unknown_variables(os.environ) + faults
     if any(fault.kind is FaultKind.TEXT for fault in faults):
@@ -2437,17 +2443,17 @@ class PrintedConfig(configobj.ConfigObj):   # type: ignore[misc]  # it has no hi
         super().__init__(interpolation=False, write_empty_values=True, indent_type='')
 
     def _quote(self, value: str | list[str], multiline: bool = True) -> str:
-        """As configobj, which leaves without quotes a name (not multiline) with = or [, and blanks beyond ASCII."""
+        """Also quotes what configobj forgets: a name (not multiline) with = or [, and non-ASCII blanks."""
         quoted: str = super()._quote(value, multiline)
         cut = r'^\s|\s$' if multiline else r'^\s|\s$|=|^\['
         return str(self._get_single_quote(value)) % value if quoted == value and re.search(cut, quoted) else quoted
 
 
 def dump_config(raw: Sections, settings: Sequence[Setting] | None = None) -> str:
-    """Raw sections with the defaults filled in, as the text of a file; a secret is only ever named by its file. With
-    the settings that were laid over the file, a remark above each value that is not the default: where it comes from.
+    """Raw sections with defaults filled in, as the text of a file; a secret appears only as its file's name. With
+    `settings`, the overrides of the file, a comment above each value that is not the default says where it is from.
 
-    Raises ConfigError for a value that --set or the environment can say and no file.
+    Raises ConfigError for an override that no file can express.
     """
     printed = PrintedConfig()
     for option in OPTIONS:
@@ -2529,10 +2535,10 @@ class Message:
     """One delivery of a message by an nsqd.
 
     id: 16 hex digits, bytes. timestamp: when it was published, ns since 1970, by that nsqd's clock. attempts:
-    deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (the id alone is not
-    unique between nsqds, nor between topics of one). record: what Mapper made of it. rejection: why it can never be
-    one. touched_at: loop time at which nsqd last (re)started its msg-timeout; received_at: at which it came. held_back:
-    it waits for the window's end. size: bytes that it takes once decoded, at most.
+    deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (an id is not unique
+    between nsqds, nor between topics of one nsqd). record: what Mapper made of it. rejection: why it can never become a
+    record. touched_at: loop time at which nsqd last (re)started its msg-timeout; received_at: loop time of its arrival.
+    held_back: it waits for the window's end. size: bytes that it takes once decoded, at most.
     """
 
     __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'rejection', 'touched_at',
@@ -2545,6 +2551,8 @@ class Message:
         self.timestamp = timestamp
         self.attempts = attempts
         self.body = body
+        # Example: `0d1f2a3b4c5d6e70-1879ab3c01d2e3f4-9ae0daaf`: the id, the time of publication in ns, and the CRC-32
+        # of the body, the last two in hex. All three are the same on each delivery.
         self.key = (b'%b-%x-%x' % (id, timestamp, zlib.crc32(body))).decode('ascii', 'replace')
         self.record: Record | None = None
         self.rejection: InvalidMessage | None = None
@@ -2556,8 +2564,8 @@ class Message:
 class Record:
     """What is stored of one message.
 
-    key: str or int. bins: name -> value, as JSON has it. time: of newest-wins; None without. set: the name of its set;
-    None: that of the configuration. ttl: seconds that it stays; None: as the configuration has it.
+    key: str or int. bins: name -> value, as JSON has it. time: decides newest-wins, or None. set: its set's name;
+    None: the configured set. ttl: seconds that it stays; None: the configured ttl.
     """
 
     __slots__ = ('key', 'bins', 'time', 'set', 'ttl')
@@ -2572,7 +2580,7 @@ class Record:
 
 
 class Deletion(Record):
-    """Deletes the record of its key. bins: those of the tombstone, where one is to stand in its place for `ttl`."""
+    """Deletes the record of its key. bins: of the tombstone (mode = tombstone), which stays for `ttl`."""
 
     __slots__ = ()
 
@@ -2594,7 +2602,7 @@ def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def mark_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as dict, with a Marker under each name that comes twice."""
+    """A JSON object as dict, with an InvalidValue under each name that comes twice."""
     members: dict[str, Any] = {}
     for name, value in pairs:
         members[name] = value if name not in members else InvalidValue('invalid-json', 'the name comes twice')
@@ -2610,7 +2618,7 @@ def parse_finite(digits: str) -> float:
 
 
 def parse_finite_or_mark(digits: str) -> float | InvalidValue:
-    """Like parse_finite(), with a Marker for a number beyond the largest double."""
+    """Like parse_finite(), with an InvalidValue for a number beyond the largest double."""
     try:
         return parse_finite(digits)
     except ValueError as error:
@@ -2618,13 +2626,13 @@ def parse_finite_or_mark(digits: str) -> float | InvalidValue:
 
 
 def parse_integer_or_mark(digits: str) -> int | InvalidValue:
-    """A JSON integer, with a Marker for one outside signed 64 bit, at any length."""
+    """A JSON integer of any length; an InvalidValue for one outside signed 64 bit."""
     value = int(digits) if len(digits) <= 20 else 1 << 64
     return value if value in INT64 else InvalidValue('unsupported-value', 'integer outside 64 bit')
 
 
 def refuse_constant(name: str) -> NoReturn:
-    """NaN and the infinities, which json would take."""
+    """Raises ValueError for NaN and the infinities."""
     raise ValueError(f'{name} is not JSON')
 
 
@@ -2636,7 +2644,7 @@ def json_scanner(**hooks: Any) -> Callable[[str, int], tuple[Any, int]]:
 
 class MemberCount:
     """Counts the members of the objects that json decodes; as object_hook it costs half of what an object_pairs_hook
-    does, for which json makes a tuple a member. doubtful: messages for which to count is not worth while."""
+    does, for which json makes a tuple a member. doubtful: how many of the next messages go uncounted."""
 
     __slots__ = ('total', 'doubtful')
 
@@ -2683,9 +2691,9 @@ def decode_message(body: bytes) -> dict[str, Any]:
     """Decodes a message strictly: UTF-8, one object, each name once, no value that a store would alter.
 
     Raises InvalidMessage. Most messages are checked on their bytes at C speed. The others are decoded again with
-    markers and walked, which finds the path of the fault.
+    an InvalidValue per fault and walked for its path.
     """
-    if ((92 not in body or b'\\u' not in body)   # 92: a backslash; \u0000 or \ud800 would be bent
+    if ((92 not in body or b'\\u' not in body)   # 92: a backslash; \u may give NUL or a surrogate
             and LONG_NUMBER not in body.translate(DIGITS_TO_ZERO)
             and (len(body) <= 2 * MAX_DEPTH or body.count(b'[') + body.count(b'{') <= MAX_DEPTH)):
         try:
@@ -2706,7 +2714,7 @@ def foreign_encoding(body: bytes) -> str | None:
     for signature, name in COMPRESSIONS.items():
         if body.startswith(signature):
             return f'the body is compressed by {name}, not JSON text'
-    encoding = json.detect_encoding(body)   # from the mark or, without one, from the zero bytes
+    encoding = json.detect_encoding(body)   # by its byte order mark, or by zero bytes
     if encoding == 'utf-8-sig':
         return 'the body begins with a byte order mark (EF BB BF); JSON text has none'
     if encoding == 'utf-8' or (len(encoding) > len('utf-16') and not is_decodable_as(body, encoding)):
@@ -2755,7 +2763,7 @@ def type_name(value: object) -> str:
 
 
 def check_value(value: object, where: str, depth: int) -> None:
-    """Raises InvalidMessage for the first thing in `value` that can't be kept exactly; `where` is its path."""
+    """Raises InvalidMessage for the first value that can't be stored exactly; `where` is its path."""
     if value.__class__ is str:
         check_string(value, where)
     elif isinstance(value, InvalidValue):
@@ -2783,15 +2791,17 @@ def with_path(where: str, rule: str) -> str:
     return f'{truncate_text(where, 200)}: {rule}' if where else rule
 
 
-# Names that are known: each one of an object, with the names inside it, or None where all of its value is known.
+# The known names of an object, each with the Names inside it; None: its whole value is known.
+# Example: of the paths `customer.name` and `items[0].id` it is {'customer': {'name': None}, 'items': None}: of a
+# customer the name is known, of the items all.
 Names = dict[str, Any]
 
 
 def known_names(fields: Iterable[Path]) -> Names:
-    """The names that [[fields]] knows: what it names, with all inside it, and what leads there. A list is known whole,
-    for without one item the others would have other indices."""
+    """The names that [[fields]] knows: its paths, what lies inside them, and the way there. A list is known whole:
+    without one item the others would have other indices."""
     names: Names = {}
-    for path in sorted(fields, key=lambda path: len(path.steps)):   # what is known whole comes before what lies in it
+    for path in sorted(fields, key=lambda path: len(path.steps)):   # `a`, known whole, comes before `a.b`
         inner: Names | None = names
         for step, following in zip(path.steps, [*path.steps[1:], None], strict=True):
             if inner is not None:
@@ -2800,7 +2810,7 @@ def known_names(fields: Iterable[Path]) -> Names:
 
 
 def drop_unknown_fields(fields: dict[str, Any], names: Names) -> dict[str, Any]:
-    """The fields that are known; an object of which nothing is known is gone, too."""
+    """The fields that are known; an object without a known name is dropped, too."""
     kept = {}
     for name, value in fields.items():
         inner = names.get(name, UNKNOWN)
@@ -2837,12 +2847,12 @@ def check_geojson(value: object) -> None:
         raise vol.Invalid('not GeoJSON: an object with a type, or its text')
 
 
-BIN_TYPES_OF_FIELDS = {'base64': 'blob', 'geojson': 'geojson'}   # Aerospike's for what JSON has as another type
+BIN_TYPES_OF_FIELDS = {'base64': 'blob', 'geojson': 'geojson'}   # types of Aerospike that JSON lacks
 
 
 def typed_bins(config: types.SimpleNamespace) -> dict[str, str]:
-    """The type in Aerospike of each bin whose field has a type that JSON lacks. Inside an object, or a document, such a
-    field is what JSON has."""
+    """The Aerospike type of each bin whose field is base64 or geojson. Inside an object or a document bin such a field
+    keeps its JSON type."""
     bins = {}
     for path, rule in config.message.fields.items():
         own = path.steps[0] if is_top(path) and not config.record.document_bin else None
@@ -2853,8 +2863,8 @@ def typed_bins(config: types.SimpleNamespace) -> dict[str, str]:
 
 
 class MessageSchema:
-    """The rules of [[fields]] for each message, and what becomes of the fields that it does not name. Of a message that
-    deletes a record (`partial`) no field is required."""
+    """The rules of [[fields]], and what becomes of fields that it does not name. With `partial`, for a message that
+    deletes a record, no field is required."""
 
     def __init__(self, message: types.SimpleNamespace, partial: bool = False) -> None:
         fields = message.fields
@@ -2866,7 +2876,7 @@ class MessageSchema:
         self.unknown, self.names = message.unknown_fields, known_names(fields)
 
     def apply_schema(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields that are kept. Raises InvalidMessage with the first three faults."""
+        """The fields to keep. Raises InvalidMessage with up to three faults."""
         faults = []
         for get, label, check, required in self.rules:
             value = get(fields)
@@ -2889,7 +2899,7 @@ def too_many_bins(number: int) -> str:
     return f'{number} bins, with id-bin and time-bin; a record has at most {MAX_BINS}'
 
 
-RESERVED_SET = '<ERO~'      # how the names of sets begin that the server keeps for itself: it answers 16 to a write
+RESERVED_SET = '<ERO~'      # prefix of the server's own sets: it answers 16 to a write there
 
 
 def field_of(option: str | Path) -> Path | None:
@@ -2903,8 +2913,8 @@ def is_top(source: str | Path) -> bool:
 
 
 def take_out(fields: dict[str, Any], steps: Sequence[str | int], names: Names | None) -> None:
-    """Takes the value at a path out of its object, and an object that is empty then and is not named itself. What lies
-    in a list stays there: without one item the others would have other indices."""
+    """Removes the value at a path, and each object that this empties and `names` knows only in part. What lies in a
+    list stays there: without one item the others would have other indices."""
     name, *rest = steps
     value = fields.get(str(name), UNKNOWN)
     if not rest:
@@ -2917,7 +2927,7 @@ def take_out(fields: dict[str, Any], steps: Sequence[str | int], names: Names | 
 
 
 class DeletionRule:
-    """Which messages delete the record of their key, by [[delete]]. keep: of a tombstone, in seconds."""
+    """Which messages delete the record of their key, by [[delete]]. keep: ttl of a tombstone."""
 
     def __init__(self, delete: types.SimpleNamespace, message: types.SimpleNamespace) -> None:
         self.field, self.keep = delete.field, delete.keep
@@ -2942,7 +2952,7 @@ class Mapper:
         self.key, self.time = field_of(record.key), field_of(record.time)
         self.set_field, self.ttl_field = record.set_field, record.ttl_field
         self.id_bin, self.time_bin = record.id_bin, record.time_bin
-        # Names at the top that get another bin; and (bin, source) of all else that [[bins]] takes out of a message.
+        # Names at the top that get another bin; and (bin, source) of all other lines of [[bins]].
         top = {} if record.document_bin else {path: name for path, name in record.bins.items() if is_top(path)}
         self.renamed = {path.steps[0]: name for path, name in top.items()}
         # The deepest first: with `drop` a field is taken out of its object before that gets a bin, whatever the order.
@@ -2950,7 +2960,7 @@ class Mapper:
                               key=lambda pair: -len(pair[1].steps) if isinstance(pair[1], Path) else 0)
         self.kept_names = self.schema.names if (
             self.schema and message.unknown_fields == 'drop' and not record.document_bin) else None
-        # Makes the bins of the fields; None where each is a bin of its own name, as mostly: a call less a message.
+        # Makes bins of the fields. Mostly None: each field is the bin of its name, which saves a call a message.
         self.layout = (self.document_bins if record.document_bin else self.mapped_bins if self.sources
                        else self.renamed_bins if self.renamed else None)
         self.topic = config.nsq.topic
@@ -2986,8 +2996,8 @@ class Mapper:
         return Record(key, bins, moment, set_, ttl)
 
     def deletion_of(self, fields: dict[str, Any], message: Message, rule: 'DeletionRule') -> Deletion:
-        """The Deletion that a message asks for: it needs key and time, and of its other fields only what it has is
-        checked. Raises InvalidMessage."""
+        """The Deletion that a message asks for: it needs key and time; other fields are optional, but checked if
+        present. Raises InvalidMessage."""
         if None in fields.values():
             fields = self.without_nulls(fields)
         if rule.schema:
@@ -2998,8 +3008,8 @@ class Mapper:
         return Deletion(key, bins, moment, set_, rule.keep)
 
     def without_nulls(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields without nulls at the top: an absent bin reads as null, and the client would refuse one. Those of a
-        document are inside a map, and stay."""
+        """The fields without nulls at the top: an absent bin reads as null, and the client refuses a null. In a
+        document bin nulls stay."""
         if self.nulls == 'reject':
             name = next(name for name, value in fields.items() if value is None)
             raise InvalidMessage('schema', f'{join_path("", name)}: null')
@@ -3024,7 +3034,7 @@ class Mapper:
         return moment
 
     def set_of(self, fields: dict[str, Any]) -> str:
-        """The name of the record's set. Where it is missing nobody knows whose record that is: a dead letter."""
+        """The name of the record's set. Without one nobody knows whose record it is: a dead letter."""
         name = self.set_field.get(fields)
         try:
             if name.__class__ is not str:
@@ -3740,7 +3750,7 @@ async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, link: C
     except HTTPError as error:   # also a timeout, and an answer that breaks off
         if no_such_topic(error):
             return {}
-        raise NsqdError(f'{error}; nsqlookupd does not answer so' if error.code == 404 else str(error)) from None
+        raise NsqdError(f'{error}; no answer of an nsqlookupd' if error.code == 404 else str(error)) from None
     except ssl.SSLError:   # it may be a ValueError, too
         raise
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -6574,8 +6584,8 @@ class Replay(Window):
         """Logs the summary of the replay, and the number of dead letters excluded by the filter."""
         super().log_summary()
         if self.filtered_count:
-            most = f' (of a topic at most max-in-flight, {self.source.max_in_flight}, can be held and looked at)'
-            log.info('%d of them were left out by --reason or --since, and stay where they are%s', self.filtered_count,
+            most = f' (of a topic, at most max-in-flight = {self.source.max_in_flight} can be held)'
+            log.info('%d of them were excluded by --reason or --since and stay dead letters%s', self.filtered_count,
                      most if self.decode_letter is decode_topic else '')
 
 
@@ -6648,7 +6658,7 @@ class DeadLetterFileSource:
         except OSError as error:
             busy = isinstance(error, BlockingIOError) and not (self.read_only or self.new_file)
             raise Unavailable(f'{error.filename or self}: '
-                              + ('another replay is at work on it' if busy else str(error.strerror))) from None
+                              + ('another replay has locked it' if busy else str(error.strerror))) from None
         self.tasks.start(self.feed_window(self.read_messages()))
 
     def copy_owner_and_mode(self, was: os.stat_result) -> None:
@@ -6739,7 +6749,7 @@ class DeadLetterFileSource:
         self.sync_new_file()
         lock_file(self.file.fileno(), LOCK_TIMEOUT)
         if not is_in_place(self.file.fileno(), self.topic) or os.fstat(self.file.fileno()).st_size < self.size:
-            raise OSError(errno.ESTALE, 'somebody else has replaced or cut it meanwhile')
+            raise OSError(errno.ESTALE, 'it was replaced or truncated meanwhile')
         self.file.seek(self.size)
         shutil.copyfileobj(self.file, self.new_file)   # what came meanwhile
         self.sync_new_file()
@@ -7611,7 +7621,7 @@ class Daemon:
         filename = self.arguments.config
         try:
             if os.path.exists(filename) and not os.path.isfile(filename):   # reading a pipe would block
-                raise ConfigError(f'{filename}: no file to be read again')
+                raise ConfigError(f'{filename}: not a file; no reload')
             read = load_config(self.arguments)
         except ConfigError as error:
             log.error('%s\nkeeping the current configuration', error)
@@ -8323,7 +8333,7 @@ _x_msrv() {
     done
     local cur=${words[-1]}
     for word in "${words[@]:1:${#words[@]}-2}"; do
-        if [[ $word == -?* ]]; then   # as argparse has it, a value does not begin with -
+        if [[ $word == -?* ]]; then   # argparse takes no value that begins with -
             parser=_shtab_x_msrv${plain:+_$plain} option=''
             known="${parser}_option_strings[*]" nargs="${parser}_${word//[^[:word:]]/_}_nargs"
             [[ " ${!known} " == *" $word "* && ${!nargs-1} != 0 ]] && option=$word
@@ -8383,7 +8393,7 @@ def setting_completion() -> dict[str, Any]:
                          'zsh': f"_x_msrv_settings() {{ compadd -S '' -- {words} }}"}}
 
 
-GC_THRESHOLD = 100_000   # objects: a window makes thousands at a time, none in a circle; 700 costs a third more CPU
+GC_THRESHOLD = 100_000   # objects; a batch makes thousands, without cycles: Python's 700 costs a third more CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # malloc.h
 KEPT_MEMORY = 4 << 20       # bytes a thread; a batch of 500 small records needs 1 MiB
 
@@ -8397,7 +8407,7 @@ class Parser(argparse.ArgumentParser):
 
 
 HELP_EPILOG = """examples:
-  x-msrv check --connect                     is the file right, are both ends there?
+  x-msrv check --connect                     are file, queue and store all right?
   x-msrv once                                one window, as the timer does it
   x-msrv --set nsq.max-messages=10 once      the same, at most ten messages
   x-msrv daemon                              a window every period; SIGHUP reads the file again
@@ -8414,7 +8424,7 @@ dead-letter sink failed, 78 the text of the configuration is wrong
 
 
 def add_common_options(parser: argparse.ArgumentParser, after: bool) -> None:
-    """The options that stand before or after the command; `after` keeps the second from undoing the first."""
+    """The options that stand before or after the command; after it (`after`) they have no default."""
     absent = argparse.SUPPRESS
     set_completion(parser.add_argument('-c', '--config', metavar='FILE', default=absent if after else DEFAULT_FILE,
                                        help=f'configuration (default: {DEFAULT_FILE})'))
@@ -8455,7 +8465,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A validator of the options' table for an argument: its rule is said, and not the name of a function."""
+    """Makes an argparse type of a validator, with the validator's error text."""
     def parse_argument(value: str) -> Any:
         try:
             return parse(value)
@@ -8466,16 +8476,16 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def add_replay_options(parser: argparse.ArgumentParser) -> None:
     """The options of replay."""
-    parser.epilog = ('Letters that --reason and --since leave out stay where they are. Of a topic only max-in-flight '
-                     'letters can be held at a time, so they look at the first of them; of a file, at all. A '
-                     'replay can be stopped, or killed, and run again.')
+    parser.epilog = ('Dead letters that --reason and --since exclude stay dead letters. Of a topic, a replay can hold '
+                     'max-in-flight of these, and then ends; of a file, it examines all. A replay can be '
+                     'stopped, or killed, and run again.')
     set_completion(parser.add_argument('--file', metavar='PATH', nargs='?', const='',
-                                       help='those in a file (default: file of [dead-letter]), not in the topic; the '
-                                            'default where there is no topic'))
+                                       help='replay a file (default: file of [dead-letter]), not the topic; this is '
+                                            'the default without a topic'))
     looks = parser.add_mutually_exclusive_group()
-    looks.add_argument('--list', action='store_true', help='only show them, 20 where there is no --limit')
+    looks.add_argument('--list', action='store_true', help='only list them, 20 without --limit')
     looks.add_argument('--dry-run', action='store_true',
-                       help='only say of each whether it would pass now; the store is not asked')
+                       help='only tell which would pass now, without asking the store')
     parser.add_argument('--json', action='store_true', help='with --list or --dry-run: a JSON object a line')
     parser.add_argument('--reason', action='append', choices=REASONS, metavar='R', default=[],
                         help='those with this reason (may be repeated): ' + ', '.join(REASONS))
@@ -8526,7 +8536,7 @@ def command_once(arguments: argparse.Namespace) -> int:
             raise
         finally:
             if config.metrics.textfile:
-                # Two pipelines on a host have two files, and node_exporter refuses two series of one name and labels.
+                # node_exporter refuses equal series of two files: these labels tell two pipelines of a host apart.
                 names = {'topic': config.nsq.topic, 'channel': config.nsq.channel}
                 write_textfile(config.metrics.textfile, metrics, names)
 
@@ -8586,7 +8596,7 @@ def dead_letter_path(arguments: argparse.Namespace, config: types.SimpleNamespac
         return None
     path = arguments.file or dead.file
     if not path:
-        raise ConfigError(f'{arguments.config}: [dead-letter]: there is no topic and no file to replay' if
+        raise ConfigError(f'{arguments.config}: [dead-letter]: neither a topic nor a file to replay' if
                           arguments.file is None else f'{arguments.config}: [dead-letter] file: none; say --file PATH')
     return os.path.realpath(path)
 
@@ -8621,7 +8631,7 @@ COMMANDS = {'once': command_once, 'daemon': command_daemon, 'worker': command_wo
 
 
 def run_until_signal(command: Callable[[SignalHandler], Coroutine[Any, Any, int]]) -> int:
-    """Runs an async command with a SignalHandler; a signal before its window ends it with 0: nothing was taken."""
+    """Runs an async command with a SignalHandler; a signal before its window exits with 0: nothing was taken."""
     async def main_task() -> int:
         return await command(SignalHandler())
     gc.freeze()
@@ -8634,9 +8644,9 @@ def run_until_signal(command: Callable[[SignalHandler], Coroutine[Any, Any, int]
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what a batch frees, for the next batch: a thread gives back all but 128 KiB of it by default, and
-    gets it again page by page, at the cost of a page fault a message, a seventh of all CPU. Both limits, for setting
-    one alone stops glibc from adapting the other to what is freed."""
+    """Makes glibc keep what a batch frees, for the next batch. By default a thread gives back all but 128 KiB, and gets
+    it again page by page: a page fault a message, a seventh of all CPU. Sets both limits: setting either turns off
+    glibc's own adapting of both."""
     library = ctypes.CDLL(None)
     if hasattr(library, 'mallopt'):   # other C libraries have none, and need none
         library.mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)
@@ -8644,7 +8654,7 @@ def keep_freed_memory() -> None:
 
 
 def run_loop(main_task: Coroutine[Any, Any, int]) -> int:
-    """Like asyncio.run(), which would wait for a certificate on a hanging mount without limit."""
+    """Like asyncio.run(), which would wait for ever for a thread that reads from a hung mount."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix=f'{THREAD_PREFIX}-files'))
@@ -8670,7 +8680,7 @@ def close_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Logs an error that no task waits for; for a connection that was given up only with -v."""
+    """Logs an error that no task waits for; errors of connections only with -v."""
     error = context.get('exception')
     given_up = isinstance(error, (*UNREACHABLE, asyncio.CancelledError))
     log.log(logging.DEBUG if given_up else logging.ERROR, 'internal error: %s: %r',

@@ -237,8 +237,8 @@ def test_all_faults_are_reported_at_once(faults):
     (CLUSTER + 'max-connections = 0\n', '[aerospike] max-connections = 0: at least 1'),
     (CLUSTER + 'max-connections = 20000\n', '[aerospike] max-connections = 20000: at most 15000'),
     (CLUSTER + 'services-alternate = maybe\n', '[aerospike] services-alternate = maybe: not one of yes, no'),
-    (VALID + 'compression = snappy\n', '[nsq] compression = snappy: snappy needs a library of machine code, which is '
-     'not carried; deflate makes less of it'),
+    (VALID + 'compression = snappy\n', '[nsq] compression = snappy: snappy needs a native library, which is not '
+     'carried; deflate compresses better'),
     (VALID + 'compression = gzip\n', '[nsq] compression = gzip: not one of none, deflate'),
     (VALID.replace('127.0.0.1:4150', '/' + 'x' * 107), f'[nsq] nsqd-tcp-address = /{"x" * 107}: not the path of a unix '
      'socket: at most 107 bytes, and no NUL'),
@@ -574,7 +574,7 @@ def test_a_valid_file_has_no_fault(program, text):
     ('auth-secret-file = {directory}/secret\n',
      '[nsq] auth-secret-file without [[tls]]: the secret crosses the network in the clear'),
     ('[aerospike]\nhosts = a:1\nnamespace = n\nuser = u\npassword-file = {directory}/secret\n',
-     "[aerospike] user without [[tls]]: what proves the password crosses the network in the clear"),
+     "[aerospike] user without [[tls]]: a hash of the password crosses the network in the clear"),
     ('[aerospike]\nhosts = a:1\nnamespace = n\nwriters = 101\n',
      '[aerospike] writers = 101: max-connections = 100 to each node, so calls beyond that fail and are tried again'),
     ('[aerospike]\nhosts = a:1\nnamespace = n\nmax-connections = 3\n',

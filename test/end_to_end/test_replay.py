@@ -205,7 +205,7 @@ def test_replay_of_nothing_ends_soon(nsqd, program, arguments, topic):
 
 def left_out(stderr):
     """How many letters a pass says it left out."""
-    found = re.findall(r'^(\d+) of them were left out', stderr, re.MULTILINE)
+    found = re.findall(r'^(\d+) of them were excluded', stderr, re.MULTILINE)
     return int(found[0]) if found else 0
 
 
@@ -259,7 +259,7 @@ def test_a_filter_looks_at_as_many_as_may_be_held(nsqd, program):
     ran = program.run('replay', '--reason', 'schema', timeout=30)
     count = servers.summary(ran.stderr)
     assert count['received'] - count['stored'] == left_out(ran.stderr) == 10
-    assert 'max-in-flight, 10' in ran.stderr
+    assert 'max-in-flight = 10' in ran.stderr
     assert nsqd.left(DEAD, REPLAY) == 35 - count['stored']
 
 
@@ -644,7 +644,7 @@ def test_a_second_replay_of_the_same_file_keeps_out(program, dead):
     path = dead(unfit(120))
     running = program.start('replay', '--rate', '1')
     wait_until(program.rows, 'a letter is stored', 30)
-    assert f'{path}: another replay is at work' in program.run('replay', expect=os.EX_UNAVAILABLE).stderr
+    assert f'{path}: another replay has locked it' in program.run('replay', expect=os.EX_UNAVAILABLE).stderr
     assert 'first 20 of depth 120' in program.run('replay', '--list').stdout
     running.terminate()
     assert running.wait(timeout=30) == 0
@@ -724,7 +724,7 @@ def test_a_file_that_somebody_moves_away_is_left_to_them(program, dead, workdir)
     path.rename(workdir / 'moved')
     append_durably(path, [b'{"new": 1}\n'])
     assert running.wait(timeout=30) == os.EX_TEMPFAIL
-    assert 'replaced or cut' in program.log.read_text()
+    assert 'replaced or truncated' in program.log.read_text()
     assert (path.read_bytes(), len(lines_of(workdir / 'moved'))) == (b'{"new": 1}\n', 3)
 
 

@@ -133,11 +133,11 @@ def test_once_nsqds_are_named_the_others_are_waited_for_only_a_little(monkeypatc
 
 @pytest.mark.parametrize(('answer', 'error'), [
     (http_error(404, b'{"message": "TOPIC_NOT_FOUND"}'), None),
-    (http_error(404, b'not found'), 'HTTP 404: Not Found; nsqlookupd does not answer so'),
-    (http_error(404, b'{"message": "NOT_FOUND"}'), 'HTTP 404: Not Found; nsqlookupd does not answer so'),
-    (http_error(404, b'[]'), 'HTTP 404: Not Found; nsqlookupd does not answer so'),
-    (http_error(404, b'[' * 100_000), 'HTTP 404: Not Found; nsqlookupd does not answer so'),
-    (HTTPError(404), 'HTTP 404: Not Found; nsqlookupd does not answer so'),
+    (http_error(404, b'not found'), 'HTTP 404: Not Found; no answer of an nsqlookupd'),
+    (http_error(404, b'{"message": "NOT_FOUND"}'), 'HTTP 404: Not Found; no answer of an nsqlookupd'),
+    (http_error(404, b'[]'), 'HTTP 404: Not Found; no answer of an nsqlookupd'),
+    (http_error(404, b'[' * 100_000), 'HTTP 404: Not Found; no answer of an nsqlookupd'),
+    (HTTPError(404), 'HTTP 404: Not Found; no answer of an nsqlookupd'),
     (http_error(500, b'{"message": "TOPIC_NOT_FOUND"}'), 'HTTP 500: Internal Server Error'),
     (ConnectionRefusedError(111, 'refused'), 'refused'), (TimeoutError(), 'no answer in time'),
     (b'{}', 'not an answer of nsqlookupd'), (b'[]', 'not an answer of nsqlookupd'), (b'x', 'not an answer'),
