@@ -6959,23 +6959,27 @@ class WindowRunner:
                 await self.run_windows()
             except Unavailable as error:
                 self.health.report_failure('store' if isinstance(error, StoreUnavailable) else 'queue', str(error))
+            if not self.end_reason:
                 await asyncio.sleep(self.backoff.next_delay())
 
     async def run_windows(self) -> None:
-        """Runs windows on one set of connections. Raises Unavailable when an end can't be reached, or the store
-        failed."""
+        """Runs windows on one set of connections, until the end or until the store has failed in one: then Health knows
+        why. Raises Unavailable when an end can't be reached."""
         store = STORES[self.config.store](self.config)
         async with topic_pipeline(self.config, store, self.metrics, self.health) as pipeline:
             self.pipeline = pipeline
             self.health.report_recovery('queue')
             try:
                 while not self.end_reason:
-                    await self.run_window(await self.wait_for_grant(), pipeline)
+                    window = await self.run_window(await self.wait_for_grant(), pipeline)
+                    if window.end_reason is End.STORE_FAILED and not self.health.is_up('store'):
+                        break
+                    self.backoff.reset_delay()
             finally:
                 self.pipeline = None
 
-    async def run_window(self, max_messages: int, pipeline: Pipeline) -> None:
-        """Runs one window. Raises StoreUnavailable when the store failed in it."""
+    async def run_window(self, max_messages: int, pipeline: Pipeline) -> Window:
+        """Runs one window, which has ended then."""
         config, forever = self.config, self.endless
         limits = WindowLimits(max_messages, math.inf if forever else config.timeout,
                               math.inf if forever else config.idle_timeout, keeps_excess=True)
@@ -6990,9 +6994,7 @@ class WindowRunner:
         self.window = None
         window.report_end()
         self.on_window_end(window)
-        if window.end_reason is End.STORE_FAILED and not self.health.is_up('store'):
-            raise StoreUnavailable(window.detail)
-        self.backoff.reset_delay()
+        return window
 
     async def clear_errors_when_idle(self, source: Source) -> None:
         """Clears failures when the queue is idle, for then no batch can prove a recovery."""

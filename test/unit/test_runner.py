@@ -184,6 +184,31 @@ def test_a_reload_writes_what_is_pending_and_starts_no_other_window(monkeypatch)
     Runner(monkeypatch).run(steps)
 
 
+def test_a_window_that_fails_for_the_store_says_it_once_in_the_words_of_the_store(monkeypatch, lines):
+    """Health knows why the store fails; that the window failed by it is no other reason."""
+    async def steps(it):
+        await it.window()
+        it.queue.send(1)
+        await asyncio.sleep(12)
+        assert len(it.opened) == 2
+        assert it.runner.health.failures == {'store': 'no answer'}
+    Runner(monkeypatch, write=lambda messages: AWAY).run(steps)
+    assert [line for line in lines() if 'unavailable' in line] == [
+        'store unavailable (no answer): retrying, consumption paused']
+
+
+def test_a_reload_waits_for_no_backoff_after_a_window_that_fails_for_the_store(monkeypatch):
+    async def steps(it):
+        await it.window()
+        it.queue.send(1)
+        it.runner.backoff.tries = 10
+        await asyncio.sleep(0.5)
+        it.runner.end_after_window()
+        await asyncio.sleep(5)
+        assert it.reports[0].end_reason is End.STORE_FAILED and it.runner.task.done()
+    Runner(monkeypatch, write=lambda messages: AWAY).run(steps)
+
+
 def test_ends_are_those_of_health_and_of_the_connections(monkeypatch):
     async def steps(it):
         await it.window()
