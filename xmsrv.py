@@ -8197,24 +8197,38 @@ def depth_chart(history: History) -> Chart:
 # ---------------------------------------------------------------------------------------------------------------------
 
 async def check_connections(config: types.SimpleNamespace, filename: str) -> int:
-    """Connects to the queue and the store and describes both. Returns the exit status. filename: of the
-    configuration."""
+    """Connects to the queue and the store, describes both, and logs the problems. Returns the exit status. filename: of
+    the configuration."""
     problems = [f'{filename}: {fault}' for fault in unwritable_paths(config)]
+    problems += check_store(config)
+    problems += await check_nsqds(config)
+    for problem in problems:
+        log.error('%s', problem)
+    return os.EX_UNAVAILABLE if problems else os.EX_OK
+
+
+def check_store(config: types.SimpleNamespace) -> list[str]:
+    """Opens the store and prints what it holds. Returns the problems."""
     store = STORES[config.store](config)
     try:
         store.open()
         line, faults = store.describe_contents()
         print(line)
-        problems += faults
         store.close()
     except StoreError as error:
-        problems.append(str(error))
+        return [str(error)]
+    return faults
+
+
+async def check_nsqds(config: types.SimpleNamespace) -> list[str]:
+    """Connects to each nsqd and prints its description. Returns the problems."""
     try:
         nsqds = await find_nsqds(config, config.nsq.topic)
     except Unavailable as error:
-        nsqds, problems = {}, [*problems, str(error)]
+        return [str(error)]
     described = await asyncio.gather(*(describe_nsqd(config, address, http_port)
                                        for address, http_port in nsqds.items()), return_exceptions=True)
+    problems = []
     for address, found in zip(nsqds, described, strict=True):
         if isinstance(found, UNREACHABLE):
             problems.append(f'nsqd {format_address(address)}: {describe_error(found)}')
@@ -8222,9 +8236,7 @@ async def check_connections(config: types.SimpleNamespace, filename: str) -> int
             raise found
         else:
             print(found)
-    for problem in problems:
-        log.error('%s', problem)
-    return os.EX_UNAVAILABLE if problems else os.EX_OK
+    return problems
 
 
 def unwritable_paths(config: types.SimpleNamespace) -> Iterator[Fault]:
