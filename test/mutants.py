@@ -255,14 +255,14 @@ MUTANTS = (
     Mutant('a history without end', 'former][-MAX_HISTORY:]', 'former]'),
     Mutant('what the topic refused is kept by nobody', 'if unkept and self.file:', 'if False:'),
     Mutant('everything goes to the file, too', 'unkept = await self.append_to_file(list(unkept))', 'unkept = await self.append_to_file(list(messages))'),
-    Mutant('a refused batch is not halved', '            if parts and not self.closed and', '            if False and'),
+    Mutant('a refused batch is not halved', '            if len(messages) > 1 and not self.closed and', '            if False and'),
     Mutant('a publish without answer is halved', ' and not isinstance(error, asyncio.TimeoutError):', ':'),
     Mutant('no answer is a refusal', 'refused = isinstance(error, NsqdError)', 'refused = True'),
     Mutant('a letter has the time of its failure', "'timestamp': str(message.timestamp), 'time'", "'timestamp': str(time.time_ns()), 'time'"),
 
     Mutant('a connection that was lost takes letters', 'if address not in self.connections or self.connections[address].is_closed:', 'if address not in self.connections:'),
     Mutant('a connection that refused stays open', 'self.connections.pop(address).close()', 'self.connections.pop(address)'),
-    Mutant('a batch is halved while the run ends', 'if parts and not self.closed and', 'if parts and'),
+    Mutant('a batch is halved while the run ends', 'if len(messages) > 1 and not self.closed and', 'if len(messages) > 1 and'),
     Mutant('no advice for letters that are refused', "hint = '; a file in [dead-letter] would keep it' if refused", "hint = '' if refused"),
     Mutant('a letter without a body', "            raise ValueError('no body')\n", '            pass\n'),
 
