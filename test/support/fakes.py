@@ -1,9 +1,11 @@
 """Stand-ins for unit tests: the configuration without a file, an nsqd's stream, messages, what was fsynced."""
 import asyncio
+import contextlib
 import json
 import os
 import re
 import socket
+import sqlite3
 
 import nsq
 import pytest
@@ -174,6 +176,27 @@ def refused(value, *args, **options):
     with pytest.raises(xmsrv.InvalidMessage) as caught:
         bins_of(value, *args, **options)
     return caught.value.reason, caught.value.detail
+
+
+@contextlib.contextmanager
+def sqlite_store(directory, **sections):
+    """An open SqliteStore whose file is in `directory`."""
+    store = xmsrv.SqliteStore(options(store='sqlite', state_dir=str(directory), **sections))
+    store.open()
+    yield store
+    store.close()
+
+
+def stored(directory):
+    """{key: bins} of the records of such a store."""
+    return {key: bins for (_, key), bins in stored_in_sets(directory).items()}
+
+
+def stored_in_sets(directory):
+    """{(set, key): bins} of the records of such a store."""
+    with contextlib.closing(sqlite3.connect(directory / 'records.sqlite')) as database:
+        return {(set_, key): json.loads(bins) for set_, key, bins in
+                database.execute('SELECT "set", key, bins FROM records')}
 
 
 def record_system_calls(monkeypatch, *names):

@@ -2,7 +2,6 @@
 import contextlib
 import json
 import random
-import sqlite3
 import types
 
 import aerospike
@@ -11,6 +10,7 @@ from aerospike_helpers import expressions as exp
 from aerospike_helpers.batch.records import Remove, Write
 
 import fakes
+from fakes import stored
 from xmsrv import (
     DELETED,
     STALE,
@@ -274,32 +274,22 @@ def test_what_a_namespace_does_with_tombstones(keep, namespace, refused, lasting
 
 # -- SQLite
 
-@contextlib.contextmanager
 def sqlite_store(tmp_path, **delete_options):
-    store = STORES['sqlite'](fakes.options(store='sqlite', state_dir=str(tmp_path), record={
-        'key': 'id', 'time': 'ts', 'delete': {**DELETE, **delete_options}}))
-    store.open()
-    yield store
-    store.close()
-
-
-def rows(tmp_path):
-    with contextlib.closing(sqlite3.connect(tmp_path / 'records.sqlite')) as database:
-        return {key: json.loads(bins) for key, bins in database.execute('SELECT "key", bins FROM records')}
+    return fakes.sqlite_store(tmp_path, record={'key': 'id', 'time': 'ts', 'delete': {**DELETE, **delete_options}})
 
 
 def test_sqlite_keeps_a_tombstone_and_removes_a_removed_record(tmp_path):
     with sqlite_store(tmp_path) as store:
         assert store.write([change('k', 1), delete('k', 3), change('k', 2)]) == [STORED, DELETED, STALE]
-        assert rows(tmp_path) == {'k': {'gid': 'k', 'gts': 3}}
+        assert stored(tmp_path) == {'k': {'gid': 'k', 'gts': 3}}
         assert store.write([change('k', 4)]) == [STORED]
     with sqlite_store(tmp_path, mode='remove') as store:
         assert store.write([change('l', 1), delete('k', 3), delete('l', 2), delete('m', 1)]) == [
             STORED, STALE, DELETED, DELETED]
-        assert rows(tmp_path) == {'k': {'id': 'k', 'gts': 4}}
+        assert stored(tmp_path) == {'k': {'id': 'k', 'gts': 4}}
         assert store.write([delete('n', 2), change('n', 3), delete('o', 3), change('o', 2)]) == [
             STALE, STORED, DELETED, STORED]
-        assert set(rows(tmp_path)) == {'k', 'n'}
+        assert set(stored(tmp_path)) == {'k', 'n'}
 
 
 @pytest.mark.parametrize('mode', ['tombstone', 'remove'])
@@ -327,8 +317,8 @@ def test_sqlite_leaves_what_the_newest_message_says_in_any_order(tmp_path):
             store.write([(delete if deletes else change)(key, time) for key, time, deletes in stream[:size]])
             del stream[:size]
     newest = {key: (key, time, deletes) for key, time, deletes in sent}
-    assert rows(tmp_path) == {key: (delete if deletes else change)(key, time).bins
-                              for key, time, deletes in newest.values()}
+    assert stored(tmp_path) == {key: (delete if deletes else change)(key, time).bins
+                                for key, time, deletes in newest.values()}
 
 
 def test_sqlite_drops_a_bounded_number_of_ended_tombstones_a_batch(tmp_path):
@@ -337,13 +327,13 @@ def test_sqlite_drops_a_bounded_number_of_ended_tombstones_a_batch(tmp_path):
             assert store.write([delete(n, 2) for n in range(first, first + 500)]) == [DELETED] * 500
         store.db.execute("UPDATE records SET expires_at = printf('2020-01-01T00:00:00.%06dZ', \"key\")")
         assert store.write([change('k', 1)]) == [STORED]
-        assert len(rows(tmp_path)) == 1501
-        left = set(rows(tmp_path)) - {'k'}
+        assert len(stored(tmp_path)) == 1501
+        left = set(stored(tmp_path)) - {'k'}
         answers = store.write([change(key, 1) for key in left])
         # what was not dropped by then still holds off what is older
         assert (answers.count(STORED), answers.count(STALE)) == (1000, 500)
         assert store.write([change('k', 1)]) == [STORED]
-        assert {tuple(bins) for bins in rows(tmp_path).values()} == {('id', 'gts')}
+        assert {tuple(bins) for bins in stored(tmp_path).values()} == {('id', 'gts')}
 
 
 def test_sqlite_drops_by_the_index(tmp_path):

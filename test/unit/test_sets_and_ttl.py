@@ -1,14 +1,13 @@
 """Set and ttl of a record by fields of its message: what the mapper takes, and what both stores make of them."""
-import contextlib
 import json
-import sqlite3
 import types
 
 import aerospike
 import pytest
 
 import fakes
-from xmsrv import MAX_TTL, InvalidMessage, Mapper, Record, SqliteStore, build_config, sets_of
+from fakes import stored_in_sets
+from xmsrv import MAX_TTL, InvalidMessage, Mapper, Record, build_config, sets_of
 from xmsrv import AerospikeStore as Store
 
 
@@ -79,18 +78,8 @@ def test_faults_are_named(sections, fault):
 
 # --- SQLite
 
-@contextlib.contextmanager
-def sqlite_store(path, **record):
-    store = SqliteStore(fakes.options(store='sqlite', record=record, sqlite={'path': str(path / 'r'), 'set': 'rest'}))
-    store.open()
-    yield store
-    store.close()
-
-
-def rows(path):
-    with contextlib.closing(sqlite3.connect(path / 'r')) as connection:
-        return {(set_, key): json.loads(bins) for set_, key, bins in
-                connection.execute('select "set", key, bins from records')}
+def sqlite_store(tmp_path, **record):
+    return fakes.sqlite_store(tmp_path, record=record, sqlite={'set': 'rest'})
 
 
 def outcomes(results):
@@ -102,8 +91,8 @@ def test_sqlite_keeps_the_records_of_each_set_apart(tmp_path):
         records = [Record(key, {'t': set_, 'n': n}, None, set_) for n, (set_, key) in
                    enumerate([('a', 1), ('b', 1), ('a', '1'), (None, 1), ('a', 1)])]
         assert outcomes(store.write(records)) == ['stored'] * 5
-        assert rows(tmp_path) == {('a', 1): {'t': 'a', 'n': 4}, ('b', 1): {'t': 'b', 'n': 1},
-                                  ('a', '1'): {'t': 'a', 'n': 2}, ('rest', 1): {'t': None, 'n': 3}}
+        assert stored_in_sets(tmp_path) == {('a', 1): {'t': 'a', 'n': 4}, ('b', 1): {'t': 'b', 'n': 1},
+                                            ('a', '1'): {'t': 'a', 'n': 2}, ('rest', 1): {'t': None, 'n': 3}}
         assert '4 records in 3 sets' in store.describe_contents()[0]
 
 
@@ -113,7 +102,7 @@ def test_sqlite_judges_a_record_by_the_one_in_its_own_set(tmp_path):
     with sqlite_store(tmp_path, **{'set-field': 't', 'key': 'k'}) as store:
         assert outcomes(store.write([newer('a', 5), newer('b', 3), newer('a', 4)])) == ['stored', 'stored', 'stale']
         assert outcomes(store.write([newer('b', 4), newer('a', 4), newer('c', 1)])) == ['stored', 'stale', 'stored']
-        assert rows(tmp_path) == {('a', 'k'): {'gts': 5}, ('b', 'k'): {'gts': 4}, ('c', 'k'): {'gts': 1}}
+        assert stored_in_sets(tmp_path) == {('a', 'k'): {'gts': 5}, ('b', 'k'): {'gts': 4}, ('c', 'k'): {'gts': 1}}
 
 
 def test_sqlite_creates_in_each_set_and_looks_records_up_by_the_index(tmp_path):

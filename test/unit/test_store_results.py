@@ -2,7 +2,6 @@
 the table under test. SQLite is real, in a file of the test."""
 import contextlib
 import errno
-import json
 import sqlite3
 import time
 import types
@@ -12,6 +11,7 @@ import pytest
 
 import fakes
 import xmsrv
+from fakes import sqlite_store, stored
 from xmsrv import MAX_BINS, STORES, Record, StoreError, halves, log
 
 ERRORS = aerospike.exception
@@ -482,19 +482,6 @@ def test_wide_records_that_have_no_time_left_are_not_sent(monkeypatch):
 
 
 # -- SQLite
-
-@contextlib.contextmanager
-def sqlite_store(tmp_path, **sections):
-    store = STORES['sqlite'](fakes.options(store='sqlite', state_dir=str(tmp_path), **sections))
-    store.open()
-    yield store
-    store.close()
-
-
-def stored(tmp_path):
-    with contextlib.closing(sqlite3.connect(tmp_path / 'records.sqlite')) as database:
-        return {key: json.loads(bins) for key, bins in database.execute('SELECT "key", bins FROM records')}
-
 
 def test_sqlite_commits_each_batch_durably(tmp_path):
     with sqlite_store(tmp_path) as store:
