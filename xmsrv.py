@@ -4818,10 +4818,8 @@ def append_durably(filename: str, lines: Sequence[bytes]) -> None:
 
 
 def open_locked(filename: str, flags: int, seconds: float) -> int:
-    """Opens a file and locks it against other writers within `seconds`. Returns its descriptor. Raises OSError.
-
-    Replay may rename a new file over the old one before the lock is obtained; then the new one is opened.
-    """
+    """Opens a file and locks it against other writers within `seconds`. Returns its descriptor. Raises OSError. Replay
+    may rename a new file over the old one before the lock is obtained; then the new one is opened."""
     while True:
         with contextlib.ExitStack() as stack:
             fd = open_regular(filename, flags)
@@ -4865,12 +4863,12 @@ class DeadLetterSink:
     """Keeps dead letters in a topic, over a second connection to the nsqd that delivered the message (an error of a
     PUB closes the connection). Those that nsqd does not accept go to the file, if one is set."""
 
-    def __init__(self, config: types.SimpleNamespace, link: ConnectionOptions) -> None:
+    def __init__(self, config: types.SimpleNamespace, connection_options: ConnectionOptions) -> None:
         options = config.dead_letter
         self.topic, self.file, self.discard = options.topic, options.file, options.discard
         self.source = {'topic': config.nsq.topic, 'channel': config.nsq.channel}
         self.key_is_id = config.record.key == '$id'
-        self.link = link
+        self.connection_options = connection_options
         self.connections: dict[Address, Publisher] = {}
         self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f'{THREAD_PREFIX}-letters')
         self.closed = False
@@ -4932,7 +4930,7 @@ class DeadLetterSink:
         """The connection that publishes to the nsqd at `address`. Its SUB, at RDY 0, makes the replay channel: else
         the first nsq_tail would consume everything."""
         if address not in self.connections or self.connections[address].is_closed:
-            publisher = Publisher(address, self.link, self.topic, REPLAY_CHANNEL)
+            publisher = Publisher(address, self.connection_options, self.topic, REPLAY_CHANNEL)
             await publisher.open()
             self.connections[address] = publisher
         return self.connections[address]
@@ -5805,10 +5803,6 @@ class DecodeQueue:
         self.decoded_bytes = decoded
         return fit, invalid
 
-    def subtract_sizes(self, messages: list[Message]) -> None:
-        """Subtracts their sizes."""
-        self.decoded_bytes -= sum([message.size for message in messages])
-
 
 class WindowState(enum.Enum):
     """OPEN: accepts messages. DRAINING: accepts none, and waits for the batches under way. CLOSED: the rest is
@@ -5856,10 +5850,11 @@ class WindowLimits(typing.NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class WindowTimes:
-    """Loop times of a window. active_at: last activity. progress_at: last return of a batch. draining_since: begin of
-    draining. seconds: duration, set at the end."""
+    """Loop times of a window. timeout_since: from when `timeout` counts. active_at: last activity. progress_at: last
+    return of a batch. draining_since: begin of draining. seconds: duration, set at the end."""
 
     started_at: float = 0.0
+    timeout_since: float = 0.0
     active_at: float = 0.0
     progress_at: float = 0.0
     draining_since: float = 0.0
@@ -5909,15 +5904,17 @@ class Window:
     store refused before it accepted any.
     """
 
+    requeues_on_purpose = False   # a replay does
+    empty_level = logging.DEBUG   # level of an empty summary: a timer makes 8,640 of them a day
+
     def __init__(self, pipeline: Any, limits: WindowLimits, mapper: Mapper) -> None:
         self.pipeline, self.limits, self.source = pipeline, limits, pipeline.source
-        config, store = pipeline.config, pipeline.store
-        self.records = DecodeQueue(mapper, config.nsq.max_held)
-        self.store_batcher = self.new_batcher('store', pipeline.write, (store.batch_size, BATCH_BYTES), store.writers,
-                                              store.call_timeout)
-        self.dead_letter_batcher = self.new_batcher(
-            'dead letters', pipeline.write_dead_letters, (DEAD_LETTER_BATCH, DEAD_LETTER_BATCH_BYTES), 1,
-            DEAD_LETTER_TIMEOUT)
+        store, sink, tasks, health = pipeline.store, pipeline.sink, pipeline.tasks, pipeline.health
+        self.records = DecodeQueue(mapper, pipeline.config.nsq.max_held)
+        self.store_batcher = Batcher('store', tasks, health, pipeline.write, self.settle,
+                                     (store.batch_size, BATCH_BYTES), store.writers, store.call_timeout)
+        self.dead_letter_batcher = Batcher('dead letters', tasks, health, sink and sink.write_dead_letters, self.settle,
+                                           (DEAD_LETTER_BATCH, DEAD_LETTER_BATCH_BYTES), 1, DEAD_LETTER_TIMEOUT)
         self.state, self.detail = WindowState.OPEN, ''
         self.end_reason: Any = None   # an End, once the window ends
         self.times = WindowTimes()
@@ -5927,12 +5924,6 @@ class Window:
         self.unsettled = UnsettledMessages()
         self.excess: list[Message] = []
         self.refused_keys: set[str] = set()
-
-    def new_batcher(self, end: str, write: WriteBatch, limits: tuple[int, int], writers: int,
-                    call_timeout: float) -> Batcher:
-        """A Batcher whose results this window settles; parameters as Batcher has them."""
-        tasks, health = self.pipeline.tasks, self.pipeline.health
-        return Batcher(end, tasks, health, write, self.settle, limits, writers, call_timeout)
 
     # -- a message's way
 
@@ -6002,9 +5993,9 @@ class Window:
         self.source.finish(messages)
 
     def uncount_pending(self, messages: list[Message]) -> None:
-        """Settles messages."""
+        """Removes messages from those that are pending."""
         self.pending_count -= len(messages)
-        self.records.subtract_sizes(messages)
+        self.records.decoded_bytes -= sum([message.size for message in messages])
 
     def retry(self, messages: list[Message], result: WriteResult) -> list[Message]:
         """Lets the batcher retry the messages."""
@@ -6087,7 +6078,7 @@ class Window:
     async def run(self) -> None:
         """Accepts messages until the window ends, waits for the batches under way, and requeues the rest."""
         loop = asyncio.get_running_loop()
-        self.times.started_at = self.times.active_at = loop.time()
+        self.times.started_at = self.times.timeout_since = self.times.active_at = loop.time()
         log.debug('window: begins, at most %s messages, %g s, idle %g s, %d in flight',
                   self.limits.max_messages or 'any number of', self.limits.timeout, self.limits.idle_timeout,
                   self.source.max_in_flight)
@@ -6116,14 +6107,9 @@ class Window:
             self.end(End.FULL)
         elif exhausted or now - self.times.active_at >= self.limits.idle_timeout:
             self.end(End.IDLE)
-        elif now - self.timeout_since >= self.limits.timeout:
+        elif now - self.times.timeout_since >= self.limits.timeout:
             self.end(End.TIMEOUT)
         return self.state is not WindowState.OPEN
-
-    @property
-    def timeout_since(self) -> float:
-        """The loop time from which `timeout` counts."""
-        return self.times.started_at
 
     def is_drained(self, now: float) -> bool:
         """True when nothing under way can still succeed. A message may be on its way when RDY 0 is sent: with room for
@@ -6140,19 +6126,16 @@ class Window:
         while not condition():
             if tasks.error:
                 raise tasks.error
-            seconds = self.awaited_batcher.call_timeout + 0.5
+            # the dead letters' batcher is waited for if only it has calls and no signal came; else the store's
+            store, letters = self.store_batcher, self.dead_letter_batcher
+            batcher = letters if letters.calls and not store.calls and self.end_reason is not End.SIGNAL else store
+            seconds = batcher.call_timeout + 0.5
             if bounded and loop.time() - max(begun, self.times.progress_at) > seconds:
-                self.awaited_batcher.last_error = f'a call has not come back in {seconds:.1f} s'
-                log.error('%s: %s', self.awaited_batcher.end, self.awaited_batcher.last_error)
+                batcher.last_error = f'a call has not come back in {seconds:.1f} s'
+                log.error('%s: %s', batcher.end, batcher.last_error)
                 return
             tasks.wake.clear()
             await tasks.wake.wait()
-
-    @property
-    def awaited_batcher(self) -> Batcher:
-        """The batcher to wait for: the dead letters' if only it has calls and no signal came; else the store's."""
-        store, letters = self.store_batcher, self.dead_letter_batcher
-        return letters if letters.calls and not store.calls and self.end_reason is not End.SIGNAL else store
 
     def close(self) -> None:
         """Closes the window: decides the final reason, and requeues the rest."""
@@ -6207,35 +6190,27 @@ class Window:
         """Logs the summary, and the reason when messages were requeued. `once` closes the connections before, as
         nsqd may refuse answers until then. Returns the exit status."""
         self.pipeline.metrics.record_window(self)
-        self.log_summary()
+        fields = {'topic': self.source.topic, 'channel': self.source.channel,
+                  'outcome': 'failed' if self.failed else 'done'}
+        self.log_summary(fields)
         if self.failed:
-            reason, fields = self.detail or self.end_reason.text, {'fields': self.outcome_fields}
+            reason = self.detail or self.end_reason.text
             if self.count['requeued']:
-                log.error('requeued %d messages: %s', self.count['requeued'], reason, extra=fields)
+                log.error('requeued %d messages: %s', self.count['requeued'], reason, extra={'fields': fields})
             else:
-                log.error('the window failed: %s', reason, extra=fields)
+                log.error('the window failed: %s', reason, extra={'fields': fields})
         return self.exit_status
 
-    @property
-    def outcome_fields(self) -> dict[str, str]:
-        """Fields of a log record: topic, channel, and whether the window failed."""
-        return {'topic': self.source.topic, 'channel': self.source.channel,
-                'outcome': 'failed' if self.failed else 'done'}
-
-    def log_summary(self) -> None:
-        """Logs the summary of the window; as a warning when messages were requeued without a failure: something
-        is slow."""
+    def log_summary(self, fields: dict[str, Any]) -> None:
+        """Logs the summary of the window, its counts as more `fields`; as a warning when messages were requeued without
+        a failure: something is slow."""
         seconds = self.times.seconds
-        fields = {**self.outcome_fields, **self.count, 'seconds': round(seconds, 2)}
         counts = ', '.join(f'{name} {number}' for name, number in self.count.items())
-        slow = (self.end_reason is End.IDLE or self.end_reason is End.TIMEOUT) and self.count['requeued'] > 0
+        slow = self.end_reason in (End.IDLE, End.TIMEOUT) and self.count['requeued'] > 0
         level = (logging.WARNING if slow and not self.requeues_on_purpose else
                  NOTICE if any(self.count.values()) or self.failed else self.empty_level)
         log.log(level, '[%s/%s] %s in %.2f s', self.source.topic, self.source.channel, counts, seconds,
-                extra={'fields': fields})
-
-    requeues_on_purpose = False   # a replay does
-    empty_level = logging.DEBUG   # level of an empty summary: a timer makes 8,640 of them a day
+                extra={'fields': {**fields, **self.count, 'seconds': round(seconds, 2)}})
 
 
 @contextlib.contextmanager
@@ -6255,7 +6230,7 @@ def progress_bar(window: Window) -> Iterator[Callable[[], None]]:
 # pipeline and once: both ends opened, and one window
 # ---------------------------------------------------------------------------------------------------------------------
 
-WINDOW_GRACE = 5.0          # seconds beyond a window's timeout for its end, in which systemd is not to kill `once`
+WINDOW_GRACE = 5.0          # seconds for the end of a window after its timeout, before systemd may kill `once`
 
 
 @dataclasses.dataclass(slots=True)
@@ -6283,21 +6258,13 @@ class Pipeline:
         self.metrics.record_batch(len(messages), loop.time() - begun, results)
         return results
 
-    async def write_dead_letters(self, messages: list[Message]) -> list[WriteResult]:
-        """Keeps dead letters. Returns the result of each."""
-        assert self.sink is not None, 'in a replay they stay in the source'
-        return await self.sink.write_dead_letters(messages)
-
 
 @contextlib.asynccontextmanager
 async def open_pipeline(config: types.SimpleNamespace, store: Store, new_source: Callable[[BackgroundTasks], Any],
                         metrics: Metrics, health: Health,
                         sink: DeadLetterSink | None = None) -> AsyncIterator[Pipeline]:
     """Opens the store, then the source made by `new_source(tasks)`; yields a Pipeline, and closes everything at the
-    end.
-
-    Raises Unavailable when one of them can't be reached; then no message was received.
-    """
+    end. Raises Unavailable when one of them can't be reached; then no message was received."""
     loop, tasks = asyncio.get_running_loop(), BackgroundTasks()
     executor = StoreExecutor(store.writers, thread_name_prefix=f'{THREAD_PREFIX}-store')
     source = new_source(tasks)
@@ -6339,11 +6306,10 @@ async def run_uninterrupted(coroutine: Coroutine[Any, Any, None]) -> None:
 def topic_pipeline(config: types.SimpleNamespace, store: Store, metrics: Metrics,
                    health: Health) -> AbstractAsyncContextManager[Pipeline]:
     """The pipeline from the nsqds of the configuration to its store."""
-    link = ConnectionOptions(config)
+    options = ConnectionOptions(config)
     return open_pipeline(
-        config, store,
-        lambda tasks: Consumer(config, tasks, link, config.nsq.topic, config.nsq.channel, health),
-        metrics, health, DeadLetterSink(config, link))
+        config, store, lambda tasks: Consumer(config, tasks, options, config.nsq.topic, config.nsq.channel, health),
+        metrics, health, DeadLetterSink(config, options))
 
 
 async def run_once(config: types.SimpleNamespace, stopper: 'SignalHandler', metrics: Metrics) -> int:
@@ -6371,7 +6337,7 @@ async def note_depths(config: Any, metrics: Metrics) -> dict[str, ChannelDepth]:
 
 
 class SignalHandler:
-    """Handles SIGTERM and SIGINT: stops the running window, or before it the opening of its ends."""
+    """Handles SIGTERM and SIGINT: stops `window`, or cancels the task before there is one."""
 
     def __init__(self) -> None:
         self.window: Any = None   # a Window, or something else that has a stop()
@@ -6395,8 +6361,8 @@ LOCK_HASH = 12              # hexadecimal digits
 
 class RunLock:
     """The lock by which `once` and `daemon` of one configuration exclude each other: NAME-HASH.lock in state-dir, for
-    NAME.conf. HASH is that of the real path: two names of one file share a lock, two files of one name have two. It
-    contains the pid of the holder and the real path. It is not in the runtime directory, which systemd removes with the
+    NAME.conf. HASH is that of the real path: two names of one file share a lock, two files of one name do not. The file
+    holds the pid of the holder and the real path. It is not in the runtime directory: systemd removes that with the
     first unit that ends."""
 
     def __init__(self, config: types.SimpleNamespace, filename: str) -> None:
@@ -6463,10 +6429,9 @@ def real_path(filename: str) -> str:
 
 @contextlib.contextmanager
 def hold_run_lock(config: types.SimpleNamespace, filename: str) -> Iterator[None]:
-    """Holds the lock of a configuration, for `once`. Raises Busy with the pid of another holder."""
+    """Holds the lock of a configuration, for `once`. Raises AlreadyRunning with the pid of another holder."""
     lock = RunLock(config, filename)
-    holder = lock.try_acquire()
-    if holder:
+    if holder := lock.try_acquire():
         raise AlreadyRunning(f'another x-msrv has this configuration: process {holder} ({lock.path})')
     try:
         yield
@@ -6487,17 +6452,13 @@ class ReplayFilter(collections.namedtuple('ReplayFilter', 'reasons since limit r
         """True when the filter may exclude a dead letter."""
         return bool(self.reasons or self.since)
 
-    def is_match(self, header: dict[str, Any], message: Message) -> bool:
-        """True when a dead letter passes the filter."""
-        return (not self.reasons or header['reason'] in self.reasons) and message.timestamp >= self.since
-
 
 class ReplayMapper(Mapper):
     """Builds the record of the message inside a dead letter, with the key and time of its first delivery."""
 
-    def __init__(self, config: types.SimpleNamespace, letter: DeadLetterDecoder) -> None:
+    def __init__(self, config: types.SimpleNamespace, decode_letter: DeadLetterDecoder) -> None:
         super().__init__(config)
-        self.decode_letter = letter     # decode_topic or decode_line
+        self.decode_letter = decode_letter
 
     def build_record(self, message: Message) -> Record:
         """The Record; raises InvalidMessage, also for a message that is no dead letter."""
@@ -6506,32 +6467,22 @@ class ReplayMapper(Mapper):
 
 class Replay(Window):
     """A pass over the dead letters: what fails again, or does not pass `replay_filter`, is held and requeued at the
-    end. The pass lasts while dead letters come or are settled: `timeout` counts from `last_letter`, the loop time of
-    the last of either. A failed batch does not count, so in an outage the pass ends."""
+    end. The pass lasts while dead letters come or are settled: `timeout` counts from the last of either. A failed
+    batch does not count, so in an outage the pass ends."""
 
     requeues_on_purpose, empty_level = True, logging.INFO   # a user waits
 
     def __init__(self, pipeline: Pipeline, decode_letter: DeadLetterDecoder, replay_filter: ReplayFilter) -> None:
         config = pipeline.config
-        self.decode_letter, self.replay_filter = decode_letter, replay_filter
-        self.filtered_count = 0        # messages that the filter excluded
-        self.last_letter = 0.0
-        self.next_write = 0.0    # loop time at which the next batch may be written, by `rate`
         super().__init__(pipeline, WindowLimits(replay_filter.limit, config.timeout, config.idle_timeout),
                          ReplayMapper(config, decode_letter))
-
-    def new_batcher(self, end: str, write: WriteBatch, limits: tuple[int, int], writers: int,
-                    call_timeout: float) -> Batcher:
-        """As a Window's; with a `rate` the store's has one writer and ten batches a second."""
-        rate = self.replay_filter.rate
-        if rate and end == 'store':
-            write, limits, writers = self.write_at_rate, (min(limits[0], max(1, rate // 10)), limits[1]), 1
-        return super().new_batcher(end, write, limits, writers, call_timeout)
-
-    @property
-    def timeout_since(self) -> float:
-        """The loop time from which `timeout` counts."""
-        return max(self.times.started_at, self.last_letter)
+        self.decode_letter, self.replay_filter = decode_letter, replay_filter
+        self.filtered_count = 0        # messages that the filter excluded
+        self.next_write = 0.0          # loop time at which the next batch may be written, by `rate`
+        if replay_filter.rate:   # ten batches a second, one after the other
+            batcher = self.store_batcher
+            batcher.write, batcher.writers = self.write_at_rate, 1
+            batcher.size = min(batcher.size, max(1, replay_filter.rate // 10))
 
     def accept(self, messages: list[Message]) -> None:
         """Accepts the dead letters that pass the filter."""
@@ -6539,25 +6490,25 @@ class Replay(Window):
 
     def select_messages(self, messages: list[Message]) -> list[Message]:
         """The messages that pass the filter; the others are held."""
-        self.last_letter = asyncio.get_running_loop().time()
-        if not self.replay_filter.is_filtering:
-            return messages
-        chosen: list[Message] = []
-        others: list[Message] = []
-        for message in messages:
-            (chosen if self.is_selected(message) else others).append(message)
+        self.times.timeout_since = asyncio.get_running_loop().time()
+        groups = dict(group_by_key(messages, self.is_selected))
+        others = list(groups.get(False, ()))
         self.source.hold_messages(others)
         self.filtered_count += len(others)
         self.count_received(len(others))
-        return chosen
+        return list(groups.get(True, ()))
 
     def is_selected(self, message: Message) -> bool:
-        """True when a dead letter passes the filter; another message has no reason and no time, and does
-        not."""
+        """True when a message passes the filter. Without a filter all do; with one, only dead letters can: another
+        message has no reason and no time."""
+        wanted = self.replay_filter
+        if not wanted.is_filtering:
+            return True
         try:
-            return self.replay_filter.is_match(*self.decode_letter(message.body))
+            header, first = self.decode_letter(message.body)
         except InvalidMessage:
             return False
+        return (not wanted.reasons or header['reason'] in wanted.reasons) and first.timestamp >= wanted.since
 
     async def write_at_rate(self, messages: list[Message]) -> list[WriteResult]:
         """Writes a batch, at the time that the rate allows."""
@@ -6573,16 +6524,16 @@ class Replay(Window):
             log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), terminal_safe(str(message.rejection)))
         self.uncount_pending(messages)
         self.source.hold_messages(messages)
-        self.last_letter = asyncio.get_running_loop().time()
+        self.times.timeout_since = asyncio.get_running_loop().time()
 
     def finish(self, messages: list[Message], result: WriteResult) -> None:
         """Finishes durable messages."""
         super().finish(messages, result)
-        self.last_letter = asyncio.get_running_loop().time()
+        self.times.timeout_since = asyncio.get_running_loop().time()
 
-    def log_summary(self) -> None:
+    def log_summary(self, fields: dict[str, Any]) -> None:
         """Logs the summary of the replay, and the number of dead letters excluded by the filter."""
-        super().log_summary()
+        super().log_summary(fields)
         if self.filtered_count:
             most = f' (of a topic, at most max-in-flight = {self.source.max_in_flight} can be held)'
             log.info('%d of them were excluded by --reason or --since and stay dead letters%s', self.filtered_count,
@@ -6624,22 +6575,17 @@ class DeadLetterFileSource:
         self.credit: Callable[[], int] | None = None
         self.deliver: Callable[[list[Message]], None] | None = None
         self.new_file: Any = None
+        self.tmp_path = f'{path}.replay'   # of the new file, until it replaces the old one
         self.in_flight: dict[str, Message] = {}
         self.held_bytes = 0
         self.requeued = self.late = 0
         self.stored_keys: set[str] = set()
         self.failed: dict[str, InvalidMessage] = {}
         self.read_all = False
-        self.opened_at = time.time_ns()
         self.files = contextlib.ExitStack()
 
     def __str__(self) -> str:
         return self.topic
-
-    @property
-    def tmp_path(self) -> str:
-        """The path of the new file until it replaces the old one."""
-        return f'{self.topic}.replay'
 
     async def open(self) -> None:
         """Opens the file up to its current end, which under the lock is never in the middle of a line. Raises
@@ -6679,7 +6625,7 @@ class DeadLetterFileSource:
             if not line:
                 return
             left -= len(line)
-            yield Message(self, b'line %d' % number, self.opened_at, 1, line)
+            yield Message(self, b'line %d' % number, 0, 1, line)   # the time is in the letter
 
     # -- what a window reads from
 
@@ -6783,52 +6729,45 @@ def replay_pipeline(config: types.SimpleNamespace, path: str | None, store: Stor
                     read_only: bool = False) -> AbstractAsyncContextManager[Pipeline]:
     """The pipeline from the dead letters to a store: from the file at `path`, or without one from the topic."""
     health = Health()
-    if path:
-        return open_pipeline(config, store, lambda tasks: DeadLetterFileSource(config, tasks, path, read_only),
-                             NullMetrics(), health)
-    link = ConnectionOptions(config)
-    return open_pipeline(
-        config, store, lambda tasks: Consumer(config, tasks, link, config.dead_letter.topic, REPLAY_CHANNEL, health),
-        NullMetrics(), health)
+
+    def new_source(tasks: BackgroundTasks) -> Source:
+        if path:
+            return DeadLetterFileSource(config, tasks, path, read_only)
+        return Consumer(config, tasks, ConnectionOptions(config), config.dead_letter.topic, REPLAY_CHANNEL, health)
+    return open_pipeline(config, store, new_source, NullMetrics(), health)
 
 
 async def run_replay(config: types.SimpleNamespace, stopper: SignalHandler, path: str | None,
-                     choice: ReplayFilter) -> int:
-    """Replays dead letters. Returns the exit status."""
+                     replay_filter: ReplayFilter) -> int:
+    """Replays dead letters, and removes those of a file that are stored. Returns the exit status."""
     async with replay_pipeline(config, path, STORES[config.store](config)) as pipeline:
-        window = stopper.window = Replay(pipeline, decode_line if path else decode_topic, choice)
+        window = stopper.window = Replay(pipeline, decode_line if path else decode_topic, replay_filter)
         await window.run()
-        if isinstance(pipeline.source, DeadLetterFileSource):
-            commit_replay(pipeline.source, window)
+        try:
+            if isinstance(pipeline.source, DeadLetterFileSource):
+                pipeline.source.rewrite_file()
+        except OSError as error:
+            window.end(End.STORE_FAILED, f'{path}: not written anew, all its letters stay in it: {error.strerror}')
     return window.report_end()
 
 
-def commit_replay(source: DeadLetterFileSource, window: Window) -> None:
-    """Removes the stored dead letters from the file."""
-    try:
-        source.rewrite_file()
-    except OSError as error:
-        window.end(End.STORE_FAILED, f'{source}: not written anew, all its letters stay in it: {error.strerror}')
-
-
 async def list_dead_letters(config: types.SimpleNamespace, stopper: SignalHandler, path: str | None,
-                            choice: ReplayFilter,
-                            arguments: argparse.Namespace) -> int:
+                            replay_filter: ReplayFilter, arguments: argparse.Namespace) -> int:
     """Prints the dead letters, with --dry-run also what would become of them. Returns the exit status."""
-    topic, letter = path or config.dead_letter.topic, decode_line if path else decode_topic
+    topic, decode_letter = path or config.dead_letter.topic, decode_line if path else decode_topic
     depth = count_letters(path) if path else await total_depth(config, topic, REPLAY_CHANNEL)
     async with replay_pipeline(config, path, Store(), read_only=True) as pipeline:
-        listing = stopper.window = ReplayListing(pipeline, letter, choice)
+        listing = stopper.window = ReplayListing(pipeline, decode_letter, replay_filter)
         await listing.run()
     fates: collections.Counter[str | bool] = collections.Counter()
     for message in listing.letters:
-        told = describe_letter(message, letter)
+        told = describe_letter(message, decode_letter)
         if arguments.dry_run:
             told.update(predict_outcome(message, listing.records.mapper))
             fates['deletes' if 'deletes' in told else told['passes']] += 1
         print(json.dumps(told) if arguments.json else format_listing(told))
     shown = len(listing.letters)
-    first = f'{shown} of the first {shown + listing.filtered_count}' if choice.is_filtering else f'first {shown}'
+    first = f'{shown} of the first {shown + listing.filtered_count}' if replay_filter.is_filtering else f'first {shown}'
     deletes = f'{fates["deletes"]} would delete their records, ' if fates['deletes'] else ''
     fate = f'{fates[True]} would be stored, {deletes}{fates[False]} would stay; ' if arguments.dry_run else ''
     end = f'{fate}{first} of depth {"unknown" if depth is None else depth} in {topic}'
@@ -6839,10 +6778,10 @@ async def list_dead_letters(config: types.SimpleNamespace, stopper: SignalHandle
     return os.EX_OK
 
 
-def describe_letter(message: Message, letter: DeadLetterDecoder) -> dict[str, Any]:
+def describe_letter(message: Message, decode_letter: DeadLetterDecoder) -> dict[str, Any]:
     """Describes a dead letter for JSON; `age`: seconds since it was published, `body`: its first characters."""
     try:
-        header, first = letter(message.body)
+        header, first = decode_letter(message.body)
     except InvalidMessage as rejection:
         return {'reason': 'unreadable', 'detail': rejection.detail, 'id': message.id.decode(),
                 'body': body_excerpt(message.body)}

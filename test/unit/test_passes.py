@@ -60,8 +60,7 @@ def passed(steps=None, path=None, write=lambda now: STORED, seconds=0.01, kind=R
         source = (DeadLetterFileSource(config, tasks, str(path), read_only=kind is ReplayListing) if path
                   else fakes.Queue())
         pipeline = types.SimpleNamespace(
-            config=config, source=source, tasks=tasks, metrics=Metrics(), health=Health(), write=call,
-                                         write_dead_letters=None,
+            config=config, source=source, tasks=tasks, metrics=Metrics(), health=Health(), write=call, sink=None,
             store=types.SimpleNamespace(batch_size=4, writers=1, call_timeout=2.0))
         ticking = asyncio.ensure_future(tick())
         if path:

@@ -173,7 +173,7 @@ def test_a_signal_ends_what_runs_and_what_is_opened():
         window = Window(types.SimpleNamespace(
             config=fakes.options(), source=queue, tasks=xmsrv.BackgroundTasks(), metrics=Metrics(), health=Health(),
                                               write=None,
-            write_dead_letters=None, store=Store()), WindowLimits(0, 1, 1), None)
+            sink=None, store=Store()), WindowLimits(0, 1, 1), None)
         stopper.window = window
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(0.01)

@@ -69,8 +69,7 @@ class Runner:
         tasks.start(tick())
         self.tasks = tasks
         yield types.SimpleNamespace(
-            config=config, source=self.queue, tasks=tasks, metrics=figures, health=health, write=call,
-                                    write_dead_letters=None,
+            config=config, source=self.queue, tasks=tasks, metrics=figures, health=health, write=call, sink=None,
             store=types.SimpleNamespace(batch_size=4, writers=2, call_timeout=2.0))
         await tasks.cancel()
 

@@ -53,7 +53,7 @@ def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, k
             return [keep(loop.time() - 1000) if callable(keep) else keep] * len(messages)
         pipeline = types.SimpleNamespace(
             config=options, source=queue, tasks=tasks, metrics=Metrics(), health=Health(), write=call,
-                                         write_dead_letters=keep_all,
+            sink=types.SimpleNamespace(write_dead_letters=keep_all),
             store=types.SimpleNamespace(batch_size=4, writers=2, call_timeout=2.0))
 
         async def tick():
@@ -423,7 +423,7 @@ def test_one_message_larger_than_the_bound_is_decoded_alone():
     queue.waiting.extend(numbered(n, body=b'x' * 100) for n in range(3))
     fit, _ = queue.take_records(100)
     assert (len(fit), queue.take_records(100)) == (1, ([], []))
-    queue.subtract_sizes(fit)
+    queue.decoded_bytes -= fit[0].size
     assert len(queue.take_records(100)[0]) == 1
 
 
