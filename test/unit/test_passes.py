@@ -211,6 +211,12 @@ def test_letters_that_fail_again_count_as_progress():
     assert (window.end_reason, window.count['received']) == (End.TIMEOUT, 5)
 
 
+def test_letters_that_the_store_rejects_count_as_progress(tmp_path):
+    path = file_of(tmp_path, *range(40))
+    window, _ = passed(path=path, write=lambda now: WriteResult('rejected', 'too-big', 'no'), seconds=1.5, timeout='2s')
+    assert (window.end_reason, window.count['requeued']) == (End.IDLE, 40) and window.times.seconds > 14
+
+
 def test_a_look_keeps_everything_where_it_is():
     letters = [letter(n, reason) for n, reason in enumerate(('schema', 'key', 'schema', 'key'))]
     window, written = passed(sent(*letters), kind=ReplayListing, choice=ReplayFilter(reasons=('key',), limit=1))
