@@ -3127,20 +3127,32 @@ RESPONSE, ERROR, MESSAGE = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR, nsq.FR
 FRAME_HEADER = struct.Struct('>ii')          # size of what follows, frame type
 MESSAGE_HEADER = struct.Struct('>iiqH16s')   # of a message: size, type, timestamp, attempts, id
 LATE_ERRORS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')       # not fatal: nsqd has delivered it again
-UNREACHABLE = (OSError, NsqdError, asyncio.TimeoutError, UnicodeError)    # the last: a name that is none
+UNREACHABLE = (OSError, NsqdError, UnicodeError)   # OSError: TimeoutError, too; UnicodeError: a name that is none
 Nsqds = dict[Address, int | None]       # address -> HTTP port, where nsqlookupd has named it
 
 
-def describe_error(error: BaseException | None) -> str:
+def describe_error(error: BaseException) -> str:
     """Describes an exception of a connection in a few words."""
     cause = getattr(error, 'real_error', None) or error
-    if isinstance(cause, asyncio.TimeoutError):
+    if isinstance(cause, TimeoutError):
         return 'no answer in time'
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f'TLS: {cause.verify_message}'
     if isinstance(cause, StreamClosedError):
         return 'the connection was closed'
     return getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__
+
+
+@contextlib.asynccontextmanager
+async def time_limit(seconds: float | None, text: str) -> AsyncIterator[asyncio.Timeout]:
+    """Raises NsqdError(text) when its block takes longer."""
+    try:
+        async with asyncio.timeout(seconds) as bound:
+            yield bound
+    except TimeoutError:
+        if not bound.expired():   # ETIMEDOUT from the kernel
+            raise
+        raise NsqdError(text) from None
 
 
 class NameResolver(Resolver):
@@ -3168,6 +3180,7 @@ class NameResolver(Resolver):
         if not future:
             future = self.lookups[key] = concurrent.futures.Future()
             future.set_running_or_notify_cancel()   # a cancelled waiter must not cancel it for others
+            future.add_done_callback(lambda _: self.lookups.pop(key))
             # daemon: no exit waits for it
             threading.Thread(target=self.run_lookup, args=(future, key), daemon=True).start()
         return future   # the thread may have removed it
@@ -3175,13 +3188,9 @@ class NameResolver(Resolver):
     def run_lookup(self, future: concurrent.futures.Future[list[Any]], key: tuple[str, int]) -> None:
         """Looks the name up, in the thread."""
         try:
-            found = look_up_name(*key)
+            future.set_result(look_up_name(*key))
         except (OSError, UnicodeError) as error:
-            self.lookups.pop(key)
             future.set_exception(error)
-        else:
-            self.lookups.pop(key)
-            future.set_result(found)
 
 
 class ResolvedName(Resolver):
@@ -3277,16 +3286,15 @@ class ConnectionOptions:
         """The fields of IDENTIFY that are the same for every connection."""
         host = socket.gethostname()
         return {'client_id': host.partition('.')[0], 'hostname': host, 'user_agent': f'x-msrv/{__version__}',
-                'feature_negotiation': True, 'tls_v1': bool(self.tls_options),
-                'deflate': self.compression == 'deflate'}
+                'feature_negotiation': True, 'tls_v1': bool(self.tls_options), 'deflate': self.compression == 'deflate'}
 
     def requested_features(self) -> dict[str, int]:
         """The features that IDENTIFY requests; nsqd refuses all of them when one value exceeds its limits."""
-        wishes = {'heartbeat_interval': int(HEARTBEAT_INTERVAL * 1000), 'output_buffer_timeout': OUTPUT_BUFFER_TIMEOUT,
-                  'output_buffer_size': OUTPUT_BUFFER_SIZE}
+        features = {'heartbeat_interval': int(HEARTBEAT_INTERVAL * 1000), 'output_buffer_size': OUTPUT_BUFFER_SIZE,
+                    'output_buffer_timeout': OUTPUT_BUFFER_TIMEOUT}
         if self.msg_timeout:
-            wishes['msg_timeout'] = int(self.msg_timeout * 1000)
-        return wishes
+            features['msg_timeout'] = int(self.msg_timeout * 1000)
+        return features
 
 
 class Connection:
@@ -3352,13 +3360,9 @@ class Connection:
 
     async def limit_step(self, step: str, awaitable: Awaitable[Item]) -> Item:
         """Awaits a step of the handshake. Raises NsqdError when it takes longer than connect-timeout."""
-        try:
-            async with asyncio.timeout(self.options.connect_timeout) as bound:
-                return await awaitable
-        except TimeoutError:
-            if not bound.expired():   # ETIMEDOUT from the kernel
-                raise
-            raise NsqdError(f'{step}: no answer in {self.options.connect_timeout:g} s') from None
+        seconds = self.options.connect_timeout
+        async with time_limit(seconds, f'{step}: no answer in {seconds:g} s'):
+            return await awaitable
 
     async def connect_tcp(self) -> None:
         """A TCP connection to the first address of the name that takes one, of either family."""
@@ -3448,13 +3452,14 @@ class Connection:
         silence = 2 * self.heartbeat_interval + 1
         self.last_read = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(None) as bound:
+            async with time_limit(None, f'no heartbeat for {silence:g} s') as bound:
                 self.check_silence(silence, bound)
-                await self.deliver_all()
-        except TimeoutError:
-            if not bound.expired():   # the kernel has given up first
-                raise
-            raise NsqdError(f'no heartbeat for {silence:g} s') from None
+                while True:
+                    messages = self.unpack_frames(await self.read_frames())
+                    if messages or self.buffer:
+                        self.last_data = self.last_read
+                    if messages:
+                        self.deliver(messages)
         finally:
             self.silence_timer.cancel()
 
@@ -3467,15 +3472,6 @@ class Connection:
         else:
             bound.reschedule(due)
 
-    async def deliver_all(self) -> NoReturn:
-        """Delivers messages without end."""
-        while True:
-            messages = self.unpack_frames(await self.read_frames())
-            if messages or self.buffer:
-                self.last_data = self.last_read
-            if messages:
-                self.deliver(messages)
-
     async def read_frames(self) -> bytes:
         """Reads until the frame that has begun is complete. Chunks are joined once: joining each to those before costs
         the square of a large frame's size, and nsqd gives up a write after a heartbeat interval."""
@@ -3483,18 +3479,14 @@ class Connection:
         missing = (4 + FRAME_HEADER.unpack_from(self.buffer)[0] - len(self.buffer)
                    if len(self.buffer) >= FRAME_HEADER.size else 0)
         while True:
-            chunks.append(await self.read_chunk())
-            missing -= len(chunks[-1])
+            chunk: bytes = await self.stream.read_bytes(READ_SIZE, partial=True)
+            self.last_read = asyncio.get_running_loop().time()
+            chunks.append(chunk)
+            missing -= len(chunk)
             if missing > 0:
                 self.last_data = self.last_read
             else:
-                return b''.join(chunks) if self.buffer else chunks[1]
-
-    async def read_chunk(self) -> bytes:
-        """The next bytes."""
-        chunk: bytes = await self.stream.read_bytes(READ_SIZE, partial=True)
-        self.last_read = asyncio.get_running_loop().time()
-        return chunk
+                return b''.join(chunks) if self.buffer else chunk
 
     def unpack_frames(self, data: bytes) -> list[Message]:
         """The messages of all complete frames in `data`; other frames are handled at once."""
@@ -3559,14 +3551,9 @@ class Publisher(Connection):
         """Publishes all or none, in one MPUB: nsqd checks all before it accepts any. Raises one of UNREACHABLE. Each
         error closes the connection, and its text may get lost; after several PUBs it would be unknown which of them
         nsqd accepted."""
-        loop = asyncio.get_running_loop()
-        self.pending_answer = loop.create_future()
+        self.pending_answer = asyncio.get_running_loop().create_future()
         self.send_command(nsq.mpub(self.topic, bodies))
-        timer = loop.call_later(PUBLISH_TIMEOUT, self.resolve_answer, TimeoutError())
-        try:
-            await self.pending_answer
-        finally:
-            timer.cancel()
+        await asyncio.wait_for(self.pending_answer, PUBLISH_TIMEOUT)
 
     async def read_answers(self) -> None:
         """Reads until the connection ends, and fails a pending MPUB with the reason."""
@@ -3669,11 +3656,10 @@ class Subscription(Connection):
 
     async def close(self) -> None:
         """Sends CLS after all answers and reads until CLOSE_WAIT: closing at once would lose the FINs on their way.
-        Messages that arrive meanwhile are requeued, for a redelivery before msg-timeout; nsqd accepts REQ after
-        CLS."""
+        Messages that arrive meanwhile are requeued, so that msg-timeout need not pass; nsqd accepts REQ after CLS."""
         self.close_wait = asyncio.Event()
         self.send_command(b'CLS\n')
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.close_wait.wait(), CLOSE_TIMEOUT)
         self.consumer.requeue([message for message in self.consumer.in_flight.values() if message.conn is self])
         self.close_socket()
@@ -3689,59 +3675,48 @@ async def look_up(config: types.SimpleNamespace, topic: str,
                   patience: float = math.inf) -> tuple[Nsqds, dict[str, str]]:
     """Asks all nsqlookupds for the nsqds of a topic. Once one has named some, it waits for the others for at most
     `patience` seconds. Returns ({(host, port): http port}, {address: error})."""
-    addresses, link = config.nsq.lookupd_http_address, ConnectionOptions(config)
+    addresses, options = config.nsq.lookupd_http_address, ConnectionOptions(config)
+    answers: dict[str, Nsqds] = {}
+    errors = dict.fromkeys(addresses, 'no answer yet')
     client = http_client(len(addresses))
-    questions = {asyncio.ensure_future(ask_lookupd(client, address, topic, link)): address for address in addresses}
+
+    async def ask(address: str) -> None:
+        try:
+            answers[address] = await ask_lookupd(client, address, topic, options)
+            errors.pop(address, None)
+        except UNREACHABLE as error:
+            errors[address] = describe_error(error)
+        if any(answers.values()):
+            bound.reschedule(asyncio.get_running_loop().time() + patience)
     try:
-        waiting, timeout = set(questions), None
-        while waiting:
-            answered, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if not answered:
-                break
-            if any(not question.exception() and question.result() for question in answered) and patience < math.inf:
-                timeout = patience
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None) as bound:
+                await asyncio.gather(*map(ask, addresses))
     finally:
-        for question in questions:
-            question.cancel()
-        await asyncio.gather(*questions, return_exceptions=True)
         client.close()
-    return sort_lookup_answers(questions)
-
-
-def sort_lookup_answers(questions: Mapping[asyncio.Task[Nsqds], str]) -> tuple[Nsqds, dict[str, str]]:
-    """Sorts the answers of nsqlookupds, {question: address}, into ({(host, port): http port}, {address: error})."""
-    found, errors = {}, {}
-    for question, address in questions.items():
-        if question.cancelled():
-            errors[address] = 'no answer yet'
-        elif isinstance(question.exception(), UNREACHABLE):
-            errors[address] = describe_error(question.exception())
-        else:
-            found.update(question.result())
+    found = {nsqd: port for address in addresses for nsqd, port in answers.get(address, {}).items()}
     return found, errors
 
 
-async def lookup_options(address: str, link: ConnectionOptions) -> dict[str, Any]:
+async def lookup_options(address: str, options: ConnectionOptions) -> dict[str, Any]:
     """The arguments of fetch() for an nsqlookupd: for https:// with the certificates and the secret of [nsq]. The
     secret is never sent in the clear, nor to a redirect's target. Raises NsqdError."""
     if not address.startswith('https://'):
         return HTTP_TIMEOUTS
-    try:
-        async with asyncio.timeout(LOOKUP_TIMEOUT):   # their files may be on a mount that hangs
-            context, secret = await link.load_credentials()
-    except TimeoutError:
-        raise NsqdError('[nsq] a certificate or the secret: not read in time') from None
+    # their files may be on a mount that hangs
+    async with time_limit(LOOKUP_TIMEOUT, '[nsq] a certificate or the secret: not read in time'):
+        context, secret = await options.load_credentials()
     if secret and not re.fullmatch(rb'[!-~]+', secret):   # tornado's error would show it
         raise NsqdError('[nsq] the secret: a header of HTTP takes printable ASCII without blanks')
     headers = {'Authorization': f'Bearer {secret.decode()}'} if secret else {}
     return {**HTTP_TIMEOUTS, 'ssl_options': context, 'headers': headers, 'follow_redirects': False}
 
 
-async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, link: ConnectionOptions) -> Nsqds:
+async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, options: ConnectionOptions) -> Nsqds:
     """The nsqds that one nsqlookupd names for a topic; none when it does not know the topic."""
     try:
         response = await client.fetch(f'{address}/lookup?topic={topic.replace("#", "%23")}',
-                                      **await lookup_options(address, link))
+                                      **await lookup_options(address, options))
         found: Nsqds = {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
                         for p in json.loads(response.body)['producers']}
         if not all(port for _, port in found):   # 0 would mean a unix socket of this machine
@@ -3790,8 +3765,7 @@ async def total_depth(config: types.SimpleNamespace, topic: str, channel: str) -
     """The number of messages that wait for a channel on all nsqds; None when an nsqd does not report it."""
     nsqds = await find_nsqds(config, topic)
     stats = await asyncio.gather(*(topic_stats(address, http_port, topic) for address, http_port in nsqds.items()))
-    return (None if None in stats
-            else sum(sum(topic_and_channel_depth(each, channel)) for each in stats if each is not None))
+    return None if None in stats else sum(sum(topic_and_channel_depth(each, channel)) for each in stats if each)
 
 
 class ChannelDepth(NamedTuple):
@@ -3804,13 +3778,11 @@ class ChannelDepth(NamedTuple):
 async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, ChannelDepth]:
     """What waits for a channel on each nsqd that tells it, by address as text. Leaves out an nsqd or nsqlookupd that
     does not answer, without a log line: the consumer logs that."""
-    nsqds: Nsqds = dict.fromkeys(config.nsq.nsqd_tcp_address)
-    if config.nsq.lookupd_http_address:
-        nsqds = (await look_up(config, topic, LOOKUP_GRACE))[0]
+    nsqds: Nsqds = dict.fromkeys(config.nsq.nsqd_tcp_address) or (await look_up(config, topic, LOOKUP_GRACE))[0]
     found: dict[Address, ChannelDepth] = {}
 
     async def ask(address: Address, http_port: int | None) -> None:
-        stats = await topic_stats(address, http_port, topic, '&include_clients=false')
+        stats = await topic_stats(address, http_port, topic)
         if stats is None:
             return
         with contextlib.suppress(AttributeError, KeyError, TypeError):   # another web server answers there
@@ -3824,8 +3796,7 @@ async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, Cha
     return {format_address(address): found[address] for address in nsqds if address in found}
 
 
-async def topic_stats(address: Address, http_port: int | None, topic: str,
-                      query: str = '') -> dict[str, Any] | None:
+async def topic_stats(address: Address, http_port: int | None, topic: str) -> dict[str, Any] | None:
     """The statistics of a topic on an nsqd: {} without such a topic, None when its HTTP port can't be found.
 
     nsqlookupd names the HTTP port; else the next port is tried (4151 after 4150), if it is the same nsqd's.
@@ -3839,8 +3810,8 @@ async def topic_stats(address: Address, http_port: int | None, topic: str,
         info = await client.fetch(f'{base}/info', **HTTP_TIMEOUTS)
         if json.loads(info.body)['tcp_port'] != tcp_port:
             return None
-        name = topic.replace('#', '%23')
-        stats = await client.fetch(f'{base}/stats?format=json&include_mem=false&topic={name}{query}', **HTTP_TIMEOUTS)
+        query = f'format=json&include_mem=false&include_clients=false&topic={topic.replace("#", "%23")}'
+        stats = await client.fetch(f'{base}/stats?{query}', **HTTP_TIMEOUTS)
         found: dict[str, Any] = next(iter(json.loads(stats.body)['topics'] or ()), {})   # nsqd says null for none
         return found
     except (OSError, HTTPError, ValueError, KeyError, TypeError, RecursionError):

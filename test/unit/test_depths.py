@@ -16,7 +16,7 @@ def asked(monkeypatch, answers, seconds=100):
     hosts = [f'10.0.0.{n}:4150' for n in range(len(answers))]
     config = fakes.options(nsq={'nsqd-tcp-address': hosts})
 
-    async def stats(address, http_port, topic, query):
+    async def stats(address, http_port, topic):
         assert (http_port, topic) == (None, 'orders')
         answer = answers[hosts.index(xmsrv.format_address(address))]
         if answer == 'hangs':
