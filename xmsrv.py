@@ -5280,37 +5280,6 @@ class Source(typing.Protocol):
         """True when nothing can arrive any more."""
 
 
-class RdyAllocator:
-    """Distributes RDY: new RDY values from a budget and the connections. It has no state.
-
-    Example: three connections, a budget of 12, and the third is idle. The idle one keeps RDY 1, so that its next
-    message is delivered; the other two share 11: RDY 6, 5, 1. A budget of 2 is not enough for RDY 1 each: the two that
-    are not idle get 1 each, and idle connections take turns.
-    """
-
-    @staticmethod
-    def allocate_rdy(connections: Sequence[Any], budget: int, keep: bool) -> list[tuple[Any, int]]:
-        """The new RDY of each connection. Lower values come first, so that the sum never exceeds the budget meanwhile.
-        keep: within the budget only idle connections lose RDY."""
-        # Example: RDY is 10, and 4 messages of it are held back. For nsqd these are in flight, so only 6 others can
-        # come. The budget is shared without held messages, and each share is raised by them: for a share of 6 RDY 10 is
-        # sent.
-        more = rdy_shares([(max(0, c.rdy - c.held_back) if keep else 0, c.idle, c.rdy_since,
-                            max(0, c.max_rdy - c.held_back)) for c in connections], budget)
-        rdys = [(c, share and share + c.held_back) for c, share in zip(connections, more, strict=True)]
-        return sorted(rdys, key=lambda pair: pair[1] - pair[0].rdy)
-
-    @staticmethod
-    def reduced_rdy(connection: Any, connections: Sequence[Any], budget: int) -> int:
-        """The new RDY of a connection on which messages have arrived, so that the sum stays within the budget.
-
-        Example: The window may accept 5 messages, RDY is 5. Three arrive, so the budget is 2, and RDY 2 is sent
-        before the first FIN. Otherwise each FIN would free a slot of RDY 5, and nsqd would send a sixth message.
-        """
-        excess = sum([c.rdy - c.held_back for c in connections]) - budget
-        return connection.rdy if excess <= 0 else max(0, connection.rdy - excess)
-
-
 def rdy_shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> list[int]:
     """Distributes a budget of messages as RDY; each state is (rdy, idle, rdy_since, max_rdy).
 
@@ -5319,31 +5288,53 @@ def rdy_shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> l
     turns, the one whose turn was longest ago first.
     """
     rdys = [0] * len(states)
-    eager = [i for i, (_, idle, _, _) in enumerate(states) if not idle]
+    eager = sorted((i for i, state in enumerate(states) if not state[1]), key=lambda i: -states[i][0])
     idle = sorted((i for i, state in enumerate(states) if state[1]), key=lambda i: states[i][2])
     if budget >= len(states):
         for i in idle:
             rdys[i] = 1
         budget -= len(idle)
-    first, second = sorted(eager, key=lambda i: -states[i][0]), idle
     # Example: a budget of 12 for A (RDY 9), B (RDY 1) and C (RDY 1, idle). C gets 1, so 11 are left for A and B. A
     # keeps its 9, more than its fair share of 6, for 9 messages may be on their way. B gets the other 2.
-    for group in (first, second if not first or budget else ()):
+    for group in eager, idle:
         for place, i in enumerate(group):
             rdy, _, _, most = states[i]
             fair = -(-budget // (len(group) - place))
-            more = min(budget, most - rdys[i], max(fair, rdy if group is first else 0))
+            more = min(budget, most - rdys[i], max(fair, rdy if group is eager else 0))
             rdys[i] += more
             budget -= more
     return rdys
 
 
-class InFlightBytes:
-    """Counts bytes of bodies in flight; tells how many more fit.
+def allocate_rdy(connections: Sequence[Any], budget: int, keep: bool) -> list[tuple[Any, int]]:
+    """The new RDY of each connection. Lower values come first, so that the sum never exceeds the budget meanwhile.
+    keep: within the budget only idle connections lose RDY.
 
-    expected_size: expected bytes of the next messages. A large message raises it at once, each small one lowers it a
-    little.
+    Example: three connections, a budget of 12, and the third is idle. The idle one keeps RDY 1, so that its next
+    message is delivered; the other two share 11: RDY 6, 5, 1. A budget of 2 is not enough for RDY 1 each: the two that
+    are not idle get 1 each, and idle connections take turns.
     """
+    # Example: RDY is 10, and 4 messages of it are held back. For nsqd these are in flight, so only 6 others can come.
+    # The budget is shared without held messages, and each share is raised by them: for a share of 6 RDY 10 is sent.
+    more = rdy_shares([(max(0, c.rdy - c.held_back) if keep else 0, c.idle, c.rdy_since,
+                        max(0, c.max_rdy - c.held_back)) for c in connections], budget)
+    rdys = [(c, share and share + c.held_back) for c, share in zip(connections, more, strict=True)]
+    return sorted(rdys, key=lambda pair: pair[1] - pair[0].rdy)
+
+
+def reduced_rdy(connection: Any, connections: Sequence[Any], budget: int) -> int:
+    """The new RDY of a connection on which messages have arrived, so that the sum stays within the budget.
+
+    Example: The window may accept 5 messages, RDY is 5. Three arrive, so the budget is 2, and RDY 2 is sent before the
+    first FIN. Otherwise each FIN would free a slot of RDY 5, and nsqd would send a sixth message.
+    """
+    excess = sum([c.rdy - c.held_back for c in connections]) - budget
+    return connection.rdy if excess <= 0 else max(0, connection.rdy - excess)
+
+
+class InFlightBytes:
+    """Counts bytes of bodies in flight; tells how many more messages fit. A large message raises `expected_size`, the
+    bytes expected of the next, at once; each small one lowers it a little."""
 
     def __init__(self, most: int) -> None:
         self.limit, self.total, self.expected_size = most, 0, FIRST_MESSAGE_SIZE
@@ -5371,33 +5362,29 @@ class LookupPoller:
         self.config, self.topic, self.consumer = config, topic, consumer
         self.lookup_due = asyncio.Event()
         self.news = ChangeLog()
-        self.waiting_futures: list[asyncio.Future[None]] = []   # for the next answer
+        self.answered = asyncio.Event()   # set by the next look-up that begins
 
     async def run(self) -> None:
         """Polls every LOOKUP_INTERVAL, and at once for wait_for_answer()."""
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.lookup_due.wait(), LOOKUP_INTERVAL)
             self.lookup_due.clear()
             await self.look_up()
 
     async def look_up(self) -> None:
         """Polls once. When no nsqlookupd answers, the known nsqds stay."""
-        waiting, self.waiting_futures = self.waiting_futures, []
+        answered, self.answered = self.answered, asyncio.Event()
         try:
             self.consumer.update_nsqds(await find_nsqds(self.config, self.topic, news=self.news))
         except Unavailable as error:
             self.news.log(logging.WARNING, '%s; keeping the known nsqds', error)
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        answered.set()
 
     async def wait_for_answer(self) -> None:
-        """Polls now and waits for the answer."""
-        future = asyncio.get_running_loop().create_future()
-        self.waiting_futures.append(future)
+        """Polls now and waits for the answer; one to an earlier look-up may be out of date."""
         self.lookup_due.set()
-        await future
+        await self.answered.wait()
 
 
 class Consumer:
@@ -5415,7 +5402,7 @@ class Consumer:
         self.connect_errors: dict[Address, str | None] = {}         # address -> None, or the error of its last attempt
         self.in_flight: dict[str, Message] = {}                     # key -> Message without an answer yet
         self.in_flight_bytes = InFlightBytes(config.nsq.max_held)
-        self.credit: Callable[[], int] | None = None   # of the window that takes messages
+        self.credit: Callable[[], int] = lambda: 0   # of the window that takes messages; 0 between windows
         self.deliver: Callable[[list[Message]], None] | None = None
         self.requeued = self.late = 0
         self.idle_since: float | None = None
@@ -5426,13 +5413,12 @@ class Consumer:
         """Looks up the nsqds and connects; returns when the first is connected. Raises Unavailable when none is."""
         news = self.poller.news if self.poller else None
         self.update_nsqds(await find_nsqds(self.config, self.topic, LOOKUP_GRACE, news))
-        addresses = self.addresses
-        while addresses and not self.connections and not self.has_tried_all() and not self.tasks.error:
+        while not (self.connections or self.has_tried_all() or self.tasks.error):
             self.tasks.wake.clear()
             await self.tasks.wake.wait()
         if self.tasks.error:
             raise self.tasks.error
-        if addresses and not self.connections:
+        if self.addresses and not self.connections:
             raise Unavailable(self.failure_text)
         self.tasks.start(self.run_ticks())
         if self.poller:
@@ -5528,7 +5514,7 @@ class Consumer:
 
     def stop(self) -> None:
         """Stops delivering: no window accepts messages."""
-        self.credit = self.deliver = None
+        self.credit, self.deliver = lambda: 0, None
         self.on_credit_change()
 
     def on_messages(self, connection: Subscription, messages: list[Message]) -> None:
@@ -5550,13 +5536,11 @@ class Consumer:
 
     def on_redelivery(self, first: Message, second: Message) -> None:
         """Handles a redelivery of a message in flight: the answer goes to the connection that delivered it last."""
-        if second is not first:
-            if second.conn is not first.conn:
-                first.conn.in_flight -= 1
-                first.conn.held_back -= first.held_back
-                second.conn.in_flight += 1
-                second.conn.held_back += first.held_back
-            first.conn, first.touched_at, first.received_at = second.conn, second.touched_at, second.received_at
+        first.conn.in_flight -= 1
+        first.conn.held_back -= first.held_back
+        second.conn.in_flight += 1
+        second.conn.held_back += first.held_back
+        first.conn, first.touched_at, first.received_at = second.conn, second.touched_at, second.received_at
 
     def hold_messages(self, messages: list[Message]) -> None:
         """Keeps messages in flight until they are requeued; RDY is raised by their number, so that others can
@@ -5575,7 +5559,7 @@ class Consumer:
         Example: max-held is 32 MiB, 24 MiB are in flight in 100 messages, and messages have 1 MiB: 8 more may come, so
         RDY may add up to 108.
         """
-        credit = self.credit() if self.credit else 0
+        credit = self.credit()
         if credit <= 0 or self.in_flight_bytes.is_full:
             return 0
         held_back = sum([c.held_back for c in self.connections])
@@ -5585,11 +5569,11 @@ class Consumer:
     def reduce_rdy(self, connection: Subscription) -> None:
         """Lowers the RDY of a connection by the messages that arrived on it, when the window or max-held is nearly
         full: before a FIN can free a slot, and without touching other connections."""
-        spare = min(self.credit() if self.credit else 0, self.in_flight_bytes.free_slots)
+        spare = min(self.credit(), self.in_flight_bytes.free_slots)
         if spare >= self.max_in_flight:   # the sum of RDY can't exceed it; skips sums that cost much with 100 nsqds
             return
         budget = self.rdy_budget
-        connection.set_rdy(RdyAllocator.reduced_rdy(connection, self.connections, budget))
+        connection.set_rdy(reduced_rdy(connection, self.connections, budget))
         if budget == 0 or self.in_flight_bytes.free_slots < self.max_in_flight:   # else the next tick does it
             self.on_credit_change()
 
@@ -5598,10 +5582,10 @@ class Consumer:
         # Example: max-in-flight is 2,500 and the credit is over 5,000. All of RDY is moved from A to B: if A still
         # sends 2,500 by its old RDY, and B 2,500 by the new one, that is not too many. So nothing is counted, and A
         # loses its RDY at once.
-        plenty = self.credit is not None and self.credit() > 2 * self.max_in_flight
+        plenty = self.credit() > 2 * self.max_in_flight
         now = asyncio.get_running_loop().time()
         may_come = 0 if plenty else sum([connection.may_send_at(now) for connection in self.connections])
-        for connection, share in RdyAllocator.allocate_rdy(self.connections, self.rdy_budget, keep=not plenty):
+        for connection, share in allocate_rdy(self.connections, self.rdy_budget, keep=not plenty):
             may_send, rdy = connection.may_send_at(now), share
             if rdy > connection.rdy and not plenty:
                 rdy = min(rdy, self.rdy_bound(connection, may_come - may_send))
@@ -5616,8 +5600,7 @@ class Consumer:
 
         Example: 10 may come, A has RDY 10 and is silent, so it is lowered to 1. B gets 9, after RDY_TRANSIT.
         """
-        credit = self.credit() if self.credit else 0
-        return max(connection.rdy, credit + connection.held_back - others)
+        return max(connection.rdy, self.credit() + connection.held_back - others)
 
     @property
     def is_exhausted(self) -> bool:
@@ -5649,8 +5632,7 @@ class Consumer:
         self.send_answers(b'FIN %s\n', messages)
 
     def requeue(self, messages: list[Message], delay: float = 0) -> None:
-        """Sends REQ. Without a delay only at RDY 0: else nsqd would redeliver the same messages at
-        once."""
+        """Sends REQ. Without a delay only at RDY 0: else nsqd would redeliver the same messages at once."""
         late = self.send_answers(b'REQ %%s %d\n' % (delay * 1000), messages)
         self.requeued += len(messages) - late
 
@@ -5713,10 +5695,10 @@ class Consumer:
         """Waits for the next tick. Between windows only TOUCH is due; without messages in flight this sleeps until
         tick_due."""
         self.tick_due.clear()
-        if self.credit:
+        if self.deliver:
             await asyncio.sleep(TICK_INTERVAL)
             return
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.tick_due.wait(), touch_interval if self.in_flight else None)
 
     async def close(self) -> None:

@@ -295,10 +295,9 @@ MUTANTS = (
     Mutant('RDY over max_rdy_count', 'more = min(budget, most - rdys[i],', 'more = min(budget,'),
     Mutant('idle nsqds take no turns', 'key=lambda i: states[i][2])', 'key=lambda i: 0)'),
     Mutant('RDY is not lowered by what came', '            self.deliver(fresh)\n            self.reduce_rdy(connection)', '            self.deliver(fresh)'),
-    Mutant('RDY after the end', '        self.credit = self.deliver = None\n        self.on_credit_change()', '        self.deliver = None'),
+    Mutant('RDY after the end', '        self.credit, self.deliver = lambda: 0, None\n        self.on_credit_change()', '        self.deliver = None'),
     Mutant('credit of a window leaks into the next', '        self.credit, self.deliver = credit, deliver\n        self.tick_due',
-           '        self.credit, self.deliver = self.credit or credit, deliver\n        self.tick_due',
-           equivalent='stop() takes the old one away first; see the mutant of that, RDY after the end'),
+           '        self.deliver = deliver\n        self.tick_due'),
     Mutant('counts of a window leak into the next', '        self.requeued = self.late = 0\n        self.idle_since = None', '        self.idle_since = None'),
     Mutant('idleness of a window leaks into the next', '            connection.idle = connection.proven_idle = False\n\n', '            pass\n\n'),
     Mutant('max-held is not looked at', 'if credit <= 0 or self.in_flight_bytes.is_full:', 'if credit <= 0:'),
@@ -322,7 +321,7 @@ MUTANTS = (
     Mutant('a connection that ends at once begins the delays anew', 'call_later(backoff.longest, backoff.reset_delay)', 'call_later(0, backoff.reset_delay)'),
     Mutant('the first error of an outage stays', "            if was_up or self.has_tried_all():\n", '            if was_up:\n'),
     Mutant('delays of REQ in seconds', "(b'REQ %%s %d\\n' % (delay * 1000), messages)", "(b'REQ %%s %d\\n' % delay, messages)"),
-    Mutant('what is held back uses up RDY', '        rdys = [(c, share and share + c.held_back)', '        rdys = [(c, share)'),
+    Mutant('what is held back uses up RDY', 'rdys = [(c, share and share + c.held_back)', 'rdys = [(c, share)'),
 
     Mutant('RDY goes to another at once', 'rdy = min(rdy, self.rdy_bound(connection, may_come - may_send))', 'pass'),
     Mutant('a lower RDY is never heard', 'return self.old_rdy if now - self.lowered_at < RDY_TRANSIT + self.round_trip else 0', 'return self.old_rdy'),
@@ -335,7 +334,7 @@ MUTANTS = (
     Mutant('a tick that does not look for idle nsqds', '            self.mark_idle(now)\n            self.on_credit_change()', '            self.on_credit_change()'),
     Mutant('the longest msg-timeout rules', 'min((c.msg_timeout for c in self.connections), default=60)', 'max((c.msg_timeout for c in self.connections), default=60)'),
     Mutant('an nsqd that is back is not told', '        if backoff.tries:\n            log.info', '        if False:\n            log.info'),
-    Mutant('the first nsqd is not waited for', 'while addresses and not self.connections and not self.has_tried_all()', 'while addresses and not self.has_tried_all()'),
+    Mutant('the first nsqd is not waited for', 'while not (self.connections or self.has_tried_all()', 'while not (self.has_tried_all()'),
 
     # -- window
     Mutant('more than N', 'excess, messages = messages[left:], messages[:left]', 'excess, messages = [], messages'),

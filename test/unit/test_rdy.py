@@ -3,7 +3,7 @@ import types
 
 import pytest
 
-from xmsrv import RdyAllocator
+from xmsrv import allocate_rdy, reduced_rdy
 
 
 def connection(rdy=0, idle=False, rdy_since=0.0, max_rdy=2500, held_back=0):
@@ -13,7 +13,7 @@ def connection(rdy=0, idle=False, rdy_since=0.0, max_rdy=2500, held_back=0):
 def allocated(connections, budget, keep=True):
     """The RDY of each, in the order of the connections; on the way the sum never exceeds what it may."""
     total, most = sum(c.rdy for c in connections), max(budget, sum(c.rdy for c in connections))
-    new = RdyAllocator.allocate_rdy(connections, budget, keep)
+    new = allocate_rdy(connections, budget, keep)
     held_back = sum(each.held_back for each in connections)
     for each, rdy in new:
         total += rdy - each.rdy
@@ -66,4 +66,4 @@ def test_with_a_hundred_nsqds_the_sum_is_the_budget_and_all_take_turns(budget):
 ])
 def test_what_came_is_taken_off_the_connection_that_it_came_on(rdys, budget, expected):
     connections = [connection(rdy=rdy) for rdy in rdys]
-    assert RdyAllocator.reduced_rdy(connections[0], connections, budget) == expected
+    assert reduced_rdy(connections[0], connections, budget) == expected

@@ -23,7 +23,7 @@ FLAGS = {
     'FieldRule.required': 'a word of the configuration, never changed',
     'Message.held_back': 'whether RDY is raised for it: one bit for each of thousands of messages',
     'Connection.is_closed': 'whether the socket has ended: set once',
-    'Subscription.idle': 'a measured fact, which RdyAllocator deals by',
+    'Subscription.idle': 'a measured fact, which allocate_rdy deals by',
     'Subscription.proven_idle': 'a measured fact: RDY was above 0 for long enough',
     'AerospikeStore.write_accepted': 'a fact about the cluster: set once, by the first write that it accepts',
     'DeadLetterSink.closed': 'set once, by close()',
