@@ -572,12 +572,12 @@ def set_up_log(arguments: argparse.Namespace, log_format: str = 'text', **common
     logging.getLogger('tornado').setLevel(logging.CRITICAL)   # it would report again each error that it raises
 
 
-ENDS = ('queue', 'store', 'dead letters')
+BACKENDS = ('queue', 'store', 'dead letters')
 
 
-class EndState(enum.StrEnum):
-    """The state of one of ENDS. UP: no failure is known. DOWN: it fails, and a text says why. CLOSED: it is closed on
-    purpose while another end fails. STARTING: nothing is known of it yet."""
+class BackendState(enum.StrEnum):
+    """The state of one of BACKENDS. UP: no failure is known. DOWN: it fails, and a text says why. CLOSED: it is closed
+    on purpose while another fails. STARTING: nothing is known of it yet."""
 
     UP = 'up'
     DOWN = 'down'
@@ -586,16 +586,16 @@ class EndState(enum.StrEnum):
 
 
 # Of several workers: one that fails counts for all; one that is just starting does not while others work.
-MERGE_ORDER = (EndState.DOWN, EndState.CLOSED, EndState.UP, EndState.STARTING)
+MERGE_ORDER = (BackendState.DOWN, BackendState.CLOSED, BackendState.UP, BackendState.STARTING)
 
 
-def merge_end_states(states: Sequence[Mapping[str, EndState]]) -> dict[str, EndState]:
-    """The state of each of ENDS for several workers together."""
-    return {end: min((each[end] for each in states), key=MERGE_ORDER.index) for end in ENDS}
+def merge_backend_states(states: Sequence[Mapping[str, BackendState]]) -> dict[str, BackendState]:
+    """The state of each of BACKENDS for several workers together."""
+    return {backend: min((each[backend] for each in states), key=MERGE_ORDER.index) for backend in BACKENDS}
 
 
-class EndFailure(NamedTuple):
-    """The failure of an end: its text, the loop time since when, its kind, and the loop time of its last report."""
+class BackendFailure(NamedTuple):
+    """The failure of a backend: its text, the loop time since when, its kind, and the loop time of its last report."""
 
     text: str
     since: float
@@ -604,49 +604,50 @@ class EndFailure(NamedTuple):
 
 
 class Health:
-    """The state of the queue, the store and the dead-letter sink (ENDS): which are up, which fail, and since when.
+    """The state of the queue, the store and the dead-letter sink (BACKENDS): which are up, which fail, and since when.
 
     Every failure is reported here and nowhere else. The log, STATUS, /readyz, the page and the metrics read it, so that
     they agree.
     """
 
     def __init__(self) -> None:
-        self.errors: dict[str, EndFailure] = {}
+        self.errors: dict[str, BackendFailure] = {}
 
-    def report_failure(self, end: str, text: str, kind: str | None = None) -> None:
-        """`end` fails, because of `text`. A repeated failure of the same kind is logged only with -v."""
-        last, now = self.errors.get(end), asyncio.get_running_loop().time()
-        failure = EndFailure(text, last.since if last else now, kind or text, now)
+    def report_failure(self, backend: str, text: str, kind: str | None = None) -> None:
+        """`backend` fails, because of `text`. A repeated failure of the same kind is logged only with -v."""
+        last, now = self.errors.get(backend), asyncio.get_running_loop().time()
+        failure = BackendFailure(text, last.since if last else now, kind or text, now)
         known = last is not None and last.kind == failure.kind
-        log.log(logging.DEBUG if known else logging.WARNING, '%s unavailable (%s): retrying%s', end, text,
-                '' if end == 'dead letters' else ', consumption paused', extra={'kind': f'{end}: {failure.kind}'})
-        self.errors[end] = failure
+        paused = '' if backend == 'dead letters' else ', consumption paused'
+        log.log(logging.DEBUG if known else logging.WARNING, '%s unavailable (%s): retrying%s', backend, text, paused,
+                extra={'kind': f'{backend}: {failure.kind}'})
+        self.errors[backend] = failure
 
-    def report_recovery(self, end: str) -> None:
-        """`end` works, or works again."""
-        failure = self.errors.pop(end, None)
+    def report_recovery(self, backend: str) -> None:
+        """`backend` works, or works again."""
+        failure = self.errors.pop(backend, None)
         if failure:
-            level = logging.INFO if end == 'queue' else logging.WARNING   # as for a single nsqd
-            log.log(level, '%s recovered after %.1f s', end, asyncio.get_running_loop().time() - failure.since)
+            level = logging.INFO if backend == 'queue' else logging.WARNING   # as for a single nsqd
+            log.log(level, '%s recovered after %.1f s', backend, asyncio.get_running_loop().time() - failure.since)
 
-    def is_up(self, end: str) -> bool:
-        """True when no failure of `end` is known."""
-        return end not in self.errors
+    def is_up(self, backend: str) -> bool:
+        """True when no failure of `backend` is known."""
+        return backend not in self.errors
 
     @property
-    def end_states(self) -> dict[str, EndState]:
-        """The state of each of ENDS, while all are open."""
-        return {end: EndState.UP if self.is_up(end) else EndState.DOWN for end in ENDS}
+    def backend_states(self) -> dict[str, BackendState]:
+        """The state of each of BACKENDS, while all are open."""
+        return {backend: BackendState.UP if self.is_up(backend) else BackendState.DOWN for backend in BACKENDS}
 
     @property
     def failures(self) -> dict[str, str]:
-        """Why each of ENDS is down that is."""
-        return {end: self.errors[end].text for end in ENDS if end in self.errors}
+        """Why each of BACKENDS is down that is."""
+        return {backend: self.errors[backend].text for backend in BACKENDS if backend in self.errors}
 
 
 def describe_failures(failures: Mapping[str, str]) -> list[str]:
     """Failures in words, each with its end."""
-    return [f'{end} unavailable: {why}' for end, why in failures.items()]
+    return [f'{backend} unavailable: {why}' for backend, why in failures.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -690,7 +691,8 @@ METRIC_DEFINITIONS = (
 )
 LAST_SUCCESS = 'xmsrv_last_success_timestamp_seconds'
 KEPT_GAUGES = (LAST_SUCCESS, 'xmsrv_build_info')                               # gauges that a reload does not touch
-UP_METRICS = {'queue': 'xmsrv_queue_up', 'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}   # of ENDS
+# by backend
+UP_METRICS = {'queue': 'xmsrv_queue_up', 'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}
 METRICS_BY_NAME = {metric.name: metric for metric in METRIC_DEFINITIONS}
 BUCKET_BOUNDS = {   # upper bounds of the buckets
     'xmsrv_store_batch_seconds': (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
@@ -842,16 +844,17 @@ class Metrics:
             self.set_gauge('xmsrv_channel_depth', depth, nsqd)
 
     def record_unavailable(self, failed: Collection[str]) -> None:
-        """Records a window that could not begin, for these of ENDS."""
+        """Records a window that could not begin, for these of BACKENDS."""
         self.increment('xmsrv_windows_total', 1, 'failed')
-        self.record_ends({end: EndState.DOWN if end in failed else EndState.CLOSED for end in ENDS})
+        self.record_backends({backend: BackendState.DOWN if backend in failed else BackendState.CLOSED
+                              for backend in BACKENDS})
         self.record_disconnected()
 
-    def record_ends(self, states: Mapping[str, EndState]) -> None:
-        """Sets the gauge of each end, once something is known of it."""
-        for end, name in UP_METRICS.items():
-            if states[end] is not EndState.STARTING:
-                self.set_gauge(name, int(states[end] is not EndState.DOWN))
+    def record_backends(self, states: Mapping[str, BackendState]) -> None:
+        """Sets the gauge of each backend, once something is known of it."""
+        for backend, name in UP_METRICS.items():
+            if states[backend] is not BackendState.STARTING:
+                self.set_gauge(name, int(states[backend] is not BackendState.DOWN))
 
     def record_disconnected(self) -> None:
         """Records that no nsqd is connected."""
@@ -861,7 +864,7 @@ class Metrics:
         self.set_gauge('xmsrv_in_flight', 0)
 
     def forget_gauges(self) -> None:
-        """Removes all gauges but LASTING: after a reload they may be wrong. Counters stay."""
+        """Removes all gauges but KEPT_GAUGES: after a reload they may be wrong. Counters stay."""
         gauges = [name for name in self.metrics if METRICS_BY_NAME[name].kind == 'gauge']
         for name in set(gauges).difference(KEPT_GAUGES):
             self.registry.unregister(self.metrics.pop(name))
@@ -5048,13 +5051,13 @@ class Batcher:
     and the other 7 are stored. In an outage every half fails, so no message is ever blamed for it.
 
     write: async, messages -> a result each. settle: (messages, results) -> the messages to retry.
-    end: the one of ENDS that it writes to. limits: (messages, bytes) of a batch. writers: calls at a time.
+    backend: the one of BACKENDS that it writes to. limits: (messages, bytes) of a batch. writers: calls at a time.
     call_timeout: seconds after which a call counts as hanging.
     """
 
-    def __init__(self, end: str, tasks: BackgroundTasks, health: Health, write: WriteBatch, settle: SettleBatch,
+    def __init__(self, backend: str, tasks: BackgroundTasks, health: Health, write: WriteBatch, settle: SettleBatch,
                  limits: tuple[int, int], writers: int, call_timeout: float) -> None:
-        self.end, self.tasks, self.health, self.write, self.settle = end, tasks, health, write, settle
+        self.backend, self.tasks, self.health, self.write, self.settle = backend, tasks, health, write, settle
         (self.size, self.max_bytes), self.writers, self.call_timeout = limits, writers, call_timeout
         self.pending: collections.deque[Message] = collections.deque()
         self.pending_bytes = 0
@@ -5062,7 +5065,7 @@ class Batcher:
         self.calls: list[float] = []         # loop times at which those under way began
         self.accepted = 0                    # batches that the other end took, at least in part
         self.last_error = ''
-        self.breaker = Breaker(BreakerState.CLOSED if health.is_up(end) else BreakerState.HALF_OPEN)
+        self.breaker = Breaker(BreakerState.CLOSED if health.is_up(backend) else BreakerState.HALF_OPEN)
         self.stopped = False                 # no batch starts
 
     @property
@@ -5137,7 +5140,7 @@ class Batcher:
         """The other end works. The records to retry (busy) wait for a delay."""
         self.accepted += 1
         self.breaker.on_success()
-        self.health.report_recovery(self.end)
+        self.health.report_recovery(self.backend)
         if retry:
             again = Batch(retry, accepted_before=self.accepted, tries=batch.tries + 1)
             self.retry_later([again], 0.1 * 2 ** min(batch.tries, 6))
@@ -5152,7 +5155,7 @@ class Batcher:
         if not suspect:
             # a cluster answers the same code with another text for each node
             kind = f'batch {result.reason}' if isinstance(result.reason, int) else None
-            self.health.report_failure(self.end, self.last_error, kind)
+            self.health.report_failure(self.backend, self.last_error, kind)
             self.retries.extend(batch.halves_if_due() if retry else ())
             if self.breaker.state is not BreakerState.OPEN:   # else another batch under way has opened it
                 self.open_breaker()
@@ -5167,7 +5170,7 @@ class Batcher:
     def open_breaker(self) -> None:
         """Stops all batches for the delay of the breaker; then one batch probes."""
         delay = self.breaker.on_failure()
-        log.debug('%s: next try in %.1f s, %d messages pending', self.end, delay, len(self.pending))
+        log.debug('%s: next try in %.1f s, %d messages pending', self.backend, delay, len(self.pending))
 
         def delay_over() -> None:
             self.breaker.on_delay_over()
@@ -5185,7 +5188,7 @@ class Batcher:
         """Logs the results of a batch, for -v."""
         if log.isEnabledFor(logging.DEBUG):
             outcomes = collections.Counter(result.outcome for result in results)
-            log.debug('%s: batch of %d, %d bytes, in %.0f ms: %s', self.end, len(batch.messages),
+            log.debug('%s: batch of %d, %d bytes, in %.0f ms: %s', self.backend, len(batch.messages),
                       sum(len(message.body) for message in batch.messages), seconds * 1000,
                       ', '.join(f'{name} {number}' for name, number in outcomes.items()))
 
@@ -6085,7 +6088,7 @@ class Window:
             seconds = batcher.call_timeout + 0.5
             if bounded and loop.time() - max(begun, self.times.progress_at) > seconds:
                 batcher.last_error = f'a call has not come back in {seconds:.1f} s'
-                log.error('%s: %s', batcher.end, batcher.last_error)
+                log.error('%s: %s', batcher.backend, batcher.last_error)
                 return
             tasks.wake.clear()
             await tasks.wake.wait()
@@ -6275,7 +6278,7 @@ async def run_once(config: types.SimpleNamespace, stopper: 'SignalHandler', metr
         limits = WindowLimits(config.nsq.max_messages, config.timeout, config.idle_timeout)
         window = stopper.window = Window(pipeline, limits, Mapper(config))
         await window.run()
-        metrics.record_ends(health.end_states)
+        metrics.record_backends(health.backend_states)
         metrics.record_consumer(pipeline.source)
         if config.metrics.textfile and config.metrics.depth_interval:
             await note_depths(config, metrics)
@@ -6794,13 +6797,13 @@ def format_age(seconds: float) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 START_TOLERANCE = 0.05      # seconds by which a start may be late and still count as on time
-RECOVERY_TICK = 0.5         # seconds between looks whether an idle queue shows that the store is back
+RECOVERY_TICK = 0.5         # seconds between two checks of clear_errors_when_idle()
 LETTER_RETURN_TIME = REQUEUE_DELAYS[1] + 5.0   # seconds after which a dead letter that was given back has come again
 
 
 class Schedule:
-    """The start times of windows: every `period` seconds, without drift. Missed windows are skipped: a late start
-    begins the next period, so there are never two windows in one period."""
+    """The start times of windows: every `period` seconds, without drift. Missed windows are skipped. A late start
+    begins the period anew, so there are never two windows in one period."""
 
     def __init__(self, period: float) -> None:
         self.period, self.last_start = period, -math.inf
@@ -6811,13 +6814,16 @@ class Schedule:
 
     def start_period(self, now: float) -> None:
         """A window starts now."""
+        # Example: a period of 10 s, the last start at 100.0 s. A start at 110.03 counts as 110.0, and the next one is
+        # due at 120.0: no drift. A start at 113.0 (the window took long) counts as 113.0, and the next one is due at
+        # 123.0.
         due = self.last_start + self.period
         self.last_start = due if now - due <= START_TOLERANCE else now
 
 
 class WindowRunner:
-    """Runs windows in this process, one for each grant, on connections that stay open. It waits for an end that is
-    down.
+    """Runs windows in this process, one for each grant, on connections that stay open. It waits while queue or
+    store is down.
 
     wait_for_grant: async, waits until a window may begin and returns its max-messages. on_window_end: called with each
     window that has ended.
@@ -6833,10 +6839,10 @@ class WindowRunner:
         self.pipeline: Any = None   # the Pipeline, whose source is a Consumer
         self.window: Window | None = None
         self.task: asyncio.Task[None] | None = None
-        self.end_reason: End | None = None   # the End to end by, once requested
+        self.end_reason: End | None = None   # set once the runner has to end
 
     async def run(self) -> int:
-        """Runs until end(). Returns the exit status."""
+        """Runs until end_by(). Returns the exit status."""
         self.task = asyncio.ensure_future(self.run_until_ended())
         if self.end_reason:
             self.task.cancel()
@@ -6845,7 +6851,7 @@ class WindowRunner:
         return os.EX_OK
 
     async def run_until_ended(self) -> None:
-        """Opens both ends and runs windows, repeatedly, with backoff while one end is down."""
+        """Opens queue and store and runs windows; again with backoff when one is down."""
         while not self.end_reason:
             try:
                 await self.run_windows()
@@ -6925,20 +6931,20 @@ class WindowRunner:
     @property
     def failure_text(self) -> str:
         """What fails, in words."""
-        return '; '.join(describe_failures(self.end_failures))
+        return '; '.join(describe_failures(self.backend_failures))
 
     @property
-    def end_failures(self) -> dict[str, str]:
-        """Why each of ENDS is down that is. The queue can be down without a failure: nsqlookupd names no nsqd."""
+    def backend_failures(self) -> dict[str, str]:
+        """Why each of BACKENDS is down that is. The queue can be down without a failure: nsqlookupd names no nsqd."""
         failures = self.health.failures
-        if 'queue' not in failures and self.end_states['queue'] is EndState.DOWN:
+        if 'queue' not in failures and self.backend_states['queue'] is BackendState.DOWN:
             failures['queue'] = ('no nsqd is connected' if self.pipeline.source.addresses else
                                  f'no nsqd has the topic {self.config.nsq.topic} yet')
         return failures
 
     @property
     def connections(self) -> dict[str, tuple[int, int, str]]:
-        """Of each nsqd that is known: how many connections to it are up, messages in flight, and its last error."""
+        """{nsqd: (number of connections that are up, messages in flight, last error)} of all known nsqds."""
         if not self.pipeline:
             return {}
         source = self.pipeline.source
@@ -6947,18 +6953,18 @@ class WindowRunner:
                                           source.connect_errors.get(address) or '') for address in source.addresses}
 
     @property
-    def end_states(self) -> dict[str, EndState]:
-        """The state of each of ENDS. Without a pipeline the ends that do not fail are closed, or just being opened.
+    def backend_states(self) -> dict[str, BackendState]:
+        """The state of each of BACKENDS. Without a pipeline, those that do not fail are closed, or just being opened.
 
-        Example: the store failed in a window, and `backoff` waits to open both ends again. The store is DOWN, the queue
+        Example: the store failed in a window, and `backoff` waits to open both again. The store is DOWN, the queue
         is CLOSED: nobody has to look after nsqd.
         """
-        states = self.health.end_states
+        states = self.health.backend_states
         if self.pipeline and not self.pipeline.source.connections:
-            states['queue'] = EndState.DOWN
+            states['queue'] = BackendState.DOWN
         elif not self.pipeline:
-            unopened = EndState.CLOSED if self.health.errors else EndState.STARTING
-            states |= {end: unopened for end in ('queue', 'store') if self.health.is_up(end)}
+            unopened = BackendState.CLOSED if self.health.errors else BackendState.STARTING
+            states |= {backend: unopened for backend in ('queue', 'store') if self.health.is_up(backend)}
         return states
 
     def is_healthy(self, now: float) -> bool:
@@ -6970,14 +6976,14 @@ class WindowRunner:
         metrics = self.metrics
         if self.window:
             metrics.sync_counts(self.window)
-            # it never ends, so success is recorded while all ends are up
-            if self.endless and set(self.end_states.values()) == {EndState.UP}:
+            # it never ends, so success is recorded while all backends are up
+            if self.endless and set(self.backend_states.values()) == {BackendState.UP}:
                 metrics.set_gauge(LAST_SUCCESS, time.time())
         if self.pipeline:
             metrics.record_consumer(self.pipeline.source)
         else:
             metrics.record_disconnected()
-        metrics.record_ends(self.end_states)
+        metrics.record_backends(self.backend_states)
         return [metrics.take_snapshot()]
 
 
@@ -6999,7 +7005,7 @@ MAX_FAILED_STARTS = 5          # failed starts in a row of every worker, after w
 
 
 class WorkerState(enum.StrEnum):
-    """STARTING: opens its ends, accepts no grant. IDLE: waits for a grant. BUSY: has a grant. STOPPING: was told to
+    """STARTING: opens its backends, accepts no grant. IDLE: waits for a grant. BUSY: has a grant. STOPPING: was told to
     stop. BACKOFF: its process has exited, and the next one starts after a delay.
 
     A worker reports the first three itself; its parent sets the last two.
@@ -7016,14 +7022,14 @@ class WorkerStatus(NamedTuple):
     """What a worker last said of itself, as WindowRunner has it; the defaults are of one that has said nothing yet."""
 
     is_healthy: bool = True
-    end_states: Mapping[str, EndState] = dict.fromkeys(ENDS, EndState.STARTING)
+    backend_states: Mapping[str, BackendState] = dict.fromkeys(BACKENDS, BackendState.STARTING)
     failures: Mapping[str, str] = {}
     connections: Mapping[str, tuple[int, int, str]] = {}
     snapshot: Snapshot | None = None
 
 
 class WorkerHandle:
-    """The parent's view of a worker process. last_grant: its number, as a status line may have crossed the grant.
+    """The parent's view of a worker process. last_grant: number of the last grant sent; see on_status().
     last_status: the loop time of `status`."""
 
     def __init__(self, place: int) -> None:
@@ -7049,15 +7055,15 @@ class Supervisor:
         self.workers, self.rotation = [WorkerHandle(place) for place in range(config.workers)], 0
         self.endless = config.endless
         self.tasks, self.state_changed = BackgroundTasks(), asyncio.Event()
-        self.dead_worker_metrics = daemon.past
+        self.exited_worker_metrics = daemon.exited_worker_metrics
         self.exit_status = os.EX_OK
-        # how a member is told to end, once that is wished
+        # how to tell a worker to end; None until requested
         self.tell_to_end: Callable[[WorkerHandle], None] | None = None
-        self.end_timeout = 0.0      # seconds that it then has
+        self.end_timeout = 0.0      # seconds until the kill
         self.stopped = asyncio.Event()
 
     async def run(self) -> int:
-        """Runs until stop() or leave(), or until every worker keeps failing to start. Returns the exit status."""
+        """Runs until end_by(), or until every worker keeps failing to start. Returns the exit status."""
         for worker in self.workers:
             self.tasks.start(self.maintain_worker(worker))
         grants = asyncio.ensure_future(self.grant_periods())
@@ -7136,27 +7142,28 @@ class Supervisor:
         worker.last_status = asyncio.get_running_loop().time()
         worker.change_log.clear()
         worker.status = WorkerStatus(
-            message['healthy'], {end: EndState(state) for end, state in message['ends'].items()}, message['failures'],
+            message['healthy'],
+            {backend: BackendState(state) for backend, state in message['backends'].items()}, message['failures'],
             message['connections'], message['figures'])
         for window in message['windows']:
             self.on_window_end(types.SimpleNamespace(**window))
         if worker.state is not WorkerState.STOPPING:
-            # Example: grant 7 is on its way to a worker, and its line "idle, seen 6" on its way to us. The worker has
-            # a window by now. Taken as idle, it would let the next period begin beside that window.
+            # Example: grant 7 is on its way to a worker, and its line "idle, seen 6" on its way to us. It will start a
+            # window. If we took it for idle, the next period could begin during that window.
             crossed = message['seen'] != worker.last_grant
             worker.state = WorkerState.BUSY if crossed else WorkerState(message['state'])
 
     def on_exit(self, worker: WorkerHandle) -> None:
         """Handles the exit of a worker: keeps its metrics."""
         if worker.status.snapshot:
-            self.dead_worker_metrics.merge_snapshot(worker.status.snapshot, gauges=False)
+            self.exited_worker_metrics.merge_snapshot(worker.status.snapshot, gauges=False)
         worker.state, worker.status, worker.last_grant = WorkerState.BACKOFF, WorkerStatus(), 0
         self.state_changed.set()
 
     # -- its periods
 
     async def grant_periods(self) -> None:
-        """Starts every period: each idle worker gets its share. A worker that has just started waits for the next
+        """Grants each idle worker its share in every period. A worker that has just started waits for the next
         period; no period begins while a worker still has its grant of the last one."""
         loop = asyncio.get_running_loop()
         while True:
@@ -7224,18 +7231,19 @@ class Supervisor:
         """What fails, in words, and which workers are to be started again."""
         gone = [] if self.tell_to_end else [f'worker {worker.index + 1} has ended'
                                             for worker in self.workers_in_state(WorkerState.BACKOFF)]
-        return '; '.join([*gone, *describe_failures(self.end_failures)])
+        return '; '.join([*gone, *describe_failures(self.backend_failures)])
 
     @property
-    def end_failures(self) -> dict[str, str]:
-        """Why each of ENDS fails, each reason once, also where several workers say so."""
+    def backend_failures(self) -> dict[str, str]:
+        """Why each of BACKENDS fails, each reason once, also where several workers say so."""
         told = [worker.status.failures for worker in self.workers]
-        reasons = {end: dict.fromkeys(failures[end] for failures in told if end in failures) for end in ENDS}
-        return {end: '; '.join(reason) for end, reason in reasons.items() if reason}
+        reasons = {backend: dict.fromkeys(failures[backend] for failures in told if backend in failures)
+                   for backend in BACKENDS}
+        return {backend: '; '.join(reason) for backend, reason in reasons.items() if reason}
 
     @property
     def connections(self) -> dict[str, tuple[int, int, str]]:
-        """As WindowRunner has it, of all members together."""
+        """As in WindowRunner, summed over the workers."""
         found: dict[str, tuple[int, int, str]] = {}
         for worker in self.workers:
             for nsqd, (up, in_flight, error) in worker.status.connections.items():
@@ -7244,9 +7252,9 @@ class Supervisor:
         return found
 
     @property
-    def end_states(self) -> dict[str, EndState]:
-        """The state of each of ENDS for all workers together."""
-        return merge_end_states([worker.status.end_states for worker in self.workers])
+    def backend_states(self) -> dict[str, BackendState]:
+        """The state of each of BACKENDS for all workers together."""
+        return merge_backend_states([worker.status.backend_states for worker in self.workers])
 
     def is_healthy(self, now: float) -> bool:
         """True when every worker responds and reports itself healthy; logs the workers that do not respond."""
@@ -7335,8 +7343,8 @@ class Worker:
         runner, (metrics,) = self.runner, self.runner.current_metrics()
         line = json.dumps({
             'state': self.state, 'seen': self.last_grant, 'windows': windows, 'figures': metrics,
-            'healthy': runner.is_healthy(asyncio.get_running_loop().time()), 'ends': runner.end_states,
-            'failures': runner.end_failures, 'connections': runner.connections})
+            'healthy': runner.is_healthy(asyncio.get_running_loop().time()), 'backends': runner.backend_states,
+            'failures': runner.backend_failures, 'connections': runner.connections})
         with contextlib.suppress(BrokenPipeError):
             write_all(1, line.encode() + b'\n')
 
@@ -7351,7 +7359,7 @@ class Daemon:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.metrics, self.notifier = arguments, Metrics(), SystemdNotifier()
-        self.past = MetricTotals()   # of workers that are gone
+        self.exited_worker_metrics = MetricTotals()
         self.raw, self.config, self.unavailable = load_config(arguments)   # the last: faults at the start
         set_up_configured_log(self.config, arguments)
         self.schedule = Schedule(self.config.period)
@@ -7362,7 +7370,7 @@ class Daemon:
         self.status = 'starting'
         self.lock: RunLock | None = None
         self.tasks = BackgroundTasks()
-        # a configuration is: all that it names was there; or the end has come
+        # set when the first configuration is active, or to stop
         self.config_in_force = asyncio.Event()
         self.config_task: asyncio.Task[Any] | None = None   # waits for the files of another one
         self.address_due = asyncio.Event()   # `listen` may have changed
@@ -7377,7 +7385,7 @@ class Daemon:
         stopper.window = self
         self.tasks.start(self.maintain_listener())
         self.apply_config(self.raw, self.config, self.unavailable)
-        await asyncio.sleep(0)   # so that it listens already, if the address is an IP address
+        await asyncio.sleep(0)   # lets maintain_listener() open an IP address first
         self.notifier.send_fields(READY=1, STATUS=self.status_line)
         self.tasks.start(self.notify_regularly())
         self.tasks.start(self.watch_depth())
@@ -7422,7 +7430,7 @@ class Daemon:
         return None
 
     async def run_until_stopped(self) -> int:
-        """Runs one engine after the other: a new one for each configuration."""
+        """Runs a WindowRunner or Supervisor for each configuration in turn."""
         status = os.EX_OK
         while not self.is_stopping and not status:
             await self.hold_lock()
@@ -7430,17 +7438,17 @@ class Daemon:
                 break
             self.metrics.forget_gauges()
             self.metrics.set_period(self.config)
-            self.runner = engine = self.new_runner()
+            self.runner = runner = self.new_runner()
             if self.config.workers > 1:
                 log.info('%d workers, %s', self.config.workers,
                          f'a window every {self.config.period:g} s' if self.config.period else 'without pauses')
-            status = await engine.run()
+            status = await runner.run()
             self.runner = None
         return status
 
     def new_runner(self) -> WindowRunner | Supervisor:
         """A WindowRunner in this process, or a Supervisor of workers."""
-        self.schedule.period = self.config.period   # the last start counts, even with another configuration
+        self.schedule.period = self.config.period   # last_start stays: a reload starts no extra window
         if self.config.workers > 1:
             return Supervisor(self)
         return WindowRunner(self.config, self.metrics, self.wait_for_grant,
@@ -7459,7 +7467,7 @@ class Daemon:
         self.status = f'last window: {counts or "nothing came"} in {window.seconds:.2f} s'
 
     async def notify_regularly(self) -> None:
-        """Sends WATCHDOG=1 to systemd while the engine is healthy, and STATUS when it changes."""
+        """Sends WATCHDOG=1 to systemd while the runner is healthy, and STATUS when it changes."""
         loop, told = asyncio.get_running_loop(), None
         pause = min(self.notifier.watchdog_interval or 1.0, 1.0)
         while True:
@@ -7472,13 +7480,13 @@ class Daemon:
             if self.status_line != told:
                 told = self.status_line
                 self.notifier.send_fields(STATUS=told)
-            self.history.note_ends(self.end_states, self.end_failures, time.time())
+            self.history.note_backends(self.backend_states, self.backend_failures, time.time())
             if self.listener and self.history.is_due(loop.time()):
                 self.history.note_counts(self.total_metrics(), loop.time())
             await asyncio.sleep(pause)
 
     async def watch_depth(self) -> None:
-        """Asks the nsqds what waits, where somebody may look at it."""
+        """Asks the nsqds for their depth while there is a listener."""
         while True:
             interval = self.config.metrics.depth_interval
             if self.listener and interval:
@@ -7490,16 +7498,16 @@ class Daemon:
 
     @property
     def status_line(self) -> str:
-        """The line of STATUS: waits, and the failures or the last window."""
+        """The STATUS: waits, and the failures or the last window."""
         state = self.failure_text or (self.status if self.runner or not self.waits else '')
         return '; '.join(filter(None, [*self.waiting_lines, state]))
 
     @property
     def failure_text(self) -> str:
-        """The failures, or the ends that are not up yet: STATUS gives the reason whenever /readyz is not 200."""
+        """The failures, or the backends that are not up yet: STATUS gives the reason whenever /readyz is not 200."""
         if not self.runner:
             return ''
-        starting = [end for end, state in self.end_states.items() if state is EndState.STARTING]
+        starting = [backend for backend, state in self.backend_states.items() if state is BackendState.STARTING]
         return self.runner.failure_text or (f'not up yet: {", ".join(starting)}' if starting else '')
 
     def on_hangup(self) -> None:
@@ -7525,7 +7533,7 @@ class Daemon:
             self.apply_config(*read)
 
     def stop(self) -> None:
-        """SIGTERM, SIGINT."""
+        """Handles SIGTERM and SIGINT."""
         self.is_stopping = True
         self.config_in_force.set()
         if self.runner:
@@ -7534,8 +7542,8 @@ class Daemon:
     # -- what is waited for, without a person: files that the configuration names, the address of `listen`
 
     def apply_config(self, raw: dict[str, Any], config: types.SimpleNamespace, unavailable: Sequence[Fault]) -> None:
-        """Activates a configuration, at once or when all files that it names exist; it replaces a configuration that
-        still waits."""
+        """Activates a configuration, at once or when all files that it names exist; drops a configuration that still
+        waits."""
         if unavailable:
             self.wait_for_config(unavailable, self.apply_when_available(raw, config))
             return
@@ -7644,26 +7652,27 @@ class Daemon:
         self.listener = None
 
     @property
-    def end_states(self) -> dict[str, EndState]:
-        """The state of each of ENDS."""
-        return self.runner.end_states if self.runner else dict.fromkeys(ENDS, EndState.STARTING)
+    def backend_states(self) -> dict[str, BackendState]:
+        """The state of each of BACKENDS."""
+        return self.runner.backend_states if self.runner else dict.fromkeys(BACKENDS, BackendState.STARTING)
 
     @property
     def is_ready(self) -> bool:
-        """True when all of ENDS are up."""
-        return set(self.end_states.values()) == {EndState.UP}
+        """True when all of BACKENDS are up."""
+        return set(self.backend_states.values()) == {BackendState.UP}
 
     @property
-    def end_failures(self) -> dict[str, str]:
-        """Why each of ENDS is not up that is not."""
-        failures = self.runner.end_failures if self.runner else {}
-        reasons = {EndState.CLOSED: 'on purpose, while another end fails',
-                   EndState.STARTING: '; '.join(self.waiting_lines) or 'not up yet'}
-        return {end: failures.get(end) or reasons.get(state, '') for end, state in self.end_states.items()
-                if state is not EndState.UP}
+    def backend_failures(self) -> dict[str, str]:
+        """Why each of BACKENDS is not up that is not."""
+        failures = self.runner.backend_failures if self.runner else {}
+        reasons = {BackendState.CLOSED: 'on purpose, while another fails',
+                   BackendState.STARTING: '; '.join(self.waiting_lines) or 'not up yet'}
+        return {backend: failures.get(backend) or reasons.get(state, '')
+                for backend, state in self.backend_states.items()
+                if state is not BackendState.UP}
 
     def is_healthy(self) -> bool:
-        """True while the engine makes progress."""
+        """True while the runner makes progress."""
         return not self.runner or self.runner.is_healthy(asyncio.get_running_loop().time())
 
     def metrics_text(self) -> bytes:
@@ -7673,15 +7682,15 @@ class Daemon:
     def total_metrics(self) -> MetricTotals:
         """All metrics, merged."""
         total = merge_metrics(self.runner.current_metrics() if self.runner else [self.metrics.take_snapshot()])
-        total.merge_snapshot(self.past.take_snapshot())
+        total.merge_snapshot(self.exited_worker_metrics.take_snapshot())
         return total
 
 
-HTTP_CONNECTIONS = 32       # at a time; whoever asks asks seldom, and is answered at once
-HTTP_FILES_SHARE = 4        # of the process's open files one in so many: the others are for nsqds and the store
+HTTP_CONNECTIONS = 32       # at a time; requests are rare, and answered at once
+HTTP_FILES_SHARE = 4        # at most 1/4 of RLIMIT_NOFILE: the rest is for nsqds and the store
 HTTP_MAX_HEADER = 8192      # bytes of a request's head
 HTTP_MAX_BODY = 1024        # bytes of its body, for which nobody asks
-HTTP_BODY_TIMEOUT = 5.0     # seconds that it may take
+HTTP_BODY_TIMEOUT = 5.0     # seconds to read the body
 HTTP_IDLE_TIMEOUT = 15.0    # seconds for the next head
 HTTP_ACCEPT_PAUSE = 1.0     # seconds without accepting, when there are no open files left
 
@@ -7767,12 +7776,13 @@ def serve_http(daemon: Daemon, address: Address, sockets: list[socket.socket]) -
 
 
 def readiness_text(daemon: Daemon) -> str:
-    """A line for each end with its state, a line for each wait, and what fails, if anything does."""
-    ends = [f'{end}: {state}' for end, state in daemon.end_states.items()]
+    """A line for each backend with its state, a line for each wait, and what fails, if anything does."""
+    ends = [f'{backend}: {state}' for backend, state in daemon.backend_states.items()]
     return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting_lines, daemon.failure_text] if line)
 
 
-PAGE_ORDER = (EndState.DOWN, EndState.STARTING, EndState.CLOSED, EndState.UP)   # the page's is the first of them
+# the state of the whole page is the first of them
+PAGE_ORDER = (BackendState.DOWN, BackendState.STARTING, BackendState.CLOSED, BackendState.UP)
 PAGE_STYLE = """:root{color-scheme:light dark;--text:#1d2328;--faint:#5c666f;--back:#fff;--box:#f3f5f7;--line:#d5dbe0;
 --good:#176b35;--bad:#b3141c;--dead:#b07400;--bar:#2f7d4a;--gone:#5b7f95;--depth:#3566b8}
 @media(prefers-color-scheme:dark){:root{--text:#dfe4e8;--faint:#98a3ad;--back:#101418;--box:#1a2026;--line:#323b44;
@@ -7843,10 +7853,10 @@ def page_template() -> Any:
 
 
 def render_page(daemon: 'Daemon') -> bytes:
-    """The page to look at: it loads itself again every 5 s, and takes nothing from elsewhere."""
+    """The status page: it reloads itself every 5 s, and needs no other resources."""
     now, total, history = time.time(), daemon.total_metrics(), daemon.history
-    ends, nsq, rows = daemon.end_states, daemon.config.nsq, list(nsqd_rows(daemon))
-    history.note_ends(ends, daemon.end_failures, now)
+    ends, nsq, rows = daemon.backend_states, daemon.config.nsq, list(nsqd_rows(daemon))
+    history.note_backends(ends, daemon.backend_failures, now)
     made: bytes = page_template().generate(
         name=f'{nsq.topic}/{nsq.channel}', style=PAGE_STYLE, status=daemon.status_line,
         state=min(ends.values(), key=PAGE_ORDER.index),
@@ -7862,22 +7872,22 @@ def render_page(daemon: 'Daemon') -> bytes:
 
 
 SAMPLE_INTERVAL = 10.0      # seconds between two samples of the charts
-SAMPLES = 90                # of them are kept: 15 minutes
-TREND = 300.0               # seconds over which the depth has to change to be said to grow or to fall
-IDLE_INTERVAL = 5.0         # seconds between looks whether somebody may ask for the depth by now
+SAMPLES = 90                # samples that are kept: 15 minutes
+TREND = 300.0               # seconds over which the growth of the depth is measured
+IDLE_INTERVAL = 5.0         # seconds between two checks of watch_depth() whether there is a listener
 CHARTED = ('stored', 'deleted', 'dead', 'requeued')   # from below
 
 
-class EndSince(NamedTuple):
-    """The state of one of ENDS, since which second of 1970, and why it is not up."""
+class BackendSince(NamedTuple):
+    """The state of one of BACKENDS, since which second of 1970, and why it is not up."""
 
-    state: EndState
+    state: BackendState
     since: float
     why: str
 
 
 class Sample(NamedTuple):
-    """What was counted until a loop time (CHARTED, the sum of all ages), and what waited then on so many nsqds."""
+    """The totals at a loop time: counts of CHARTED, sum of ages, messages waiting, nsqds that told their depth."""
 
     time: float
     counts: tuple[float, ...]
@@ -7887,34 +7897,34 @@ class Sample(NamedTuple):
 
 
 class History:
-    """What the page shows of the past: since when each end is in its state, counts by time, and the last depths."""
+    """What the page shows of the past: since when each backend is in its state, counts by time, and the last depths."""
 
     def __init__(self) -> None:
         self.started = time.time()
-        self.ends: dict[str, EndSince] = {}
+        self.ends: dict[str, BackendSince] = {}
         self.samples: collections.deque[Sample] = collections.deque(maxlen=SAMPLES + 1)
         self.depths: dict[str, ChannelDepth] = {}
 
-    def note_ends(self, ends: Mapping[str, EndState], failures: Mapping[str, str], now: float) -> None:
-        """How each end is now; another reason for the same outage does not begin it anew."""
-        for end, state in ends.items():
-            was = self.ends.get(end)
+    def note_backends(self, ends: Mapping[str, BackendState], failures: Mapping[str, str], now: float) -> None:
+        """Notes the state of each end; another reason does not restart an outage."""
+        for backend, state in ends.items():
+            was = self.ends.get(backend)
             begun = was.since if was and was.state == state else now
-            self.ends[end] = EndSince(state, begun, failures.get(end, ''))
+            self.ends[backend] = BackendSince(state, begun, failures.get(backend, ''))
 
     def is_due(self, now: float) -> bool:
         """Whether it is time for a sample."""
         return not self.samples or now - self.samples[-1].time >= SAMPLE_INTERVAL - 0.5
 
     def note_counts(self, total: MetricTotals, now: float) -> None:
-        """A sample."""
+        """Adds a sample."""
         counts = tuple(total.value_of('xmsrv_messages_total', kind) for kind in CHARTED)
         waiting = sum(depth.waiting for depth in self.depths.values())
         self.samples.append(Sample(now, counts, total.value_of(f'{LAG}_sum'), waiting, len(self.depths)))
 
     def recent_rates(self, seconds: float) -> tuple[float, float, float] | None:
-        """Of the last seconds: how long they were, messages stored or deleted, and the sum of their ages; None where it
-        is too early to say."""
+        """(real duration, messages stored or deleted, sum of their ages) of the last `seconds`; None with less than
+        two samples."""
         recent = [sample for sample in self.samples if self.samples[-1].time - sample.time <= seconds]
         if len(recent) < 2:
             return None
@@ -7922,7 +7932,7 @@ class History:
         return last.time - first.time, sum(last.counts[:2]) - sum(first.counts[:2]), last.ages - first.ages
 
     def depth_growth(self) -> float | None:
-        """Messages by which the depth grows in a second, negative where it falls; None where nobody can tell yet."""
+        """Growth of the depth in messages per second, negative if it falls; None with too few samples."""
         known = [sample for sample in self.samples if sample.nsqds == len(self.depths)
                  and self.samples[-1].time - sample.time <= TREND]
         if len(known) < 4:
@@ -7941,7 +7951,7 @@ class Bar(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart: kinds is of its key, ticks are (y, value) beside it, times (x, text) below it."""
+    """A chart. kinds: for its key; ticks: (y, text) beside it; times: (x, text) below it."""
 
     id: str
     title: str
@@ -7988,8 +7998,8 @@ def format_number(number: float) -> str:
 
 
 def page_tiles(history: History, total: MetricTotals) -> Iterator[tuple[str, str, str, str]]:
-    """Yields the numbers as (id, what it is, value, remark): what waits, how fast it is stored, how old it is then, and
-    what became of all."""
+    """Yields the tiles as (id, title, value, note): depth, rate and age of stored messages, and totals of
+    outcomes."""
     known = [depth.waiting for depth in history.depths.values()]
     yield ('depth', 'waiting in the channel', f'{sum(known):,}' if known else 'not known',
            describe_trend(sum(known), history.depth_growth()) if known else 'no nsqd answers by HTTP')
@@ -8013,25 +8023,25 @@ def dead_letter_reasons(total: MetricTotals) -> str:
 
 
 def nsqd_rows(daemon: 'Daemon') -> Iterator[tuple[str, str, str, str, int, str]]:
-    """Yields a line for each nsqd that is configured, connected or answers by HTTP: (nsqd, an EndState, that in words,
-    what waits, messages in flight, remark)."""
-    queue = daemon.end_states['queue']
-    unconnected = queue if queue in (EndState.CLOSED, EndState.STARTING) else EndState.DOWN
+    """Yields a line for each nsqd that is configured, connected or answers by HTTP: (nsqd, its BackendState, that in
+    words, what waits, messages in flight, remark)."""
+    queue = daemon.backend_states['queue']
+    unconnected = queue if queue in (BackendState.CLOSED, BackendState.STARTING) else BackendState.DOWN
     connections = daemon.runner.connections if daemon.runner else {}
     configured = [format_address(address) for address in daemon.config.nsq.nsqd_tcp_address]
     for nsqd in dict.fromkeys([*configured, *connections, *daemon.history.depths]):
         up, in_flight, error = connections.get(nsqd, (0, 0, ''))
         depth, workers = daemon.history.depths.get(nsqd), daemon.config.workers
         paused = f'{depth.paused} paused' if depth and depth.paused else ''
-        state = EndState.UP if up >= workers else EndState.STARTING if up and not error else unconnected
+        state = BackendState.UP if up >= workers else BackendState.STARTING if up and not error else unconnected
         waiting = f'{depth.waiting:,}' if depth else 'not known'
         yield (nsqd, state, f'{up} of {workers} workers' if 0 < up < workers else state, waiting, in_flight,
                '; '.join(filter(None, [error, paused])))
 
 
 def some_down(rows: Sequence[tuple[Any, ...]]) -> str:
-    """Which of the nsqds are not connected, where the queue is up all the same."""
-    down = [nsqd for nsqd, state, *_ in rows if state is EndState.DOWN]
+    """How many nsqds are not connected; the queue may be up all the same."""
+    down = [nsqd for nsqd, state, *_ in rows if state is BackendState.DOWN]
     return f'{len(down)} of {len(rows)} nsqds are not connected' if down else ''
 
 
@@ -8068,7 +8078,7 @@ def column_chart(name: str, title: str, kinds: tuple[str, ...],
 
 
 def rate_chart(history: History) -> Chart:
-    """What became of messages, a second."""
+    """The outcomes per second."""
     columns = []
     for before, after in itertools.pairwise(history.samples):
         seconds = after.time - before.time
@@ -8179,7 +8189,7 @@ BIN_TYPES = {bool: 'boolean', int: 'integer', float: 'float', str: 'string', lis
 
 
 def check_message(config: types.SimpleNamespace, body: bytes) -> None:
-    """Prints the record that a message would become, without the store. Raises DataError when it can become none."""
+    """Prints the record that a message would become, without the store. Raises DataError when it can't."""
     message = Message(None, b'', 0, 1, body)
     try:
         record = Mapper(config).build_record(message)
@@ -8220,7 +8230,7 @@ def describe_deletion(delete: types.SimpleNamespace) -> str:
 def tls_facts(tls_socket: Any) -> list[str]:
     """The protocol, and the days to the expiry of the peer's certificate."""
     expiry = ssl.cert_time_to_seconds(tls_socket.getpeercert()['notAfter'])
-    days = max(0, int((expiry - time.time()) // 86400))   # whole ones: on the last day there is none left
+    days = max(0, int((expiry - time.time()) // 86400))   # whole days: 0 on the last day
     return [tls_socket.version(), f'certificate valid for {days} days']
 
 
@@ -8420,7 +8430,7 @@ SECTION_ENDS = {'nsq': 'queue', 'aerospike': 'store', 'sqlite': 'store', 'dead-l
 
 
 def failed_ends(error: Unavailable, unavailable: Sequence[Fault]) -> set[str]:
-    """The ends for which a run could not begin: those that need a missing file, or the one that can't be reached."""
+    """The backends for which a run could not begin: that need a missing file, or can't be reached."""
     if unavailable:
         return {SECTION_ENDS[section] for fault in unavailable
                 if (section := fault.section.partition('.')[0]) in SECTION_ENDS}

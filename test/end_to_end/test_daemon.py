@@ -678,7 +678,7 @@ def test_a_state_directory_that_cannot_be_is_69_and_waited_for(nsqd, program, sy
     running = program.start('daemon')
     waits = f'waiting for lock: {fault}'
     wait_until(lambda: systemd.fields('STATUS')[-1:] == [waits], 'systemd hears of it')
-    assert get(port, '/readyz') == (503, ''.join(f'{end}: starting\n' for end in ENDS) + f'{waits}\n')
+    assert get(port, '/readyz') == (503, ''.join(f'{end}: starting\n' for end in BACKENDS) + f'{waits}\n')
     assert waits in get(port, '/')[1] and count(program, waits) == 1
     (workdir / 'file').unlink()
     wait_until(lambda: len(program.rows()) == 10, 'all are stored', 20)
@@ -842,7 +842,7 @@ def test_a_window_without_end_says_when_all_is_well_again(nsqd, program, workdir
     stopped(running)
 
 
-ENDS = ('queue', 'store', 'dead letters')
+BACKENDS = ('queue', 'store', 'dead letters')
 
 
 def down_in_the_log(program):
@@ -856,10 +856,10 @@ def down_elsewhere(port, systemd):
     readyz, page, status = get(port, '/readyz'), get(port, '/')[1], systemd.fields('STATUS')[-1]
     text = re.search('<p id="status"[^>]*>(.*?)</p>', page)[1]
     metrics = {'queue': 'xmsrv_queue_up', 'store': 'xmsrv_store_up', 'dead letters': 'xmsrv_dead_letters_up'}
-    down = [{end for end in ENDS if f'{end} unavailable' in status},
-            {end for end in ENDS if f'{end} unavailable' in text},
-            {end for end in ENDS if f'{end}: down\n' in readyz[1]},
-            {end for end in ENDS if f'class="down">{end}:' in page},
+    down = [{end for end in BACKENDS if f'{end} unavailable' in status},
+            {end for end in BACKENDS if f'{end} unavailable' in text},
+            {end for end in BACKENDS if f'{end}: down\n' in readyz[1]},
+            {end for end in BACKENDS if f'class="down">{end}:' in page},
             {end for end, name in metrics.items() if not figure(port, name)}]
     assert (readyz[0] == 503) == bool(down[2])
     return down
@@ -877,7 +877,7 @@ def away(end, nsqd, standin, directory):
 
 
 @pytest.mark.parametrize('period', ['0', '300ms'])
-@pytest.mark.parametrize('end', ENDS)
+@pytest.mark.parametrize('end', BACKENDS)
 def test_all_that_tells_of_an_outage_tells_the_same(nsqds, program, standin, systemd, workdir, end, period):
     """The log, STATUS, /readyz, /healthz, the page and the metrics: in an outage, and when it is over."""
     nsqd, = nsqds(1, '--mem-queue-size=0', '--sync-every=1')

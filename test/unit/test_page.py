@@ -9,7 +9,7 @@ import fakes
 import xmsrv
 from xmsrv import ChannelDepth, Chart, History, Metrics, MetricTotals, merge_metrics, render_page
 
-UP, DOWN, CLOSED, STARTING = xmsrv.EndState
+UP, DOWN, CLOSED, STARTING = xmsrv.BackendState
 STORED_KIND = 'xmsrv_messages_total'
 
 
@@ -28,7 +28,7 @@ class Fake:
     def __init__(self, figures=None, engine=None, **sections):
         self.config = fakes.options(**sections)
         self.history, self.runner = History(), engine
-        self.end_states, self.end_failures = dict.fromkeys(xmsrv.ENDS, UP), {}
+        self.backend_states, self.backend_failures = dict.fromkeys(xmsrv.BACKENDS, UP), {}
         self.status_line = 'last window: nothing came'
         self.metrics = figures or Metrics()
 
@@ -46,7 +46,7 @@ def shown(daemon, part):
 def test_an_end_is_up_or_down_since_its_last_change():
     history = History()
     for now, state, why in (0, STARTING, 'not up yet'), (5, UP, ''), (9, UP, ''), (60, DOWN, 'a'), (70, DOWN, 'b'):
-        history.note_ends({'store': state}, {'store': why} if why else {}, now)
+        history.note_backends({'store': state}, {'store': why} if why else {}, now)
         end = history.ends['store']
         assert (end.state, end.why) == (state, why)
         assert end.since == {0: 0, 5: 5, 9: 5, 60: 60, 70: 60}[now]
@@ -142,9 +142,9 @@ def test_the_page_escapes_whatever_it_shows():
     total = MetricTotals()
     total.recent.append((1_700_000_000.5, 'schema', nasty))
     daemon = Fake(engine=types.SimpleNamespace(connections={nasty: (0, 0, nasty)}))
-    daemon.config.nsq.topic, daemon.total_metrics, daemon.status_line, daemon.end_failures = (
+    daemon.config.nsq.topic, daemon.total_metrics, daemon.status_line, daemon.backend_failures = (
         nasty, lambda: total, nasty, {'store': nasty})
-    daemon.end_states['store'] = DOWN
+    daemon.backend_states['store'] = DOWN
     daemon.history.depths = {nasty: ChannelDepth(1, nasty)}
     text = render_page(daemon).decode()
     assert '<i' not in text and text.count(html.escape(nasty)) == 8   # five and 3 of the nsqd
@@ -154,12 +154,12 @@ def test_the_page_escapes_whatever_it_shows():
 
 def test_the_page_says_since_when_and_why_an_end_is_down():
     daemon = Fake()
-    daemon.end_states['store'], daemon.end_failures = DOWN, {'store': 'no answer of the cluster'}
+    daemon.backend_states['store'], daemon.backend_failures = DOWN, {'store': 'no answer of the cluster'}
     assert re.fullmatch(r'queue: up since \S+Z \(0 s\); 1 of 1 nsqds are not connected '
                         r'store: down since \S+Z \(0 s\); no answer of the cluster dead letters: up since \S+Z \(0 s\)',
                         shown(daemon, 'ends'))
     assert '<title>DOWN: x-msrv orders/x-msrv</title>' in render_page(daemon).decode()
-    daemon.end_states['store'] = UP
+    daemon.backend_states['store'] = UP
     assert '<title>x-msrv orders/x-msrv</title>' in render_page(daemon).decode()
 
 
@@ -168,7 +168,7 @@ def test_the_page_says_since_when_and_why_an_end_is_down():
 def test_the_page_marks_as_down_only_what_fails(queue, store, page):
     """Neither an end that is closed on purpose nor its nsqds, nor what is just starting."""
     daemon = Fake()
-    daemon.end_states |= {'queue': queue, 'store': store}
+    daemon.backend_states |= {'queue': queue, 'store': store}
     text = render_page(daemon).decode()
     assert f'<title>{page}: x-msrv' in text and f'<p id="status" class="{page.lower()}">' in text
     assert f'<span id="queue" class="{queue}">queue: {queue}</span>' in text

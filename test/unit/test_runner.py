@@ -29,7 +29,7 @@ from xmsrv import (
     readiness_text,
 )
 
-UP, DOWN, CLOSED, STARTING = xmsrv.EndState
+UP, DOWN, CLOSED, STARTING = xmsrv.BackendState
 AWAY = WriteResult('retry', -15, 'no answer')
 
 
@@ -130,7 +130,7 @@ def test_a_store_that_failed_is_opened_again_and_probed_by_one_batch_at_a_time(m
         it.queue.send(1)
         seen = set()
         while now() < 5.5:
-            seen.add((it.runner.end_states['queue'], it.runner.end_states['store']))
+            seen.add((it.runner.backend_states['queue'], it.runner.backend_states['store']))
             assert 'queue' not in it.runner.failure_text
             await asyncio.sleep(0.01)
         assert len(it.opened) == 2 and not it.runner.health.is_up('store')
@@ -153,7 +153,7 @@ def test_an_end_that_is_away_is_tried_again_with_backoff(monkeypatch, fault, end
     async def steps(it):
         await asyncio.sleep(300)
         other, = {'queue', 'store'} - {end}   # is not to blame, and not opened before the first is
-        assert it.runner.end_states == {end: DOWN, other: CLOSED, 'dead letters': UP}
+        assert it.runner.backend_states == {end: DOWN, other: CLOSED, 'dead letters': UP}
         assert it.runner.failure_text == f'{end} unavailable: gone'
         total = xmsrv.merge_metrics(it.runner.current_metrics())
         assert {each for each, name in xmsrv.UP_METRICS.items() if not total.value_of(name)} == {end}
@@ -211,11 +211,11 @@ def test_a_reload_waits_for_no_backoff_after_a_window_that_fails_for_the_store(m
 def test_ends_are_those_of_health_and_of_the_connections(monkeypatch):
     async def steps(it):
         await it.window()
-        assert it.runner.end_states == {'queue': UP, 'store': UP, 'dead letters': UP}
+        assert it.runner.backend_states == {'queue': UP, 'store': UP, 'dead letters': UP}
         it.queue.connections = []
-        assert it.runner.end_states['queue'] is DOWN
+        assert it.runner.backend_states['queue'] is DOWN
         it.runner.health.report_failure('dead letters', 'away')
-        assert it.runner.end_states['dead letters'] is DOWN
+        assert it.runner.backend_states['dead letters'] is DOWN
     Runner(monkeypatch).run(steps)
 
 
@@ -484,7 +484,7 @@ class Process:
     def say(self, **fields):
         state = {'state': 'idle', 'seen': 0, 'healthy': True, 'windows': [],
                  'failures': {}, 'connections': {},
-                 'ends': dict.fromkeys(xmsrv.ENDS, 'up'), 'figures': Metrics().take_snapshot(), **fields}
+                 'backends': dict.fromkeys(xmsrv.BACKENDS, 'up'), 'figures': Metrics().take_snapshot(), **fields}
         self.stdout.feed_data(json.dumps(state).encode() + b'\n')
 
     def exit(self, status=0):
@@ -520,7 +520,7 @@ def with_team(monkeypatch, steps, workers=2, n=5, end=True, **sections):
                                   **sections})
         team = Supervisor(types.SimpleNamespace(
             config=config, raw={'the': 'raw'}, arguments=types.SimpleNamespace(config='x', verbose=0, quiet=0),
-            metrics=Metrics(), past=xmsrv.MetricTotals(), on_window_end=lambda window: None,
+            metrics=Metrics(), exited_worker_metrics=xmsrv.MetricTotals(), on_window_end=lambda window: None,
             schedule=xmsrv.Schedule(10)))
         running = asyncio.ensure_future(team.run())
         await asyncio.sleep(0.01)
@@ -584,12 +584,13 @@ def test_the_end_of_a_worker_frees_its_grant_keeps_its_figures_and_another_is_st
         processes[0].exit(-9)
         await asyncio.sleep(1.5)
         assert len(processes) == 3
-        total = xmsrv.merge_metrics([*team.current_metrics(), team.dead_worker_metrics.take_snapshot()])
+        total = xmsrv.merge_metrics([*team.current_metrics(), team.exited_worker_metrics.take_snapshot()])
         assert (total.value_of('xmsrv_received_total'), total.value_of('xmsrv_worker_restarts_total')) == (14, 1)
-        assert set(team.workers[0].status.end_states.values()) == {STARTING} and set(team.end_states.values()) == {UP}
+        assert set(team.workers[0].status.backend_states.values()) == {STARTING}
+        assert set(team.backend_states.values()) == {UP}
         processes[2].say()
         await asyncio.sleep(0.1)
-        assert set(team.workers[0].status.end_states.values()) == set(team.end_states.values()) == {UP}
+        assert set(team.workers[0].status.backend_states.values()) == set(team.backend_states.values()) == {UP}
     with_team(monkeypatch, steps)
 
 
@@ -672,10 +673,10 @@ def test_a_team_says_what_is_wrong_each_thing_once(monkeypatch):
     async def steps(team, processes):
         assert team.failure_text == ''
         for process in processes:
-            process.say(failures={'store': 'gone'}, ends={**dict.fromkeys(xmsrv.ENDS, 'up'), 'store': 'down'})
+            process.say(failures={'store': 'gone'}, backends={**dict.fromkeys(xmsrv.BACKENDS, 'up'), 'store': 'down'})
         await asyncio.sleep(0.1)
         assert team.failure_text == 'store unavailable: gone'
-        assert team.end_states == {'queue': UP, 'store': DOWN, 'dead letters': UP}
+        assert team.backend_states == {'queue': UP, 'store': DOWN, 'dead letters': UP}
         processes[1].exit(1)
         await asyncio.sleep(0.1)
         assert team.failure_text == 'worker 2 has ended; store unavailable: gone'
@@ -683,7 +684,7 @@ def test_a_team_says_what_is_wrong_each_thing_once(monkeypatch):
         processes[2].say()
         processes[0].say()
         await asyncio.sleep(0.1)
-        assert (team.failure_text, set(team.end_states.values())) == ('', {UP})
+        assert (team.failure_text, set(team.backend_states.values())) == ('', {UP})
     with_team(monkeypatch, steps)
 
 
@@ -696,26 +697,26 @@ def test_a_worker_that_is_started_again_is_no_end_that_is_down(monkeypatch, daem
         await asyncio.sleep(0.1)
         processes[1].exit(-9)
         await asyncio.sleep(0.1)
-        assert (daemon.is_ready, team.end_failures, daemon.end_failures) == (True, {}, {})
+        assert (daemon.is_ready, team.backend_failures, daemon.backend_failures) == (True, {}, {})
         assert readiness_text(daemon) == 'queue: up\nstore: up\ndead letters: up\nworker 2 has ended\n'
         processes[0].exit(-9)
         await asyncio.sleep(0.1)
-        assert not daemon.is_ready and set(team.end_states.values()) == {STARTING}
+        assert not daemon.is_ready and set(team.backend_states.values()) == {STARTING}
         assert readiness_text(daemon).endswith('starting\nworker 1 has ended; worker 2 has ended\n')
         await asyncio.sleep(1.5)
         assert len(processes) == 4
         assert readiness_text(daemon) == ('queue: starting\nstore: starting\ndead letters: starting\n'
                                           'not up yet: queue, store, dead letters\n')
-        processes[2].say(ends={'queue': 'starting', 'store': 'starting', 'dead letters': 'up'})
+        processes[2].say(backends={'queue': 'starting', 'store': 'starting', 'dead letters': 'up'})
         await asyncio.sleep(0.1)
         assert daemon.status_line == 'not up yet: queue, store'
         processes[3].say()
         await asyncio.sleep(0.1)
         assert (daemon.is_ready, daemon.failure_text) == (True, '')
-        processes[2].say(ends={'queue': 'closed', 'store': 'down', 'dead letters': 'up'},
+        processes[2].say(backends={'queue': 'closed', 'store': 'down', 'dead letters': 'up'},
                          failures={'store': 'x'})
         await asyncio.sleep(0.1)
-        assert daemon.end_failures == {'queue': 'on purpose, while another end fails', 'store': 'x'}
+        assert daemon.backend_failures == {'queue': 'on purpose, while another fails', 'store': 'x'}
         assert readiness_text(daemon) == 'queue: closed\nstore: down\ndead letters: up\nstore unavailable: x\n'
     with_team(monkeypatch, steps)
 
@@ -833,8 +834,8 @@ def said(monkeypatch, steps):
         worker = Worker(None)
         worker.runner = types.SimpleNamespace(
             current_metrics=lambda: [Metrics().take_snapshot()], is_healthy=lambda now: True,
-                                              end_states=dict.fromkeys(xmsrv.ENDS, UP),
-            end_failures={'store': 'x'}, connections={})
+                                              backend_states=dict.fromkeys(xmsrv.BACKENDS, UP),
+            backend_failures={'store': 'x'}, connections={})
         await steps(worker)
     clock.run(main())
     assert {fd for fd, _ in lines} <= {1}
