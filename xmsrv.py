@@ -3224,10 +3224,9 @@ class DeflateStream:
         self.inflated = b''                      # not read yet
         self.deflated: bytes | None = None       # read and not inflated yet; None: all that came is inflated
 
-    @property
-    def socket(self) -> socket.socket:
-        """The socket below, for what it says of TLS."""
-        return self.stream.socket
+    def __getattr__(self, name: str) -> Any:
+        """Of the stream below: close(), and `socket` for what it says of TLS."""
+        return getattr(self.stream, name)
 
     def write(self, data: bytes) -> None:
         """Writes all of it at once: nothing waits in the compressor."""
@@ -3253,10 +3252,6 @@ class DeflateStream:
         # A full output: zlib may hold more of it, even with no input left (b'', not None).
         self.deflated = self.inflater.unconsumed_tail if len(found) == READ_SIZE else None
         return found
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self.stream.close()
 
 
 class ConnectionOptions:
@@ -5348,13 +5343,8 @@ class InFlightBytes:
         self.expected_size = max(int(self.expected_size * 0.95 ** len(sizes)), 1, *sizes)
 
     @property
-    def is_full(self) -> bool:
-        """True when no more messages may arrive."""
-        return self.total >= self.limit
-
-    @property
     def free_slots(self) -> int:
-        """The number of messages that may still arrive; at least 1, as one message can exceed the whole limit."""
+        """The number of messages that may still arrive below the limit; at least 1, as one can exceed all of it."""
         return max(1, (self.limit - self.total) // self.expected_size)
 
 
@@ -5448,23 +5438,21 @@ class Consumer:
 
         nsqlookupd is polled before each new attempt: SUB would create a deleted topic again.
         """
-        backoff, news = Backoff(0.1, 5), ChangeLog()
+        backoff, news, loop = Backoff(0.1, 5), ChangeLog(), asyncio.get_running_loop()
         while address in self.addresses:
-            connection = Subscription(address, self)
+            connection, up_since = Subscription(address, self), math.inf
             try:
                 await connection.open()
+                up_since = loop.time()
                 self.on_connect(connection, backoff)
                 news.clear()
-                # one that nsqd closes at once is no reason to try ten times a second
-                stable = asyncio.get_running_loop().call_later(backoff.longest, backoff.reset_delay)
-                try:
-                    await connection.read_messages()
-                finally:
-                    stable.cancel()
+                await connection.read_messages()
             except UNREACHABLE as error:
                 if address not in self.addresses:   # it was closed
                     return
                 self.on_disconnect(connection, describe_error(error), news)
+            if loop.time() - up_since >= backoff.longest:   # an nsqd that closes at once keeps its delay
+                backoff.reset_delay()
             delay = backoff.next_delay()
             log.debug('nsqd %s: connecting again in %.1f s', connection, delay)
             await asyncio.sleep(delay)
@@ -5562,12 +5550,12 @@ class Consumer:
         Example: max-held is 32 MiB, 24 MiB are in flight in 100 messages, and messages have 1 MiB: 8 more may come, so
         RDY may add up to 108.
         """
-        credit = self.credit()
-        if credit <= 0 or self.in_flight_bytes.is_full:
+        credit, held = self.credit(), self.in_flight_bytes
+        if credit <= 0 or held.total >= held.limit:
             return 0
         held_back = sum([c.held_back for c in self.connections])
         return max(0, min(credit, self.max_in_flight - held_back,
-                          len(self.in_flight) - held_back + self.in_flight_bytes.free_slots))
+                          len(self.in_flight) - held_back + held.free_slots))
 
     def reduce_rdy(self, connection: Subscription) -> None:
         """Lowers the RDY of a connection by the messages that arrived on it, when the window or max-held is nearly
