@@ -311,7 +311,7 @@ MUTANTS = (
     Mutant('TOUCH without end', '               and now - message.received_at < message.conn.max_msg_timeout]', '               ]'),
     Mutant('TOUCH at the end of msg-timeout', 'message.conn.msg_timeout / 2 - 2 * TICK_INTERVAL', 'message.conn.msg_timeout'),
     Mutant('TOUCH at every look', '        for message in due:\n            message.touched_at = now', '        for message in ():\n            message.touched_at = now'),
-    Mutant('no TOUCH between windows', 'if self.in_flight and now - last_touch', 'if self.credit and now - last_touch'),
+    Mutant('no TOUCH between windows', 'if self.in_flight and now - last_touch', 'if self.deliver and now - last_touch'),
     Mutant('idle before the answer could be there', 'now - connection.rdy_since - connection.round_trip >=', 'now - connection.rdy_since >='),
     Mutant('idle though messages come', 'if now - connection.last_data < connection.idle_delay:', 'if False:'),
     Mutant('idle though one nsqd is not', 'all(c.proven_idle for c in self.connections)', 'any(c.proven_idle for c in self.connections)'),
