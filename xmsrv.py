@@ -5710,19 +5710,16 @@ SMALL_FACTOR = 32           # decoded bytes per byte of such a body, at most
 
 
 def decoded_size(body: bytes) -> int:
-    """The maximum memory of a decoded message: a list of empty lists takes 40 times its body.
-
-    The sizes are those of CPython's objects (sys.getsizeof): 64 and more a list, 184 and more an object, and for each
-    element a pointer and itself.
-    """
+    """The maximum memory of a decoded message: a list of empty lists takes 40 times its body. The sizes are those of
+    CPython's objects (sys.getsizeof): 64 and more a list, 184 and more an object, and for each element a pointer and
+    itself."""
     if len(body) < SMALL_BODY:
         return len(body) * SMALL_FACTOR
     return len(body) + 72 * body.count(b',') + 128 * body.count(b'[') + 256 * body.count(b'{')
 
 
 class DecodeQueue:
-    """Messages that wait to become records: decoded messages take at most `max_held` bytes, unless it is a single
-    one."""
+    """Messages that wait to become records. Decoded ones take at most `max_held` bytes, except a single one."""
 
     def __init__(self, mapper: 'Mapper', max_held: int) -> None:
         self.mapper, self.max_held = mapper, max_held
@@ -5952,10 +5949,8 @@ class Window:
         self.reject_invalid(messages)
 
     def on_refused(self, messages: list[Message], result: WriteResult) -> None:
-        """Handles refused messages while no write has succeeded yet: is the message to blame, or a policy?
-
-        Several refused messages: the policy. One alone: the message, if it is refused REFUSALS_TO_REJECT times.
-        """
+        """Handles refused messages while no write has succeeded yet. Several refused messages: a policy is to blame.
+        One alone: the message, if it is refused REFUSALS_TO_REJECT times."""
         self.refused_keys.update(message.key for message in messages)
         message = messages[0]
         key = message.record and message.record.key
@@ -5988,8 +5983,8 @@ class Window:
         self.end(End.STORE_FAILED, result.detail)
 
     def on_unkept(self, messages: list[Message], result: WriteResult) -> list[Message]:
-        """Handles dead letters that were not kept. After a first delivery they are retried for SINK_RETRY_TIME if the
-        sink is away; all others are requeued with a delay."""
+        """Retries dead letters for SINK_RETRY_TIME if the sink is away, but only after their first delivery; requeues
+        all others with a delay."""
         young = asyncio.get_running_loop().time() - SINK_RETRY_TIME
         retry = [message for message in messages
                  if result.reason == 'away' and message.attempts == 1 and message.received_at > young]
@@ -6063,8 +6058,7 @@ class Window:
         return at_rest and (failing or not self.messages_left or now - self.times.draining_since >= TICK_INTERVAL)
 
     async def wait_until(self, condition: Callable[[], bool], bounded: bool = False) -> None:
-        """Waits until the condition holds; bounded: or until no call has returned within its time limit. Raises
-        the error of a task."""
+        """Waits until the condition holds; bounded: or until a call exceeds its time limit. Raises a task's error."""
         loop, tasks = asyncio.get_running_loop(), self.pipeline.tasks
         begun = loop.time()
         while not condition():
@@ -6131,8 +6125,8 @@ class Window:
         return self.exit_status != os.EX_OK
 
     def report_end(self) -> int:
-        """Logs the summary, and the reason when messages were requeued. `once` closes the connections before, as
-        nsqd may refuse answers until then. Returns the exit status."""
+        """Logs the summary and why the window failed. `once` closes the connections before, as nsqd may refuse answers
+        until then. Returns the exit status."""
         self.pipeline.metrics.record_window(self)
         fields = {'topic': self.source.topic, 'channel': self.source.channel,
                   'outcome': 'failed' if self.failed else 'done'}
@@ -6146,8 +6140,7 @@ class Window:
         return self.exit_status
 
     def log_summary(self, fields: dict[str, Any]) -> None:
-        """Logs the summary of the window, its counts as more `fields`; as a warning when messages were requeued without
-        a failure: something is slow."""
+        """Logs the summary; as a warning when messages were requeued without a failure, because something is slow."""
         seconds = self.times.seconds
         counts = ', '.join(f'{name} {number}' for name, number in self.count.items())
         slow = self.end_reason in (End.IDLE, End.TIMEOUT) and self.count['requeued'] > 0
@@ -6317,8 +6310,7 @@ class RunLock:
         self.fd: int | None = None
 
     def try_acquire(self) -> str | None:
-        """Acquires the lock. Returns None, or the pid of another holder as text. Raises Unavailable when the file can't
-        be locked."""
+        """Returns None, or the pid of another holder as text. Raises Unavailable when the file can't be locked."""
         try:
             os.makedirs(os.path.dirname(self.path) or '.', mode=0o750, exist_ok=True)
             self.fd = fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)
@@ -6405,7 +6397,7 @@ class ReplayMapper(Mapper):
         self.decode_letter = decode_letter
 
     def build_record(self, message: Message) -> Record:
-        """The Record; raises InvalidMessage, also for a message that is no dead letter."""
+        """Raises InvalidMessage, also for a message that is no dead letter."""
         return super().build_record(self.decode_letter(message.body)[1])
 
 
@@ -6485,7 +6477,7 @@ class Replay(Window):
 
 
 class ReplayListing(Replay):
-    """A replay that only lists: `letters` has the dead letters that pass the filter; all are requeued at the end."""
+    """A replay that only lists: `letters` are the dead letters that pass the filter; all are requeued at the end."""
 
     def __init__(self, pipeline: Pipeline, decode_letter: DeadLetterDecoder, replay_filter: ReplayFilter) -> None:
         super().__init__(pipeline, decode_letter, replay_filter)
@@ -6547,8 +6539,8 @@ class DeadLetterFileSource:
                 self.copy_owner_and_mode(was)
         except OSError as error:
             busy = isinstance(error, BlockingIOError) and not (self.read_only or self.new_file)
-            raise Unavailable(f'{error.filename or self}: '
-                              + ('another replay has locked it' if busy else str(error.strerror))) from None
+            text = 'another replay has locked it' if busy else error.strerror
+            raise Unavailable(f'{error.filename or self}: {text}') from None
         self.tasks.start(self.feed_window(self.read_messages()))
 
     def copy_owner_and_mode(self, was: os.stat_result) -> None:
@@ -6563,12 +6555,9 @@ class DeadLetterFileSource:
     def read_messages(self) -> Iterator[Message]:
         """Yields each line as a Message."""
         self.file.seek(0)
-        left = self.size
-        for number in itertools.count(1):
-            line = self.file.readline(left)
-            if not line:
-                return
-            left -= len(line)
+        number, left = 0, self.size
+        while line := self.file.readline(left):
+            number, left = number + 1, left - len(line)
             yield Message(self, b'line %d' % number, 0, 1, line)   # the time is in the letter
 
     # -- what a window reads from
@@ -6612,18 +6601,18 @@ class DeadLetterFileSource:
 
     def finish(self, messages: list[Message]) -> None:
         """Marks dead letters that leave the file."""
-        self.stored_keys.update(message.key for message in self.release(messages))
+        self.stored_keys.update(message.key for message in self.pop_in_flight(messages))
 
     def requeue(self, messages: list[Message], delay: float = 0) -> None:
         """Marks dead letters that stay in the file; those that failed again get a history."""
-        messages = self.release(messages)
+        messages = self.pop_in_flight(messages)
         self.failed.update((message.key, message.rejection) for message in messages if message.rejection)
         self.requeued += len(messages)
 
     hold_messages = requeue
 
-    def release(self, messages: list[Message]) -> list[Message]:
-        """Removes messages from those in flight. Returns those that were."""
+    def pop_in_flight(self, messages: list[Message]) -> list[Message]:
+        """Removes messages from `in_flight`. Returns those that were in it."""
         messages = [message for message in messages if self.in_flight.pop(message.key, None)]
         self.held_bytes -= sum(len(message.body) for message in messages)
         return messages
