@@ -4869,8 +4869,8 @@ class DeadLetterSink:
         return [unkept.get(message, DEAD) for message in messages]
 
     async def publish_batch(self, address: Address, messages: list[Message]) -> dict[Message, WriteResult]:
-        """Publishes dead letters to one nsqd. Returns {message: result} of those that it did not accept. When nsqd
-        refuses a batch, each half is published by itself, until the refused one is alone."""
+        """Publishes dead letters to one nsqd. Returns {message: result} of those that it did not accept. After any
+        error but a timeout each half is published by itself, until the message that nsqd refuses is alone."""
         try:
             publisher = await self.open_publisher(address)
         except UNREACHABLE as error:
@@ -6312,7 +6312,7 @@ class RunLock:
     def try_acquire(self) -> str | None:
         """Returns None, or the pid of another holder as text. Raises Unavailable when the file can't be locked."""
         try:
-            os.makedirs(os.path.dirname(self.path) or '.', mode=0o750, exist_ok=True)
+            os.makedirs(self.state_dir, mode=0o750, exist_ok=True)
             self.fd = fd = open_locked(self.path, os.O_RDWR | os.O_CREAT, 0)
         except BlockingIOError:
             return self.holder_pid()
