@@ -3112,7 +3112,7 @@ class Mapper:
 # ---------------------------------------------------------------------------------------------------------------------
 
 READ_SIZE = 256 * 1024      # bytes a read
-MAX_RESPONSE = 1 << 20      # bytes of an answer in the handshake: what is no nsqd would have us wait for gigabytes
+MAX_RESPONSE = 1 << 20      # bytes of an answer in the handshake: another server's might announce gigabytes
 HANDSHAKE_STEPS = 8         # at most, each in connect-timeout: files, name, TCP, IDENTIFY, TLS, deflate, AUTH, SUB
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
 LOOKUP_GRACE = 0.5          # seconds that a question waits for the other nsqlookupds once one has named nsqds
@@ -3130,7 +3130,7 @@ RESPONSE, ERROR, MESSAGE = nsq.FRAME_TYPE_RESPONSE, nsq.FRAME_TYPE_ERROR, nsq.FR
 FRAME_HEADER = struct.Struct('>ii')          # size of what follows, frame type
 MESSAGE_HEADER = struct.Struct('>iiqH16s')   # of a message: size, type, timestamp, attempts, id
 LATE_ERRORS = (b'E_FIN_FAILED', b'E_REQ_FAILED', b'E_TOUCH_FAILED')       # not fatal: nsqd has delivered it again
-UNREACHABLE = (OSError, NsqdError, UnicodeError)   # OSError: TimeoutError, too; UnicodeError: a name that is none
+UNREACHABLE = (OSError, NsqdError, UnicodeError)   # OSError: TimeoutError, too; UnicodeError: an invalid name
 Nsqds = dict[Address, int | None]       # address -> HTTP port, where nsqlookupd has named it
 
 
@@ -3197,7 +3197,7 @@ class NameResolver(Resolver):
 
 
 class ResolvedName(Resolver):
-    """Addresses that are known already, as NameResolver gives them."""
+    """Gives the addresses that a NameResolver has found."""
 
     def initialize(self, addresses: list[tuple[int, Any]]) -> None:
         """Takes the addresses."""
@@ -3209,7 +3209,7 @@ class ResolvedName(Resolver):
 
 
 def look_up_name(host: str, family: int, flags: int = 0) -> list[Any]:
-    """The result of getaddrinfo for a name, for any port. Raises OSError, or UnicodeError for what can be no name."""
+    """The result of getaddrinfo for a name, for any port. Raises OSError, or UnicodeError for an invalid name."""
     return socket.getaddrinfo(host, 0, family, socket.SOCK_STREAM, flags=flags)
 
 
@@ -3266,7 +3266,7 @@ class ConnectionOptions:
         """(ssl context, secret), as their files are now; None for what is not configured. Raises NsqdError.
 
         Certificates and secrets are replaced while a daemon runs (cert-manager, vault), so each attempt reads them
-        anew; in a thread, for to load the system's authorities takes 50 ms.
+        anew; in a thread, as loading the system's authorities takes 50 ms.
         """
         if not self.tls_options and not self.secret_file:
             return None, None
@@ -3311,7 +3311,7 @@ class Connection:
         self.buffer = b''        # the unfinished frame of the last read
         self.last_read = 0.0     # loop time of the last read
         self.last_data = 0.0     # loop time of the last read that had a message, or a part of one
-        self.round_trip = 0.0    # seconds from a command to its answer, as the handshake had it
+        self.round_trip = 0.0    # seconds from a command to its answer, in the handshake
         self.silence_timer: asyncio.TimerHandle   # of check_silence(), while messages are read
         self.heartbeat_interval = HEARTBEAT_INTERVAL
 
@@ -3395,7 +3395,7 @@ class Connection:
             raise NsqdError('TLS is configured, but this nsqd does not offer it')
         stream, self.stream = self.stream, None
         # On failure tornado drops the stream with its socket; the twin can still shut that socket down.
-        with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
+        with stream.socket.dup() as twin:
             try:
                 self.stream = await stream.start_tls(
                     False, ssl_options=context, server_hostname=self.address[0] if self.address[1] else 'localhost')
@@ -3462,7 +3462,7 @@ class Connection:
             self.silence_timer.cancel()
 
     def check_silence(self, silence: float, bound: asyncio.Timeout) -> None:
-        """Ends the reading when nothing has arrived for `silence` seconds, else looks again when that may be so: a time
+        """Ends the reading when nothing has arrived for `silence` seconds, else checks again when that may be so: a
         limit for each read would cost a third of what a small read does."""
         loop, due = asyncio.get_running_loop(), self.last_read + silence
         if due > loop.time():
@@ -3767,15 +3767,15 @@ async def total_depth(config: types.SimpleNamespace, topic: str, channel: str) -
 
 
 class ChannelDepth(NamedTuple):
-    """What waits for a channel on one nsqd, and what of it is paused: `topic`, `channel`, both or nothing."""
+    """The number of messages that wait for a channel on one nsqd, and which are paused: `topic`, `channel` or both."""
 
     waiting: int
     paused: str
 
 
 async def channel_depths(config: Any, topic: str, channel: str) -> dict[str, ChannelDepth]:
-    """What waits for a channel on each nsqd that tells it, by address as text. Leaves out an nsqd or nsqlookupd that
-    does not answer, without a log line: the consumer logs that."""
+    """The depth of a channel on each nsqd, by address as text. Leaves out an nsqd or nsqlookupd that does not answer,
+    without a log line: the consumer logs that."""
     nsqds: Nsqds = dict.fromkeys(config.nsq.nsqd_tcp_address) or (await look_up(config, topic, LOOKUP_GRACE))[0]
     found: dict[Address, ChannelDepth] = {}
 
@@ -5492,7 +5492,7 @@ class Consumer:
         return 'no nsqd can be reached: ' + '; '.join(
             f'{format_address(address)}: {self.connect_errors[address]}' for address in self.addresses)
 
-    # -- what comes
+    # -- messages
 
     def start(self, credit: Callable[[], int], deliver: Callable[[list[Message]], None]) -> None:
         """Starts to deliver to a window; each nsqd has to prove again that it is idle."""
@@ -5686,11 +5686,9 @@ class Consumer:
         """Waits for the next tick. Between windows only TOUCH is due; without messages in flight this sleeps until
         tick_due."""
         self.tick_due.clear()
-        if self.deliver:
-            await asyncio.sleep(TICK_INTERVAL)
-            return
+        seconds = TICK_INTERVAL if self.deliver else touch_interval
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.tick_due.wait(), touch_interval if self.in_flight else None)
+            await asyncio.wait_for(self.tick_due.wait(), seconds if self.deliver or self.in_flight else None)
 
     async def close(self) -> None:
         """Closes every connection; Subscription.close() requeues messages still in flight."""
