@@ -3871,6 +3871,7 @@ class SqliteStore(Store):
     """Records in a table of an SQLite file: WAL, synchronous FULL, one transaction a batch."""
 
     batch_size = 1000
+    lock_timeout = 4.0   # seconds; below call_timeout, so that a locked file is an answer, not a call that hangs
     # "key" has no type: no affinity, so that 1 and "1" stay two keys (sqlite.org/datatype3.html, 3.1)
     table = ('CREATE TABLE IF NOT EXISTS records ("set" TEXT NOT NULL, "key" NOT NULL, bins TEXT NOT NULL,'
              ' stored_at TEXT NOT NULL, PRIMARY KEY ("set", "key")) WITHOUT ROWID')
@@ -3893,7 +3894,7 @@ class SqliteStore(Store):
         with self.sqlite_errors():
             os.makedirs(os.path.dirname(self.path), mode=0o750, exist_ok=True)
             require_regular(self.path)
-            self.db = sqlite3.connect(self.path, timeout=self.call_timeout, isolation_level=None,
+            self.db = sqlite3.connect(self.path, timeout=self.lock_timeout, isolation_level=None,
                                       check_same_thread=False)
             self.db.execute('PRAGMA journal_mode = WAL')
             self.db.execute('PRAGMA synchronous = FULL')

@@ -66,7 +66,7 @@ def fill(nsqd, count=10):
 
 def all_stored(program, nsqd, count=10):
     assert sorted(bins['n'] for bins in program.records().values()) == list(range(count))
-    assert nsqd.left(TOPIC, CHANNEL) == 0
+    servers.wait_until(lambda: nsqd.left(TOPIC, CHANNEL) == 0, 'nsqd has every FIN')
 
 
 def nothing_taken(nsqd):

@@ -568,7 +568,6 @@ def test_sqlite_leaves_nothing_of_its_first_look(tmp_path):
 
 def test_sqlite_rolls_back_and_only_a_lock_may_pass(tmp_path):
     with sqlite_store(tmp_path) as store:
-        store.call_timeout = 0
         store.db.execute('PRAGMA busy_timeout = 0')
         other = sqlite3.connect(tmp_path / 'records.sqlite', isolation_level=None)
         other.execute('BEGIN IMMEDIATE')
