@@ -6807,8 +6807,8 @@ class WindowRunner:
 
     def __init__(self, config: types.SimpleNamespace, metrics: Metrics, wait_for_grant: Callable[[], Awaitable[int]],
                  on_window_end: Callable[[Window], None]) -> None:
-        self.config, self.metrics, self.wait_for_grant, self.on_window_end = (config, metrics, wait_for_grant,
-                                                                              on_window_end)
+        self.config, self.metrics = config, metrics
+        self.wait_for_grant, self.on_window_end = wait_for_grant, on_window_end
         self.endless = config.endless
         self.health = Health()
         self.backoff = Backoff(1, 30)
@@ -6820,8 +6820,6 @@ class WindowRunner:
     async def run(self) -> int:
         """Runs until end_by(). Returns the exit status."""
         self.task = asyncio.ensure_future(self.run_until_ended())
-        if self.end_reason:
-            self.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self.task
         return os.EX_OK
@@ -6854,9 +6852,9 @@ class WindowRunner:
 
     async def run_window(self, max_messages: int, pipeline: Pipeline) -> Window:
         """Runs one window, which has ended then."""
-        config, forever = self.config, self.endless
-        limits = WindowLimits(max_messages, math.inf if forever else config.timeout,
-                              math.inf if forever else config.idle_timeout, keeps_excess=True)
+        config = self.config
+        timeout, idle_timeout = (math.inf, math.inf) if self.endless else (config.timeout, config.idle_timeout)
+        limits = WindowLimits(max_messages, timeout, idle_timeout, keeps_excess=True)
         self.window = window = Window(pipeline, limits, Mapper(config))
         if self.end_reason:
             window.end(self.end_reason)
@@ -6963,11 +6961,6 @@ class WindowRunner:
         return [metrics.take_snapshot()]
 
 
-def window_summary(window: Window) -> types.SimpleNamespace:
-    """The summary of a window that has ended."""
-    return types.SimpleNamespace(count=window.count, seconds=window.times.seconds, ended=time.time())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # supervisor: the worker processes of a daemon
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7008,8 +7001,8 @@ class WorkerHandle:
     """The parent's view of a worker process. last_grant: number of the last grant sent; see on_status().
     last_status: the loop time of `status`."""
 
-    def __init__(self, place: int) -> None:
-        self.index, self.state, self.last_grant = place, WorkerState.STARTING, 0
+    def __init__(self, index: int) -> None:
+        self.index, self.state, self.last_grant = index, WorkerState.STARTING, 0
         self.process: Any = None   # its Process, from its first start on
         self.change_log = ChangeLog()
         self.status, self.last_status, self.failed_starts = WorkerStatus(), 0.0, 0
@@ -7027,10 +7020,9 @@ class Supervisor:
     def __init__(self, daemon: Any) -> None:
         self.config, self.raw, self.arguments = daemon.config, daemon.raw, daemon.arguments
         self.metrics, self.on_window_end, self.schedule = daemon.metrics, daemon.on_window_end, daemon.schedule
-        config = self.config
-        self.workers, self.rotation = [WorkerHandle(place) for place in range(config.workers)], 0
-        self.endless = config.endless
-        self.tasks, self.state_changed = BackgroundTasks(), asyncio.Event()
+        self.workers, self.rotation = [WorkerHandle(index) for index in range(self.config.workers)], 0
+        self.endless = self.config.endless
+        self.state_changed = asyncio.Event()
         self.exited_worker_metrics = daemon.exited_worker_metrics
         self.exit_status = os.EX_OK
         # how to tell a worker to end; None until requested
@@ -7040,19 +7032,14 @@ class Supervisor:
 
     async def run(self) -> int:
         """Runs until end_by(), or until every worker keeps failing to start. Returns the exit status."""
-        for worker in self.workers:
-            self.tasks.start(self.maintain_worker(worker))
         grants = asyncio.ensure_future(self.grant_periods())
-        while self.tasks.tasks and not self.tasks.error:
-            self.tasks.wake.clear()
-            await self.tasks.wake.wait()
-        grants.cancel()
-        await self.tasks.cancel()
-        if self.tasks.error:
-            raise self.tasks.error
+        try:
+            await asyncio.gather(*map(self.maintain_worker, self.workers))
+        finally:
+            grants.cancel()
         return self.exit_status
 
-    # -- its members
+    # -- its workers
 
     async def maintain_worker(self, worker: WorkerHandle) -> None:
         """Restarts one worker whenever it exits, with backoff."""
@@ -7121,8 +7108,8 @@ class Supervisor:
             message['healthy'],
             {backend: BackendState(state) for backend, state in message['backends'].items()}, message['failures'],
             message['connections'], message['figures'])
-        for window in message['windows']:
-            self.on_window_end(types.SimpleNamespace(**window))
+        for count, seconds in message['windows']:
+            self.on_window_end(count, seconds)
         if worker.state is not WorkerState.STOPPING:
             # Example: grant 7 is on its way to a worker, and its line "idle, seen 6" on its way to us. It will start a
             # window. If we took it for idle, the next period could begin during that window.
@@ -7166,7 +7153,7 @@ class Supervisor:
         """
         share, extra = divmod(self.config.nsq.max_messages, len(self.workers))
         self.rotation += 1
-        return [share + ((place + self.rotation) % len(self.workers) < extra) for place in range(len(self.workers))]
+        return [share + ((index + self.rotation) % len(self.workers) < extra) for index in range(len(self.workers))]
 
     # -- its end
 
@@ -7212,9 +7199,8 @@ class Supervisor:
     @property
     def backend_failures(self) -> dict[str, str]:
         """Why each of BACKENDS fails, each reason once, also where several workers say so."""
-        told = [worker.status.failures for worker in self.workers]
-        reasons = {backend: dict.fromkeys(failures[backend] for failures in told if backend in failures)
-                   for backend in BACKENDS}
+        reasons = {backend: dict.fromkeys(worker.status.failures[backend] for worker in self.workers
+                                          if backend in worker.status.failures) for backend in BACKENDS}
         return {backend: '; '.join(reason) for backend, reason in reasons.items() if reason}
 
     @property
@@ -7245,8 +7231,7 @@ class Supervisor:
 
     def current_metrics(self) -> list[Any]:
         """The metrics of the parent and all workers."""
-        told = [worker.status.snapshot for worker in self.workers]
-        return [self.metrics.take_snapshot(), *filter(None, told)]
+        return [self.metrics.take_snapshot(), *filter(None, (worker.status.snapshot for worker in self.workers))]
 
 
 def worker_command() -> list[str]:
@@ -7315,7 +7300,7 @@ class Worker:
 
     def send_status(self) -> None:
         """Sends a status line to the parent."""
-        windows, self.windows[:] = [vars(window_summary(window)) for window in self.windows], []
+        windows, self.windows[:] = [(window.count, window.times.seconds) for window in self.windows], []
         runner, (metrics,) = self.runner, self.runner.current_metrics()
         line = json.dumps({
             'state': self.state, 'seen': self.last_grant, 'windows': windows, 'figures': metrics,
@@ -7414,21 +7399,20 @@ class Daemon:
                 break
             self.metrics.forget_gauges()
             self.metrics.set_period(self.config)
-            self.runner = runner = self.new_runner()
-            if self.config.workers > 1:
-                log.info('%d workers, %s', self.config.workers,
-                         f'a window every {self.config.period:g} s' if self.config.period else 'without pauses')
-            status = await runner.run()
+            self.runner = self.new_runner()
+            status = await self.runner.run()
             self.runner = None
         return status
 
     def new_runner(self) -> WindowRunner | Supervisor:
         """A WindowRunner in this process, or a Supervisor of workers."""
-        self.schedule.period = self.config.period   # last_start stays: a reload starts no extra window
+        self.schedule.period = period = self.config.period   # last_start stays: a reload starts no extra window
         if self.config.workers > 1:
+            log.info('%d workers, %s', self.config.workers,
+                     f'a window every {period:g} s' if period else 'without pauses')
             return Supervisor(self)
         return WindowRunner(self.config, self.metrics, self.wait_for_grant,
-                            lambda window: self.on_window_end(window_summary(window)))
+                            lambda window: self.on_window_end(window.count, window.times.seconds))
 
     async def wait_for_grant(self) -> int:
         """Waits for the start of the next period. Returns max-messages."""
@@ -7437,17 +7421,17 @@ class Daemon:
         self.schedule.start_period(loop.time())
         return self.config.nsq.max_messages
 
-    def on_window_end(self, window: types.SimpleNamespace) -> None:
-        """Records the end of a window."""
-        counts = ', '.join(f'{name} {number}' for name, number in window.count.items() if number)
-        self.status = f'last window: {counts or "nothing came"} in {window.seconds:.2f} s'
+    def on_window_end(self, count: Mapping[str, int], seconds: float) -> None:
+        """Records the end of a window. count: its messages by outcome."""
+        counts = ', '.join(f'{name} {number}' for name, number in count.items() if number)
+        self.status = f'last window: {counts or "nothing came"} in {seconds:.2f} s'
 
     async def notify_regularly(self) -> None:
         """Sends WATCHDOG=1 to systemd while the runner is healthy, and STATUS when it changes."""
         loop, told = asyncio.get_running_loop(), None
         pause = min(self.notifier.watchdog_interval or 1.0, 1.0)
         while True:
-            if not self.runner or self.runner.is_healthy(loop.time()):
+            if self.is_healthy():
                 self.notifier.send_fields(WATCHDOG=1)
             if self.runner and self.runner.endless:
                 self.status = f'flowing: {self.total_metrics().value_of("xmsrv_messages_total", "stored"):.0f} stored'
@@ -7651,10 +7635,6 @@ class Daemon:
         """True while the runner makes progress."""
         return not self.runner or self.runner.is_healthy(asyncio.get_running_loop().time())
 
-    def metrics_text(self) -> bytes:
-        """All metrics in the text format of Prometheus."""
-        return format_exposition(self.total_metrics(), process=True)
-
     def total_metrics(self) -> MetricTotals:
         """All metrics, merged."""
         total = merge_metrics(self.runner.current_metrics() if self.runner else [self.metrics.take_snapshot()])
@@ -7700,14 +7680,10 @@ class HttpListener:
             self.loop.call_later(HTTP_ACCEPT_PAUSE, self.resume_accepting, listener)
             self.close_oldest(len(self.streams) // 2)
             return
-        self.close_oldest(self.connection_limit - 1)
+        file_share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HTTP_FILES_SHARE
+        self.close_oldest(max(1, min(HTTP_CONNECTIONS, file_share)) - 1)
         self.streams.append(IOStream(connection))
         self.server.handle_stream(self.streams[-1], address)
-
-    @property
-    def connection_limit(self) -> int:
-        """The maximum number of connections."""
-        return max(1, min(HTTP_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HTTP_FILES_SHARE))
 
     def close_oldest(self, most: int) -> None:
         """Closes the oldest connections, until there are at most so many."""
@@ -7735,19 +7711,21 @@ def serve_http(daemon: Daemon, address: Address, sockets: list[socket.socket]) -
             """Answers with the current state."""
             self.set_header('Cache-Control', 'no-store')
             self.set_header('Content-Security-Policy', "default-src 'none'; style-src 'unsafe-inline'; img-src data:")
-            kind, good, text = answers[self.request.path](daemon)
+            kind, good, text = answers[self.request.path]()
             self.set_header('Content-Type', f'{kind}; charset=utf-8')
             self.set_status(200 if good else 503)
             self.finish(text)
 
-    answers = {'/metrics': lambda d: ('text/plain; version=0.0.4', True, d.metrics_text()),
-               '/healthz': lambda d: ('text/plain', d.is_healthy(), 'ok\n' if d.is_healthy() else 'no progress\n'),
-               '/readyz': lambda d: ('text/plain', d.is_ready, readiness_text(d)),
-               '/': lambda d: ('text/html', True, render_page(d))}
+    answers: dict[str, Callable[[], tuple[str, bool, str | bytes]]] = {   # (type, whether all is well, body)
+        '/metrics': lambda: ('text/plain; version=0.0.4', True,
+                             format_exposition(daemon.total_metrics(), process=True)),
+        '/healthz': lambda: (('text/plain', True, 'ok\n') if daemon.is_healthy() else
+                             ('text/plain', False, 'no progress\n')),
+        '/readyz': lambda: ('text/plain', daemon.is_ready, readiness_text(daemon)),
+        '/': lambda: ('text/html', True, render_page(daemon))}
     site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
     server = httpserver.HTTPServer(site, max_header_size=HTTP_MAX_HEADER, max_body_size=HTTP_MAX_BODY,
-                                   body_timeout=HTTP_BODY_TIMEOUT,
-                                   idle_connection_timeout=HTTP_IDLE_TIMEOUT)
+                                   body_timeout=HTTP_BODY_TIMEOUT, idle_connection_timeout=HTTP_IDLE_TIMEOUT)
     return HttpListener(server, address, sockets)
 
 

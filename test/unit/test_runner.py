@@ -520,7 +520,7 @@ def with_team(monkeypatch, steps, workers=2, n=5, end=True, **sections):
                                   **sections})
         team = Supervisor(types.SimpleNamespace(
             config=config, raw={'the': 'raw'}, arguments=types.SimpleNamespace(config='x', verbose=0, quiet=0),
-            metrics=Metrics(), exited_worker_metrics=xmsrv.MetricTotals(), on_window_end=lambda window: None,
+            metrics=Metrics(), exited_worker_metrics=xmsrv.MetricTotals(), on_window_end=lambda count, seconds: None,
             schedule=xmsrv.Schedule(10)))
         running = asyncio.ensure_future(team.run())
         await asyncio.sleep(0.01)
@@ -734,12 +734,11 @@ def test_windows_of_workers_are_reported_with_their_counts(monkeypatch):
     reports = []
 
     async def steps(team, processes):
-        team.on_window_end = reports.append
-        window = {'count': {'stored': 3}, 'seconds': 1.5, 'ended': 7}
-        processes[0].say(windows=[window, window])
+        team.on_window_end = lambda *window: reports.append(window)
+        processes[0].say(windows=[({'stored': 3}, 1.5)] * 2)
         await asyncio.sleep(0.1)
     with_team(monkeypatch, steps)
-    assert [(window.count, window.seconds, window.ended) for window in reports] == [({'stored': 3}, 1.5, 7)] * 2
+    assert reports == [({'stored': 3}, 1.5)] * 2
 
 
 def test_delays_of_a_worker_grow_and_begin_anew_when_it_has_stayed_up(monkeypatch):
@@ -862,7 +861,7 @@ def test_a_worker_says_twice_a_second_how_it_is_and_tells_of_each_window_once(mo
         await asyncio.sleep(1.5)
         talking.cancel()
     lines = said(monkeypatch, steps)
-    assert [[window['seconds'] for window in line['windows']] for line in lines] == [[], [2.0], [], []]
+    assert [[seconds for _, seconds in line['windows']] for line in lines] == [[], [2.0], [], []]
     assert lines[0]['state'] == 'starting'
 
 
