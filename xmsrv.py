@@ -7628,8 +7628,7 @@ class Daemon:
         reasons = {BackendState.CLOSED: 'on purpose, while another fails',
                    BackendState.STARTING: '; '.join(self.waiting_lines) or 'not up yet'}
         return {backend: failures.get(backend) or reasons.get(state, '')
-                for backend, state in self.backend_states.items()
-                if state is not BackendState.UP}
+                for backend, state in self.backend_states.items() if state is not BackendState.UP}
 
     def is_healthy(self) -> bool:
         """True while the runner makes progress."""
@@ -7939,8 +7938,8 @@ def describe_trend(waiting: int, growth: float | None) -> str:
         return 'steady'
     if growth > 0:
         return f'grows by {format_number(growth)}/s'
-    return (f'falls by {format_number(-growth)}/s' + (f', empty in {format_duration(waiting / -growth)}' if waiting
-                                                      else ''))
+    end = f', empty in {format_duration(waiting / -growth)}' if waiting else ''
+    return f'falls by {format_number(-growth)}/s{end}'
 
 
 def format_number(number: float) -> str:
@@ -7955,6 +7954,7 @@ def page_tiles(history: History, total: MetricTotals) -> Iterator[tuple[str, str
     """Yields the tiles as (id, title, value, note): depth, rate and age of stored messages, and totals of
     outcomes."""
     known = [depth.waiting for depth in history.depths.values()]
+    outcome_count = functools.partial(total.value_of, 'xmsrv_messages_total')
     yield ('depth', 'waiting in the channel', f'{sum(known):,}' if known else 'not known',
            describe_trend(sum(known), history.depth_growth()) if known else 'no nsqd answers by HTTP')
     seconds, stored, ages = history.recent_rates(60) or (0, 0, 0)
@@ -7963,11 +7963,10 @@ def page_tiles(history: History, total: MetricTotals) -> Iterator[tuple[str, str
            f'{format_number(more / longer)} in {format_duration(longer)}' if longer else '')
     yield ('lag', 'mean age when stored', f'{format_number(ages / stored)} s' if stored else 'none stored',
            f'{format_number(older / more)} s in {format_duration(longer)}' if more else '')
-    yield ('stored', 'stored', f'{total.value_of("xmsrv_messages_total", "stored"):,.0f}',
-               ', '.join(f'{kind} {total.value_of("xmsrv_messages_total", kind):,.0f}'
-                     for kind in ('deleted', 'requeued')))
+    yield ('stored', 'stored', f'{outcome_count("stored"):,.0f}',
+           f'deleted {outcome_count("deleted"):,.0f}, requeued {outcome_count("requeued"):,.0f}')
     yield ('in-flight', 'in flight', f'{total.value_of("xmsrv_in_flight"):,.0f}', '')
-    yield ('dead', 'dead letters', f'{total.value_of("xmsrv_messages_total", "dead"):,.0f}', '')
+    yield ('dead', 'dead letters', f'{outcome_count("dead"):,.0f}', '')
 
 
 def dead_letter_reasons(total: MetricTotals) -> str:
@@ -8025,9 +8024,8 @@ def column_chart(name: str, title: str, kinds: tuple[str, ...],
                 bars.append(Bar(kind, round(x, 1), round(y, 1), round(height, 1),
                                 f'{kind} {format_number(value)}, {format_duration(age)} ago'))
     ticks = [(PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * part, format_number(top * part)) for part in (0, 0.5, 1)]
-    times = [(round(PLOT_RIGHT - (PLOT_RIGHT - PLOT_LEFT) * part), f'-{format_duration(span * part)}' if part
-              else 'now')
-             for part in (1, 2 / 3, 1 / 3, 0)]
+    parts = [(round(PLOT_RIGHT - (PLOT_RIGHT - PLOT_LEFT) * part), span * part) for part in (1, 2 / 3, 1 / 3, 0)]
+    times = [(x, f'-{format_duration(age)}' if age else 'now') for x, age in parts]
     return Chart(name, title, kinds, bars, ticks, times, round(BAR_WIDTH - 0.4, 2))
 
 
@@ -8043,8 +8041,8 @@ def rate_chart(history: History) -> Chart:
 
 def depth_chart(history: History) -> Chart:
     """What waits in the channel."""
-    columns = [(history.samples[-1].time - sample.time, [sample.waiting]) for sample in history.samples
-               if sample.nsqds]
+    columns = [(history.samples[-1].time - sample.time, [sample.waiting])
+               for sample in history.samples if sample.nsqds]
     return column_chart('depths', 'Messages that wait in the channel', ('waiting',), columns)
 
 
@@ -8055,9 +8053,8 @@ def depth_chart(history: History) -> Chart:
 async def check_connections(config: types.SimpleNamespace, filename: str) -> int:
     """Connects to the queue and the store, describes both, and logs the problems. Returns the exit status. filename: of
     the configuration."""
-    problems = [f'{filename}: {fault}' for fault in unwritable_paths(config)]
-    problems += check_store(config)
-    problems += await check_nsqds(config)
+    paths = [f'{filename}: {fault}' for fault in unwritable_paths(config)]
+    problems = [*paths, *check_store(config), *await check_nsqds(config)]
     for problem in problems:
         log.error('%s', problem)
     return os.EX_UNAVAILABLE if problems else os.EX_OK
@@ -8149,28 +8146,33 @@ def check_message(config: types.SimpleNamespace, body: bytes) -> None:
         record = Mapper(config).build_record(message)
     except InvalidMessage as rejection:
         raise DataError(terminal_safe(str(rejection))) from None
-    options, made = config.record, {}    # by nsqd, when it takes the message
-    if options.key == '$id':
-        made[options.id_bin] = '$id (made by nsqd)'
-    if options.time_bin and options.time == '$timestamp':
-        made[options.time_bin] = '$timestamp (made by nsqd)'
-    made.update((name, f'{source} (made by nsqd)') for source, name in options.bins.items()
-                if source in METADATA and source != '$topic')
+    options = config.record
     key = '$id (made by nsqd)' if options.key == '$id' else json.dumps(record.key)
     print(f'set   {terminal_safe(record.set or getattr(config, config.store).set)}')
     print(f'key   {BIN_TYPES[type(record.key)]}  {key}')
     if isinstance(record, Deletion):
-        print(f'does  {describe_deletion(config.record.delete)}')
-        if config.record.delete.mode == 'remove':
+        print(f'does  {describe_deletion(options.delete)}')
+        if options.delete.mode == 'remove':
             return
     elif options.ttl_field:
         print(f'ttl   {f"{record.ttl} s" if record.ttl else "as ttl in [record]"}')
-    names = {name: terminal_safe(name) for name in record.bins}
+    print_bins(config, record.bins)
+
+
+def print_bins(config: types.SimpleNamespace, bins: Mapping[str, Any]) -> None:
+    """Prints the bins of a record: name, type and value, or the metadata that nsqd makes when it takes the message."""
+    options = config.record
+    made = {name: source for source, name in options.bins.items() if source in METADATA and source != '$topic'}
+    if options.key == '$id':
+        made[options.id_bin] = '$id'
+    if options.time == '$timestamp':
+        made[options.time_bin] = '$timestamp'
+    names = {name: terminal_safe(name) for name in bins}
     width = max(map(len, names.values()))
     own_types = typed_bins(config) if config.store == 'aerospike' else {}   # SQLite keeps what JSON has
-    for name, value in record.bins.items():
-        kind = own_types.get(name) or BIN_TYPES[type(value)]
-        print(f'bin   {names[name]:{width}}  {kind:7}  {made.get(name) or json.dumps(value)}')
+    for name, value in bins.items():
+        text = f'{made[name]} (made by nsqd)' if name in made else json.dumps(value)
+        print(f'bin   {names[name]:{width}}  {own_types.get(name) or BIN_TYPES[type(value)]:7}  {text}')
 
 
 def describe_deletion(delete: types.SimpleNamespace) -> str:
@@ -8380,14 +8382,14 @@ def require_available(arguments: argparse.Namespace, unavailable: Sequence[Fault
         raise Unavailable(format_faults(arguments, unavailable))
 
 
-SECTION_ENDS = {'nsq': 'queue', 'aerospike': 'store', 'sqlite': 'store', 'dead-letter': 'dead letters'}
+BACKEND_BY_SECTION = {'nsq': 'queue', 'aerospike': 'store', 'sqlite': 'store', 'dead-letter': 'dead letters'}
 
 
-def failed_ends(error: Unavailable, unavailable: Sequence[Fault]) -> set[str]:
+def failed_backends(error: Unavailable, unavailable: Sequence[Fault]) -> set[str]:
     """The backends for which a run could not begin: that need a missing file, or can't be reached."""
     if unavailable:
-        return {SECTION_ENDS[section] for fault in unavailable
-                if (section := fault.section.partition('.')[0]) in SECTION_ENDS}
+        sections = {fault.section.partition('.')[0] for fault in unavailable}
+        return {BACKEND_BY_SECTION[section] for section in sections & BACKEND_BY_SECTION.keys()}
     return {'store' if isinstance(error, StoreUnavailable) else 'queue'}
 
 
@@ -8402,7 +8404,7 @@ def command_once(arguments: argparse.Namespace) -> int:
             require_available(arguments, unavailable)
             return run_until_signal(lambda stopper: run_once(config, stopper, metrics))
         except Unavailable as error:
-            metrics.record_unavailable(failed_ends(error, unavailable))
+            metrics.record_unavailable(failed_backends(error, unavailable))
             raise
         finally:
             if config.metrics.textfile:
@@ -8553,8 +8555,7 @@ def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
     """Logs an error that no task waits for; errors of connections only with -v."""
     error = context.get('exception')
     given_up = isinstance(error, (*UNREACHABLE, asyncio.CancelledError))
-    log.log(logging.DEBUG if given_up else logging.ERROR, 'internal error: %s: %r',
-            context['message'], error)
+    log.log(logging.DEBUG if given_up else logging.ERROR, 'internal error: %s: %r', context['message'], error)
 
 
 def leave_stuck_calls(status: int) -> None:
@@ -8566,16 +8567,6 @@ def leave_stuck_calls(status: int) -> None:
         if sys.stdout:
             sys.stdout.flush()
         os._exit(status)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    reserve_standard_descriptors()
-    set_up_output()
-    status = dispatch_command(arguments)
-    rate_limit_filter.log_counts()
-    leave_stuck_calls(status)
-    return status
 
 
 def become_user() -> None:
@@ -8624,6 +8615,16 @@ def run_command(parsed: argparse.Namespace) -> int:
     if parsed.command not in ('config', 'completion') and not parsed.as_root:
         become_user()
     return COMMANDS[parsed.command](parsed)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    reserve_standard_descriptors()
+    set_up_output()
+    status = dispatch_command(arguments)
+    rate_limit_filter.log_counts()
+    leave_stuck_calls(status)
+    return status
 
 
 if __name__ == '__main__':
