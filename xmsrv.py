@@ -7311,7 +7311,416 @@ class Worker:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# daemon and HTTP: the long-lived process, and its answers to HTTP requests
+# HTTP: the status page, and the answers to a scrape and to health checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAMPLE_INTERVAL = 10.0      # seconds between two samples of the charts
+SAMPLES = 90                # samples that are kept: 15 minutes
+TREND = 300.0               # seconds over which the growth of the depth is measured
+IDLE_INTERVAL = 5.0         # seconds between two checks of watch_depth() whether there is a listener
+CHARTED = ('stored', 'deleted', 'dead', 'requeued')   # from below
+
+
+class BackendSince(NamedTuple):
+    """The state of one of BACKENDS, since which second of 1970, and why it is not up."""
+
+    state: BackendState
+    since: float
+    why: str
+
+
+class Sample(NamedTuple):
+    """The totals at a loop time: counts of CHARTED, sum of ages, messages waiting, nsqds that told their depth."""
+
+    time: float
+    counts: tuple[float, ...]
+    ages: float
+    waiting: int
+    nsqds: int
+
+
+class History:
+    """What the page shows of the past: since when each backend is in its state, counts by time, and the last depths."""
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self.ends: dict[str, BackendSince] = {}
+        self.samples: collections.deque[Sample] = collections.deque(maxlen=SAMPLES + 1)
+        self.depths: dict[str, ChannelDepth] = {}
+
+    def note_backends(self, ends: Mapping[str, BackendState], failures: Mapping[str, str], now: float) -> None:
+        """Notes the state of each end; another reason does not restart an outage."""
+        for backend, state in ends.items():
+            was = self.ends.get(backend)
+            begun = was.since if was and was.state == state else now
+            self.ends[backend] = BackendSince(state, begun, failures.get(backend, ''))
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is time for a sample."""
+        return not self.samples or now - self.samples[-1].time >= SAMPLE_INTERVAL - 0.5
+
+    def note_counts(self, total: MetricTotals, now: float) -> None:
+        """Adds a sample."""
+        counts = tuple(total.value_of('xmsrv_messages_total', kind) for kind in CHARTED)
+        waiting = sum(depth.waiting for depth in self.depths.values())
+        self.samples.append(Sample(now, counts, total.value_of(f'{LAG}_sum'), waiting, len(self.depths)))
+
+    def recent_rates(self, seconds: float) -> tuple[float, float, float] | None:
+        """(real duration, messages stored or deleted, sum of their ages) of the last `seconds`; None with less than
+        two samples."""
+        recent = [sample for sample in self.samples if self.samples[-1].time - sample.time <= seconds]
+        if len(recent) < 2:
+            return None
+        first, last = recent[0], recent[-1]
+        return last.time - first.time, sum(last.counts[:2]) - sum(first.counts[:2]), last.ages - first.ages
+
+    def depth_growth(self) -> float | None:
+        """Growth of the depth in messages per second, negative if it falls; None with too few samples."""
+        known = [sample for sample in self.samples if sample.nsqds == len(self.depths)
+                 and self.samples[-1].time - sample.time <= TREND]
+        if len(known) < 4:
+            return None
+        return (known[-1].waiting - known[0].waiting) / (known[-1].time - known[0].time)
+
+
+def format_moment(begun: float, now: float) -> str:
+    """A moment in words: `14:03:05Z (12 min)`, with the day where it was another."""
+    moment = format_rfc3339(begun)
+    day = '' if moment[:10] == format_rfc3339(now)[:10] else f'{moment[:10]} '
+    return f'{day}{moment[11:19]}Z ({format_duration(now - begun)})'
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in the largest unit of which there are two: `45 s`, `12 min`, `30 h`, `5 d`."""
+    for unit, size in ('d', 86400), ('h', 3600), ('min', 60):
+        if seconds >= 2 * size:
+            return f'{seconds / size:.0f} {unit}'
+    return f'{max(0.0, seconds):.0f} s'
+
+
+def describe_trend(waiting: int, growth: float | None) -> str:
+    """Whether the backlog grows, in words; a change of less than a hundredth in TREND is none."""
+    if growth is None:
+        return 'not known yet whether it grows'
+    if abs(growth) * TREND < max(1.0, waiting / 100):
+        return 'steady'
+    if growth > 0:
+        return f'grows by {format_number(growth)}/s'
+    end = f', empty in {format_duration(waiting / -growth)}' if waiting else ''
+    return f'falls by {format_number(-growth)}/s{end}'
+
+
+def format_number(number: float) -> str:
+    """A number in at most a few characters: `0.25`, `7.5`, `940`, `12.5k`, `3M`."""
+    for unit, size in ('G', 1e9), ('M', 1e6), ('k', 1e3):
+        if number >= size:
+            return f'{number / size:.3g}{unit}'
+    return f'{number:.3g}'
+
+
+def page_tiles(history: History, total: MetricTotals) -> Iterator[tuple[str, str, str, str]]:
+    """Yields the tiles as (id, title, value, note): depth, rate and age of stored messages, and totals of
+    outcomes."""
+    known = [depth.waiting for depth in history.depths.values()]
+    outcome_count = functools.partial(total.value_of, 'xmsrv_messages_total')
+    yield ('depth', 'waiting in the channel', f'{sum(known):,}' if known else 'not known',
+           describe_trend(sum(known), history.depth_growth()) if known else 'no nsqd answers by HTTP')
+    seconds, stored, ages = history.recent_rates(60) or (0, 0, 0)
+    longer, more, older = history.recent_rates(SAMPLES * SAMPLE_INTERVAL) or (0, 0, 0)
+    yield ('rate', 'stored/s, last minute', format_number(stored / seconds) if seconds else 'none yet',
+           f'{format_number(more / longer)} in {format_duration(longer)}' if longer else '')
+    yield ('lag', 'mean age when stored', f'{format_number(ages / stored)} s' if stored else 'none stored',
+           f'{format_number(older / more)} s in {format_duration(longer)}' if more else '')
+    yield ('stored', 'stored', f'{outcome_count("stored"):,.0f}',
+           f'deleted {outcome_count("deleted"):,.0f}, requeued {outcome_count("requeued"):,.0f}')
+    yield ('in-flight', 'in flight', f'{total.value_of("xmsrv_in_flight"):,.0f}', '')
+    yield ('dead', 'dead letters', f'{outcome_count("dead"):,.0f}', '')
+
+
+def dead_letter_reasons(total: MetricTotals) -> str:
+    """How many there were for each reason."""
+    counts = {reason: total.value_of('xmsrv_dead_letters_total', reason) for reason in REASONS}
+    return ', '.join(f'{reason} {number:,.0f}' for reason, number in counts.items() if number)
+
+
+def nsqd_rows(daemon: 'Daemon') -> Iterator[tuple[str, str, str, str, int, str]]:
+    """Yields a line for each nsqd that is configured, connected or answers by HTTP: (nsqd, its BackendState, that in
+    words, what waits, messages in flight, remark)."""
+    queue = daemon.backend_states['queue']
+    unconnected = queue if queue in (BackendState.CLOSED, BackendState.STARTING) else BackendState.DOWN
+    connections = daemon.runner.connections if daemon.runner else {}
+    configured = [format_address(address) for address in daemon.config.nsq.nsqd_tcp_address]
+    for nsqd in dict.fromkeys([*configured, *connections, *daemon.history.depths]):
+        up, in_flight, error = connections.get(nsqd, (0, 0, ''))
+        depth, workers = daemon.history.depths.get(nsqd), daemon.config.workers
+        paused = f'{depth.paused} paused' if depth and depth.paused else ''
+        state = BackendState.UP if up >= workers else BackendState.STARTING if up and not error else unconnected
+        waiting = f'{depth.waiting:,}' if depth else 'not known'
+        yield (nsqd, state, f'{up} of {workers} workers' if 0 < up < workers else state, waiting, in_flight,
+               '; '.join(filter(None, [error, paused])))
+
+
+def some_down(rows: Sequence[tuple[Any, ...]]) -> str:
+    """How many nsqds are not connected; the queue may be up all the same."""
+    down = [nsqd for nsqd, state, *_ in rows if state is BackendState.DOWN]
+    return f'{len(down)} of {len(rows)} nsqds are not connected' if down else ''
+
+
+class Bar(NamedTuple):
+    """A part of a chart: the messages of one kind in one sample; x, y and height in its units."""
+
+    kind: str
+    x: float
+    y: float
+    height: float
+    label: str
+
+
+class Chart(NamedTuple):
+    """A chart. kinds: for its key; ticks: (y, text) beside it; times: (x, text) below it."""
+
+    id: str
+    title: str
+    kinds: tuple[str, ...]
+    bars: list[Bar]
+    ticks: list[tuple[float, str]]
+    times: list[tuple[int, str]]
+    width: float
+
+
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 40, 356, 8, 112   # of a chart, in its units
+BAR_WIDTH = (PLOT_RIGHT - PLOT_LEFT) / SAMPLES
+
+
+def axis_end(most: float) -> float:
+    """The least 1, 2 or 5 times a power of ten that is not less than `most`."""
+    if most <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(most))
+    return next(power * step for step in (1, 2, 5, 10) if most <= power * step * (1 + 1e-9))
+
+
+def column_chart(name: str, title: str, kinds: tuple[str, ...],
+                 columns: Sequence[tuple[float, Sequence[float]]]) -> Chart:
+    """A chart of columns: (seconds before now, a value for each kind, stacked from below)."""
+    top = axis_end(max((sum(values) for _, values in columns), default=0))
+    span, bars = SAMPLES * SAMPLE_INTERVAL, []
+    for age, values in columns:
+        y, x = float(PLOT_BOTTOM), PLOT_RIGHT - (age / span) * (PLOT_RIGHT - PLOT_LEFT) - BAR_WIDTH
+        for kind, value in zip(kinds, values, strict=True):
+            height = (PLOT_BOTTOM - PLOT_TOP) * value / top
+            y -= height
+            if height:
+                bars.append(Bar(kind, round(x, 1), round(y, 1), round(height, 1),
+                                f'{kind} {format_number(value)}, {format_duration(age)} ago'))
+    ticks = [(PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * part, format_number(top * part)) for part in (0, 0.5, 1)]
+    parts = [(round(PLOT_RIGHT - (PLOT_RIGHT - PLOT_LEFT) * part), span * part) for part in (1, 2 / 3, 1 / 3, 0)]
+    times = [(x, f'-{format_duration(age)}' if age else 'now') for x, age in parts]
+    return Chart(name, title, kinds, bars, ticks, times, round(BAR_WIDTH - 0.4, 2))
+
+
+def rate_chart(history: History) -> Chart:
+    """The outcomes per second."""
+    columns = []
+    for before, after in itertools.pairwise(history.samples):
+        seconds = after.time - before.time
+        columns.append((history.samples[-1].time - after.time,
+                        [(b - a) / seconds for a, b in zip(before.counts, after.counts, strict=True)]))
+    return column_chart('rates', 'Messages a second', CHARTED, columns)
+
+
+def depth_chart(history: History) -> Chart:
+    """What waits in the channel."""
+    columns = [(history.samples[-1].time - sample.time, [sample.waiting])
+               for sample in history.samples if sample.nsqds]
+    return column_chart('depths', 'Messages that wait in the channel', ('waiting',), columns)
+
+
+# the state of the whole page is the first of them
+PAGE_ORDER = (BackendState.DOWN, BackendState.STARTING, BackendState.CLOSED, BackendState.UP)
+PAGE_STYLE = """:root{color-scheme:light dark;--text:#1d2328;--faint:#5c666f;--back:#fff;--box:#f3f5f7;--line:#d5dbe0;
+--good:#176b35;--bad:#b3141c;--dead:#b07400;--bar:#2f7d4a;--gone:#5b7f95;--depth:#3566b8}
+@media(prefers-color-scheme:dark){:root{--text:#dfe4e8;--faint:#98a3ad;--back:#101418;--box:#1a2026;--line:#323b44;
+--good:#6fcf8b;--bad:#ff8080;--dead:#e0b040;--bar:#58b478;--gone:#8fb4c8;--depth:#7fa8ee}}
+*{box-sizing:border-box}body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:64em;padding:.8em 1em 2em;
+color:var(--text);background:var(--back);overflow-wrap:anywhere}h1{font-size:1.25em;margin:.2em 0}
+h2{font-size:1em;margin:1.6em 0 .3em}p{margin:.3em 0}small,.faint{color:var(--faint);font-size:.87em}
+.up{color:var(--good)}.down{color:var(--bad);font-weight:bold}.closed,.starting{color:var(--faint)}
+#status{padding:.5em .7em;background:var(--box);border-left:4px solid var(--good)}
+#status.down,#status.starting{border-color:var(--bad);font-weight:normal;color:var(--text)}
+#status.starting{border-color:var(--dead)}
+.wide{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{padding:.25em .9em .25em 0;text-align:left;
+vertical-align:top;border-bottom:1px solid var(--line)}th{color:var(--faint);font-weight:normal;font-size:.87em}
+td:first-child{white-space:nowrap}.number{text-align:right}.tiles,.charts{display:grid;gap:.6em;margin:.8em 0}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(9.5em,1fr))}.tiles div{background:var(--box);padding:.5em .7em}
+.tiles b{display:block;font-size:1.35em;font-variant-numeric:tabular-nums}
+.charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,22em),1fr))}figure{margin:0}figcaption{font-weight:bold}
+svg{display:block;width:100%;height:auto;background:var(--box)}svg text{font:10px system-ui,sans-serif;
+fill:var(--faint)}svg line{stroke:var(--line)}.stored{fill:var(--bar)}.deleted{fill:var(--gone)}
+.dead{fill:var(--dead)}.requeued{fill:var(--bad)}
+.waiting{fill:var(--depth)}.key::before{content:"";display:inline-block;width:.7em;height:.7em;margin:0 .3em 0 .8em}
+.key.stored::before{background:var(--bar)}.key.deleted::before{background:var(--gone)}
+.key.dead::before{background:var(--dead)}
+.key.requeued::before{background:var(--bad)}.key.waiting::before{background:var(--depth)}
+#ends td:first-child{width:1%}#nsqds *{white-space:nowrap}#nsqds td:last-child{white-space:normal;min-width:9em}
+@media(max-width:36em){#letters tr{display:block;padding:.4em 0;border-bottom:1px solid var(--line)}
+#letters td{display:block;border:0;padding:0}}"""
+
+
+PAGE_TEMPLATE = """\
+<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5">
+<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">
+<title>{{ '' if state == 'up' else state.upper() + ': ' }}x-msrv {{ name }}</title>
+<style>{% raw style %}</style></head><body>
+<h1>x-msrv {{ name }}</h1>
+<p id="status" class="{{ state }}">{{ status }}</p>
+<table id="ends">{% for end, kind, begun, why in ends %}<tr>
+<td><span id="{{ end.replace(' ', '-') }}" class="{{ kind }}">{{ end }}: {{ kind }}</span></td>
+<td>since {{ begun }}{{ '; ' + why if why else '' }}</td></tr>{% end %}</table>
+<div class="tiles">{% for id, title, value, note in tiles %}
+<div id="{{ id }}"><small>{{ title }}</small><b>{{ value }}</b>
+<small>{{ note }}</small></div>{% end %}</div>
+<div class="charts">{% for chart in charts %}<figure id="{{ chart.id }}"><figcaption>{{ chart.title }}</figcaption>
+<svg viewBox="0 0 360 130" role="img" aria-label="{{ chart.title }}">{% for y, text in chart.ticks %}
+<line x1="40" x2="356" y1="{{ y }}" y2="{{ y }}"/>
+<text x="36" y="{{ y + 3 }}" text-anchor="end">{{ text }}</text>{% end %}{% for x, text in chart.times %}
+<text x="{{ x }}" y="126" text-anchor="{{ 'end' if x > 340 else 'middle' }}">{{ text }}</text>{% end %}
+{% for bar in chart.bars %}
+<rect class="{{ bar.kind }}" x="{{ bar.x }}" y="{{ bar.y }}" width="{{ chart.width }}" height="{{ bar.height }}">
+<title>{{ bar.label }}</title></rect>{% end %}</svg>
+<p>{% for kind in chart.kinds %}<small class="key {{ kind }}">{{ kind }}</small>{% end %}</p></figure>{% end %}</div>
+<h2>nsqds</h2><div class="wide"><table id="nsqds"><tr><th>nsqd</th><th>connection</th><th class="number">waiting</th>
+<th class="number">in flight</th><th></th></tr>{% for nsqd, kind, words, waiting, in_flight, note in nsqds %}
+<tr><td>{{ nsqd }}</td><td class="{{ kind }}">{{ words }}</td><td class="number">{{ waiting }}</td>
+<td class="number">{{ in_flight }}</td><td>{{ note }}</td></tr>{% end %}</table></div>
+<h2>The latest dead letters</h2>{% if letters %}<p><small>{{ reasons }}</small></p><table id="letters">
+{% for when, reason, detail in letters %}
+<tr><td>{{ when }}</td><td>{{ reason }}</td><td>{{ detail }}</td></tr>{% end %}</table>{% else %}<p>none</p>{% end %}
+<p class="faint">{{ foot }}</p></body></html>
+"""
+
+
+@functools.cache
+def page_template() -> Any:
+    """The template of the page, which escapes all that it is given but `raw`."""
+    from tornado.template import Template
+    return Template(PAGE_TEMPLATE)
+
+
+def render_page(daemon: 'Daemon') -> bytes:
+    """The status page: it reloads itself every 5 s, and needs no other resources."""
+    now, total, history = time.time(), daemon.total_metrics(), daemon.history
+    ends, nsq, rows = daemon.backend_states, daemon.config.nsq, list(nsqd_rows(daemon))
+    history.note_backends(ends, daemon.backend_failures, now)
+    made: bytes = page_template().generate(
+        name=f'{nsq.topic}/{nsq.channel}', style=PAGE_STYLE, status=daemon.status_line,
+        state=min(ends.values(), key=PAGE_ORDER.index),
+        ends=[(end, state, format_moment(begun, now), why or (some_down(rows) if end == 'queue' else ''))
+              for end, (state, begun, why) in history.ends.items()],
+        tiles=page_tiles(history, total), charts=[rate_chart(history), depth_chart(history)],
+        nsqds=rows, reasons=dead_letter_reasons(total),
+        letters=[(f'{format_rfc3339(when)[:19]}Z', reason, detail)   # nothing of their bodies
+                 for when, reason, detail in reversed(total.recent)],
+        foot=f'{format_rfc3339(now)[:19]}Z, {socket.gethostname()}, x-msrv {__version__}, process {os.getpid()}, '
+             f'running since {format_moment(history.started, now)}')
+    return made
+
+
+def readiness_text(daemon: 'Daemon') -> str:
+    """A line for each backend with its state, a line for each wait, and what fails, if anything does."""
+    ends = [f'{backend}: {state}' for backend, state in daemon.backend_states.items()]
+    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting_lines, daemon.failure_text] if line)
+
+
+HTTP_CONNECTIONS = 32       # at a time; requests are rare, and answered at once
+HTTP_FILES_SHARE = 4        # at most 1/4 of RLIMIT_NOFILE: the rest is for nsqds and the store
+HTTP_MAX_HEADER = 8192      # bytes of a request's head
+HTTP_MAX_BODY = 1024        # bytes of its body, for which nobody asks
+HTTP_BODY_TIMEOUT = 5.0     # seconds to read the body
+HTTP_IDLE_TIMEOUT = 15.0    # seconds for the next head
+HTTP_ACCEPT_PAUSE = 1.0     # seconds without accepting, when there are no open files left
+
+
+class HttpListener:
+    """Accepts connections for an HTTP server. Above the limit the oldest connection is closed, so that many idle
+    clients block neither a scrape nor a health check. Tornado itself has no limit, and without a free file descriptor
+    it would retry accept() in a busy loop."""
+
+    def __init__(self, server: Any, address: Address, sockets: list[socket.socket]) -> None:
+        self.server, self.address, self.sockets = server, address, sockets
+        self.streams: collections.deque[IOStream] = collections.deque()
+        self.loop = asyncio.get_running_loop()
+        for listener in sockets:
+            self.resume_accepting(listener)
+
+    def resume_accepting(self, listener: socket.socket) -> None:
+        """Accepts connections from now on."""
+        if listener in self.sockets:
+            self.loop.add_reader(listener, self.accept_connection, listener)
+
+    def accept_connection(self, listener: socket.socket) -> None:
+        """Accepts one connection."""
+        try:
+            connection, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):   # it has gone by now
+            return
+        except OSError as error:   # no open files, or no memory
+            log.warning('[metrics] listen: %s; no connection is accepted for %g s', error.strerror, HTTP_ACCEPT_PAUSE)
+            self.loop.remove_reader(listener)
+            self.loop.call_later(HTTP_ACCEPT_PAUSE, self.resume_accepting, listener)
+            self.close_oldest(len(self.streams) // 2)
+            return
+        file_share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HTTP_FILES_SHARE
+        self.close_oldest(max(1, min(HTTP_CONNECTIONS, file_share)) - 1)
+        self.streams.append(IOStream(connection))
+        self.server.handle_stream(self.streams[-1], address)
+
+    def close_oldest(self, most: int) -> None:
+        """Closes the oldest connections, until there are at most so many."""
+        self.streams = collections.deque(stream for stream in self.streams if not stream.closed())
+        while len(self.streams) > most:
+            log.warning('[metrics] listen: %d connections are open; the oldest is closed', len(self.streams))
+            self.streams.popleft().close()
+
+    def stop(self) -> None:
+        """Stops accepting; open connections are served and close when idle."""
+        for listener in self.sockets:
+            self.loop.remove_reader(listener)
+            listener.close()
+        self.sockets = []
+
+
+def serve_http(daemon: 'Daemon', address: Address, sockets: list[socket.socket]) -> HttpListener:
+    """An HTTP server for a Daemon, at sockets that listen at `address`; it stops by stop()."""
+    from tornado import httpserver, web
+
+    class Handler(web.RequestHandler):
+        """GET /metrics, /healthz, /readyz, /."""
+
+        def get(self) -> None:
+            """Answers with the current state."""
+            self.set_header('Cache-Control', 'no-store')
+            self.set_header('Content-Security-Policy', "default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+            kind, good, text = answers[self.request.path]()
+            self.set_header('Content-Type', f'{kind}; charset=utf-8')
+            self.set_status(200 if good else 503)
+            self.finish(text)
+
+    answers: dict[str, Callable[[], tuple[str, bool, str | bytes]]] = {   # (type, whether all is well, body)
+        '/metrics': lambda: ('text/plain; version=0.0.4', True,
+                             format_exposition(daemon.total_metrics(), process=True)),
+        '/healthz': lambda: (('text/plain', True, 'ok\n') if daemon.is_healthy() else
+                             ('text/plain', False, 'no progress\n')),
+        '/readyz': lambda: ('text/plain', daemon.is_ready, readiness_text(daemon)),
+        '/': lambda: ('text/html', True, render_page(daemon))}
+    site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
+    server = httpserver.HTTPServer(site, max_header_size=HTTP_MAX_HEADER, max_body_size=HTTP_MAX_BODY,
+                                   body_timeout=HTTP_BODY_TIMEOUT, idle_connection_timeout=HTTP_IDLE_TIMEOUT)
+    return HttpListener(server, address, sockets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# daemon: the long-lived process
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Daemon:
@@ -7639,411 +8048,6 @@ class Daemon:
         total = merge_metrics(self.runner.current_metrics() if self.runner else [self.metrics.take_snapshot()])
         total.merge_snapshot(self.exited_worker_metrics.take_snapshot())
         return total
-
-
-HTTP_CONNECTIONS = 32       # at a time; requests are rare, and answered at once
-HTTP_FILES_SHARE = 4        # at most 1/4 of RLIMIT_NOFILE: the rest is for nsqds and the store
-HTTP_MAX_HEADER = 8192      # bytes of a request's head
-HTTP_MAX_BODY = 1024        # bytes of its body, for which nobody asks
-HTTP_BODY_TIMEOUT = 5.0     # seconds to read the body
-HTTP_IDLE_TIMEOUT = 15.0    # seconds for the next head
-HTTP_ACCEPT_PAUSE = 1.0     # seconds without accepting, when there are no open files left
-
-
-class HttpListener:
-    """Accepts connections for an HTTP server. Above the limit the oldest connection is closed, so that many idle
-    clients block neither a scrape nor a health check. Tornado itself has no limit, and without a free file descriptor
-    it would retry accept() in a busy loop."""
-
-    def __init__(self, server: Any, address: Address, sockets: list[socket.socket]) -> None:
-        self.server, self.address, self.sockets = server, address, sockets
-        self.streams: collections.deque[IOStream] = collections.deque()
-        self.loop = asyncio.get_running_loop()
-        for listener in sockets:
-            self.resume_accepting(listener)
-
-    def resume_accepting(self, listener: socket.socket) -> None:
-        """Accepts connections from now on."""
-        if listener in self.sockets:
-            self.loop.add_reader(listener, self.accept_connection, listener)
-
-    def accept_connection(self, listener: socket.socket) -> None:
-        """Accepts one connection."""
-        try:
-            connection, address = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):   # it has gone by now
-            return
-        except OSError as error:   # no open files, or no memory
-            log.warning('[metrics] listen: %s; no connection is accepted for %g s', error.strerror, HTTP_ACCEPT_PAUSE)
-            self.loop.remove_reader(listener)
-            self.loop.call_later(HTTP_ACCEPT_PAUSE, self.resume_accepting, listener)
-            self.close_oldest(len(self.streams) // 2)
-            return
-        file_share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HTTP_FILES_SHARE
-        self.close_oldest(max(1, min(HTTP_CONNECTIONS, file_share)) - 1)
-        self.streams.append(IOStream(connection))
-        self.server.handle_stream(self.streams[-1], address)
-
-    def close_oldest(self, most: int) -> None:
-        """Closes the oldest connections, until there are at most so many."""
-        self.streams = collections.deque(stream for stream in self.streams if not stream.closed())
-        while len(self.streams) > most:
-            log.warning('[metrics] listen: %d connections are open; the oldest is closed', len(self.streams))
-            self.streams.popleft().close()
-
-    def stop(self) -> None:
-        """Stops accepting; open connections are served and close when idle."""
-        for listener in self.sockets:
-            self.loop.remove_reader(listener)
-            listener.close()
-        self.sockets = []
-
-
-def serve_http(daemon: Daemon, address: Address, sockets: list[socket.socket]) -> HttpListener:
-    """An HTTP server for a Daemon, at sockets that listen at `address`; it stops by stop()."""
-    from tornado import httpserver, web
-
-    class Handler(web.RequestHandler):
-        """GET /metrics, /healthz, /readyz, /."""
-
-        def get(self) -> None:
-            """Answers with the current state."""
-            self.set_header('Cache-Control', 'no-store')
-            self.set_header('Content-Security-Policy', "default-src 'none'; style-src 'unsafe-inline'; img-src data:")
-            kind, good, text = answers[self.request.path]()
-            self.set_header('Content-Type', f'{kind}; charset=utf-8')
-            self.set_status(200 if good else 503)
-            self.finish(text)
-
-    answers: dict[str, Callable[[], tuple[str, bool, str | bytes]]] = {   # (type, whether all is well, body)
-        '/metrics': lambda: ('text/plain; version=0.0.4', True,
-                             format_exposition(daemon.total_metrics(), process=True)),
-        '/healthz': lambda: (('text/plain', True, 'ok\n') if daemon.is_healthy() else
-                             ('text/plain', False, 'no progress\n')),
-        '/readyz': lambda: ('text/plain', daemon.is_ready, readiness_text(daemon)),
-        '/': lambda: ('text/html', True, render_page(daemon))}
-    site = web.Application([(path, Handler) for path in answers], log_function=lambda handler: None)
-    server = httpserver.HTTPServer(site, max_header_size=HTTP_MAX_HEADER, max_body_size=HTTP_MAX_BODY,
-                                   body_timeout=HTTP_BODY_TIMEOUT, idle_connection_timeout=HTTP_IDLE_TIMEOUT)
-    return HttpListener(server, address, sockets)
-
-
-def readiness_text(daemon: Daemon) -> str:
-    """A line for each backend with its state, a line for each wait, and what fails, if anything does."""
-    ends = [f'{backend}: {state}' for backend, state in daemon.backend_states.items()]
-    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting_lines, daemon.failure_text] if line)
-
-
-# the state of the whole page is the first of them
-PAGE_ORDER = (BackendState.DOWN, BackendState.STARTING, BackendState.CLOSED, BackendState.UP)
-PAGE_STYLE = """:root{color-scheme:light dark;--text:#1d2328;--faint:#5c666f;--back:#fff;--box:#f3f5f7;--line:#d5dbe0;
---good:#176b35;--bad:#b3141c;--dead:#b07400;--bar:#2f7d4a;--gone:#5b7f95;--depth:#3566b8}
-@media(prefers-color-scheme:dark){:root{--text:#dfe4e8;--faint:#98a3ad;--back:#101418;--box:#1a2026;--line:#323b44;
---good:#6fcf8b;--bad:#ff8080;--dead:#e0b040;--bar:#58b478;--gone:#8fb4c8;--depth:#7fa8ee}}
-*{box-sizing:border-box}body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:64em;padding:.8em 1em 2em;
-color:var(--text);background:var(--back);overflow-wrap:anywhere}h1{font-size:1.25em;margin:.2em 0}
-h2{font-size:1em;margin:1.6em 0 .3em}p{margin:.3em 0}small,.faint{color:var(--faint);font-size:.87em}
-.up{color:var(--good)}.down{color:var(--bad);font-weight:bold}.closed,.starting{color:var(--faint)}
-#status{padding:.5em .7em;background:var(--box);border-left:4px solid var(--good)}
-#status.down,#status.starting{border-color:var(--bad);font-weight:normal;color:var(--text)}
-#status.starting{border-color:var(--dead)}
-.wide{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{padding:.25em .9em .25em 0;text-align:left;
-vertical-align:top;border-bottom:1px solid var(--line)}th{color:var(--faint);font-weight:normal;font-size:.87em}
-td:first-child{white-space:nowrap}.number{text-align:right}.tiles,.charts{display:grid;gap:.6em;margin:.8em 0}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(9.5em,1fr))}.tiles div{background:var(--box);padding:.5em .7em}
-.tiles b{display:block;font-size:1.35em;font-variant-numeric:tabular-nums}
-.charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,22em),1fr))}figure{margin:0}figcaption{font-weight:bold}
-svg{display:block;width:100%;height:auto;background:var(--box)}svg text{font:10px system-ui,sans-serif;
-fill:var(--faint)}svg line{stroke:var(--line)}.stored{fill:var(--bar)}.deleted{fill:var(--gone)}
-.dead{fill:var(--dead)}.requeued{fill:var(--bad)}
-.waiting{fill:var(--depth)}.key::before{content:"";display:inline-block;width:.7em;height:.7em;margin:0 .3em 0 .8em}
-.key.stored::before{background:var(--bar)}.key.deleted::before{background:var(--gone)}
-.key.dead::before{background:var(--dead)}
-.key.requeued::before{background:var(--bad)}.key.waiting::before{background:var(--depth)}
-#ends td:first-child{width:1%}#nsqds *{white-space:nowrap}#nsqds td:last-child{white-space:normal;min-width:9em}
-@media(max-width:36em){#letters tr{display:block;padding:.4em 0;border-bottom:1px solid var(--line)}
-#letters td{display:block;border:0;padding:0}}"""
-
-
-PAGE_TEMPLATE = """\
-<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5">
-<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">
-<title>{{ '' if state == 'up' else state.upper() + ': ' }}x-msrv {{ name }}</title>
-<style>{% raw style %}</style></head><body>
-<h1>x-msrv {{ name }}</h1>
-<p id="status" class="{{ state }}">{{ status }}</p>
-<table id="ends">{% for end, kind, begun, why in ends %}<tr>
-<td><span id="{{ end.replace(' ', '-') }}" class="{{ kind }}">{{ end }}: {{ kind }}</span></td>
-<td>since {{ begun }}{{ '; ' + why if why else '' }}</td></tr>{% end %}</table>
-<div class="tiles">{% for id, title, value, note in tiles %}
-<div id="{{ id }}"><small>{{ title }}</small><b>{{ value }}</b>
-<small>{{ note }}</small></div>{% end %}</div>
-<div class="charts">{% for chart in charts %}<figure id="{{ chart.id }}"><figcaption>{{ chart.title }}</figcaption>
-<svg viewBox="0 0 360 130" role="img" aria-label="{{ chart.title }}">{% for y, text in chart.ticks %}
-<line x1="40" x2="356" y1="{{ y }}" y2="{{ y }}"/>
-<text x="36" y="{{ y + 3 }}" text-anchor="end">{{ text }}</text>{% end %}{% for x, text in chart.times %}
-<text x="{{ x }}" y="126" text-anchor="{{ 'end' if x > 340 else 'middle' }}">{{ text }}</text>{% end %}
-{% for bar in chart.bars %}
-<rect class="{{ bar.kind }}" x="{{ bar.x }}" y="{{ bar.y }}" width="{{ chart.width }}" height="{{ bar.height }}">
-<title>{{ bar.label }}</title></rect>{% end %}</svg>
-<p>{% for kind in chart.kinds %}<small class="key {{ kind }}">{{ kind }}</small>{% end %}</p></figure>{% end %}</div>
-<h2>nsqds</h2><div class="wide"><table id="nsqds"><tr><th>nsqd</th><th>connection</th><th class="number">waiting</th>
-<th class="number">in flight</th><th></th></tr>{% for nsqd, kind, words, waiting, in_flight, note in nsqds %}
-<tr><td>{{ nsqd }}</td><td class="{{ kind }}">{{ words }}</td><td class="number">{{ waiting }}</td>
-<td class="number">{{ in_flight }}</td><td>{{ note }}</td></tr>{% end %}</table></div>
-<h2>The latest dead letters</h2>{% if letters %}<p><small>{{ reasons }}</small></p><table id="letters">
-{% for when, reason, detail in letters %}
-<tr><td>{{ when }}</td><td>{{ reason }}</td><td>{{ detail }}</td></tr>{% end %}</table>{% else %}<p>none</p>{% end %}
-<p class="faint">{{ foot }}</p></body></html>
-"""
-
-
-@functools.cache
-def page_template() -> Any:
-    """The template of the page, which escapes all that it is given but `raw`."""
-    from tornado.template import Template
-    return Template(PAGE_TEMPLATE)
-
-
-def render_page(daemon: 'Daemon') -> bytes:
-    """The status page: it reloads itself every 5 s, and needs no other resources."""
-    now, total, history = time.time(), daemon.total_metrics(), daemon.history
-    ends, nsq, rows = daemon.backend_states, daemon.config.nsq, list(nsqd_rows(daemon))
-    history.note_backends(ends, daemon.backend_failures, now)
-    made: bytes = page_template().generate(
-        name=f'{nsq.topic}/{nsq.channel}', style=PAGE_STYLE, status=daemon.status_line,
-        state=min(ends.values(), key=PAGE_ORDER.index),
-        ends=[(end, state, format_moment(begun, now), why or (some_down(rows) if end == 'queue' else ''))
-              for end, (state, begun, why) in history.ends.items()],
-        tiles=page_tiles(history, total), charts=[rate_chart(history), depth_chart(history)],
-        nsqds=rows, reasons=dead_letter_reasons(total),
-        letters=[(f'{format_rfc3339(when)[:19]}Z', reason, detail)   # nothing of their bodies
-                 for when, reason, detail in reversed(total.recent)],
-        foot=f'{format_rfc3339(now)[:19]}Z, {socket.gethostname()}, x-msrv {__version__}, process {os.getpid()}, '
-             f'running since {format_moment(history.started, now)}')
-    return made
-
-
-SAMPLE_INTERVAL = 10.0      # seconds between two samples of the charts
-SAMPLES = 90                # samples that are kept: 15 minutes
-TREND = 300.0               # seconds over which the growth of the depth is measured
-IDLE_INTERVAL = 5.0         # seconds between two checks of watch_depth() whether there is a listener
-CHARTED = ('stored', 'deleted', 'dead', 'requeued')   # from below
-
-
-class BackendSince(NamedTuple):
-    """The state of one of BACKENDS, since which second of 1970, and why it is not up."""
-
-    state: BackendState
-    since: float
-    why: str
-
-
-class Sample(NamedTuple):
-    """The totals at a loop time: counts of CHARTED, sum of ages, messages waiting, nsqds that told their depth."""
-
-    time: float
-    counts: tuple[float, ...]
-    ages: float
-    waiting: int
-    nsqds: int
-
-
-class History:
-    """What the page shows of the past: since when each backend is in its state, counts by time, and the last depths."""
-
-    def __init__(self) -> None:
-        self.started = time.time()
-        self.ends: dict[str, BackendSince] = {}
-        self.samples: collections.deque[Sample] = collections.deque(maxlen=SAMPLES + 1)
-        self.depths: dict[str, ChannelDepth] = {}
-
-    def note_backends(self, ends: Mapping[str, BackendState], failures: Mapping[str, str], now: float) -> None:
-        """Notes the state of each end; another reason does not restart an outage."""
-        for backend, state in ends.items():
-            was = self.ends.get(backend)
-            begun = was.since if was and was.state == state else now
-            self.ends[backend] = BackendSince(state, begun, failures.get(backend, ''))
-
-    def is_due(self, now: float) -> bool:
-        """Whether it is time for a sample."""
-        return not self.samples or now - self.samples[-1].time >= SAMPLE_INTERVAL - 0.5
-
-    def note_counts(self, total: MetricTotals, now: float) -> None:
-        """Adds a sample."""
-        counts = tuple(total.value_of('xmsrv_messages_total', kind) for kind in CHARTED)
-        waiting = sum(depth.waiting for depth in self.depths.values())
-        self.samples.append(Sample(now, counts, total.value_of(f'{LAG}_sum'), waiting, len(self.depths)))
-
-    def recent_rates(self, seconds: float) -> tuple[float, float, float] | None:
-        """(real duration, messages stored or deleted, sum of their ages) of the last `seconds`; None with less than
-        two samples."""
-        recent = [sample for sample in self.samples if self.samples[-1].time - sample.time <= seconds]
-        if len(recent) < 2:
-            return None
-        first, last = recent[0], recent[-1]
-        return last.time - first.time, sum(last.counts[:2]) - sum(first.counts[:2]), last.ages - first.ages
-
-    def depth_growth(self) -> float | None:
-        """Growth of the depth in messages per second, negative if it falls; None with too few samples."""
-        known = [sample for sample in self.samples if sample.nsqds == len(self.depths)
-                 and self.samples[-1].time - sample.time <= TREND]
-        if len(known) < 4:
-            return None
-        return (known[-1].waiting - known[0].waiting) / (known[-1].time - known[0].time)
-
-
-class Bar(NamedTuple):
-    """A part of a chart: the messages of one kind in one sample; x, y and height in its units."""
-
-    kind: str
-    x: float
-    y: float
-    height: float
-    label: str
-
-
-class Chart(NamedTuple):
-    """A chart. kinds: for its key; ticks: (y, text) beside it; times: (x, text) below it."""
-
-    id: str
-    title: str
-    kinds: tuple[str, ...]
-    bars: list[Bar]
-    ticks: list[tuple[float, str]]
-    times: list[tuple[int, str]]
-    width: float
-
-
-def format_moment(begun: float, now: float) -> str:
-    """A moment in words: `14:03:05Z (12 min)`, with the day where it was another."""
-    moment = format_rfc3339(begun)
-    day = '' if moment[:10] == format_rfc3339(now)[:10] else f'{moment[:10]} '
-    return f'{day}{moment[11:19]}Z ({format_duration(now - begun)})'
-
-
-def format_duration(seconds: float) -> str:
-    """A duration in the largest unit of which there are two: `45 s`, `12 min`, `30 h`, `5 d`."""
-    for unit, size in ('d', 86400), ('h', 3600), ('min', 60):
-        if seconds >= 2 * size:
-            return f'{seconds / size:.0f} {unit}'
-    return f'{max(0.0, seconds):.0f} s'
-
-
-def describe_trend(waiting: int, growth: float | None) -> str:
-    """Whether the backlog grows, in words; a change of less than a hundredth in TREND is none."""
-    if growth is None:
-        return 'not known yet whether it grows'
-    if abs(growth) * TREND < max(1.0, waiting / 100):
-        return 'steady'
-    if growth > 0:
-        return f'grows by {format_number(growth)}/s'
-    end = f', empty in {format_duration(waiting / -growth)}' if waiting else ''
-    return f'falls by {format_number(-growth)}/s{end}'
-
-
-def format_number(number: float) -> str:
-    """A number in at most a few characters: `0.25`, `7.5`, `940`, `12.5k`, `3M`."""
-    for unit, size in ('G', 1e9), ('M', 1e6), ('k', 1e3):
-        if number >= size:
-            return f'{number / size:.3g}{unit}'
-    return f'{number:.3g}'
-
-
-def page_tiles(history: History, total: MetricTotals) -> Iterator[tuple[str, str, str, str]]:
-    """Yields the tiles as (id, title, value, note): depth, rate and age of stored messages, and totals of
-    outcomes."""
-    known = [depth.waiting for depth in history.depths.values()]
-    outcome_count = functools.partial(total.value_of, 'xmsrv_messages_total')
-    yield ('depth', 'waiting in the channel', f'{sum(known):,}' if known else 'not known',
-           describe_trend(sum(known), history.depth_growth()) if known else 'no nsqd answers by HTTP')
-    seconds, stored, ages = history.recent_rates(60) or (0, 0, 0)
-    longer, more, older = history.recent_rates(SAMPLES * SAMPLE_INTERVAL) or (0, 0, 0)
-    yield ('rate', 'stored/s, last minute', format_number(stored / seconds) if seconds else 'none yet',
-           f'{format_number(more / longer)} in {format_duration(longer)}' if longer else '')
-    yield ('lag', 'mean age when stored', f'{format_number(ages / stored)} s' if stored else 'none stored',
-           f'{format_number(older / more)} s in {format_duration(longer)}' if more else '')
-    yield ('stored', 'stored', f'{outcome_count("stored"):,.0f}',
-           f'deleted {outcome_count("deleted"):,.0f}, requeued {outcome_count("requeued"):,.0f}')
-    yield ('in-flight', 'in flight', f'{total.value_of("xmsrv_in_flight"):,.0f}', '')
-    yield ('dead', 'dead letters', f'{outcome_count("dead"):,.0f}', '')
-
-
-def dead_letter_reasons(total: MetricTotals) -> str:
-    """How many there were for each reason."""
-    counts = {reason: total.value_of('xmsrv_dead_letters_total', reason) for reason in REASONS}
-    return ', '.join(f'{reason} {number:,.0f}' for reason, number in counts.items() if number)
-
-
-def nsqd_rows(daemon: 'Daemon') -> Iterator[tuple[str, str, str, str, int, str]]:
-    """Yields a line for each nsqd that is configured, connected or answers by HTTP: (nsqd, its BackendState, that in
-    words, what waits, messages in flight, remark)."""
-    queue = daemon.backend_states['queue']
-    unconnected = queue if queue in (BackendState.CLOSED, BackendState.STARTING) else BackendState.DOWN
-    connections = daemon.runner.connections if daemon.runner else {}
-    configured = [format_address(address) for address in daemon.config.nsq.nsqd_tcp_address]
-    for nsqd in dict.fromkeys([*configured, *connections, *daemon.history.depths]):
-        up, in_flight, error = connections.get(nsqd, (0, 0, ''))
-        depth, workers = daemon.history.depths.get(nsqd), daemon.config.workers
-        paused = f'{depth.paused} paused' if depth and depth.paused else ''
-        state = BackendState.UP if up >= workers else BackendState.STARTING if up and not error else unconnected
-        waiting = f'{depth.waiting:,}' if depth else 'not known'
-        yield (nsqd, state, f'{up} of {workers} workers' if 0 < up < workers else state, waiting, in_flight,
-               '; '.join(filter(None, [error, paused])))
-
-
-def some_down(rows: Sequence[tuple[Any, ...]]) -> str:
-    """How many nsqds are not connected; the queue may be up all the same."""
-    down = [nsqd for nsqd, state, *_ in rows if state is BackendState.DOWN]
-    return f'{len(down)} of {len(rows)} nsqds are not connected' if down else ''
-
-
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 40, 356, 8, 112   # of a chart, in its units
-BAR_WIDTH = (PLOT_RIGHT - PLOT_LEFT) / SAMPLES
-
-
-def axis_end(most: float) -> float:
-    """The least 1, 2 or 5 times a power of ten that is not less than `most`."""
-    if most <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(most))
-    return next(power * step for step in (1, 2, 5, 10) if most <= power * step * (1 + 1e-9))
-
-
-def column_chart(name: str, title: str, kinds: tuple[str, ...],
-                 columns: Sequence[tuple[float, Sequence[float]]]) -> Chart:
-    """A chart of columns: (seconds before now, a value for each kind, stacked from below)."""
-    top = axis_end(max((sum(values) for _, values in columns), default=0))
-    span, bars = SAMPLES * SAMPLE_INTERVAL, []
-    for age, values in columns:
-        y, x = float(PLOT_BOTTOM), PLOT_RIGHT - (age / span) * (PLOT_RIGHT - PLOT_LEFT) - BAR_WIDTH
-        for kind, value in zip(kinds, values, strict=True):
-            height = (PLOT_BOTTOM - PLOT_TOP) * value / top
-            y -= height
-            if height:
-                bars.append(Bar(kind, round(x, 1), round(y, 1), round(height, 1),
-                                f'{kind} {format_number(value)}, {format_duration(age)} ago'))
-    ticks = [(PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * part, format_number(top * part)) for part in (0, 0.5, 1)]
-    parts = [(round(PLOT_RIGHT - (PLOT_RIGHT - PLOT_LEFT) * part), span * part) for part in (1, 2 / 3, 1 / 3, 0)]
-    times = [(x, f'-{format_duration(age)}' if age else 'now') for x, age in parts]
-    return Chart(name, title, kinds, bars, ticks, times, round(BAR_WIDTH - 0.4, 2))
-
-
-def rate_chart(history: History) -> Chart:
-    """The outcomes per second."""
-    columns = []
-    for before, after in itertools.pairwise(history.samples):
-        seconds = after.time - before.time
-        columns.append((history.samples[-1].time - after.time,
-                        [(b - a) / seconds for a, b in zip(before.counts, after.counts, strict=True)]))
-    return column_chart('rates', 'Messages a second', CHARTED, columns)
-
-
-def depth_chart(history: History) -> Chart:
-    """What waits in the channel."""
-    columns = [(history.samples[-1].time - sample.time, [sample.waiting])
-               for sample in history.samples if sample.nsqds]
-    return column_chart('depths', 'Messages that wait in the channel', ('waiting',), columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ FIRST = {'fields of a message': ['rules', 'paths'], 'faults of the configuration
          'dead letters': ['letters'], 'batcher and breaker': ['batcher', 'schedule', 'runner'],
          'RDY and consumer': ['consumer', 'rdy'], 'window': ['window', 'runner'],
          'pipeline and once': ['schedule', 'pipeline', 'runner'], 'replay': ['letters'],
-         'daemon and HTTP': ['runner', 'schedule'], 'window runner': ['runner', 'schedule'], 'supervisor': ['runner']}
+         'window runner': ['runner', 'schedule'], 'supervisor': ['runner'], 'HTTP': ['page'],
+         'daemon': ['runner', 'schedule']}
 
 class Mutant(typing.NamedTuple):
     """`old` becomes `new`. tests: arguments for pytest, of the end-to-end floor, where the unit floor can't see it.
