@@ -410,7 +410,7 @@ MUTANTS = (
     Mutant('the old lock is kept after a reload', 'if self.lock and self.lock.path == lock.path and self.lock.is_held:', 'if self.lock and self.lock.is_held:'),
     Mutant('the daemon trusts a removed lock file', 'self.lock.path == lock.path and self.lock.is_held:', 'self.lock.path == lock.path:'),
     Mutant('the old lock is not released', '        if self.lock:\n            self.lock.release()\n        self.lock = lock', '        self.lock = lock'),
-    Mutant('a faulty file takes effect', "        except ConfigError as error:\n            log.error('%s\\nkeeping the current", "        except ConfigError as error:\n            self.engine.leave()\n            log.error('%s\\nkeeping the current"),
+    Mutant('a faulty file takes effect', "        except ConfigError as error:\n            log.error('%s\\nkeeping the current", "        except ConfigError as error:\n            self.runner.end_after_window()\n            log.error('%s\\nkeeping the current"),
     Mutant('a reload changes nothing', '        if self.runner:\n            self.runner.end_after_window()\n', ''),
     Mutant('a failed store is not opened again', 'if window.end_reason is End.STORE_FAILED and not self.health.is_up', 'if False and not self.health.is_up'),
     Mutant('no backoff while an end is away', "                await asyncio.sleep(self.backoff.next_delay())\n\n    async def run_windows", '                await asyncio.sleep(0.01)\n\n    async def run_windows'),
@@ -424,7 +424,7 @@ MUTANTS = (
     # -- supervisor
     Mutant('workers keep the old configuration', '        worker.send_line(raw=self.raw)\n', '        self.first_raw = globals().setdefault("_raw", self.raw)\n        worker.send_line(raw=self.first_raw)\n'),
     Mutant('workers are not told of a reload', 'self.end_by(lambda worker: worker.send_line(leave=True), self.config.timeout)', 'self.end_by(lambda worker: None, 1e6)'),
-    Mutant('a reload leaves workers no time', 'self.end_by(lambda worker: worker.send_line(leave=True), self.config.timeout)', 'self.end_by(lambda worker: worker.send_line(end_after_window=True), 0.0)'),
+    Mutant('a reload leaves workers no time', 'self.end_by(lambda worker: worker.send_line(leave=True), self.config.timeout)', 'self.end_by(lambda worker: worker.send_line(leave=True), 0.0)'),
     Mutant('a worker that does not end is not killed', 'asyncio.get_running_loop().call_later(self.end_timeout, self.kill_worker, worker)', 'pass'),
     Mutant('each worker gets N', "return [share + ((index", "return [share * len(self.workers) + ((index"),
     Mutant('what does not divide is lost', '((index + self.rotation) % len(self.workers) < extra)', '0'),
