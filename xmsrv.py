@@ -7033,10 +7033,14 @@ class Supervisor:
     async def run(self) -> int:
         """Runs until end_by(), or until every worker keeps failing to start. Returns the exit status."""
         grants = asyncio.ensure_future(self.grant_periods())
+        workers = asyncio.gather(*map(self.maintain_worker, self.workers))
         try:
-            await asyncio.gather(*map(self.maintain_worker, self.workers))
+            ended, _ = await asyncio.wait((grants, workers), return_when=asyncio.FIRST_COMPLETED)
+            for each in ended:
+                each.result()   # raises what one of them has raised
         finally:
             grants.cancel()
+            workers.cancel()
         return self.exit_status
 
     # -- its workers
@@ -7168,7 +7172,8 @@ class Supervisor:
 
     def end_by(self, how: Callable[[WorkerHandle], None], more: float) -> None:
         """Tells all workers to stop, including those that are just starting."""
-        self.tell_to_end, self.end_timeout = how, more + self.config.aerospike.total_timeout + 2
+        call_timeout = STORES[self.config.store](self.config).call_timeout
+        self.tell_to_end, self.end_timeout = how, more + call_timeout + 1.5
         self.stopped.set()
         for worker in self.workers:
             self.stop_worker(worker)

@@ -544,6 +544,25 @@ def test_workers_get_the_configuration_that_holds_and_shares_of_n(monkeypatch):
     with_team(monkeypatch, steps)
 
 
+def test_grants_that_fail_end_the_daemon(monkeypatch):
+    """A bug there is an internal error, and no daemon that grants nothing any more."""
+    async def steps(team, processes):
+        monkeypatch.setattr(team.schedule, 'start_period', lambda now: 1 / 0)
+        processes[0].say()
+        await asyncio.sleep(10)
+    with pytest.raises(ZeroDivisionError):
+        with_team(monkeypatch, steps, end=False)
+
+
+@pytest.mark.parametrize(('settings', 'seconds'), [({}, 4), ({'aerospike': {'total-timeout': '10s'}}, 12),
+                                                   ({'store': 'sqlite', 'state_dir': '/tmp'}, 6.5)])
+def test_a_worker_has_the_time_of_a_call_to_its_store_before_it_is_killed(monkeypatch, settings, seconds):
+    async def steps(team, processes):
+        team.stop()
+        assert team.end_timeout == seconds
+    with_team(monkeypatch, steps, **settings)
+
+
 def test_a_second_team_has_its_own_configuration(monkeypatch):
     for raw in ('one', 'two'):
         async def steps(team, processes, raw=raw):
