@@ -2613,15 +2613,18 @@ def mark_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_finite(digits: str) -> float:
-    """A JSON number with a point or exponent as the nearest double; ValueError beyond the largest."""
+    """A JSON number with a point or exponent as the nearest double. Raises ValueError beyond the largest, and for one
+    that would become 0."""
     value = float(digits)
     if math.isinf(value):
         raise ValueError('beyond the largest double')
+    if not value and re.match('[-0.]*[1-9]', digits):
+        raise ValueError('below the smallest double')
     return value
 
 
 def parse_finite_or_mark(digits: str) -> float | InvalidValue:
-    """Like parse_finite(), with an InvalidValue for a number beyond the largest double."""
+    """Like parse_finite(), with an InvalidValue for a number that no double can hold."""
     try:
         return parse_finite(digits)
     except ValueError as error:
@@ -3871,7 +3874,7 @@ class SqliteStore(Store):
     """Records in a table of an SQLite file: WAL, synchronous FULL, one transaction a batch."""
 
     batch_size = 1000
-    lock_timeout = 4.0   # seconds; below call_timeout, so that a locked file is an answer, not a call that hangs
+    lock_timeout = 2.0   # seconds; below call_timeout, so that a locked file is an answer, not a call that hangs
     # "key" has no type: no affinity, so that 1 and "1" stay two keys (sqlite.org/datatype3.html, 3.1)
     table = ('CREATE TABLE IF NOT EXISTS records ("set" TEXT NOT NULL, "key" NOT NULL, bins TEXT NOT NULL,'
              ' stored_at TEXT NOT NULL, PRIMARY KEY ("set", "key")) WITHOUT ROWID')
