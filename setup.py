@@ -16,7 +16,7 @@ os.makedirs(os.path.join(HERE, LEFTOVERS), exist_ok=True)  # egg_info makes no d
 setup(
     name='x-msrv',
     version=VERSION,
-    description='Stores JSON messages from an NSQ topic as records, none lost, none doubled',
+    description='Stores JSON messages from an NSQ topic as records, none lost, none duplicated',
     license='MIT',
     py_modules=['xmsrv'],
     entry_points={'console_scripts': ['x-msrv = xmsrv:main']},
