@@ -7896,7 +7896,7 @@ class Daemon:
     def reload_config(self) -> None:
         """Reads the configuration again. A valid one takes effect with the next window; one with faults of the text is
         logged in full and changes nothing; while it, or a file that it names, is missing, the old one stays in
-        force."""
+        force. What an earlier reload waits for is dropped in any case: its text has been replaced."""
         filename = self.arguments.config
         try:
             if os.path.exists(filename) and not os.path.isfile(filename):   # reading a pipe would block
@@ -7904,6 +7904,7 @@ class Daemon:
             read = load_config(self.arguments)
         except ConfigError as error:
             log.error('%s\nkeeping the current configuration', error)
+            self.keep_config()
         except Unavailable as error:
             self.wait_for_config([error], self.reload_when_readable())
         else:
@@ -7927,6 +7928,16 @@ class Daemon:
         if self.config_task:
             self.config_task.cancel()
         self.activate_config(raw, config)
+
+    def keep_config(self) -> None:
+        """Drops a configuration that waits for its files, as a faulty text has replaced its own. Before the first one
+        is in force, the daemon waits for that of its start again."""
+        if self.config_task:
+            self.config_task.cancel()
+        self.config_task = None
+        self.waits.pop('configuration', None)
+        if not self.config_in_force.is_set():
+            self.apply_config(self.raw, self.config, self.unavailable)
 
     def wait_for_config(self, faults: Sequence[object], waiting: Coroutine[Any, Any, None]) -> None:
         """Starts to wait for what is missing, in place of an earlier wait, and logs it also where it is the same."""

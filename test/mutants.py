@@ -411,6 +411,7 @@ MUTANTS = (
     Mutant('the daemon trusts a removed lock file', 'self.lock.path == lock.path and self.lock.is_held:', 'self.lock.path == lock.path:'),
     Mutant('the old lock is not released', '        if self.lock:\n            self.lock.release()\n        self.lock = lock', '        self.lock = lock'),
     Mutant('a faulty file takes effect', "        except ConfigError as error:\n            log.error('%s\\nkeeping the current", "        except ConfigError as error:\n            self.runner.end_after_window()\n            log.error('%s\\nkeeping the current"),
+    Mutant('a configuration that was replaced waits on', '            self.keep_config()\n', ''),
     Mutant('a reload changes nothing', '        if self.runner:\n            self.runner.end_after_window()\n', ''),
     Mutant('a failed store is not opened again', 'if window.end_reason is End.STORE_FAILED and not self.health.is_up', 'if False and not self.health.is_up'),
     Mutant('no backoff while an end is away', "                await asyncio.sleep(self.backoff.next_delay())\n\n    async def run_windows", '                await asyncio.sleep(0.01)\n\n    async def run_windows'),

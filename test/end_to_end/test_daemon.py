@@ -419,8 +419,12 @@ def test_a_reload_holds_once_its_files_are_there_and_messages_flow_meanwhile(nsq
     wait_until(lambda: any(said in text for text in systemd.fields('STATUS')), 'systemd hears of it')
     wait_until(lambda: said in get(port, '/readyz')[1] and get(port, '/readyz')[0] == 200, 'so does who asks', 20)
     program.configure(nsqd, timeout='soon')
-    running.send_signal(signal.SIGHUP)   # changes nothing: not what holds, nor what waits
+    running.send_signal(signal.SIGHUP)   # changes nothing of what holds; what waited has been replaced
     wait_until(lambda: count(program, 'timeout = soon'), 'it is reported')
+    wait_until(lambda: said not in get(port, '/readyz')[1], 'nothing waits any more')
+    program.configure(nsqd, period='200ms', workers=workers, sqlite={'set': 'new'}, **listen, **settings)
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: count(program, f'{said}; keeping the current configuration') == 2, 'it waits again')
     fill(nsqd, 10, 10)
     wait_until(lambda: len(program.rows()) == 20, 'messages flow', 20)
     assert {where for where, _, _, _ in program.rows()} == {TOPIC} and not count(program, 'configuration reloaded')

@@ -335,6 +335,7 @@ def daemon(tmp_path, monkeypatch):
     made = Daemon(types.SimpleNamespace(config=str(tmp_path / 'orders.conf'), set_before=[], set_after=[],
                                         command='daemon', verbose=0, quiet=0))
     made.write = write
+    made.config_in_force.set()
     return made
 
 
@@ -417,6 +418,44 @@ def test_a_reload_whose_file_comes_with_a_fault_changes_nothing(daemon, lines):
     clock.run(main())
     assert [line for line in lines() if 'recovered' in line or 'reloaded' in line] == []
     assert 'timeout = never' in lines()[-1] and lines()[-1].endswith('keeping the current configuration')
+
+
+def test_a_faulty_text_drops_a_configuration_that_waits_for_its_files(daemon, tmp_path, lines):
+    """What waits is always of the latest reload, or nothing does."""
+    async def main():
+        daemon.runner = engine = Engine()
+        before = daemon.config
+        daemon.write(f'[dead-letter]\nfile = {tmp_path}/mount/dead')
+        daemon.on_hangup()
+        assert len(daemon.waiting_lines) == 1
+        daemon.write('timeout = never')
+        daemon.on_hangup()
+        assert (daemon.waiting_lines, daemon.config_task) == ([], None)
+        (tmp_path / 'mount').mkdir()
+        await asyncio.sleep(40)
+        assert (daemon.config, engine.left) == (before, 0)
+    clock.run(main())
+    assert [line for line in lines() if 'recovered' in line or 'reloaded' in line] == []
+
+
+def test_a_faulty_text_before_the_first_configuration_is_in_force_leaves_that_of_the_start(daemon, tmp_path):
+    async def main():
+        daemon.config_in_force.clear()
+        daemon.write(f'[dead-letter]\nfile = {tmp_path}/mount/dead')
+        daemon.raw, daemon.config, daemon.unavailable = xmsrv.load_config(daemon.arguments)
+        daemon.apply_config(daemon.raw, daemon.config, daemon.unavailable)
+        at_start = daemon.waiting_lines
+        daemon.write(f'[dead-letter]\nfile = {tmp_path}/other/dead')
+        daemon.on_hangup()
+        assert daemon.waiting_lines != at_start
+        daemon.write('timeout = never')
+        daemon.on_hangup()
+        assert daemon.waiting_lines == at_start and not daemon.config_in_force.is_set()
+        (tmp_path / 'mount').mkdir()
+        while not daemon.config_in_force.is_set():
+            await asyncio.sleep(1)
+        assert daemon.config.dead_letter.file == f'{tmp_path}/mount/dead'
+    clock.run(main())
 
 
 def test_the_lock_follows_the_state_directory_and_the_old_one_is_given_back(daemon, tmp_path):
