@@ -6970,8 +6970,7 @@ class WindowRunner:
 
 WORKER_STATUS_INTERVAL = 0.5   # seconds between two status lines of a worker
 WORKER_SILENCE = 5.0           # seconds without a status line after which a worker counts as unresponsive
-# seconds without a status line after which a worker is killed, if no watchdog has restarted the daemon
-WORKER_KILL_TIME = 120.0
+WORKER_KILL_TIME = 30.0        # seconds after which it is killed: half of WatchdogSec, by which systemd ends the daemon
 WORKER_STABLE_TIME = 10.0      # seconds that a worker has to run, for its exit not to count as a failed start
 MAX_FAILED_STARTS = 5          # failed starts in a row of every worker, after which the daemon exits
 
@@ -7002,13 +7001,13 @@ class WorkerStatus(NamedTuple):
 
 class WorkerHandle:
     """The parent's view of a worker process. last_grant: number of the last grant sent; see on_status().
-    last_status: the loop time of `status`."""
+    silence: seconds without a status line, see Supervisor.watch_workers()."""
 
     def __init__(self, index: int) -> None:
         self.index, self.state, self.last_grant = index, WorkerState.STARTING, 0
         self.process: Any = None   # its Process, from its first start on
         self.change_log = ChangeLog()
-        self.status, self.last_status, self.failed_starts = WorkerStatus(), 0.0, 0
+        self.status, self.silence, self.failed_starts = WorkerStatus(), 0.0, 0
 
     def send_line(self, **message: Any) -> None:
         """Sends a line to the worker; its reader notices when it has exited."""
@@ -7035,14 +7034,15 @@ class Supervisor:
 
     async def run(self) -> int:
         """Runs until end_by(), or until every worker keeps failing to start. Returns the exit status."""
-        grants = asyncio.ensure_future(self.grant_periods())
+        grants, watch = asyncio.ensure_future(self.grant_periods()), asyncio.ensure_future(self.watch_workers())
         workers = asyncio.gather(*map(self.maintain_worker, self.workers))
         try:
-            ended, _ = await asyncio.wait((grants, workers), return_when=asyncio.FIRST_COMPLETED)
+            ended, _ = await asyncio.wait((grants, watch, workers), return_when=asyncio.FIRST_COMPLETED)
             for each in ended:
                 each.result()   # raises what one of them has raised
         finally:
             grants.cancel()
+            watch.cancel()
             workers.cancel()
         return self.exit_status
 
@@ -7053,7 +7053,7 @@ class Supervisor:
         loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
         while not self.tell_to_end:
             begun, worker.state = loop.time(), WorkerState.STARTING
-            worker.last_status = begun
+            worker.silence = 0.0
             fate = await self.run_worker(worker)
             self.on_exit(worker)
             if self.tell_to_end:
@@ -7109,7 +7109,7 @@ class Supervisor:
 
     def on_status(self, worker: WorkerHandle, message: dict[str, Any]) -> None:
         """Handles a status line of a worker."""
-        worker.last_status = asyncio.get_running_loop().time()
+        worker.silence = 0.0
         worker.change_log.clear()
         worker.status = WorkerStatus(
             message['healthy'],
@@ -7129,6 +7129,29 @@ class Supervisor:
             self.exited_worker_metrics.merge_snapshot(worker.status.snapshot, gauges=False)
         worker.state, worker.status, worker.last_grant = WorkerState.BACKOFF, WorkerStatus(), 0
         self.state_changed.set()
+
+    async def watch_workers(self) -> None:
+        """Counts the silence of each worker by its own ticks, not by the clock: while this process is stopped, alone or
+        with its workers, it reads no status line."""
+        while True:
+            await asyncio.sleep(WORKER_STATUS_INTERVAL)
+            for worker in self.workers:
+                if worker.process and worker.process.returncode is None:
+                    worker.silence += WORKER_STATUS_INTERVAL
+                    if worker.silence >= WORKER_SILENCE:
+                        self.on_silence(worker)
+
+    def on_silence(self, worker: WorkerHandle) -> None:
+        """Handles a worker that does not respond: its queue counts as down until its next status line, and after
+        WORKER_KILL_TIME it is killed. A busy one is not silent: its loop sends its status whatever the store does."""
+        text = f'worker {worker.index + 1} (pid {worker.process.pid}) is not responding'
+        worker.change_log.log(logging.ERROR, '%s', text)
+        states = {**worker.status.backend_states, 'queue': BackendState.DOWN}
+        worker.status = worker.status._replace(is_healthy=False, backend_states=states,
+                                               failures={**worker.status.failures, 'queue': text})
+        if worker.silence >= WORKER_KILL_TIME:
+            self.kill_worker(worker, f'has been silent for {worker.silence:g} s')
+            worker.silence = 0.0
 
     # -- its periods
 
@@ -7187,12 +7210,12 @@ class Supervisor:
             worker.state = WorkerState.STOPPING
             with contextlib.suppress(ProcessLookupError):
                 self.tell_to_end(worker)
-            asyncio.get_running_loop().call_later(self.end_timeout, self.kill_worker, worker)
+            asyncio.get_running_loop().call_later(self.end_timeout, self.kill_worker, worker, 'did not stop in time')
 
-    def kill_worker(self, worker: WorkerHandle) -> None:
+    def kill_worker(self, worker: WorkerHandle, reason: str) -> None:
         """Kills a worker that still runs."""
         if worker.process.returncode is None:
-            log.error('worker %d (pid %d) did not stop in time: killed', worker.index + 1, worker.process.pid)
+            log.error('worker %d (pid %d) %s: killed', worker.index + 1, worker.process.pid, reason)
             worker.process.kill()
 
     # -- how it is
@@ -7227,19 +7250,15 @@ class Supervisor:
         return merge_backend_states([worker.status.backend_states for worker in self.workers])
 
     def is_healthy(self, now: float) -> bool:
-        """True when every worker responds and reports itself healthy; logs the workers that do not respond."""
-        alive = [worker for worker in self.workers if worker.process and worker.process.returncode is None]
-        silent = [worker for worker in alive if now - worker.last_status >= WORKER_SILENCE]
-        for worker in silent:
-            worker.change_log.log(logging.ERROR, 'worker %d (pid %d) is not responding', worker.index + 1,
-                                  worker.process.pid)
-            if now - worker.last_status >= WORKER_KILL_TIME:
-                self.kill_worker(worker)
-        return not silent and all(worker.status.is_healthy for worker in alive)
+        """True when every worker responds and reports itself healthy."""
+        return all(worker.status.is_healthy for worker in self.workers)
 
     def current_metrics(self) -> list[Any]:
-        """The metrics of the parent and all workers."""
-        return [self.metrics.take_snapshot(), *filter(None, (worker.status.snapshot for worker in self.workers))]
+        """The metrics of the parent and all workers. A silent worker can't say itself that its queue is down."""
+        is_down = self.backend_states['queue'] is BackendState.DOWN
+        down = [{'samples': [[UP_METRICS['queue'], 0.0]], 'recent': []}] if is_down else []
+        return [self.metrics.take_snapshot(), *down,
+                *filter(None, (worker.status.snapshot for worker in self.workers))]
 
 
 def worker_command() -> list[str]:

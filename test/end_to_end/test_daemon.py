@@ -256,17 +256,37 @@ def test_a_worker_that_is_silent_for_long_is_killed_and_replaced(nsqds, program,
     changed('import xmsrv\nxmsrv.WORKER_SILENCE, xmsrv.WORKER_KILL_TIME = 1.0, 2.0\n')
     nsqd, = nsqds(1, '--msg-timeout=1s')
     fill(nsqd, 0)
-    program.configure(nsqd, period='0', workers=2)
+    port = servers.free_ports()
+    program.configure(nsqd, period='0', workers=2, metrics={'listen': f'127.0.0.1:{port}'})
     running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
     silent, other = children(running)
     os.kill(silent, signal.SIGSTOP)
+    wait_until(lambda: f'(pid {silent}) is not responding' in get(port, '/readyz')[1], 'who asks hears of it')
     wait_until(lambda: count(program, f'(pid {silent}) ended: killed by SIGKILL'), 'it is killed', 20)
     assert count(program, f'(pid {silent}) is not responding')   # twice where it was slow to start
     wait_until(lambda: len(children(running)) == 2 and nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'it is replaced', 20)
     assert other in children(running) and silent not in children(running)
     nsqd.publish(TOPIC, bodies(50))
     wait_until(lambda: len(program.rows()) == 50, 'messages flow', 20)
+    stopped(running)
+
+
+def test_a_daemon_that_was_stopped_keeps_its_workers(nsqd, program, changed):
+    """For longer than a worker may be silent."""
+    changed('import xmsrv\nxmsrv.WORKER_SILENCE, xmsrv.WORKER_KILL_TIME = 2.5, 3.0\n')
+    fill(nsqd, 0)
+    program.configure(nsqd, period='0', workers=2)
+    running = program.start('daemon')
+    wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
+    pids = children(running)
+    running.send_signal(signal.SIGSTOP)
+    wait_until(passed(4), 'it has read nothing for that long')
+    running.send_signal(signal.SIGCONT)
+    nsqd.publish(TOPIC, bodies(50))
+    wait_until(lambda: len(program.rows()) == 50, 'messages flow', 20)
+    wait_until(passed(1), 'the workers would be killed by now')
+    assert children(running) == pids and not count(program, 'killed')
     stopped(running)
 
 

@@ -619,12 +619,15 @@ def test_nobody_starts_while_another_has_its_grant_of_the_last_period(monkeypatc
         two.say()
         await asyncio.sleep(0.1)
         assert (len(one.grants()), len(two.grants())) == (1, 1)
-        one.say(seen=1)
-        two.say(seen=0)         # it said that before it heard of its grant
-        await asyncio.sleep(30)
+        for _ in range(10):
+            one.say(seen=1)
+            two.say(seen=0)         # it said that before it heard of its grant
+            await asyncio.sleep(3)
         assert (len(one.grants()), len(two.grants())) == (1, 1)
-        two.say(seen=1, state='busy')
-        await asyncio.sleep(30)
+        for _ in range(10):
+            one.say(seen=1)
+            two.say(seen=1, state='busy')
+            await asyncio.sleep(3)
         assert (len(one.grants()), len(two.grants())) == (1, 1)
         two.say(seen=1)
         await asyncio.sleep(0.1)
@@ -703,9 +706,60 @@ def test_a_worker_that_is_silent_or_sick_is_not_healthy_and_one_that_is_stuck_is
         await asyncio.sleep(2)
         assert not team.is_healthy(loop.time())
         assert [process.signals for process in processes] == [[], []]
-        await asyncio.sleep(117)
-        team.is_healthy(loop.time())
-        assert [process.signals for process in processes] == [['kill'], []]
+        for _ in range(9):      # nobody has to ask how it is
+            processes[1].say()
+            await asyncio.sleep(3)
+        assert [process.signals for process in processes] == [['kill'], [], []]
+        assert team.is_healthy(loop.time())
+    with_team(monkeypatch, steps)
+
+
+def test_a_silent_worker_is_named_by_all_that_say_what_is_up_until_it_speaks_again(monkeypatch, lines):
+    async def steps(team, processes):
+        text = f'worker 1 (pid {processes[0].pid}) is not responding'
+        metrics = Metrics()
+        metrics.record_backends(dict.fromkeys(xmsrv.BACKENDS, UP))
+        for _ in range(2):
+            processes[0].say(figures=metrics.take_snapshot())
+            for _ in range(3):
+                processes[1].say(figures=metrics.take_snapshot())
+                await asyncio.sleep(3)
+            assert team.backend_states == {'queue': DOWN, 'store': UP, 'dead letters': UP}
+            assert team.backend_failures == {'queue': text} and text in team.failure_text
+            assert xmsrv.merge_metrics(team.current_metrics()).value_of('xmsrv_queue_up') == 0
+        processes[0].say(figures=metrics.take_snapshot())
+        await asyncio.sleep(0.1)
+        assert (team.failure_text, set(team.backend_states.values())) == ('', {UP})
+        assert xmsrv.merge_metrics(team.current_metrics()).value_of('xmsrv_queue_up') == 1
+        assert lines().count(text) == 2
+    with_team(monkeypatch, steps)
+
+
+def test_a_worker_that_is_killed_is_said_once(monkeypatch, lines):
+    async def steps(team, processes):
+        monkeypatch.setattr(processes[0], 'kill', lambda: processes[0].signals.append('kill'))   # it takes its time
+        for _ in range(30):
+            processes[1].say()
+            await asyncio.sleep(1.5)
+        assert processes[0].signals == ['kill'] and not team.is_healthy(0)
+        assert [line for line in lines() if 'killed' in line] == [
+            f'worker 1 (pid {processes[0].pid}) has been silent for 30 s: killed']
+    with_team(monkeypatch, steps)
+
+
+def test_a_parent_that_was_stopped_does_not_blame_its_workers(monkeypatch, lines):
+    """It has not read what they said meanwhile; or they were stopped with it."""
+    async def steps(team, processes):
+        for process in processes:
+            process.say()
+        await asyncio.sleep(1)
+        asyncio.get_running_loop().now += 600
+        await asyncio.sleep(3)
+        assert team.is_healthy(asyncio.get_running_loop().time())
+        for process in processes:
+            process.say()
+        await asyncio.sleep(3)
+        assert [process.signals for process in processes] == [[], []] and lines() == []
     with_team(monkeypatch, steps)
 
 
@@ -826,7 +880,9 @@ def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch):
         await asyncio.sleep(2)
         assert team.failure_text.startswith('worker 1 has ended')
         monkeypatch.setattr(asyncio, 'create_subprocess_exec', start)
-        await asyncio.sleep(30)
+        for _ in range(10):
+            processes[1].say()
+            await asyncio.sleep(3)
         assert len(processes) == 3
     with_team(monkeypatch, steps)
 
