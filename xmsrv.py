@@ -260,6 +260,14 @@ def open_regular(filename: str, flags: int, mode: int = 0o640) -> int:
     return fd
 
 
+def read_at_most(file: typing.BinaryIO, limit: int) -> bytes:
+    """All bytes of a file, a pipe or a FIFO. Raises ValueError for more than `limit`: /dev/zero never ends."""
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f'larger than {limit >> 20} MiB')
+    return data
+
+
 OUTCOMES = ('received', 'stored', 'deleted', 'duplicate', 'stale', 'dead', 'requeued', 'late')
 
 
@@ -1065,6 +1073,7 @@ MAX_BIN_NAME = 15     # bytes of UTF-8: Aerospike's limit; kept for every store,
 TIME_UNITS = {'ms': 0.001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 TTL_NEVER = 0xFFFFFFFF    # a ttl: aerospike.TTL_NEVER_EXPIRE
 MAX_CONNECTIONS = 15000    # to a node: a server's limit for all its clients (proto-fd-max, its default)
+MAX_FILE = 1 << 20     # bytes of a configuration: 20,000 lines, and /dev/zero has no end
 MAX_SOCKET_PATH = 107  # bytes: unix(7)
 INT64 = range(-1 << 63, 1 << 63)   # of an integer in a record
 VARIABLES = 'XMSRV__'  # their prefix: Docker and Kubernetes set XMSRV_PORT and others for a service of that name
@@ -1797,8 +1806,7 @@ def read_file(filename: str, settings: Iterable['Setting'] = ()) -> Sections:
     Raises Unavailable for a file that can't be read, ConfigError for one that is no INI, with each such line.
     """
     try:
-        with open(filename, encoding='utf-8-sig') as file:
-            text = file.read()
+        text = read_text(filename)
         raw = configobj.ConfigObj(text.split('\n'), interpolation=False)
         faults: list[Fault] = []
         raw.walk(lambda section, name: faults.extend(unquoted_comments(text, section, name)))
@@ -1814,6 +1822,16 @@ def read_file(filename: str, settings: Iterable['Setting'] = ()) -> Sections:
     for setting in settings:
         apply_setting(sections, setting)
     return sections
+
+
+def read_text(filename: str) -> str:
+    """The text of a configuration file, without a byte order mark. Raises ConfigError, UnicodeDecodeError, OSError."""
+    with open(filename, 'rb') as file:
+        try:
+            data = read_at_most(file, MAX_FILE)
+        except ValueError as error:
+            raise ConfigError(f'{filename}: {error}: not a configuration') from None
+    return io.TextIOWrapper(io.BytesIO(data), encoding='utf-8-sig').read()   # with line ends as open() reads them
 
 
 # What configobj says of a line, and the rule that it breaks.
@@ -8309,6 +8327,7 @@ def setting_completion() -> dict[str, Any]:
 
 GC_THRESHOLD = 100_000   # objects; a batch makes thousands, without cycles: Python's 700 costs a third more CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # malloc.h
+MAX_MESSAGE = 256 << 20     # bytes that `check --message` reads; nsqd's own limit is 1 MiB, --max-msg-size
 KEPT_MEMORY = 4 << 20       # bytes a thread; a batch of 500 small records needs 1 MiB
 
 
@@ -8479,9 +8498,11 @@ def read_message(filename: str) -> bytes:
     """The bytes of a file, or (-) of standard input."""
     try:
         with open(0 if filename == '-' else filename, 'rb', closefd=filename != '-') as file:
-            return file.read()
+            return read_at_most(file, MAX_MESSAGE)
     except OSError as error:
         raise UsageError(f'--message {filename}: {error.strerror}') from None
+    except ValueError as error:
+        raise DataError(f'--message {filename}: {error}: no message is') from None
 
 
 def command_replay(arguments: argparse.Namespace) -> int:
