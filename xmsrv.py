@@ -3134,6 +3134,9 @@ class Mapper:
 
 READ_SIZE = 256 * 1024      # bytes a read
 MAX_RESPONSE = 1 << 20      # bytes of an answer in the handshake: another server's might announce gigabytes
+# Bytes of a frame, of which RDY bounds only the number: one that a broken server announces must not take all memory.
+# nsqd's own limit of a message is 1 MiB (--max-msg-size), and no Aerospike server takes a record of more than 8 MiB.
+MAX_FRAME = 256 << 20
 HANDSHAKE_STEPS = 8         # at most, each in connect-timeout: files, name, TCP, IDENTIFY, TLS, deflate, AUTH, SUB
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
 LOOKUP_GRACE = 0.5          # seconds that a question waits for the other nsqlookupds once one has named nsqds
@@ -3517,6 +3520,8 @@ class Connection:
             if size < (body - 4 if kind == MESSAGE else 4):
                 raise NsqdError('invalid frame size')
             if after > end:
+                if size > MAX_FRAME:
+                    raise NsqdError(f'frame of {size} bytes: more than {MAX_FRAME >> 20} MiB')
                 break
             if kind == MESSAGE:
                 _, _, timestamp, attempts, id = unpack_head(data, at)

@@ -438,6 +438,23 @@ def test_connection_without_heartbeats_is_given_up_for_just_that(meet):
         asyncio.run(meet(fake.tcp))
 
 
+class Announces(proxies.FakeNsqd):
+    """Begins a message of a gigabyte when it may send one."""
+
+    def _reply(self, data):
+        return b'\x40\0\0\0\0\0\0\2' if b'RDY' in data else super()._reply(data)
+
+
+def test_nsqd_that_announces_a_gigabyte_is_given_up_and_tried_again(program):
+    with Announces({}) as fake:
+        program.configure(nsq={'nsqd-tcp-address': [fake.tcp]}, period='0')
+        daemon = program.start('daemon')
+        wait_until(lambda: fake.ended >= 2, 'two connections have ended')
+        assert f'queue unavailable (nsqd {fake.tcp}: frame of 1073741824 bytes' in program.log.read_text()
+        daemon.terminate()
+        assert daemon.wait(10) == 0
+
+
 @pytest.mark.slow
 def test_nsqd_that_falls_silent_is_given_up_for_want_of_a_heartbeat(program, nsqd):
     """After two of its own, 10 s each; then it comes back."""

@@ -1,9 +1,11 @@
 """A file or a frame may have no end: what is read into memory has a limit, and the error names it."""
 import os
+import struct
 import threading
 
 import pytest
 
+import fakes
 import xmsrv
 
 
@@ -53,3 +55,21 @@ def test_a_message_to_be_checked_has_at_most_256_mib(tmp_path):
 def test_a_device_without_an_end_is_refused(read, failure):
     with pytest.raises(failure, match='/dev/zero: larger than'):
         read('/dev/zero')
+
+
+@pytest.mark.parametrize('kind', [fakes.RESPONSE, fakes.ERROR, xmsrv.MESSAGE])
+def test_a_frame_has_at_most_256_mib(kind):
+    connection = xmsrv.Connection(('127.0.0.1', 4150), None)
+    longest = struct.pack('>ii', 256 << 20, kind) + b'x' * 100
+    heartbeats = fakes.frame(fakes.RESPONSE, b'anything') * 3
+    assert connection.unpack_frames(heartbeats + longest) == [] and connection.buffer == longest
+    with pytest.raises(xmsrv.NsqdError, match='^frame of 268435457 bytes: more than 256 MiB$'):
+        connection.unpack_frames(heartbeats + struct.pack('>ii', (256 << 20) + 1, kind))
+
+
+def test_a_header_in_two_parts_announces_its_frame_as_well():
+    connection = xmsrv.Connection(('127.0.0.1', 4150), None)
+    header = struct.pack('>ii', 0x40000000, xmsrv.MESSAGE)
+    assert connection.unpack_frames(header[:5]) == []
+    with pytest.raises(xmsrv.NsqdError, match='frame of 1073741824 bytes'):
+        connection.unpack_frames(connection.buffer + header[5:])
