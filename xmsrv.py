@@ -1107,7 +1107,7 @@ def parse_duration(value: Any) -> float:
 
 def parse_period(value: Any) -> float:
     """A duration, or 0: one window after the other."""
-    return 0.0 if re.fullmatch('0[a-z]*', single_value(value)) else parse_duration(value)
+    return 0.0 if re.fullmatch(f'0({"|".join(TIME_UNITS)})?', single_value(value)) else parse_duration(value)
 
 
 def parse_size(value: Any) -> int:
@@ -3710,7 +3710,7 @@ async def look_up(config: types.SimpleNamespace, topic: str,
             errors.pop(address, None)
         except UNREACHABLE as error:
             errors[address] = describe_error(error)
-        if any(answers.values()):
+        if any(answers.values()) and bound.when() is None:
             bound.reschedule(asyncio.get_running_loop().time() + patience)
     try:
         with contextlib.suppress(TimeoutError):
@@ -3959,7 +3959,9 @@ class SqliteStore(Store):
             if self.db and self.db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
                     self.db.execute('ROLLBACK')
-            raise StoreError(f'sqlite {self.path}: {error}', retryable='locked' in str(error)) from error
+            code = getattr(error, 'sqlite_errorcode', 0) & 0xFF   # without what an extended code adds
+            locked = code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+            raise StoreError(f'sqlite {self.path}: {error}', retryable=locked) from error
 
     def write(self, records: list[Record]) -> list[WriteResult]:
         """Writes a batch in one transaction. With newest-wins, create or update each record is compared with the stored
@@ -4700,6 +4702,8 @@ class AerospikeStore(Store):
             return STALE
         if stored.result == NOT_FOUND and self.removes:
             return STALE   # a newer deletion has removed it: writing this record would undo that
+        if stored.result not in (0, NOT_FOUND):
+            return WriteResult('retry', stored.result, f'{self.where}: answer {describe_code(stored.result)}')
         if moment is None or TYPE_CHECKS['integer'](moment):
             return WriteResult('retry', stored.result, f'{self.where}: the record changed meanwhile')
         return WriteResult('rejected', 'rejected', f'the stored {self.record.time_bin} is no integer: cannot compare')
@@ -4955,6 +4959,7 @@ class DeadLetterSink:
 
 BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
 FAILURES_TO_HALVE = 3       # failures of a whole batch before it is halved
+MAX_SUSPECTS = 10           # messages that fail alone, beside which another one may come to prove that the store works
 INCONCLUSIVE = {'stop', 'refused'}   # outcomes that do not show whether the store accepts records
 WriteBatch = Callable[[list[Message]], Awaitable[list[WriteResult]]]        # messages -> a result each
 SettleBatch = Callable[[list[Message], list[WriteResult]], list[Message]]   # messages, results -> the messages to retry
@@ -5094,6 +5099,11 @@ class Batcher:
     def is_failing(self) -> bool:
         """True unless the breaker is closed."""
         return self.breaker.state is not BreakerState.CLOSED
+
+    @property
+    def suspect_count(self) -> int:
+        """The number of batches to retry that are a single message, which has failed FAILURES_TO_HALVE times."""
+        return sum([len(batch.messages) == 1 and batch.failures >= FAILURES_TO_HALVE for batch in self.retries])
 
     @property
     def is_full(self) -> bool:
@@ -5901,13 +5911,20 @@ class Window:
         return self.limits.max_messages - self.accepted if self.limits.max_messages else sys.maxsize
 
     def credit(self) -> int:
-        """The number of messages that the source may request: while the store fails 0, or one batch as a probe."""
+        """The number of messages that the source may request: while the store fails 0, or one batch as a probe.
+
+        Example: a single message is in flight, and its write always fails. Nobody can tell whether the store or the
+        message is to blame, and without another message nobody ever could. So one more may come: it is stored, the
+        breaker closes, and the first one is requeued with a delay.
+        """
         batcher = self.store_batcher
-        if self.state is not WindowState.OPEN or batcher.breaker.state is BreakerState.OPEN:
+        if self.state is not WindowState.OPEN:
             return 0
-        if batcher.is_failing:
-            return 0 if self.pending_count else min(self.messages_left, batcher.size)
-        return self.messages_left
+        if not batcher.is_failing:
+            return self.messages_left
+        if self.pending_count:
+            return min(1, self.messages_left) if self.pending_count == batcher.suspect_count < MAX_SUSPECTS else 0
+        return 0 if batcher.breaker.state is BreakerState.OPEN else min(self.messages_left, batcher.size)
 
     def accept(self, messages: list[Message]) -> None:
         """Takes messages; those beyond the limit stay in flight for the end."""
@@ -7296,7 +7313,8 @@ def worker_command() -> list[str]:
 
 def describe_exit(status: int) -> str:
     """Describes an exit status of subprocess."""
-    return f'killed by {signal.Signals(-status).name}' if status < 0 else f'exit status {status}'
+    names = {each.value: each.name for each in signal.Signals}   # without most real-time signals
+    return f'killed by {names.get(-status, f"signal {-status}")}' if status < 0 else f'exit status {status}'
 
 
 class Worker:
@@ -7327,13 +7345,16 @@ class Worker:
 
     async def read_commands(self, stdin: asyncio.StreamReader) -> None:
         """Reads the commands of the parent."""
-        async for line in stdin:
-            message = json.loads(line)
-            if 'grant' in message:
-                self.state, self.last_grant = WorkerState.BUSY, message['number']
-                self.grants.put_nowait(message['grant'])
-            if 'leave' in message:
-                self.runner.end_after_window()
+        try:
+            async for line in stdin:
+                message = json.loads(line)
+                if 'grant' in message:
+                    self.state, self.last_grant = WorkerState.BUSY, message['number']
+                    self.grants.put_nowait(message['grant'])
+                if 'leave' in message:
+                    self.runner.end_after_window()
+        except ValueError as error:   # killed in mid-line, or longer than `limit`
+            log.error('invalid command of the daemon: %s', error)
         self.runner.stop()
 
     async def wait_for_grant(self) -> int:
@@ -7352,8 +7373,11 @@ class Worker:
         """Sends a status line to the parent."""
         windows, self.windows[:] = [(window.count, window.times.seconds) for window in self.windows], []
         runner, (metrics,) = self.runner, self.runner.current_metrics()
+        # A failed window has closed its pipeline: while that is opened anew, other workers need not wait for this one.
+        reopens = self.state is WorkerState.BUSY and not (runner.pipeline or self.grants.qsize())
         line = json.dumps({
-            'state': self.state, 'seen': self.last_grant, 'windows': windows, 'figures': metrics,
+            'state': WorkerState.STARTING if reopens else self.state,
+            'seen': self.last_grant, 'windows': windows, 'figures': metrics,
             'healthy': runner.is_healthy(asyncio.get_running_loop().time()), 'backends': runner.backend_states,
             'failures': runner.backend_failures, 'connections': runner.connections})
         with contextlib.suppress(BrokenPipeError):
@@ -7463,7 +7487,7 @@ def describe_trend(waiting: int, growth: float | None) -> str:
 def format_number(number: float) -> str:
     """A number in at most a few characters: `0.25`, `7.5`, `940`, `12.5k`, `3M`."""
     for unit, size in ('G', 1e9), ('M', 1e6), ('k', 1e3):
-        if number >= size:
+        if number >= 0.9995 * size:   # 999.7 is 1k
             return f'{number / size:.3g}{unit}'
     return f'{number:.3g}'
 

@@ -227,3 +227,20 @@ def test_who_waits_for_a_fresh_answer_gets_one_that_was_asked_for_after_that(mon
         await asyncio.wait_for(first, 1)
         assert times == pytest.approx([5, 5.1])
     polled(monkeypatch, steps, answer)
+
+
+def test_the_patience_does_not_begin_anew_with_each_answer(monkeypatch):
+    addresses = ['http://127.0.0.1:4161', 'http://127.0.0.1:4171', 'http://127.0.0.1:4181']
+    config = fakes.options(nsq={'nsqd-tcp-address': '', 'lookupd-http-address': addresses})
+    delays = dict(zip(addresses, (1.0, 1.4, 9.0), strict=True))
+
+    async def answer(client, address, topic, options):
+        await asyncio.sleep(delays[address])
+        return {(address, 4150): 4151}
+    monkeypatch.setattr(xmsrv, 'ask_lookupd', answer)
+
+    async def main():
+        begun = asyncio.get_running_loop().time()
+        found, _ = await xmsrv.look_up(config, 'orders', 0.5)
+        return len(found), asyncio.get_running_loop().time() - begun
+    assert clock.run(main()) == (2, pytest.approx(1.5))

@@ -97,7 +97,8 @@ def test_an_axis_ends_at_a_round_number(most, end):
 
 
 @pytest.mark.parametrize(('number', 'text'), [(0, '0'), (0.25, '0.25'), (7.5, '7.5'), (940, '940'), (12_500, '12.5k'),
-                                              (3_000_000, '3M'), (4.56e9, '4.56G')])
+                                              (3_000_000, '3M'), (4.56e9, '4.56G'),
+                                              (999.4, '999'), (999.7, '1k'), (999_999, '1M')])
 def test_numbers_are_brief(number, text):
     assert xmsrv.format_number(number) == text
 

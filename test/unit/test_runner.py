@@ -911,7 +911,8 @@ def test_a_worker_is_this_module_again_with_the_same_file_and_without_systemd(mo
 
 def test_how_a_process_ended_in_words():
     assert (xmsrv.describe_exit(0), xmsrv.describe_exit(3),
-            xmsrv.describe_exit(-9)) == ('exit status 0', 'exit status 3', 'killed by SIGKILL')
+            xmsrv.describe_exit(-9), xmsrv.describe_exit(-40)) == (
+                'exit status 0', 'exit status 3', 'killed by SIGKILL', 'killed by signal 40')
 
 
 def test_with_a_window_without_end_each_worker_has_a_grant_of_its_own(monkeypatch):

@@ -598,3 +598,12 @@ def test_sqlite_takes_no_device(tmp_path):
     with pytest.raises(StoreError) as caught:
         store.open()
     assert caught.value.__cause__.errno == errno.EINVAL
+
+
+def test_a_path_that_is_named_so_is_not_locked(tmp_path):
+    (tmp_path / 'locked').mkdir()
+    with sqlite_store(tmp_path / 'locked') as store:
+        (tmp_path / 'locked' / 'records.sqlite').rename(tmp_path / 'moved')
+        with pytest.raises(StoreError) as caught:
+            store.write(records('a'))
+        assert not caught.value.retryable

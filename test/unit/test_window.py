@@ -10,6 +10,7 @@ import fakes
 from fakes import Queue, numbered
 from xmsrv import (
     DEAD,
+    MAX_SUSPECTS,
     STORED,
     BackgroundTasks,
     DecodeQueue,
@@ -70,6 +71,12 @@ def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, k
         await tasks.cancel()
         return window, queue
     return clock.run(main())
+
+
+async def wait_for(condition, seconds=100):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 async def no_steps(window, queue):
@@ -459,3 +466,32 @@ def test_an_open_window_remembers_so_many_messages_that_were_given_back(monkeypa
         window.end(End.RELOAD)
     window, queue = window_of(steps, (0, math.inf, math.inf, True), write=lambda numbers, now: SET_FULL)
     assert (len(queue.requeues), len(window.unsettled.ends), window.refused_keys) == (100, 10, set())
+
+
+@pytest.mark.parametrize('poison', [1, 3])
+def test_messages_that_always_fail_hold_up_no_others_in_a_quiet_topic(poison):
+    """They are alone in flight, so only another message can show that the store works."""
+    async def steps(window, queue):
+        queue.send(*range(poison))
+        await wait_for(lambda: not window.pipeline.health.is_up('store'))
+        for n in range(100, 110):
+            await wait_for(window.credit)
+            queue.send(n)
+        await wait_for(lambda: not window.pending_count)
+        assert window.pipeline.health.is_up('store')
+        window.end(End.RELOAD)
+    window, queue = window_of(steps, (0, math.inf, math.inf, True),
+                              write=lambda numbers, now: AWAY if min(numbers) < poison else STORED)
+    assert sorted(queue.requeues) == [(n, 1) for n in range(poison)]
+    assert sorted(queue.finished) == list(range(100, 110))
+
+
+def test_an_outage_takes_few_more_messages_where_few_are_in_flight():
+    async def steps(window, queue):
+        queue.send(0)
+        for n in range(1, 1000):
+            await asyncio.sleep(10)
+            queue.send(*range(n * 1000, n * 1000 + window.credit()))
+        assert len(queue.in_flight) == MAX_SUSPECTS
+        window.end(End.SIGNAL)
+    window_of(steps, (0, math.inf, math.inf, True), write=lambda numbers, now: AWAY)
