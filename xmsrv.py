@@ -488,7 +488,7 @@ class RepeatCount(NamedTuple):
 class RateLimitFilter(logging.Filter):
     """Suppresses repeated warnings and errors: the first REPEATS_LOGGED of a kind pass, the others are counted, and the
     count is logged after a minute or at exit. The kind is the record's own `kind`, else its template, or without words
-    in that the whole text.
+    in that the whole text. A line whose subject is an argument has a `kind` that names it: one nsqd hides no other.
 
     seen: by kind. With -v all pass.
     """
@@ -544,7 +544,7 @@ class ChangeLog:
     def log(self, level: int, template: str, *arguments: object) -> None:
         """Logs a line about the subject, as logging.log() takes it."""
         text = template % arguments
-        log.log(level if text != self.last else logging.DEBUG, template, *arguments)
+        log.log(level if text != self.last else logging.DEBUG, template, *arguments, extra={'kind': text})
         self.last = text
 
     def clear(self) -> None:
@@ -636,7 +636,8 @@ class Health:
         failure = self.errors.pop(backend, None)
         if failure:
             level = logging.INFO if backend == 'queue' else logging.WARNING   # as for a single nsqd
-            log.log(level, '%s recovered after %.1f s', backend, asyncio.get_running_loop().time() - failure.since)
+            log.log(level, '%s recovered after %.1f s', backend, asyncio.get_running_loop().time() - failure.since,
+                    extra={'kind': f'{backend} recovered'})
 
     def is_up(self, backend: str) -> bool:
         """True when no failure of `backend` is known."""
@@ -3349,7 +3350,8 @@ class Connection:
         except NsqdError as error:
             if not str(error).startswith('E_BAD_BODY'):
                 raise
-            log.warning('nsqd %s: %s; retrying IDENTIFY with the defaults of nsqd', self, error)
+            log.warning('nsqd %s: %s; retrying IDENTIFY with the defaults of nsqd', self, error,
+                        extra={'kind': f'nsqd {self}: IDENTIFY'})
             self.heartbeat_interval = DEFAULT_HEARTBEAT
             await self.connect({})
 
@@ -4906,7 +4908,7 @@ class DeadLetterSink:
             publisher = await self.open_publisher(address)
         except UNREACHABLE as error:
             text = f'nsqd {format_address(address)}: {describe_error(error)}'
-            log.warning('dead letters: %s', text)
+            log.warning('dead letters: %s', text, extra={'kind': f'dead letters: {text}'})
             return dict.fromkeys(messages, WriteResult('unkept', 'away', text))
         try:
             await publisher.publish([encode_topic(self.build_header(m), m.body) for m in messages])
@@ -4923,7 +4925,7 @@ class DeadLetterSink:
         refused = isinstance(error, NsqdError)   # else nsqd may have accepted it
         hint = '; a file in [dead-letter] would keep it' if refused and not self.file else ''
         text = f'nsqd {publisher}: {describe_error(error)}'
-        log.warning('dead letter %s: %s%s', message.key, text, hint)
+        log.warning('dead letter %s: %s%s', message.key, text, hint, extra={'kind': f'dead letter: nsqd {publisher}'})
         return WriteResult('unkept', 'refused' if refused else 'unknown', text)
 
     async def open_publisher(self, address: Address) -> Publisher:
@@ -4941,8 +4943,9 @@ class DeadLetterSink:
         try:
             await asyncio.get_running_loop().run_in_executor(self.pool, append_durably, self.file, lines)
         except OSError as error:
-            log.error('dead letters: %s: %s', self.file, error.strerror)
-            return dict.fromkeys(messages, WriteResult('unkept', 'away', f'{self.file}: {error.strerror}'))
+            text = f'{self.file}: {error.strerror}'
+            log.error('dead letters: %s', text, extra={'kind': f'dead letters: {text}'})
+            return dict.fromkeys(messages, WriteResult('unkept', 'away', text))
         return {}
 
     def close(self) -> None:
@@ -5684,7 +5687,8 @@ class Consumer:
         if not data.startswith(b'E_TOUCH'):
             self.late += 1
             self.requeued -= data.startswith(b'E_REQ')
-        log.warning('nsqd %s: late: %s', connection, data[:13].decode('utf-8', 'replace'))
+        log.warning('nsqd %s: late: %s', connection, data[:13].decode('utf-8', 'replace'),
+                    extra={'kind': f'nsqd {connection}: late'})
 
     def touch(self, now: float) -> None:
         """Sends TOUCH for messages not delivered or touched for half of msg-timeout. None after max-msg-timeout:
@@ -6175,10 +6179,11 @@ class Window:
         self.log_summary(fields)
         if self.failed:
             reason = self.detail or self.end_reason.text
+            extra = {'fields': fields, 'kind': f'failed window: {self.end_reason}'}
             if self.count['requeued']:
-                log.error('requeued %d messages: %s', self.count['requeued'], reason, extra={'fields': fields})
+                log.error('requeued %d messages: %s', self.count['requeued'], reason, extra=extra)
             else:
-                log.error('the window failed: %s', reason, extra={'fields': fields})
+                log.error('the window failed: %s', reason, extra=extra)
         return self.exit_status
 
     def log_summary(self, fields: dict[str, Any]) -> None:
@@ -7102,7 +7107,8 @@ class Supervisor:
             if not worker.failed_starts:
                 backoff.reset_delay()
             pid = worker.process.pid if worker.process else 'none'
-            log.error('worker %d (pid %s) ended: %s', worker.index + 1, pid, fate)
+            log.error('worker %d (pid %s) ended: %s', worker.index + 1, pid, fate,
+                      extra={'kind': f'worker {worker.index + 1} ended'})
             if all(each.failed_starts >= MAX_FAILED_STARTS for each in self.workers):
                 log.critical('every worker keeps failing to start')
                 self.exit_status = os.EX_SOFTWARE
@@ -7141,7 +7147,7 @@ class Supervisor:
                 self.on_status(worker, json.loads(line))
             except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or another writer on the pipe
                 log.error('worker %d (pid %d) sent an invalid status line, killed: %s', worker.index + 1,
-                          worker.process.pid, error)
+                          worker.process.pid, error, extra={'kind': f'worker {worker.index + 1}: status line'})
                 with contextlib.suppress(ProcessLookupError):
                     worker.process.kill()
                 return
@@ -7255,7 +7261,8 @@ class Supervisor:
     def kill_worker(self, worker: WorkerHandle, reason: str) -> None:
         """Kills a worker that still runs."""
         if worker.process.returncode is None:
-            log.error('worker %d (pid %d) %s: killed', worker.index + 1, worker.process.pid, reason)
+            log.error('worker %d (pid %d) %s: killed', worker.index + 1, worker.process.pid, reason,
+                      extra={'kind': f'worker {worker.index + 1}: killed'})
             worker.process.kill()
 
     # -- how it is
@@ -7969,7 +7976,7 @@ class Daemon:
                 raise ConfigError(f'{filename}: not a file; no reload')
             read = load_config(self.arguments)
         except ConfigError as error:
-            log.error('%s\nkeeping the current configuration', error)
+            log.error('%s\nkeeping the current configuration', error, extra={'kind': str(error)})
             self.keep_config()
         except Unavailable as error:
             self.wait_for_config([error], self.reload_when_readable())
@@ -8053,9 +8060,9 @@ class Daemon:
             self.waits[subject] = text, since
         if text and text != was:
             meanwhile = '; keeping the current configuration' if self.runner and subject == 'configuration' else ''
-            log.warning('waiting for %s: %s%s', subject, text, meanwhile)
+            log.warning('waiting for %s: %s%s', subject, text, meanwhile, extra={'kind': f'{subject}: {text}'})
         elif was and not text:
-            log.warning('%s: recovered after %.1f s', subject, now - since)
+            log.warning('%s: recovered after %.1f s', subject, now - since, extra={'kind': f'{subject}: recovered'})
 
     @property
     def waiting_lines(self) -> list[str]:
@@ -8647,7 +8654,8 @@ def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
     """Logs an error that no task waits for; errors of connections only with -v."""
     error = context.get('exception')
     given_up = isinstance(error, (*UNREACHABLE, asyncio.CancelledError))
-    log.log(logging.DEBUG if given_up else logging.ERROR, 'internal error: %s: %r', context['message'], error)
+    log.log(logging.DEBUG if given_up else logging.ERROR, 'internal error: %s: %r', context['message'], error,
+            extra={'kind': f'internal error: {type(error).__name__}'})
 
 
 def leave_stuck_calls(status: int) -> None:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import clock
-from xmsrv import REPEATS_LOGGED, REPEATS_TEMPLATE, Health, RateLimitFilter, describe_failures, log
+from xmsrv import REPEATS_LOGGED, REPEATS_TEMPLATE, ChangeLog, Health, RateLimitFilter, describe_failures, log
 
 
 @pytest.fixture
@@ -57,14 +57,19 @@ def test_a_failure_of_another_kind_is_a_warning_again_and_the_same_is_none(lines
     assert lines[-1][1] == 'dead letters unavailable (full): retrying'    # for the queue flows meanwhile
 
 
-def test_a_failure_for_another_reason_is_logged_however_often_the_former_was(lines, monkeypatch):
-    """An nsqd that takes each connection and closes it: its end is down and up again many times a minute."""
+@pytest.fixture
+def limited(monkeypatch, lines):
+    """Lines that repeat within the minute are limited."""
     monkeypatch.setattr(log, 'level', logging.INFO)
     log.manager._clear_cache()
     repeats = RateLimitFilter(lambda: 100.0)
     monkeypatch.setattr(repeats, 'set_timer', lambda: None)
     monkeypatch.setattr(log, 'filters', [repeats])
 
+
+@pytest.mark.usefixtures('limited')
+def test_a_failure_for_another_reason_is_logged_however_often_the_former_was(lines):
+    """An nsqd that takes each connection and closes it: its end is down and up again many times a minute."""
     async def main():
         health = Health()
         for reason in ['closed'] * (REPEATS_LOGGED + 3) + ['E_UNAUTHORIZED']:
@@ -73,6 +78,26 @@ def test_a_failure_for_another_reason_is_logged_however_often_the_former_was(lin
     clock.run(main())
     assert [re.search(r'\((.*)\)', text)[1] for level, text in lines if level == 'WARNING'] == [
         *['closed'] * REPEATS_LOGGED, 'E_UNAUTHORIZED']
+
+
+@pytest.mark.usefixtures('limited')
+def test_the_lines_of_many_subjects_hide_none_of_them(lines):
+    """Eight nsqds that are gone, and a backend that recovers while another did so all the time."""
+    for number in range(REPEATS_LOGGED + 3):
+        news = ChangeLog()
+        for _ in range(2):
+            news.log(logging.WARNING, 'nsqd %s: %s', f'10.0.0.{number}:4150', 'refused')
+    assert [text for _, text in lines] == [
+        f'nsqd 10.0.0.{number}:4150: refused' for number in range(REPEATS_LOGGED + 3)]
+
+    async def main():
+        health = Health()
+        for backend in ['store'] * (REPEATS_LOGGED + 3) + ['dead letters']:
+            health.report_failure(backend, 'gone')
+            health.report_recovery(backend)
+    clock.run(main())
+    recovered = [text for _, text in lines if 'recovered' in text]
+    assert recovered == ['store recovered after 0.0 s'] * REPEATS_LOGGED + ['dead letters recovered after 0.0 s']
 
 
 def test_what_repeats_is_counted_and_said_when_the_minute_is_over(lines, monkeypatch):

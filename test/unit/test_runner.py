@@ -420,6 +420,48 @@ def test_a_reload_whose_file_comes_with_a_fault_changes_nothing(daemon, lines):
     assert 'timeout = never' in lines()[-1] and lines()[-1].endswith('keeping the current configuration')
 
 
+@pytest.fixture
+def limited(monkeypatch):
+    """Lines that repeat within the minute are limited."""
+    repeats = xmsrv.RateLimitFilter(lambda: 100.0)
+    monkeypatch.setattr(repeats, 'set_timer', lambda: None)
+    monkeypatch.setattr(xmsrv.log, 'filters', [repeats])
+
+
+@pytest.mark.usefixtures('limited')
+def test_what_a_reload_waits_for_is_logged_however_often_another_file_was(daemon, tmp_path, lines):
+    async def main():
+        daemon.runner = Engine()
+        os.unlink(daemon.arguments.config)
+        for _ in range(xmsrv.REPEATS_LOGGED + 3):
+            daemon.on_hangup()
+        assert len(lines()) == xmsrv.REPEATS_LOGGED
+        daemon.write(f'[dead-letter]\nfile = {tmp_path}/mount/dead')
+        daemon.on_hangup()
+        assert f'{tmp_path}/mount/dead' in lines()[-1]
+        for fault in ['never'] * (xmsrv.REPEATS_LOGGED + 3) + ['soon']:
+            daemon.write(f'timeout = {fault}')
+            daemon.on_hangup()
+        assert 'timeout = soon' in lines()[-1] and len(lines()) == 2 * xmsrv.REPEATS_LOGGED + 2
+    clock.run(main())
+
+
+@pytest.mark.usefixtures('limited')
+def test_workers_that_end_hide_no_other(monkeypatch, lines):
+    async def steps(team, processes):
+        for _ in range(xmsrv.REPEATS_LOGGED + 3):
+            processes[1].say()
+            for process in processes[2:] or processes[:1]:
+                if process.returncode is None:
+                    process.exit(1)
+            await asyncio.sleep(25)
+        processes[1].exit(1)
+        await asyncio.sleep(0.1)
+        ended = [line for line in lines() if ' ended: ' in line]
+        assert [line.split(' (')[0] for line in ended] == ['worker 1'] * xmsrv.REPEATS_LOGGED + ['worker 2']
+    with_team(monkeypatch, steps)
+
+
 def test_a_faulty_text_drops_a_configuration_that_waits_for_its_files(daemon, tmp_path, lines):
     """What waits is always of the latest reload, or nothing does."""
     async def main():
