@@ -164,7 +164,10 @@ class StoreUnavailable(Unavailable):
 
 
 class NsqdError(Exception):
-    """An nsqd refused a command or broke the protocol; its connection has to be closed."""
+    """An nsqd refused a command or broke the protocol; its connection has to be closed. The text may quote it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(escape_controls(truncate_text(text, 500)))
 
 
 class StoreError(Exception):
@@ -190,6 +193,15 @@ REASONS = ('invalid-json', 'not-an-object', 'schema', 'unsupported-value', 'bin-
 def truncate_text(text: str, length: int) -> str:
     """Cuts `text` to `length` characters: details quote field names, which a sender may make as long as he likes."""
     return text if len(text) <= length else text[:length - 3] + '...'
+
+
+def escape_controls(text: str, kept: str = '') -> str:
+    """Text of others for a terminal, a log or STATUS: control characters, which could forge a line or colour it, become
+    escapes, `\\x1b`; not those in `kept`."""
+    if text.isprintable():
+        return text
+    return ''.join(char if char.isprintable() or char in kept else char.encode('unicode_escape').decode()
+                   for char in text)
 
 
 class WriteResult(NamedTuple):
@@ -369,10 +381,24 @@ class SystemdNotifier:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.settimeout(0.1)   # a systemd that does not read must not block the service
             sender.connect('\0' + self.address[1:] if self.address[0] == '@' else self.address)
-            sender.send('\n'.join(f'{name}={value}' for name, value in fields.items()).encode())
+            sender.send('\n'.join(f'{name}={escape_controls(str(value))}' for name, value in fields.items()).encode())
 
 
-class TextFormatter(logging.Formatter):
+class EscapingFormatter(logging.Formatter):
+    """Formats the text of a record, and a traceback below it, without control characters. Of its arguments a Failure
+    alone may have several lines: one for each fault of a configuration."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The text of a record, without its traceback."""
+        has_lines = not record.args or any(isinstance(argument, Failure) for argument in record.args)
+        return escape_controls(super().formatMessage(record), '\n' if has_lines else '')
+
+    def formatException(self, ei: Any) -> str:
+        """The lines of a traceback."""
+        return escape_controls(super().formatException(ei), '\n')
+
+
+class TextFormatter(EscapingFormatter):
     """`warning: text`, for a terminal or a file; debug lines (-v) begin with the seconds since the start."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -383,7 +409,7 @@ class TextFormatter(logging.Formatter):
         return line if record.levelno in (logging.INFO, NOTICE) else f'{record.levelname.lower()}: {line}'
 
 
-class PriorityFormatter(logging.Formatter):
+class PriorityFormatter(EscapingFormatter):
     """`<4>text`, a prefix per line: what the journal reads from stderr."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -415,7 +441,7 @@ class JournalHandler(logging.StreamHandler[TextIO]):
 
     def __init__(self, common: Mapping[str, object]) -> None:
         super().__init__()
-        self.common, self.plain_formatter = common, logging.Formatter()
+        self.common, self.plain_formatter = common, EscapingFormatter()
         self.setFormatter(PriorityFormatter())
         # Made with the first entry: where there are no open files, lines still go to stderr.
         self.socket: Any = None
@@ -1776,7 +1802,8 @@ class Fault(NamedTuple):
         where += ''.join('[' * depth + part + ']' * depth + ' ' for depth, part in enumerate(self.path[:-1], 1))
         shown = ', '.join(self.value) if isinstance(self.value, list) else self.value
         given = f' = {truncate_text(str(shown), 200)}' if self.value is not None else ''
-        return f'{f"environment: {self.variable}" if self.variable else where + self.option}{given}: {self.rule}'
+        place = f'environment: {self.variable}' if self.variable else where + self.option
+        return escape_controls(f'{place}{given}: {self.rule}')
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -1921,7 +1948,7 @@ def command_line_setting(text: str) -> Setting:
     name, _, value = text.partition('=')
     path = option_path(name.strip(), lambda option: option.dotted) or tuple(name.strip().split('.'))
     if '=' not in text or not path[-1]:
-        raise ConfigError(f'--set {text}: not SECTION.OPTION=VALUE')
+        raise ConfigError(f'--set {escape_controls(text)}: not SECTION.OPTION=VALUE')
     return Setting(path, value, f'--set {text}')
 
 
@@ -1973,19 +2000,20 @@ def read_overrides(arguments: argparse.Namespace) -> list[Setting]:
 def apply_setting(raw: Sections, setting: Setting) -> None:
     """Lays one Setting over the raw sections; its value is read as the file's are. Raises ConfigError."""
     *sections, option = setting.path
+    shown = escape_controls(setting.shown)
     if not is_accepted_by(str.encode, setting.shown + setting.value):
-        raise ConfigError(f'{setting.shown}: not UTF-8')
+        raise ConfigError(f'{shown}: not UTF-8')
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
-            raise ConfigError(f'{setting.shown}: {section} is an option, not a section')
+            raise ConfigError(f'{shown}: {section} is an option, not a section')
     try:
         read = configobj.ConfigObj([f'value = {setting.value}'], interpolation=False)
         raw[option] = read['value']
     except (configobj.ConfigObjError, KeyError):
         read = None
     if not read or read.inline_comments['value']:   # a # would cut it short
-        raise ConfigError(f'{setting.shown}: the value cannot be read; quote the value')
+        raise ConfigError(f'{shown}: the value cannot be read; quote the value')
 
 
 def validate_sections(raw: Sections) -> tuple[Sections, list[Fault]]:
@@ -2507,8 +2535,8 @@ def require_quotable(section: configobj.Section, name: str) -> None:
         section.main._quote(name, multiline=False)
         section.main._quote(section[name])
     except configobj.ConfigObjError:
-        fault = Fault(section_path(section), name, section[name],
-                      'no file can hold it, for it has quotes of both kinds')
+        found = 'a line end in its name' if '\n' in name else 'quotes of both kinds'
+        fault = Fault(section_path(section), name, section[name], f'no file can hold it, for it has {found}')
         raise ConfigError(f'--set or environment: {fault}') from None
 
 
@@ -3168,7 +3196,7 @@ def describe_error(error: BaseException) -> str:
         return f'TLS: {cause.verify_message}'
     if isinstance(cause, StreamClosedError):
         return 'the connection was closed'
-    return getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__
+    return escape_controls(getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__)
 
 
 @contextlib.asynccontextmanager
@@ -7710,7 +7738,7 @@ def render_page(daemon: 'Daemon') -> bytes:
 def readiness_text(daemon: 'Daemon') -> str:
     """A line for each backend with its state, a line for each wait, and what fails, if anything does."""
     ends = [f'{backend}: {state}' for backend, state in daemon.backend_states.items()]
-    return ''.join(f'{line}\n' for line in [*ends, *daemon.waiting_lines, daemon.failure_text] if line)
+    return ''.join(f'{escape_controls(line)}\n' for line in [*ends, *daemon.waiting_lines, daemon.failure_text] if line)
 
 
 HTTP_CONNECTIONS = 32       # at a time; requests are rare, and answered at once
@@ -8162,7 +8190,7 @@ def check_store(config: types.SimpleNamespace) -> list[str]:
     try:
         store.open()
         line, faults = store.describe_contents()
-        print(line)
+        print(escape_controls(line))
         store.close()
     except StoreError as error:
         return [str(error)]
@@ -8184,7 +8212,7 @@ async def check_nsqds(config: types.SimpleNamespace) -> list[str]:
         elif isinstance(found, BaseException):
             raise found
         else:
-            print(found)
+            print(escape_controls(found))
     return problems
 
 

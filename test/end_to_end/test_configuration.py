@@ -23,6 +23,7 @@ from xmsrv import (
     command_line_setting,
     dump_config,
     environment_settings,
+    escape_controls,
     lookupd_address,
     main,
     nsqd_address,
@@ -312,7 +313,7 @@ def test_all_faults_are_reported_at_once(faults):
      '[aerospike] [[tls]] key-file = {directory}/x-msrv.conf: a key without its certificate: name its cert-file'),
     ('state-dir = ~nobody-of-this-name/state\n' + VALID.replace('state-dir = {directory}\n', ''),
      'state-dir = ~nobody-of-this-name/state: no home directory to replace ~ with: write the whole path'),
-    (VALID + '[dead-letter]\nfile = "a\0b"\n', '[dead-letter] file = a\0b: must not contain NUL'),
+    (VALID + '[dead-letter]\nfile = "a\0b"\n', r'[dead-letter] file = a\x00b: must not contain NUL'),
     # paths that are written
     (VALID.replace('state-dir = {directory}', 'state-dir = /dev/null'), 'state-dir = /dev/null: not a directory'),
     (VALID.replace('state-dir = {directory}', 'state-dir = {directory}/x-msrv.conf'),
@@ -721,7 +722,7 @@ def test_any_set_is_laid_over_or_refused(setting):
     try:
         apply_setting(raw, command_line_setting(setting))
     except ConfigError as error:
-        assert str(error).startswith(f'--set {setting}: ')
+        assert str(error).startswith(f'--set {escape_controls(setting)}: ')
     else:
         assert '=' in setting
 
@@ -967,6 +968,9 @@ def test_config_refuses_what_no_file_can_hold(program):
     said = program.run('config', '--set', 'record.bins.\'a"=b', expect=78).stderr
     rule = 'no file can hold it, for it has quotes of both kinds'
     assert said == f'error: --set or environment: [record] [[bins]] \'a" = b: {rule}\n'
+    said = program.run('config', '--set', 'record.bins.a\nb=c', expect=78).stderr
+    rest = 'no file can hold it, for it has a line end in its name'
+    assert said == rf'error: --set or environment: [record] [[bins]] a\nb = c: {rest}' + '\n'
     with pytest.raises(ConfigError, match=rf'\[sqlite\] set = .*: {rule}'):
         dump_config({'sqlite': {'set': ['a', 'b\'"']}})
 
