@@ -1,9 +1,9 @@
 """x-msrv: stores JSON messages of an NSQ topic as records, at most N a window; none is lost, duplicated or altered.
 
 A message flows through this module from top to bottom, in the order of the picture in CONTRIBUTING.md:
-Subscription.read -> Consumer.on_messages -> Window.accept -> Mapper.build_record -> Batcher -> Store.write ->
-Window.settle -> Consumer.finish; a dead letter goes from Window.reject_invalid by a second Batcher to
-DeadLetterSink.write_dead_letters, and from there to Consumer.finish as well.
+Subscription.read_messages -> Consumer.on_messages -> Window.accept -> Mapper.build_record -> Batcher -> Store.write ->
+Window.settle -> Consumer.finish. A dead letter goes from Window.reject_invalid by a second Batcher to
+DeadLetterSink.write_dead_letters, and from there by Window.settle to Consumer.finish as well.
 """
 
 # ruff: noqa: E402 - the imports take a tenth of a second, in which a signal must find its handler
@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 
-# commands that exit with 0 on a signal, as no message was taken
+# commands that a signal ends with 0 before a message was taken
 COMMANDS_ENDED_BY_SIGNAL = {'once', 'daemon', 'worker', 'replay'}
 
 
@@ -171,7 +171,7 @@ class NsqdError(Exception):
 
 
 class StoreError(Exception):
-    """The store wrote no record of a batch. `retryable`: a later try may succeed; else the window has to stop."""
+    """A call of the store failed. `retryable`: a later try may succeed; else the window has to stop."""
 
     def __init__(self, text: str, retryable: bool = True) -> None:
         super().__init__(text)
@@ -307,7 +307,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 class Output(io.TextIOWrapper):
-    """Standard output. A failed write raises OutputError instead of OSError, and only once."""
+    """Standard output. A failed write raises OutputError or OutputClosed, and only once."""
 
     def write(self, text: str) -> int:
         """As print() does it. Raises OutputError, OutputClosed."""
@@ -513,8 +513,8 @@ class RepeatCount(NamedTuple):
 
 class RateLimitFilter(logging.Filter):
     """Suppresses repeated warnings and errors: the first REPEATS_LOGGED of a kind pass, the others are counted, and the
-    count is logged after a minute or at exit. The kind is the record's own `kind`, else its template, or without words
-    in that the whole text. A line whose subject is an argument has a `kind` that names it: one nsqd hides no other.
+    count is logged after a minute or at exit. The kind is the record's own `kind`, else its template, or its text where
+    that has no words. A line whose subject is an argument has a `kind` that names it: one nsqd hides no other.
 
     seen: by kind. With -v all pass.
     """
@@ -640,8 +640,7 @@ class BackendFailure(NamedTuple):
 class Health:
     """The state of the queue, the store and the dead-letter sink (BACKENDS): which are up, which fail, and since when.
 
-    Every failure is reported here and nowhere else. The log, STATUS, /readyz, the page and the metrics read it, so that
-    they agree.
+    STATUS, /readyz, the page and the metrics all read it, so that they agree.
     """
 
     def __init__(self) -> None:
@@ -681,7 +680,7 @@ class Health:
 
 
 def describe_failures(failures: Mapping[str, str]) -> list[str]:
-    """Failures in words, each with its end."""
+    """Failures in words, by backend."""
     return [f'{backend} unavailable: {why}' for backend, why in failures.items()]
 
 
@@ -704,7 +703,7 @@ METRIC_DEFINITIONS = (
     Metric('xmsrv_received_total', 'counter', (), 'Messages that came, those that came again too.'),
     Metric('xmsrv_messages_total', 'counter', ('outcome',), 'Messages by outcome.'),
     Metric('xmsrv_dead_letters_total', 'counter', ('reason',), 'Messages that can never become a record.'),
-    Metric('xmsrv_store_errors_total', 'counter', ('code',), 'Records that the store did not take, by its answer.'),
+    Metric('xmsrv_store_errors_total', 'counter', ('code',), 'Records of failed writes (retry, stop), by answer.'),
     Metric('xmsrv_store_batch_seconds', 'histogram', (), 'Seconds that a call of the store took.'),
     Metric('xmsrv_store_batch_records', 'histogram', (), 'Records in a call of the store.'),
     Metric('xmsrv_lag_seconds', 'histogram', (), 'Age of a message when its record was stored or deleted, in seconds.'),
@@ -1006,8 +1005,8 @@ def format_exposition(metrics: MetricTotals, process: bool = False) -> bytes:
 
 
 def import_prometheus() -> Any:
-    """Imports now what the end of a run needs, too: an upgrade may replace it meanwhile. The variable would
-    make prometheus_client use files."""
+    """Imports now what the end of a run needs, too: an upgrade may replace it meanwhile. These variables
+    would make it use files."""
     for name in ('PROMETHEUS_MULTIPROC_DIR', 'prometheus_multiproc_dir'):
         os.environ.pop(name, None)
     import prometheus_client.core
@@ -1117,7 +1116,7 @@ def single_value(value: Any) -> str:
 
 
 def parse_quantity(value: Any, units: Mapping[str, float], example: str) -> float:
-    """`value` as digits and a unit out of `units`, in the smallest of them."""
+    """`value`, digits and a unit of `units`, in that whose factor is 1."""
     match = re.fullmatch(r'([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)', single_value(value))
     if not match or match[2] not in units:
         raise ValueError(f'not {example}')
@@ -2690,7 +2689,7 @@ def refuse_constant(name: str) -> NoReturn:
 
 
 def json_scanner(**hooks: Any) -> Callable[[str, int], tuple[Any, int]]:
-    """scan_once, not decode: decode looks for white space by regular expressions, at twice the cost of the decoding."""
+    """A scan_once: decode also looks for white space by regular expressions, at twice the cost of decoding."""
     scan_once: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(**hooks).scan_once   # type: ignore[attr-defined]
     return scan_once
 
@@ -3170,12 +3169,12 @@ HANDSHAKE_STEPS = 8         # at most, each in connect-timeout: files, name, TCP
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
 LOOKUP_GRACE = 0.5          # seconds that a question waits for the other nsqlookupds once one has named nsqds
 HEARTBEAT_INTERVAL = 10.0   # seconds; nsqd closes after two of its own unanswered, so do we
-DEFAULT_HEARTBEAT = 60.0    # seconds; for an nsqd that refused ours; its default, --client-timeout / 2: 30
+DEFAULT_HEARTBEAT = 60.0    # seconds, for an nsqd that refused ours; its default (--client-timeout/2): 30
 HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_timeout': LOOKUP_TIMEOUT}
 OUTPUT_BUFFER_TIMEOUT = 25       # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 OUTPUT_BUFFER_SIZE = 64 * 1024   # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK_INTERVAL = 0.025            # seconds between looks at RDY, idleness and TOUCH
-RDY_TRANSIT = 2 * OUTPUT_BUFFER_TIMEOUT / 1000   # seconds and a round trip for nsqd to receive RDY, which has no answer
+RDY_TRANSIT = 2 * OUTPUT_BUFFER_TIMEOUT / 1000   # seconds, plus a round trip, until nsqd has RDY, which has no answer
 DEFLATE_LEVEL = 1                # of what is sent: FINs, whose ids hardly get smaller at any
 PUBLISH_TIMEOUT = 5.0            # seconds for nsqd to take a batch of dead letters
 CLOSE_TIMEOUT = 1.0              # seconds to wait for CLOSE_WAIT
@@ -3644,7 +3643,7 @@ class Subscription(Connection):
 
     rdy: the last RDY sent. in_flight: number of messages without an answer. held_back: how many of these wait for the
     window's end; RDY is raised by that number. rdy_since: loop time since when nsqd could have delivered. idle: no
-    message arrived for `idle_delay` though RDY was above 0; reset by a message, and when RDY rises from 0. proven_idle:
+    message for `idle_delay` though RDY was above in_flight; reset by a message, and when RDY rises from 0. proven_idle:
     the same, reset by a message only. old_rdy: messages beyond RDY that nsqd may still send, as it may not have
     received yet the RDY that was lowered at lowered_at.
     """
@@ -4488,7 +4487,7 @@ class AerospikeStore(Store):
 
     The retries of the client are off: only the window retries, with backoff and TOUCH. The store is used only in the
     threads of the executor. removes: whether a Deletion removes its record. write_accepted: the cluster accepted a
-    write in this run, so a later refusal is the fault of the record, not of a policy.
+    write since open, so a later refusal is the fault of the record, not of a policy.
     """
 
     def __init__(self, config: types.SimpleNamespace) -> None:
@@ -4697,7 +4696,7 @@ class AerospikeStore(Store):
             return WriteResult('rejected', 'rejected', answer)
         text = f'{self.where}: {answer}' + (', perhaps written' if write.in_doubt else '')
         if meaning == 'refused':
-            return WriteResult('refused', code, f'{text}, and no write of this run has succeeded yet')
+            return WriteResult('refused', code, f'{text}, and no write has succeeded since opening')
         if meaning == 'retry' and not self.is_removal(write) and len(write.ops) > WIDE_RECORD:
             text += f'; a record of {len(write.ops)} bins takes the server long: see total-timeout'
         if meaning == 'unknown':
@@ -4714,7 +4713,7 @@ class AerospikeStore(Store):
 
     def read_filtered(self, records: list[Record], deadline: float) -> list[WriteResult]:
         """The result of each record that the filter rejected, by the stored time. A stored time of the wrong type also
-        fails the filter: rejected. If the record has changed since, retry."""
+        fails the filter: rejected. Changed since, or unreadable: retry."""
         if not records:
             return []
         keys = [(self.options.namespace, record.set or self.options.set, record.key) for record in records]
@@ -5073,7 +5072,7 @@ class Breaker:
             self.state = BreakerState.HALF_OPEN
 
     def on_success(self) -> None:
-        """Closes after the other end accepted a batch, or a part of it."""
+        """Closes after a batch showed that the backend works."""
         self.state = BreakerState.CLOSED
         self.backoff.reset_delay()
 
@@ -5088,7 +5087,7 @@ class Batch:
         self.messages, self.failures, self.accepted_before, self.tries = messages, failures, accepted_before, tries
 
     def halves_if_due(self) -> list['Batch']:
-        """Both halves, with the same counts; the batch itself when it has one message, or too few failures."""
+        """Both halves, each as often failed; the batch itself when it has one message, or too few failures."""
         parts = halves(self.messages) if self.failures >= FAILURES_TO_HALVE else []
         return [Batch(part, self.failures, self.accepted_before) for part in parts] or [self]
 
@@ -5096,7 +5095,7 @@ class Batch:
 class Batcher:
     """Collects messages into batches: it owns the pending messages, the batches under way and the breaker.
 
-    A batch closes when it is full, and at once when none is under way: a lone message does not wait, and under load
+    A batch starts when it is full, and at once when none is under way: a lone message does not wait, and under load
     batches fill while the one before them is written. A batch that fails as a whole opens the breaker, and from its
     third failure on is halved, so that one message which fails all the others with it ends up alone. When other batches
     were accepted since its last failure, the batch itself is to blame, and the breaker stays as it is.
@@ -5121,7 +5120,7 @@ class Batcher:
         self.pending_bytes = 0
         self.retries: collections.deque[Batch] = collections.deque()   # batches that may go again
         self.calls: list[float] = []         # loop times at which those under way began
-        self.accepted = 0                    # batches that the other end took, at least in part
+        self.accepted = 0                    # batches that showed that the backend works
         self.last_error = ''
         self.breaker = Breaker(BreakerState.CLOSED if health.is_up(backend) else BreakerState.HALF_OPEN)
         self.stopped = False                 # no batch starts
@@ -5164,9 +5163,8 @@ class Batcher:
         if (self.stopped or self.breaker.state is BreakerState.OPEN
                 or len(self.calls) >= (1 if self.is_failing else self.writers)):
             return None
-        # Probes alternate between old batches and new messages, so that a batch which can't succeed is not the only
-        # probe.
-        # Example: after the first failed probe (tries is 1) the failed batch itself probes, after the second a batch of
+        # Probes alternate between old batches and new messages, if any are pending: a batch may never succeed.
+        # Example: after the first failure (tries is 1) the failed batch itself probes, after the second a batch of
         # new messages, after the third an old batch again.
         probes_new = self.is_failing and self.breaker.backoff.tries % 2 == 0 and self.pending
         if self.retries and not probes_new:
@@ -5200,7 +5198,7 @@ class Batcher:
         self.start_batches()
 
     def on_batch_accepted(self, batch: Batch, retry: list[Message]) -> None:
-        """The other end works. The records to retry (busy) wait for a delay."""
+        """The backend works. The records to retry (busy) wait for a delay."""
         self.accepted += 1
         self.breaker.on_success()
         self.health.report_recovery(self.backend)
@@ -5209,7 +5207,7 @@ class Batcher:
             self.retry_later([again], 0.1 * 2 ** min(batch.tries, 6))
 
     def on_batch_failure(self, batch: Batch, result: WriteResult, retry: list[Message]) -> None:
-        """The whole batch failed: the other end is unavailable, or one message of the batch makes it fail."""
+        """The whole batch failed: the backend is unavailable, or one message of the batch makes it fail."""
         self.last_error = result.detail or result.outcome
         # Example: a batch fails when 7 batches have been accepted. Others go on, 9 are accepted, and it fails again:
         # the store works for others, so this batch is to blame. At its first failure nobody can tell.
@@ -5284,7 +5282,7 @@ async def close_store(store: Store, executor: StoreExecutor) -> None:
 
 
 def is_outage(result: WriteResult) -> bool:
-    """True when a result is due to the other end, and not to the message."""
+    """True when a result is due to the backend, and not to the message."""
     return result.outcome == 'retry' or (result.outcome == 'unkept' and result.reason != 'refused')
 
 
@@ -5335,11 +5333,11 @@ class Source(typing.Protocol):
         """Returns messages: they are redelivered after `delay` seconds at the earliest."""
 
     def hold_messages(self, messages: list[Message]) -> None:
-        """Keeps messages in flight until they are requeued, without blocking others."""
+        """Sets messages aside until the window's end, without blocking others."""
 
     @property
     def idle_since(self) -> float | None:
-        """Loop time since when no message arrived at RDY above 0; None when not idle."""
+        """Loop time at which it was found idle; None when not idle."""
 
     @property
     def is_exhausted(self) -> bool:
@@ -5350,7 +5348,7 @@ def rdy_shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> l
     """Distributes a budget of messages as RDY; each state is (rdy, idle, rdy_since, max_rdy).
 
     Each idle connection keeps RDY 1 when the budget has 1 for every connection. The others share the rest evenly, and
-    none loses RDY that it has (a message may be under way on it). When the budget is smaller, idle connections take
+    none loses RDY while it suffices (a message may be under way). When the budget is smaller, idle connections take
     turns, the one whose turn was longest ago first.
     """
     rdys = [0] * len(states)
@@ -5373,12 +5371,12 @@ def rdy_shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> l
 
 
 def allocate_rdy(connections: Sequence[Any], budget: int, keep: bool) -> list[tuple[Any, int]]:
-    """The new RDY of each connection. Lower values come first, so that the sum never exceeds the budget meanwhile.
+    """The new RDY of each connection. Reductions come first, so that the sum never exceeds the budget meanwhile.
     keep: within the budget only idle connections lose RDY.
 
-    Example: three connections, a budget of 12, and the third is idle. The idle one keeps RDY 1, so that its next
+    Example without `keep`: three connections, a budget of 12, and the third is idle. It keeps RDY 1, so that its next
     message is delivered; the other two share 11: RDY 6, 5, 1. A budget of 2 is not enough for RDY 1 each: the two that
-    are not idle get 1 each, and idle connections take turns.
+    are not idle get 1 each, and idle ones take turns.
     """
     # Example: RDY is 10, and 4 messages of it are held back. For nsqd these are in flight, so only 6 others can come.
     # The budget is shared without held messages, and each share is raised by them: for a share of 6 RDY 10 is sent.
@@ -5602,7 +5600,7 @@ class Consumer:
         first.conn, first.touched_at, first.received_at = second.conn, second.touched_at, second.received_at
 
     def hold_messages(self, messages: list[Message]) -> None:
-        """Keeps messages in flight until they are requeued; RDY is raised by their number, so that others can
+        """Keeps messages in flight, but set aside: RDY is raised by their number, so that others can
         arrive."""
         for message in messages:
             if message.key in self.in_flight and not message.held_back:
@@ -5786,7 +5784,7 @@ def decoded_size(body: bytes) -> int:
 
 
 class DecodeQueue:
-    """Messages that wait to become records. Decoded ones take at most `max_held` bytes, except a single one."""
+    """Messages that wait to become records. Decoded ones take at most `max_held` bytes and one message."""
 
     def __init__(self, mapper: 'Mapper', max_held: int) -> None:
         self.mapper, self.max_held = mapper, max_held
@@ -5813,11 +5811,11 @@ class DecodeQueue:
 
 
 class WindowState(enum.Enum):
-    """OPEN: accepts messages. DRAINING: accepts none, and waits for the batches under way. CLOSED: the rest is
+    """OPEN: accepts messages. DRAINING: asks for none, and awaits the batches under way. CLOSED: the rest is
     requeued.
 
-    Example: max-messages is 5, and 7 messages arrive, because two were under way when RDY was lowered. The window is
-    full: DRAINING, and 5 messages are written. CLOSED: the daemon keeps the 2 in flight, and its next window accepts
+    Example: max-messages is 5, and 7 messages arrive, because two were under way when RDY was lowered. When 5 are
+    written, the window is full: DRAINING, CLOSED. The daemon keeps the 2 in flight, and its next window accepts
     them first; `once` has no next window and requeues them.
     """
 
@@ -5829,8 +5827,8 @@ class WindowState(enum.Enum):
 class End(enum.Enum):
     """The reason why a window ended: its text for -v, whether pending messages are still written, and the exit status.
 
-    Example: a window is full, and drains; SIGTERM comes meanwhile. SIGNAL does not drain, so it takes the place of
-    FULL: the batches under way end, the messages that are pending are requeued, and the exit status is 0.
+    Example: a window is out of time, and drains; SIGTERM comes meanwhile. SIGNAL does not drain, so it replaces
+    TIMEOUT: the batches under way end, the messages that are pending are requeued, and the exit status is 0.
     """
 
     FULL = 'full', True, os.EX_OK
@@ -6024,7 +6022,7 @@ class Window:
 
     def on_refused(self, messages: list[Message], result: WriteResult) -> None:
         """Handles refused messages while no write has succeeded yet. Several refused messages: a policy is to blame.
-        One alone: the message, if it is refused REFUSALS_TO_REJECT times."""
+        One alone: the message, from delivery REFUSALS_TO_REJECT on."""
         self.refused_keys.update(message.key for message in messages)
         message = messages[0]
         key = message.record and message.record.key
@@ -6195,7 +6193,7 @@ class Window:
 
     @property
     def failed(self) -> bool:
-        """True when messages were requeued because of a failure."""
+        """True when the window ended because of a failure."""
         return self.exit_status != os.EX_OK
 
     def report_end(self) -> int:
@@ -6292,7 +6290,7 @@ async def open_pipeline(config: types.SimpleNamespace, store: Store, new_source:
 
 async def close_pipeline(source: Any, store: Store, executor: StoreExecutor, sink: DeadLetterSink | None,
                          tasks: BackgroundTasks) -> None:
-    """Requeues the messages in flight and closes both ends, within a few seconds even if a call hangs."""
+    """Requeues what is in flight, closes source and store, within a few seconds even if a call hangs."""
     if sink:
         sink.close()
     if source.in_flight:
@@ -6912,7 +6910,7 @@ class WindowRunner:
 
     async def run_windows(self) -> None:
         """Runs windows on one set of connections, until the end or until the store has failed in one: then Health knows
-        why. Raises Unavailable when an end can't be reached."""
+        why. Raises Unavailable when one can't be reached."""
         store = STORES[self.config.store](self.config)
         async with topic_pipeline(self.config, store, self.metrics, self.health) as pipeline:
             self.pipeline = pipeline
@@ -7049,7 +7047,7 @@ MAX_FAILED_STARTS = 5          # failed starts in a row of every worker, after w
 
 
 class WorkerState(enum.StrEnum):
-    """STARTING: opens its backends, accepts no grant. IDLE: waits for a grant. BUSY: has a grant. STOPPING: was told to
+    """STARTING: opens its backends first. IDLE: waits for a grant. BUSY: between grant and IDLE. STOPPING: was told to
     stop. BACKOFF: its process has exited, and the next one starts after a delay.
 
     A worker reports the first three itself; its parent sets the last two.
@@ -7231,7 +7229,7 @@ class Supervisor:
 
     async def grant_periods(self) -> None:
         """Grants each idle worker its share in every period. A worker that has just started waits for the next
-        period; no period begins while a worker still has its grant of the last one."""
+        period; unless endless, none begins while a worker is BUSY."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.schedule.seconds_to_start(loop.time()))
@@ -7431,7 +7429,7 @@ CHARTED = ('stored', 'deleted', 'dead', 'requeued')   # from below
 
 
 class BackendSince(NamedTuple):
-    """The state of one of BACKENDS, since which second of 1970, and why it is not up."""
+    """The state of one of BACKENDS, since when (s since 1970), why it is not up."""
 
     state: BackendState
     since: float
@@ -7458,7 +7456,7 @@ class History:
         self.depths: dict[str, ChannelDepth] = {}
 
     def note_backends(self, ends: Mapping[str, BackendState], failures: Mapping[str, str], now: float) -> None:
-        """Notes the state of each end; another reason does not restart an outage."""
+        """Notes each backend's state; another reason does not restart an outage."""
         for backend, state in ends.items():
             was = self.ends.get(backend)
             begun = was.since if was and was.state == state else now
@@ -8171,7 +8169,7 @@ class Daemon:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# check: the other ends
+# check: the backends
 # ---------------------------------------------------------------------------------------------------------------------
 
 async def check_connections(config: types.SimpleNamespace, filename: str) -> int:
@@ -8687,7 +8685,7 @@ def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
 
 
 def leave_stuck_calls(status: int) -> None:
-    """Exits at once when a call still hangs: the interpreter would wait for its thread."""
+    """Exits when a call hangs 0.5 s more: the interpreter would wait for its thread."""
     threads = [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_PREFIX)]
     for thread in threads:
         thread.join(0.5)
