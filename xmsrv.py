@@ -7093,6 +7093,7 @@ class Supervisor:
     def __init__(self, daemon: Any) -> None:
         self.config, self.raw, self.arguments = daemon.config, daemon.raw, daemon.arguments
         self.metrics, self.on_window_end, self.schedule = daemon.metrics, daemon.on_window_end, daemon.schedule
+        self.keeps_lock: Callable[[], bool] = daemon.keeps_lock
         self.workers, self.rotation = [WorkerHandle(index) for index in range(self.config.workers)], 0
         self.endless = self.config.endless
         self.state_changed = asyncio.Event()
@@ -7237,6 +7238,8 @@ class Supervisor:
                    and self.workers_in_state(WorkerState.BUSY)):
                 self.state_changed.clear()
                 await self.state_changed.wait()
+            if not self.keeps_lock():   # all workers are told to end, so none becomes idle
+                continue
             self.schedule.start_period(loop.time())
             for worker, share in zip(self.workers, self.split_limit(), strict=True):
                 if worker.state is WorkerState.IDLE and (share or not self.config.nsq.max_messages):
@@ -7895,6 +7898,10 @@ class Daemon:
         lock = RunLock(self.config, self.arguments.config)   # anew each time: a reload may change its path
         if self.lock and self.lock.path == lock.path and self.lock.is_held:
             return None
+        if self.lock and self.lock.path == lock.path:   # another process may have the new file
+            log.warning('%s was removed or replaced: taking the lock again', lock.path)
+            self.lock.release()
+            self.lock = None
         try:
             holder = lock.try_acquire()
         except Unavailable as error:
@@ -7905,6 +7912,14 @@ class Daemon:
             self.lock.release()
         self.lock = lock
         return None
+
+    def keeps_lock(self) -> bool:
+        """True when this process holds its lock, or has taken it anew. Else another one has it: the runner ends, and
+        run_until_stopped() waits for the lock. Asked before each window, and regularly in one without end."""
+        is_kept = not self.take_lock()
+        if not is_kept and self.runner:
+            self.runner.end_after_window()
+        return is_kept
 
     async def run_until_stopped(self) -> int:
         """Runs a WindowRunner or Supervisor for each configuration in turn."""
@@ -7934,6 +7949,8 @@ class Daemon:
         """Waits for the start of the next period. Returns max-messages."""
         loop = asyncio.get_running_loop()
         await asyncio.sleep(self.schedule.seconds_to_start(loop.time()))
+        while not self.keeps_lock():   # which cancels this task
+            await asyncio.sleep(TICK_INTERVAL)
         self.schedule.start_period(loop.time())
         return self.config.nsq.max_messages
 
@@ -7951,6 +7968,8 @@ class Daemon:
                 self.notifier.send_fields(WATCHDOG=1)
             if self.runner and self.runner.endless:
                 self.status = f'flowing: {self.total_metrics().value_of("xmsrv_messages_total", "stored"):.0f} stored'
+                if self.lock and self.runner.config is self.config and not self.is_stopping:
+                    self.keeps_lock()   # once: then there is no lock, until run_until_stopped() has one
             if self.tasks.error:   # a bug that would go unnoticed; run() raises it
                 self.stop()
             if self.status_line != told:

@@ -513,6 +513,28 @@ def test_a_reload_makes_no_second_window_in_a_period(nsqd, program):
     stopped(running)
 
 
+@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('settings', [{'period': '300ms', 'nsq': {'max-messages': 10}}, {'period': '0'}],
+                         ids=['windows', 'without end'])
+def test_a_daemon_whose_lock_was_replaced_waits_until_the_other_process_ends(nsqd, program, workdir, workers, settings):
+    fill(nsqd, 10)
+    program.configure(nsqd, workers=workers, **settings)
+    running = program.start('daemon')
+    wait_until(lambda: len(program.rows()) == 10, 'it is under way', 20)
+    lock, = lock_files(workdir / 'state')
+    with open(f'{lock}.new', 'w') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        os.replace(f'{lock}.new', lock)
+        wait_until(lambda: count(program, f'{lock} was removed or replaced: taking the lock again') == 1, 'it says so')
+        wait_until(lambda: count(program, 'waiting for lock: process'), 'it waits', 20)
+        wait_until(lambda: not nsqd.stats(TOPIC, CHANNEL)['clients'], 'it takes nothing')
+        nsqd.publish(TOPIC, bodies(10, 10))
+        wait_until(passed(1), 'several windows would be over')
+        assert len(program.rows()) == 10
+    wait_until(lambda: len(program.rows()) == 20, 'messages flow', 20)
+    stopped(running)
+
+
 def test_a_reload_with_another_state_directory_takes_its_lock(nsqd, program, workdir):
     fill(nsqd, 0)
     program.configure(nsqd, period='200ms')

@@ -524,6 +524,36 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(daemon):
     clock.run(main())
 
 
+def test_a_window_takes_a_lock_anew_whose_file_was_removed(daemon, lines):
+    async def main():
+        await daemon.hold_lock()
+        assert await daemon.wait_for_grant() == 5 and lines() == []
+        os.unlink(daemon.lock.path)
+        assert await daemon.wait_for_grant() == 5
+        assert daemon.lock.is_held
+        assert lines() == [f'{daemon.lock.path} was removed or replaced: taking the lock again']
+        daemon.lock.release()
+    clock.run(main())
+
+
+def test_no_window_starts_while_another_process_has_the_lock(daemon, lines):
+    async def main():
+        await daemon.hold_lock()
+        daemon.runner = engine = Engine()
+        path = daemon.lock.path
+        os.unlink(path)
+        other = RunLock(daemon.config, daemon.arguments.config)
+        assert other.try_acquire() is None
+        waiting = asyncio.ensure_future(daemon.wait_for_grant())
+        await asyncio.sleep(20)
+        assert not waiting.done() and engine.left
+        assert lines() == [f'{path} was removed or replaced: taking the lock again']
+        other.release()
+        assert await asyncio.wait_for(waiting, 1) == 5
+        daemon.lock.release()
+    clock.run(main())
+
+
 def test_a_lock_that_another_has_is_waited_for_and_the_status_says_so(daemon):
     async def main():
         other = RunLock(daemon.config, daemon.arguments.config)
@@ -602,7 +632,7 @@ def with_team(monkeypatch, steps, workers=2, n=5, end=True, **sections):
         team = Supervisor(types.SimpleNamespace(
             config=config, raw={'the': 'raw'}, arguments=types.SimpleNamespace(config='x', verbose=0, quiet=0),
             metrics=Metrics(), exited_worker_metrics=xmsrv.MetricTotals(), on_window_end=lambda count, seconds: None,
-            schedule=xmsrv.Schedule(10)))
+            keeps_lock=lambda: True, schedule=xmsrv.Schedule(10)))
         running = asyncio.ensure_future(team.run())
         await asyncio.sleep(0.01)
         await steps(team, processes)
@@ -623,6 +653,22 @@ def test_workers_get_the_configuration_that_holds_and_shares_of_n(monkeypatch):
             await asyncio.sleep(10)
         assert [process.grants() for process in processes] == [[(2, 1), (3, 2), (2, 3)], [(3, 1), (2, 2), (3, 3)]]
     with_team(monkeypatch, steps)
+
+
+def test_workers_without_the_lock_are_told_to_end_and_get_no_grant(monkeypatch):
+    async def steps(team, processes):
+        for process in processes:
+            process.say()
+        await asyncio.sleep(0.1)
+        team.keeps_lock = lambda: bool(team.end_after_window())
+        for process in processes:
+            process.say(seen=1)
+        await asyncio.sleep(12)
+        assert [len(process.grants()) for process in processes] == [1, 1]
+        assert [process.lines[-1] for process in processes] == [{'leave': True}] * 2
+        for process in processes:
+            process.exit()
+    assert with_team(monkeypatch, steps, end=False) == 0
 
 
 def test_grants_that_fail_end_the_daemon(monkeypatch):
