@@ -554,6 +554,27 @@ def test_no_window_starts_while_another_process_has_the_lock(daemon, lines):
     clock.run(main())
 
 
+def test_a_window_without_end_asks_for_its_lock_as_well_and_is_ended_once(daemon):
+    async def main():
+        await daemon.hold_lock()
+        daemon.runner = engine = Engine()
+        engine.endless, engine.config, engine.is_healthy = True, daemon.config, lambda now: True
+        engine.backend_states, engine.backend_failures = dict.fromkeys(xmsrv.BACKENDS, UP), {}
+        engine.current_metrics = lambda: [Metrics().take_snapshot()]
+        asking = asyncio.ensure_future(daemon.notify_regularly())
+        os.unlink(daemon.lock.path)
+        await asyncio.sleep(3)
+        assert daemon.lock.is_held and engine.left == 0
+        os.unlink(daemon.lock.path)
+        other = RunLock(daemon.config, daemon.arguments.config)
+        assert other.try_acquire() is None
+        await asyncio.sleep(5)
+        assert (daemon.lock, engine.left) == (None, 1)
+        asking.cancel()
+        other.release()
+    clock.run(main())
+
+
 def test_a_lock_that_another_has_is_waited_for_and_the_status_says_so(daemon):
     async def main():
         other = RunLock(daemon.config, daemon.arguments.config)
