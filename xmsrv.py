@@ -3770,19 +3770,63 @@ async def ask_lookupd(client: AsyncHTTPClient, address: str, topic: str, options
     try:
         response = await client.fetch(f'{address}/lookup?topic={topic.replace("#", "%23")}',
                                       **await lookup_options(address, options))
-        found: Nsqds = {(str(p['broadcast_address']), int(p['tcp_port'])): int(p['http_port'])
-                        for p in json.loads(response.body)['producers']}
-        if not all(port for _, port in found):   # 0 would mean a unix socket of this machine
-            raise ValueError('a tcp_port of 0')
-        return found
+        return parse_producers(response.body)
     except HTTPError as error:   # also a timeout, and an answer that breaks off
         if no_such_topic(error):
             return {}
         raise NsqdError(f'{error}; no answer of an nsqlookupd' if error.code == 404 else str(error)) from None
     except ssl.SSLError:   # it may be a ValueError, too
         raise
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except ValueError as error:
         raise NsqdError(f'not an answer of nsqlookupd: {error}') from None
+
+
+def parse_producers(body: bytes) -> Nsqds:
+    """The nsqds that an answer of nsqlookupd names. Raises ValueError with the rule that it breaks."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError('not JSON') from None
+    producers = answer.get('producers') if isinstance(answer, dict) else None
+    if not isinstance(producers, list):
+        raise ValueError('it has no list of producers')
+    return dict(map(parse_producer, producers))
+
+
+def parse_producer(producer: Any) -> tuple[Address, int]:
+    """((host, port), http port) of an nsqd that nsqlookupd names. Raises ValueError."""
+    if not isinstance(producer, dict):
+        raise ValueError('a producer that is not an object')
+    host = producer.get('broadcast_address')
+    if not isinstance(host, str) or not host or not host.isprintable():
+        raise ValueError(f'a producer whose broadcast_address is {shorten_json(host)}')
+    for name, lowest in ('tcp_port', 1), ('http_port', 0):   # a TCP port of 0 would mean a unix socket of this machine
+        port = producer.get(name)
+        if not TYPE_CHECKS['integer'](port) or port not in range(lowest, 65536):
+            raise ValueError(f'a producer whose {name} is {shorten_json(port)}')
+    return (host, producer['tcp_port']), producer['http_port']
+
+
+def shorten_json(value: Any) -> str:
+    """A value for an error: the beginning of what JSON writes."""
+    if isinstance(value, (list, dict)):   # it may have more levels than can be written
+        return 'a list' if isinstance(value, list) else 'an object'
+    return truncate_text(json.dumps(value), 60)
+
+
+class LookupLog(ChangeLog):
+    """The log of repeated lookups, which also says once of an nsqlookupd that it is back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failing: list[str] = []
+
+    def report_failing(self, addresses: Collection[str]) -> None:
+        """Records the nsqlookupds that fail now."""
+        for address in self.failing:
+            if address not in addresses:
+                log.info('nsqlookupd %s is back', address)
+        self.failing = [*addresses]
 
 
 def no_such_topic(error: HTTPError) -> bool:
@@ -3795,18 +3839,21 @@ def no_such_topic(error: HTTPError) -> bool:
 
 
 async def find_nsqds(config: types.SimpleNamespace, topic: str, patience: float = math.inf,
-                     news: ChangeLog | None = None) -> Nsqds:
+                     news: LookupLog | None = None) -> Nsqds:
     """The nsqds of a topic, {(host, port): http port or None}. Raises Unavailable when no nsqlookupd answers. Warns of
-    those that do not; with a ChangeLog `news`, a repeated lookup warns only once."""
+    those that do not; with a LookupLog `news`, a repeated lookup warns only once."""
     if config.nsq.nsqd_tcp_address:
         return dict.fromkeys(config.nsq.nsqd_tcp_address)
     found, errors = await look_up(config, topic, patience)
-    lines = [f'nsqlookupd {address.removeprefix("http://")}: {error}' for address, error in errors.items()]
+    errors = {address.removeprefix('http://'): error for address, error in errors.items()}
+    news = news or LookupLog()
+    news.report_failing(errors)
     if len(errors) == len(set(config.nsq.lookupd_http_address)):
-        raise Unavailable('no nsqlookupd can be reached: ' + '; '.join(lines))
+        raise Unavailable('no nsqlookupd can be reached: '
+                          + '; '.join(f'{address}: {error}' for address, error in errors.items()))
+    lines = [f'nsqlookupd {address}: {error}' for address, error in errors.items()]
     if not found:
         lines.append(f'no nsqd has the topic {topic} yet')
-    news = news or ChangeLog()
     if lines:
         news.log(logging.WARNING, '%s', '; '.join(lines))
     else:
@@ -4777,19 +4824,17 @@ def decode_topic(letter: bytes) -> DeadLetter:
     """A dead letter from a topic as (header, the Message it was); raises InvalidMessage for anything else."""
     line, newline, body = letter.partition(b'\n')
     with as_invalid_message():
-        header = json.loads(line)
+        header = parse_header(line)
         if not newline:
-            raise ValueError('no body')
+            raise ValueError('it has no body')
         return header, original_message(header, body)
 
 
 def decode_line(line: bytes) -> DeadLetter:
     """A dead letter from a file, as decode_topic() returns it from a topic."""
     with as_invalid_message():
-        header = json.loads(line)
-        text = header.pop('body', None)
-        body = base64.b64decode(header.pop('body_base64'), validate=True) if text is None else text.encode()
-        return header, original_message(header, body)
+        header = parse_header(line)
+        return header, original_message(header, pop_body(header))
 
 
 @contextlib.contextmanager
@@ -4797,17 +4842,59 @@ def as_invalid_message() -> Iterator[None]:
     """Raises InvalidMessage for any fault of a dead letter, which anybody may have written."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise InvalidMessage('invalid-json', f'not a dead letter of x-msrv: {type(error).__name__}: {error}') from None
+    except ValueError as error:
+        raise InvalidMessage('invalid-json', f'not a dead letter of x-msrv: {error}') from None
+
+
+def parse_header(line: bytes) -> dict[str, Any]:
+    """The line of JSON of a dead letter as a dict. Raises ValueError with the rule that it breaks."""
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError('not JSON') from None
+    if not isinstance(header, dict):
+        raise ValueError('not an object')
+    for name, is_valid in HEADER_CHECKS.items():
+        if name not in header:
+            raise ValueError(f'it has no {name}')
+        if not is_valid(header[name]):
+            raise ValueError(f'its {name} is {shorten_json(header[name])}')
+    return header
+
+
+def is_int64(value: Any) -> bool:
+    """True for an integer of 64 bits, which may be a string: many tools round numbers."""
+    try:
+        return int(value) in INT64
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+# What original_message() needs of a header.
+HEADER_CHECKS: dict[str, Callable[[Any], bool]] = {
+    'reason': lambda value: isinstance(value, str) and value in REASONS,
+    'id': lambda value: isinstance(value, str) and value.isascii(),
+    'timestamp': is_int64,
+    'attempts': is_int64,
+}
+
+
+def pop_body(header: dict[str, Any]) -> bytes:
+    """Takes the body out of the header of a dead letter in a file. Raises ValueError."""
+    text, encoded = header.pop('body', None), header.pop('body_base64', None)
+    if text is None and encoded is None:
+        raise ValueError('it has neither body nor body_base64')
+    try:
+        return base64.b64decode(encoded, validate=True) if text is None else str.encode(text)
+    except (TypeError, ValueError):
+        rule = 'body_base64 is not base64' if text is None else 'body is not a string of Unicode'
+        raise ValueError(f'its {rule}') from None
 
 
 def original_message(header: dict[str, Any], body: bytes) -> Message:
     """The Message that became a dead letter with this header."""
-    message = Message(str(header.get('nsqd') or ''), header['id'].encode('ascii'), int(header['timestamp']),
-                      int(header['attempts']), body)
-    if header['reason'] not in REASONS or message.timestamp not in INT64:
-        raise ValueError('unknown reason or invalid timestamp')
-    return message
+    return Message(str(header.get('nsqd') or ''), header['id'].encode('ascii'), int(header['timestamp']),
+                   int(header['attempts']), body)
 
 
 def with_history(header: dict[str, Any], rejection: InvalidMessage) -> dict[str, Any]:
@@ -5420,7 +5507,7 @@ class LookupPoller:
     def __init__(self, config: types.SimpleNamespace, topic: str, consumer: 'Consumer') -> None:
         self.config, self.topic, self.consumer = config, topic, consumer
         self.lookup_due = asyncio.Event()
-        self.news = ChangeLog()
+        self.news = LookupLog()
         self.answered = asyncio.Event()   # set by the next look-up that begins
 
     async def run(self) -> None:

@@ -265,7 +265,7 @@ MUTANTS = (
     Mutant('a connection that refused stays open', 'self.connections.pop(address).close()', 'self.connections.pop(address)'),
     Mutant('a batch is halved while the run ends', 'if len(messages) > 1 and not self.closed and', 'if len(messages) > 1 and'),
     Mutant('no advice for letters that are refused', "hint = '; a file in [dead-letter] would keep it' if refused", "hint = '' if refused"),
-    Mutant('a letter without a body', "            raise ValueError('no body')\n", '            pass\n'),
+    Mutant('a letter without a body', "            raise ValueError('it has no body')\n", '            pass\n'),
 
     # -- batcher and breaker
     Mutant('no byte limit of a batch', 'not messages or weight + len(self.pending[0].body) <= self.max_bytes', 'True'),

@@ -266,7 +266,7 @@ def test_an_https_server_that_is_another_gets_no_secret(program, front, workdir,
     with front(name) as server:
         done = program.once(nsq={'lookupd-http-address': f'https://{server.address}', 'auth-secret-file': secret,
                                  'tls': {'ca-file': workdir / 'ca.pem'} if trusted else {}}, expect=69)
-    assert f'no nsqlookupd can be reached: nsqlookupd https://{server.address}: TLS: ' in done.stderr
+    assert f'no nsqlookupd can be reached: https://{server.address}: TLS: ' in done.stderr
     assert words in done.stderr and server.headers == []
 
 

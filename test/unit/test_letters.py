@@ -117,13 +117,33 @@ def test_both_forms_of_a_letter_read_back_as_the_same_message(body):
 HEADER = b'{"reason": "schema", "id": "0123456789abcdef", "attempts": 1, "timestamp": "5"}'
 
 
-@pytest.mark.parametrize('broken', [b'', b'[]', b'{}', b'{"reason": "none"}', b'null', letter(1)[:-9], HEADER,
-                                    letter(1, reason='other'), letter(1, timestamp='9' * 30), b'[' * 100000])
-def test_what_is_no_letter_is_said_to_be_none(broken):
+@pytest.mark.parametrize(('broken', 'rule'), [
+    (b'', 'not JSON'), (b'[' * 100000, 'not JSON'), (letter(1)[:-9], 'not JSON'), (b'[]', 'not an object'),
+    (b'null', 'not an object'), (b'{}', 'it has no reason'), (b'{"reason": "none"}', 'its reason is "none"'),
+    (letter(1, reason='other'), 'its reason is "other"'), (letter(1, reason=['schema']), 'its reason is a list'),
+    (b'{"reason": "schema"}', 'it has no id'), (letter(1, id=7), 'its id is 7'),
+    (letter(1, id='\xe4'), r'its id is "\u00e4"'),
+    (letter(1, timestamp='9' * 30), f'its timestamp is "{"9" * 30}"'),
+    (letter(1, timestamp=None), 'its timestamp is null'),
+    (letter(1, timestamp=float('inf')), 'its timestamp is Infinity'), (letter(1, attempts='x'), 'its attempts is "x"')])
+def test_what_is_no_letter_is_said_to_be_none(broken, rule):
     for read in (decode_topic, decode_line):
         with pytest.raises(InvalidMessage) as caught:
             read(broken)
-        assert caught.value.reason == 'invalid-json'
+        assert (caught.value.reason, caught.value.detail) == (
+            'invalid-json', f'not a dead letter of x-msrv: {rule}')
+
+
+@pytest.mark.parametrize(('read', 'members', 'rule'), [
+    (decode_topic, {}, 'it has no body'), (decode_line, {}, 'it has neither body nor body_base64'),
+    (decode_line, {'body': 7}, 'its body is not a string of Unicode'),
+    (decode_line, {'body': '\ud800'}, 'its body is not a string of Unicode'),
+    (decode_line, {'body_base64': 7}, 'its body_base64 is not base64'),
+    (decode_line, {'body_base64': 'a'}, 'its body_base64 is not base64')])
+def test_a_letter_without_its_body_is_none(read, members, rule):
+    with pytest.raises(InvalidMessage) as caught:
+        read(json.dumps({**json.loads(HEADER), **members}).encode())
+    assert caught.value.detail == f'not a dead letter of x-msrv: {rule}'
 
 
 def test_the_history_grows_to_a_limit_and_keeps_the_latest():
