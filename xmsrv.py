@@ -2315,9 +2315,14 @@ def value_of(config: types.SimpleNamespace, option: Option) -> Any:
 def unreadable_files(config: types.SimpleNamespace) -> Iterator[Fault]:
     """Yields the secrets and certificates that can't be read, or are empty."""
     for section in connected_sections(config):
-        files = [option for option in OPTIONS if option.path[0] == section and option.name.endswith('-file')]
-        faults = [fault for option in files for fault in secret_file_faults(option, value_of(config, option))]
-        yield from faults or certificate_faults(section, getattr(config, section).tls)
+        yield from credential_faults(config, section)
+
+
+def credential_faults(config: types.SimpleNamespace, section: str) -> Iterable[Fault]:
+    """The faults of the secrets and certificates of a section."""
+    files = [option for option in OPTIONS if option.path[0] == section and option.name.endswith('-file')]
+    faults = [fault for option in files for fault in secret_file_faults(option, value_of(config, option))]
+    return faults or certificate_faults(section, getattr(config, section).tls)
 
 
 def secret_file_faults(option: Option, filename: str | None) -> Iterator[Fault]:
@@ -3310,6 +3315,7 @@ class ConnectionOptions:
     """The options of [nsq] that hold for every connection to an nsqd."""
 
     def __init__(self, config: types.SimpleNamespace) -> None:
+        self.config = config
         self.tls_options, self.secret_file = config.nsq.tls, config.nsq.auth_secret_file
         self.msg_timeout, self.connect_timeout = config.nsq.msg_timeout, config.nsq.connect_timeout
         self.compression = config.nsq.compression
@@ -3330,7 +3336,8 @@ class ConnectionOptions:
             return (tls_context(self.tls_options) if self.tls_options else None,
                     open_secret(self.secret_file) if self.secret_file else None)
         except (OSError, ValueError) as error:
-            raise NsqdError(f'[nsq] a certificate or the secret: {error}') from None
+            faults = '; '.join(map(str, credential_faults(self.config, 'nsq')))   # none when it came meanwhile
+            raise NsqdError(faults or f'[nsq] a certificate or the secret: {error}') from None
 
     def identity_fields(self) -> dict[str, Any]:
         """The fields of IDENTIFY that are the same for every connection."""

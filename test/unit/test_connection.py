@@ -213,13 +213,24 @@ def test_auth_that_only_nsqd_wants_is_named(monkeypatch):
 def test_a_secret_that_cannot_be_read_is_an_error_of_this_attempt(tmp_path):
     secret = tmp_path / 'secret'
     link = ConnectionOptions(fakes.options(nsq={'auth-secret-file': str(secret)}))
-    with pytest.raises(NsqdError, match='No such file'):
+    with pytest.raises(NsqdError, match=f'^\\[nsq\\] auth-secret-file = {secret}: No such file or directory$'):
         asyncio.run(link.load_credentials())
     secret.write_text('first\n')
     assert asyncio.run(link.load_credentials()) == (None, b'first')
     secret.write_text('second\n')
     assert asyncio.run(link.load_credentials()) == (None, b'second')
     assert asyncio.run(ConnectionOptions(fakes.options()).load_credentials()) == (None, None)
+
+
+@pytest.mark.parametrize(('content', 'rule'), [
+    (None, 'No such file or directory'), (b'x', 'the certificates do not load: .*')])
+def test_a_certificate_that_cannot_be_read_is_named_with_its_file(tmp_path, content, rule):
+    authorities = tmp_path / 'ca.pem'
+    link = ConnectionOptions(fakes.options(nsq={'tls': {'ca-file': str(authorities)}}))
+    if content:
+        authorities.write_bytes(content)
+    with pytest.raises(NsqdError, match=f'^\\[nsq\\] \\[\\[tls\\]\\] ca-file = {authorities}: {rule}$'):
+        asyncio.run(link.load_credentials())
 
 
 @pytest.mark.parametrize(('fault', 'text'), [
