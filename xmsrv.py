@@ -6307,12 +6307,14 @@ class Window:
         return self.exit_status
 
     def log_summary(self, fields: dict[str, Any]) -> None:
-        """Logs the summary; as a warning when messages were requeued without a failure, because something is slow."""
+        """Logs the summary; as a warning when messages were requeued without a failure, because something is slow. An
+        outage of the queue fails each window: there an empty one is logged with -v only."""
         seconds = self.times.seconds
         counts = ', '.join(f'{name} {number}' for name, number in self.count.items())
         slow = self.end_reason in (End.IDLE, End.TIMEOUT) and self.count['requeued'] > 0
         level = (logging.WARNING if slow and not self.requeues_on_purpose else
-                 NOTICE if any(self.count.values()) or self.failed else self.empty_level)
+                 NOTICE if any(self.count.values()) or self.failed and self.end_reason is not End.QUEUE_FAILED
+                 else self.empty_level)
         log.log(level, '[%s/%s] %s in %.2f s', self.source.topic, self.source.channel, counts, seconds,
                 extra={'fields': {**fields, **self.count, 'seconds': round(seconds, 2)}})
 

@@ -314,6 +314,16 @@ def test_a_failed_window_to_which_nothing_came_is_worth_a_notice_and_counts(capl
     assert caplog.records[0].levelname == 'NOTICE'
 
 
+def test_an_empty_window_in_an_outage_of_the_queue_is_no_notice_each_period(caplog):
+    async def steps(window, queue):
+        window.end(End.QUEUE_FAILED, 'gone')
+    caplog.set_level('DEBUG', 'x-msrv')
+    window, _ = window_of(steps)
+    caplog.clear()
+    assert window.report_end() == 75
+    assert [record.levelname for record in caplog.records] == ['DEBUG', 'ERROR']
+
+
 def test_a_background_task_that_fails_ends_the_program():
     async def steps(window, queue):
         async def fails():
