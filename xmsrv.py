@@ -204,6 +204,12 @@ def escape_controls(text: str, kept: str = '') -> str:
                    for char in text)
 
 
+def terminal_safe(text: str) -> str:
+    """Text of a message for a terminal, in ASCII: stricter than escape_controls(), for anybody can publish letters that
+    look like others, too."""
+    return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
+
+
 class WriteResult(NamedTuple):
     """The result of one message at the store or the dead-letter sink; Window.settle does what follows from it."""
 
@@ -6927,11 +6933,6 @@ def count_letters(path: str) -> int:
         raise Unavailable(f'{path}: {error.strerror}') from None
 
 
-def terminal_safe(text: str) -> str:
-    """Text that is safe for a terminal: anybody can publish escape sequences to a topic."""
-    return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
-
-
 def format_age(seconds: float) -> str:
     """A duration in its largest unit."""
     unit, length = next(((u, s) for u, s in (('d', 86400), ('h', 3600), ('m', 60)) if seconds >= s), ('s', 1))
@@ -7202,16 +7203,16 @@ class Supervisor:
 
     async def run(self) -> int:
         """Runs until end_by(), or until every worker keeps failing to start. Returns the exit status."""
-        grants, watch = asyncio.ensure_future(self.grant_periods()), asyncio.ensure_future(self.watch_workers())
-        workers = asyncio.gather(*map(self.maintain_worker, self.workers))
+        tasks: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(self.grant_periods()), asyncio.ensure_future(self.watch_workers()),
+            asyncio.gather(*map(self.maintain_worker, self.workers))]
         try:
-            ended, _ = await asyncio.wait((grants, watch, workers), return_when=asyncio.FIRST_COMPLETED)
-            for each in ended:
-                each.result()   # raises what one of them has raised
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()   # raises what it has raised
         finally:
-            grants.cancel()
-            watch.cancel()
-            workers.cancel()
+            for task in tasks:
+                task.cancel()
         return self.exit_status
 
     # -- its workers
@@ -8144,20 +8145,22 @@ class Daemon:
         self.activate_config(raw, config)
 
     def keep_config(self) -> None:
-        """Drops a configuration that waits for its files, as a faulty text has replaced its own. Before the first one
-        is in force, the daemon waits for that of its start again."""
+        """Keeps the configuration in force, as the new text is faulty. Before the first one is in force, the daemon
+        waits for that of its start again."""
+        self.drop_waiting_config()
+        if not self.config_in_force.is_set():
+            self.apply_config(self.raw, self.config, self.unavailable)
+
+    def drop_waiting_config(self) -> None:
+        """Drops a configuration that waits for its files, if there is one: its text has been replaced."""
         if self.config_task:
             self.config_task.cancel()
         self.config_task = None
         self.waits.pop('configuration', None)
-        if not self.config_in_force.is_set():
-            self.apply_config(self.raw, self.config, self.unavailable)
 
     def wait_for_config(self, faults: Sequence[object], waiting: Coroutine[Any, Any, None]) -> None:
         """Starts to wait for what is missing, in place of an earlier wait, and logs it also where it is the same."""
-        if self.config_task:
-            self.config_task.cancel()
-        self.waits.pop('configuration', None)
+        self.drop_waiting_config()
         self.record_wait('configuration', faults)
         self.config_task = self.tasks.start(waiting)
 
