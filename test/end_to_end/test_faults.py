@@ -269,9 +269,10 @@ def test_nsqd_killed_and_restarted_in_mid_window(nsqds, program):
 
 
 def test_nsqd_that_stands_still_for_a_while(nsqds, program):
-    """It is stopped for longer than its msg-timeout, and delivers again what it had no answer for."""
+    """It is stopped for longer than its msg-timeout, and delivers again what it had no answer for. The window is ended
+    by a signal: it must not end as idle meanwhile."""
     nsqd, = nsqds(1, SHORT)
-    prepared(program, nsqd, idle_timeout='2s', timeout='60s', slow=500)
+    prepared(program, nsqd, idle_timeout='60s', timeout='90s', slow=500)
     nsqd.publish(TOPIC, bodies(5000))
     process = program.start('-v', 'once')
     wait_until(lambda: stored(program), 'it is under way', 20)
@@ -280,9 +281,10 @@ def test_nsqd_that_stands_still_for_a_while(nsqds, program):
     wait_until(lambda: still() and stored(program) == received(program), 'all that had come is stored', 30)
     assert stored(program) < 5000
     nsqd.resume()
-    ended(process, seconds=60)
+    wait_until(lambda: stored(program) == 5000 and not nsqd.left(TOPIC, CHANNEL), 'all are stored and finished', 60)
+    process.terminate()
+    ended(process)
     assert numbers(program) == list(range(5000))
-    assert nsqd.left(TOPIC, CHANNEL) == 0
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def test_rdy_never_allows_more_than_the_window_may_take(program, nsqds, each, li
     credit = Credit(limit)
     credit.follow_all(proxy)
     assert credit.finished == credit.delivered == limit
-    assert sorted(credit.over) == list(range(len(each)))
+    assert credit.rdy.keys() <= credit.over.keys()   # N may be reached before the last nsqd is subscribed
     assert max(map(int, proxy.arguments('RDY'))) <= in_flight
 
 
