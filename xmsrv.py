@@ -225,7 +225,7 @@ STALE = WriteResult('stale')           # the stored record of that key is newer
 DEAD = WriteResult('dead')             # durably kept as dead letter, or discard = yes
 # The others carry a reason or code, and a detail:
 #   rejected, reason   it can never be stored
-#   refused, code      not stored, and nobody knows yet whether the message is to blame
+#   undecided, code    refused while no write has succeeded yet: by the message's fault, or by a policy for all
 #   busy, code         not stored now; the store works
 #   retry, code        not stored, or perhaps stored: the store does not work now; try again
 #   stop, code         not stored; the window ends
@@ -2598,12 +2598,11 @@ class Message:
     deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (an id is not unique
     between nsqds, nor between topics of one nsqd). record: what Mapper made of it. rejection: why it can never become a
     record. touched_at: loop time at which nsqd last (re)started its msg-timeout; received_at: loop time of its arrival.
-    held_back: it waits for the window's end. size: bytes that it takes once decoded, at most.
+    set_aside: it stays in flight until the window's end. size: bytes that it takes once decoded, at most.
     """
 
     __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'rejection', 'touched_at',
-                 'received_at',
-                 'held_back', 'size')
+                 'received_at', 'set_aside', 'size')
 
     def __init__(self, conn: Any, id: bytes, timestamp: int, attempts: int, body: bytes, now: float = 0.0) -> None:
         self.conn = conn
@@ -2617,7 +2616,7 @@ class Message:
         self.record: Record | None = None
         self.rejection: InvalidMessage | None = None
         self.touched_at = self.received_at = now
-        self.held_back = False
+        self.set_aside = False
         self.size = 0
 
 
@@ -2707,12 +2706,12 @@ def json_scanner(**hooks: Any) -> Callable[[str, int], tuple[Any, int]]:
 
 class MemberCount:
     """Counts the members of the objects that json decodes; as object_hook it costs half of what an object_pairs_hook
-    does, for which json makes a tuple a member. doubtful: how many of the next messages go uncounted."""
+    does, for which json makes a tuple a member. to_skip: how many of the next messages are decoded without counting."""
 
-    __slots__ = ('total', 'doubtful')
+    __slots__ = ('total', 'to_skip')
 
     def __init__(self) -> None:
-        self.total = self.doubtful = 0
+        self.total = self.to_skip = 0
 
     def add(self, members: dict[str, Any]) -> dict[str, Any]:
         """An object has been decoded."""
@@ -2734,14 +2733,14 @@ def parse_strict(text: str) -> tuple[Any, int]:
     colons and one member. Colons in strings, `"12:30"`, leave that open; as the messages of a topic look alike, the
     next ones then go the slower way at once.
     """
-    if decoded_members.doubtful:
-        decoded_members.doubtful -= 1
+    if decoded_members.to_skip:
+        decoded_members.to_skip -= 1
         return scan_unique(text, 0)
     decoded_members.total = 0
     found = scan_counting(text, 0)
     if text.count(':') == decoded_members.total:
         return found
-    decoded_members.doubtful = COUNTED_AGAIN
+    decoded_members.to_skip = COUNTED_AGAIN
     return scan_unique(text, 0)
 
 
@@ -3654,19 +3653,19 @@ class Publisher(Connection):
 class Subscription(Connection):
     """A connection that receives messages.
 
-    rdy: the last RDY sent. in_flight: number of messages without an answer. held_back: how many of these wait for the
-    window's end; RDY is raised by that number. rdy_since: loop time since when nsqd could have delivered. idle: no
-    message for `idle_delay` though RDY was above in_flight; reset by a message, and when RDY rises from 0. proven_idle:
-    the same, reset by a message only. old_rdy: messages beyond RDY that nsqd may still send, as it may not have
-    received yet the RDY that was lowered at lowered_at.
+    rdy: the last RDY sent. in_flight: number of messages without an answer. set_aside: how many of these stay in flight
+    until the window's end; RDY is raised by that number. rdy_since: loop time since when nsqd could have delivered.
+    idle: no message for `idle_delay` though RDY was above in_flight; reset by a message, and when RDY rises from 0.
+    found_idle: it has been idle at some time since its last message. rdy_overhang: messages beyond RDY that nsqd may
+    still send, as it may not have received yet the RDY that was lowered at lowered_at.
     """
 
     def __init__(self, address: Address, consumer: Any) -> None:
         super().__init__(address, consumer.connection_options, consumer.topic, consumer.channel)
         self.consumer = consumer
-        self.rdy = self.in_flight = self.held_back = 0
-        self.idle, self.proven_idle, self.rdy_since = False, False, 0.0
-        self.old_rdy, self.lowered_at = 0, 0.0
+        self.rdy = self.in_flight = self.set_aside = 0
+        self.idle, self.found_idle, self.rdy_since = False, False, 0.0
+        self.rdy_overhang, self.lowered_at = 0, 0.0
         self.close_wait: asyncio.Event | None = None   # set by CLOSE_WAIT
 
     async def open(self) -> None:
@@ -3682,7 +3681,7 @@ class Subscription(Connection):
     def deliver(self, messages: list[Message]) -> None:
         """Passes messages to the consumer. Reading never stops: nsqd closes a connection that it can't write to."""
         self.rdy_since = self.last_read
-        self.old_rdy = max(0, self.old_rdy - len(messages))
+        self.rdy_overhang = max(0, self.rdy_overhang - len(messages))
         self.consumer.on_messages(self, messages)
 
     def on_response(self, kind: int, data: bytes) -> None:
@@ -3700,11 +3699,11 @@ class Subscription(Connection):
             now = asyncio.get_running_loop().time()
             if rdy > self.rdy:
                 self.rdy_since = now
-                self.old_rdy = max(0, self.old_rdy_at(now) - (rdy - self.rdy))
+                self.rdy_overhang = max(0, self.rdy_overhang_at(now) - (rdy - self.rdy))
             else:
                 # Example: RDY is 10, 2 messages are in flight, and RDY 3 is sent. Until nsqd receives it, 10 - 2 = 8
-                # more messages may come. may_send_at() has 3 of them in the new RDY, so `old_rdy` is 5.
-                self.old_rdy = self.old_rdy_at(now) + max(0, self.rdy - self.in_flight - rdy)
+                # more messages may come. may_send_at() has 3 of them in the new RDY, so `rdy_overhang` is 5.
+                self.rdy_overhang = self.rdy_overhang_at(now) + max(0, self.rdy - self.in_flight - rdy)
                 self.lowered_at = now
             if not self.rdy:
                 self.idle = False
@@ -3713,12 +3712,12 @@ class Subscription(Connection):
             self.send_command(nsq.ready(rdy))
 
     def may_send_at(self, now: float) -> int:
-        """How many messages nsqd may send, by its RDY and by a higher one before it (`old_rdy`)."""
-        return max(0, self.rdy - self.held_back) + self.old_rdy_at(now)
+        """How many messages nsqd may send, by its RDY and by a higher one before it (`rdy_overhang`)."""
+        return max(0, self.rdy - self.set_aside) + self.rdy_overhang_at(now)
 
-    def old_rdy_at(self, now: float) -> int:
-        """`old_rdy`; 0 once nsqd must have received the lower RDY."""
-        return self.old_rdy if now - self.lowered_at < RDY_TRANSIT + self.round_trip else 0
+    def rdy_overhang_at(self, now: float) -> int:
+        """`rdy_overhang`; 0 once nsqd must have received the lower RDY."""
+        return self.rdy_overhang if now - self.lowered_at < RDY_TRANSIT + self.round_trip else 0
 
     async def close(self) -> None:
         """Sends CLS after all answers and reads until CLOSE_WAIT: closing at once would lose the FINs on their way.
@@ -4756,7 +4755,7 @@ class AerospikeStore(Store):
             return WriteResult('rejected', 'rejected', answer)
         text = f'{self.where}: {answer}' + (', perhaps written' if write.in_doubt else '')
         if meaning == 'refused':
-            return WriteResult('refused', code, f'{text}, and no write has succeeded since opening')
+            return WriteResult('undecided', code, f'{text}, and no write has succeeded since opening')
         if meaning == 'retry' and not self.is_removal(write) and len(write.ops) > WIDE_RECORD:
             text += f'; a record of {len(write.ops)} bins takes the server long: see total-timeout'
         if meaning == 'unknown':
@@ -5090,7 +5089,7 @@ class DeadLetterSink:
 BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
 FAILURES_TO_HALVE = 3       # failures of a whole batch before it is halved
 MAX_SUSPECTS = 10           # messages that fail alone, beside which another one may come to prove that the store works
-INCONCLUSIVE = {'stop', 'refused'}   # outcomes that do not show whether the store accepts records
+INCONCLUSIVE = {'stop', 'undecided'}   # outcomes that do not show whether the store accepts records
 WriteBatch = Callable[[list[Message]], Awaitable[list[WriteResult]]]        # messages -> a result each
 SettleBatch = Callable[[list[Message], list[WriteResult]], list[Message]]   # messages, results -> the messages to retry
 
@@ -5178,18 +5177,18 @@ class Breaker:
 
 
 class Batch:
-    """Messages for one call. failures: how often the whole batch failed; accepted_before: Batcher.accepted when it
+    """Messages for one call. failures: how often the whole batch failed; successes_before: Batcher.successes when it
     last failed or was busy; tries: how often some of its records were busy."""
 
-    __slots__ = ('messages', 'failures', 'accepted_before', 'tries')
+    __slots__ = ('messages', 'failures', 'successes_before', 'tries')
 
-    def __init__(self, messages: list[Message], failures: int = 0, accepted_before: int = 0, tries: int = 0) -> None:
-        self.messages, self.failures, self.accepted_before, self.tries = messages, failures, accepted_before, tries
+    def __init__(self, messages: list[Message], failures: int = 0, successes_before: int = 0, tries: int = 0) -> None:
+        self.messages, self.failures, self.successes_before, self.tries = messages, failures, successes_before, tries
 
     def halves_if_due(self) -> list['Batch']:
         """Both halves, each as often failed; the batch itself when it has one message, or too few failures."""
         parts = halves(self.messages) if self.failures >= FAILURES_TO_HALVE else []
-        return [Batch(part, self.failures, self.accepted_before) for part in parts] or [self]
+        return [Batch(part, self.failures, self.successes_before) for part in parts] or [self]
 
 
 class Batcher:
@@ -5220,7 +5219,7 @@ class Batcher:
         self.pending_bytes = 0
         self.retries: collections.deque[Batch] = collections.deque()   # batches that may go again
         self.calls: list[float] = []         # loop times at which those under way began
-        self.accepted = 0                    # batches that showed that the backend works
+        self.successes = 0                   # batches after which the backend was known to work
         self.last_error = ''
         self.breaker = Breaker(BreakerState.CLOSED if health.is_up(backend) else BreakerState.HALF_OPEN)
         self.stopped = False                 # no batch starts
@@ -5294,16 +5293,16 @@ class Batcher:
         if all(map(is_outage, different)):
             self.on_batch_failure(batch, results[0], retry)
         elif INCONCLUSIVE.isdisjoint([result.outcome for result in different]):
-            self.on_batch_accepted(batch, retry)
+            self.on_batch_success(batch, retry)
         self.start_batches()
 
-    def on_batch_accepted(self, batch: Batch, retry: list[Message]) -> None:
+    def on_batch_success(self, batch: Batch, retry: list[Message]) -> None:
         """The backend works. The records to retry (busy) wait for a delay."""
-        self.accepted += 1
+        self.successes += 1
         self.breaker.on_success()
         self.health.report_recovery(self.backend)
         if retry:
-            again = Batch(retry, accepted_before=self.accepted, tries=batch.tries + 1)
+            again = Batch(retry, successes_before=self.successes, tries=batch.tries + 1)
             self.retry_later([again], 0.1 * 2 ** min(batch.tries, 6))
 
     def on_batch_failure(self, batch: Batch, result: WriteResult, retry: list[Message]) -> None:
@@ -5311,8 +5310,8 @@ class Batcher:
         self.last_error = result.detail or result.outcome
         # Example: a batch fails when 7 batches have been accepted. Others go on, 9 are accepted, and it fails again:
         # the store works for others, so this batch is to blame. At its first failure nobody can tell.
-        suspect = (batch.failures or batch.tries) and self.accepted > batch.accepted_before
-        batch.failures, batch.accepted_before, batch.messages = batch.failures + 1, self.accepted, retry
+        suspect = (batch.failures or batch.tries) and self.successes > batch.successes_before
+        batch.failures, batch.successes_before, batch.messages = batch.failures + 1, self.successes, retry
         if not suspect:
             # a cluster answers the same code with another text for each node
             kind = f'batch {result.reason}' if isinstance(result.reason, int) else None
@@ -5432,7 +5431,7 @@ class Source(typing.Protocol):
     def requeue(self, messages: list[Message], delay: float = 0) -> None:
         """Returns messages: they are redelivered after `delay` seconds at the earliest."""
 
-    def hold_messages(self, messages: list[Message]) -> None:
+    def set_aside(self, messages: list[Message]) -> None:
         """Sets messages aside until the window's end, without blocking others."""
 
     @property
@@ -5480,9 +5479,9 @@ def allocate_rdy(connections: Sequence[Any], budget: int, keep: bool) -> list[tu
     """
     # Example: RDY is 10, and 4 messages of it are held back. For nsqd these are in flight, so only 6 others can come.
     # The budget is shared without held messages, and each share is raised by them: for a share of 6 RDY 10 is sent.
-    more = rdy_shares([(max(0, c.rdy - c.held_back) if keep else 0, c.idle, c.rdy_since,
-                        max(0, c.max_rdy - c.held_back)) for c in connections], budget)
-    rdys = [(c, share and share + c.held_back) for c, share in zip(connections, more, strict=True)]
+    more = rdy_shares([(max(0, c.rdy - c.set_aside) if keep else 0, c.idle, c.rdy_since,
+                        max(0, c.max_rdy - c.set_aside)) for c in connections], budget)
+    rdys = [(c, share and share + c.set_aside) for c, share in zip(connections, more, strict=True)]
     return sorted(rdys, key=lambda pair: pair[1] - pair[0].rdy)
 
 
@@ -5492,7 +5491,7 @@ def reduced_rdy(connection: Any, connections: Sequence[Any], budget: int) -> int
     Example: The window may accept 5 messages, RDY is 5. Three arrive, so the budget is 2, and RDY 2 is sent before the
     first FIN. Otherwise each FIN would free a slot of RDY 5, and nsqd would send a sixth message.
     """
-    excess = sum([c.rdy - c.held_back for c in connections]) - budget
+    excess = sum([c.rdy - c.set_aside for c in connections]) - budget
     return connection.rdy if excess <= 0 else max(0, connection.rdy - excess)
 
 
@@ -5667,7 +5666,7 @@ class Consumer:
         self.requeued = self.late = 0
         self.idle_since = None
         for connection in self.connections:
-            connection.idle = connection.proven_idle = False
+            connection.idle = connection.found_idle = False
 
     def stop(self) -> None:
         """Stops delivering: no window accepts messages."""
@@ -5680,7 +5679,7 @@ class Consumer:
         for message in messages if len(fresh) < len(messages) else ():
             self.on_redelivery(self.in_flight[message.key], message)
         connection.in_flight += len(fresh)
-        connection.idle = connection.proven_idle = False
+        connection.idle = connection.found_idle = False
         self.idle_since = None
         sizes = [len(message.body) for message in fresh]
         self.in_flight_bytes.add_sizes(sizes)
@@ -5694,18 +5693,18 @@ class Consumer:
     def on_redelivery(self, first: Message, second: Message) -> None:
         """Handles a redelivery of a message in flight: the answer goes to the connection that delivered it last."""
         first.conn.in_flight -= 1
-        first.conn.held_back -= first.held_back
+        first.conn.set_aside -= first.set_aside
         second.conn.in_flight += 1
-        second.conn.held_back += first.held_back
+        second.conn.set_aside += first.set_aside
         first.conn, first.touched_at, first.received_at = second.conn, second.touched_at, second.received_at
 
-    def hold_messages(self, messages: list[Message]) -> None:
+    def set_aside(self, messages: list[Message]) -> None:
         """Keeps messages in flight, but set aside: RDY is raised by their number, so that others can
         arrive."""
         for message in messages:
-            if message.key in self.in_flight and not message.held_back:
-                message.held_back = True
-                message.conn.held_back += 1
+            if message.key in self.in_flight and not message.set_aside:
+                message.set_aside = True
+                message.conn.set_aside += 1
 
     # -- RDY
 
@@ -5719,9 +5718,9 @@ class Consumer:
         credit, held = self.credit(), self.in_flight_bytes
         if credit <= 0 or held.total >= held.limit:
             return 0
-        held_back = sum([c.held_back for c in self.connections])
-        return max(0, min(credit, self.max_in_flight - held_back,
-                          len(self.in_flight) - held_back + held.free_slots))
+        set_aside = sum([c.set_aside for c in self.connections])
+        return max(0, min(credit, self.max_in_flight - set_aside,
+                          len(self.in_flight) - set_aside + held.free_slots))
 
     def reduce_rdy(self, connection: Subscription) -> None:
         """Lowers the RDY of a connection by the messages that arrived on it, when the window or max-held is nearly
@@ -5753,11 +5752,11 @@ class Consumer:
         """The highest RDY that a connection may get now; others: what all other connections may still send.
 
         A slow nsqd looks like an idle one. When its RDY is lowered, it may still send by the old RDY until it receives
-        the new one (`old_rdy`). Until then no other nsqd gets that part of the credit.
+        the new one (`rdy_overhang`). Until then no other nsqd gets that part of the credit.
 
         Example: 10 may come, A has RDY 10 and is silent, so it is lowered to 1. B gets 9, after RDY_TRANSIT.
         """
-        return max(connection.rdy, self.credit() + connection.held_back - others)
+        return max(connection.rdy, self.credit() + connection.set_aside - others)
 
     @property
     def is_exhausted(self) -> bool:
@@ -5771,13 +5770,13 @@ class Consumer:
         """Marks the connections that could deliver and did not."""
         for connection in self.connections:
             if now - connection.last_data < connection.idle_delay:   # a part of a message is activity, too
-                connection.idle = connection.proven_idle = False
+                connection.idle = connection.found_idle = False
             elif connection.rdy <= connection.in_flight:
                 connection.rdy_since = now
             elif now - connection.rdy_since - connection.round_trip >= connection.idle_delay:
-                connection.idle = connection.proven_idle = True
+                connection.idle = connection.found_idle = True
         if not (self.rdy_budget and self.connections and self.has_tried_all()
-                and all(c.proven_idle for c in self.connections)):
+                and all(c.found_idle for c in self.connections)):
             self.idle_since = None
         elif self.idle_since is None:
             self.idle_since = now
@@ -5800,7 +5799,7 @@ class Consumer:
         late = 0
         for connection, group in group_by_key(messages, lambda message: message.conn):
             connection.in_flight -= len(group)
-            connection.held_back -= sum([message.held_back for message in group])
+            connection.set_aside -= sum([message.set_aside for message in group])
             connection.send_command(b''.join([command % message.id for message in group]))
             if connection.is_closed:
                 late += len(group)
@@ -5945,13 +5944,13 @@ class End(enum.Enum):
 
 
 class WindowLimits(typing.NamedTuple):
-    """The limits of a window. max_messages: 0 for any number. timeout, idle_timeout: seconds. keeps_excess: another
+    """The limits of a window. max_messages: 0 for any number. timeout, idle_timeout: seconds. recurring: another
     window follows, which gets the messages beyond this limit (daemon)."""
 
     max_messages: int
     timeout: float
     idle_timeout: float
-    keeps_excess: bool = False
+    recurring: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -5997,7 +5996,7 @@ class UnsettledMessages:
 
 # The method of Window that settle() calls for each outcome.
 ACTIONS = {'stored': 'finish', 'deleted': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish',
-           'rejected': 'reject_by_store', 'retry': 'retry', 'busy': 'retry', 'refused': 'on_refused',
+           'rejected': 'reject_by_store', 'retry': 'retry', 'busy': 'retry', 'undecided': 'on_undecided',
            'stop': 'on_store_stop', 'unkept': 'on_unkept', 'unsettled': 'requeue_with_delay',
            'set-full': 'on_set_full'}
 
@@ -6006,7 +6005,7 @@ class Window:
     """One bounded receive: accepts up to max-messages messages and counts what became of them (`outcome_counts`).
 
     It accepts messages from its Source, has them mapped and written in batches, and acts on each result. pending_count:
-    messages that are not settled. excess: messages beyond the limit. refused_keys: keys of the messages that the
+    messages that are not settled. excess: messages beyond the limit. undecided_keys: keys of the messages that the
     store refused before it accepted any.
     """
 
@@ -6029,7 +6028,7 @@ class Window:
         self.accepted = self.pending_count = 0
         self.unsettled = UnsettledMessages()
         self.excess: list[Message] = []
-        self.refused_keys: set[str] = set()
+        self.undecided_keys: set[str] = set()
 
     # -- a message's way
 
@@ -6060,9 +6059,9 @@ class Window:
         """Takes messages; those beyond the limit stay in flight for the end."""
         left = self.messages_left
         excess, messages = messages[left:], messages[:left]
-        self.count_received(len(messages) if self.limits.keeps_excess else len(messages) + len(excess))
+        self.count_received(len(messages) if self.limits.recurring else len(messages) + len(excess))
         self.excess += excess
-        self.source.hold_messages(excess)
+        self.source.set_aside(excess)
         self.accepted += len(messages)
         self.pending_count += len(messages)
         self.records.waiting.extend(messages)
@@ -6120,22 +6119,22 @@ class Window:
             message.rejection = InvalidMessage(result.reason, result.detail)
         self.reject_invalid(messages)
 
-    def on_refused(self, messages: list[Message], result: WriteResult) -> None:
+    def on_undecided(self, messages: list[Message], result: WriteResult) -> None:
         """Handles refused messages while no write has succeeded yet. Several refused messages: a policy is to blame.
         One alone: the message, from delivery REFUSALS_TO_REJECT on."""
-        self.refused_keys.update(message.key for message in messages)
+        self.undecided_keys.update(message.key for message in messages)
         message = messages[0]
         key = message.record and message.record.key
         text = f'message {message.id.decode("ascii", "replace")}, key {key!r}: {result.detail}'
         # Example: a policy refuses every write. A second refused message shows it, and the window ends. But if one
         # message is refused alone, it is requeued, and its third delivery makes it a dead letter.
-        if len(self.refused_keys) > 1:
+        if len(self.undecided_keys) > 1:
             self.on_store_stop(messages, WriteResult('stop', result.reason, text))
         elif message.attempts >= REFUSALS_TO_REJECT:
             self.reject_by_store(messages, WriteResult('rejected', 'rejected', result.detail))
         else:
             log.error('%s', text)
-            if self.limits.keeps_excess:
+            if self.limits.recurring:
                 self.requeue_with_delay(messages, WriteResult('unsettled', None, text))
             else:   # left in flight: requeued without delay when the window ends
                 self.uncount_pending(messages)
@@ -6194,7 +6193,7 @@ class Window:
                   self.limits.max_messages or 'any number of', self.limits.timeout, self.limits.idle_timeout,
                   self.source.max_in_flight)
         with progress_bar(self) as show:
-            carried_over = list(self.source.in_flight.values()) if self.limits.keeps_excess else []
+            carried_over = list(self.source.in_flight.values()) if self.limits.recurring else []
             self.source.start(self.credit, self.accept)
             self.accept(carried_over)
             self.source.on_credit_change()
@@ -6213,7 +6212,7 @@ class Window:
         # window ends at 3.5 s. A slow store does not make a window end as idle.
         if self.pending_count or idle_since is None:
             self.times.active_at = now
-        exhausted = self.source.is_exhausted and not self.pending_count and not self.limits.keeps_excess
+        exhausted = self.source.is_exhausted and not self.pending_count and not self.limits.recurring
         if not self.messages_left and not self.pending_count:
             self.end(End.FULL)
         elif exhausted or now - self.times.active_at >= self.limits.idle_timeout:
@@ -6253,8 +6252,8 @@ class Window:
         self.store_batcher.stop()
         self.dead_letter_batcher.stop()
         self.state = WindowState.CLOSED
-        kept = self.excess if self.limits.keeps_excess and self.end_reason.drains else []
-        if self.limits.keeps_excess and not kept:
+        kept = self.excess if self.limits.recurring and self.end_reason.drains else []
+        if self.limits.recurring and not kept:
             self.count_received(len(self.excess))   # else the next window counts them
         keys = {message.key for message in kept}
         self.source.stop()
@@ -6271,7 +6270,7 @@ class Window:
                              (End.DEAD_LETTERS_FAILED, 'dead letters could not be kept')):
             if number := self.unsettled.count(reason):
                 self.end(reason, f'{number} {what}')
-        if self.limits.keeps_excess and not self.pipeline.health.is_up('queue'):
+        if self.limits.recurring and not self.pipeline.health.is_up('queue'):
             self.end(End.QUEUE_FAILED, self.pipeline.health.errors['queue'].text)
         if self.pending_count and self.end_reason.drains:   # delayed retries of busy records
             self.end(End.STORE_FAILED, f'{self.pending_count} records were busy')
@@ -6328,7 +6327,7 @@ class Window:
 @contextlib.contextmanager
 def progress_bar(window: Window) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, for a window of more than a second; yields a function that redraws it."""
-    if window.limits.keeps_excess or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
+    if window.limits.recurring or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
         yield lambda: None
         return
     import tqdm  # here: only a terminal needs it
@@ -6339,7 +6338,7 @@ def progress_bar(window: Window) -> Iterator[Callable[[], None]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pipeline and once: both ends opened, and one window
+# pipeline and once: queue and store opened, and one window
 # ---------------------------------------------------------------------------------------------------------------------
 
 WINDOW_GRACE = 5.0          # seconds for the end of a window after its timeout, before systemd may kill `once`
@@ -6604,7 +6603,7 @@ class Replay(Window):
         self.times.timeout_since = asyncio.get_running_loop().time()
         groups = dict(group_by_key(messages, self.is_selected))
         others = list(groups.get(False, ()))
-        self.source.hold_messages(others)
+        self.source.set_aside(others)
         self.filtered_count += len(others)
         self.count_received(len(others))
         return list(groups.get(True, ()))
@@ -6634,7 +6633,7 @@ class Replay(Window):
         for message in messages:   # each was asked for
             log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), terminal_safe(str(message.rejection)))
         self.uncount_pending(messages)
-        self.source.hold_messages(messages)
+        self.source.set_aside(messages)
         self.times.timeout_since = asyncio.get_running_loop().time()
 
     def finish(self, messages: list[Message], result: WriteResult) -> None:
@@ -6662,7 +6661,7 @@ class ReplayListing(Replay):
     def accept(self, messages: list[Message]) -> None:
         """Keeps the dead letters for the list."""
         chosen = self.select_messages(messages)
-        self.source.hold_messages(chosen)
+        self.source.set_aside(chosen)
         chosen = chosen[:self.messages_left]
         self.accepted += len(chosen)
         self.letters += chosen
@@ -6784,7 +6783,7 @@ class DeadLetterFileSource:
         self.failed.update((message.key, message.rejection) for message in messages if message.rejection)
         self.requeued += len(messages)
 
-    hold_messages = requeue
+    set_aside = requeue
 
     def pop_in_flight(self, messages: list[Message]) -> list[Message]:
         """Removes messages from `in_flight`. Returns those that were in it."""
@@ -7025,7 +7024,7 @@ class WindowRunner:
         """Runs one window, which has ended then."""
         config = self.config
         timeout, idle_timeout = (math.inf, math.inf) if self.endless else (config.timeout, config.idle_timeout)
-        limits = WindowLimits(max_messages, timeout, idle_timeout, keeps_excess=True)
+        limits = WindowLimits(max_messages, timeout, idle_timeout, recurring=True)
         self.window = window = Window(pipeline, limits, Mapper(config))
         if self.end_reason:
             window.end(self.end_reason)
@@ -7551,16 +7550,16 @@ class History:
 
     def __init__(self) -> None:
         self.started = time.time()
-        self.ends: dict[str, BackendSince] = {}
+        self.backends: dict[str, BackendSince] = {}
         self.samples: collections.deque[Sample] = collections.deque(maxlen=SAMPLES + 1)
         self.depths: dict[str, ChannelDepth] = {}
 
-    def note_backends(self, ends: Mapping[str, BackendState], failures: Mapping[str, str], now: float) -> None:
+    def note_backends(self, states: Mapping[str, BackendState], failures: Mapping[str, str], now: float) -> None:
         """Notes each backend's state; another reason does not restart an outage."""
-        for backend, state in ends.items():
-            was = self.ends.get(backend)
+        for backend, state in states.items():
+            was = self.backends.get(backend)
             begun = was.since if was and was.state == state else now
-            self.ends[backend] = BackendSince(state, begun, failures.get(backend, ''))
+            self.backends[backend] = BackendSince(state, begun, failures.get(backend, ''))
 
     def is_due(self, now: float) -> bool:
         """Whether it is time for a sample."""
@@ -7769,7 +7768,7 @@ fill:var(--faint)}svg line{stroke:var(--line)}.stored{fill:var(--bar)}.deleted{f
 .key.stored::before{background:var(--bar)}.key.deleted::before{background:var(--gone)}
 .key.dead::before{background:var(--dead)}
 .key.requeued::before{background:var(--bad)}.key.waiting::before{background:var(--depth)}
-#ends td:first-child{width:1%}#nsqds *{white-space:nowrap}#nsqds td:last-child{white-space:normal;min-width:9em}
+#backends td:first-child{width:1%}#nsqds *{white-space:nowrap}#nsqds td:last-child{white-space:normal;min-width:9em}
 @media(max-width:36em){#letters tr{display:block;padding:.4em 0;border-bottom:1px solid var(--line)}
 #letters td{display:block;border:0;padding:0}}"""
 
@@ -7781,8 +7780,8 @@ PAGE_TEMPLATE = """\
 <style>{% raw style %}</style></head><body>
 <h1>x-msrv {{ name }}</h1>
 <p id="status" class="{{ state }}">{{ status }}</p>
-<table id="ends">{% for end, kind, begun, why in ends %}<tr>
-<td><span id="{{ end.replace(' ', '-') }}" class="{{ kind }}">{{ end }}: {{ kind }}</span></td>
+<table id="backends">{% for backend, kind, begun, why in backends %}<tr>
+<td><span id="{{ backend.replace(' ', '-') }}" class="{{ kind }}">{{ backend }}: {{ kind }}</span></td>
 <td>since {{ begun }}{{ '; ' + why if why else '' }}</td></tr>{% end %}</table>
 <div class="tiles">{% for id, title, value, note in tiles %}
 <div id="{{ id }}"><small>{{ title }}</small><b>{{ value }}</b>
@@ -7817,13 +7816,13 @@ def page_template() -> Any:
 def render_page(daemon: 'Daemon') -> bytes:
     """The status page: it reloads itself every 5 s, and needs no other resources."""
     now, total, history = time.time(), daemon.total_metrics(), daemon.history
-    ends, nsq, rows = daemon.backend_states, daemon.config.nsq, list(nsqd_rows(daemon))
-    history.note_backends(ends, daemon.backend_failures, now)
+    states, nsq, rows = daemon.backend_states, daemon.config.nsq, list(nsqd_rows(daemon))
+    history.note_backends(states, daemon.backend_failures, now)
     made: bytes = page_template().generate(
         name=f'{nsq.topic}/{nsq.channel}', style=PAGE_STYLE, status=daemon.status_line,
-        state=min(ends.values(), key=PAGE_ORDER.index),
-        ends=[(end, state, format_moment(begun, now), why or (some_down(rows) if end == 'queue' else ''))
-              for end, (state, begun, why) in history.ends.items()],
+        state=min(states.values(), key=PAGE_ORDER.index),
+        backends=[(name, state, format_moment(begun, now), why or (some_down(rows) if name == 'queue' else ''))
+                  for name, (state, begun, why) in history.backends.items()],
         tiles=page_tiles(history, total), charts=[rate_chart(history), depth_chart(history)],
         nsqds=rows, reasons=dead_letter_reasons(total),
         letters=[(f'{format_rfc3339(when)[:19]}Z', reason, detail)   # nothing of their bodies
@@ -7835,8 +7834,9 @@ def render_page(daemon: 'Daemon') -> bytes:
 
 def readiness_text(daemon: 'Daemon') -> str:
     """A line for each backend with its state, a line for each wait, and what fails, if anything does."""
-    ends = [f'{backend}: {state}' for backend, state in daemon.backend_states.items()]
-    return ''.join(f'{escape_controls(line)}\n' for line in [*ends, *daemon.waiting_lines, daemon.failure_text] if line)
+    backends = [f'{backend}: {state}' for backend, state in daemon.backend_states.items()]
+    lines = [*backends, *daemon.waiting_lines, daemon.failure_text]
+    return ''.join(f'{escape_controls(line)}\n' for line in lines if line)
 
 
 HTTP_CONNECTIONS = 32       # at a time; requests are rare, and answered at once

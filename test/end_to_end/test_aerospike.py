@@ -302,7 +302,7 @@ def test_a_refusal_of_all_stops_the_window(opened, standin, code):
     standin.server.judge = lambda write: code
     store = opened(standin)
     answers = store.write(numbered(4))
-    assert outcomes(answers) == ['refused'] * 4
+    assert outcomes(answers) == ['undecided'] * 4
     assert 'no write has succeeded since opening' in answers[0].detail
     standin.server.judge = lambda write: None
     assert store.write(numbered(4)) == [STORED] * 4

@@ -140,7 +140,7 @@ class Queue:
         self.requeues += [(self.in_flight.pop(message.key).n, delay) for message in messages]
         self.requeued += len(messages)
 
-    def hold_messages(self, messages):
+    def set_aside(self, messages):
         pass
 
     def send(self, *numbers, attempts=1, body=None):

@@ -127,9 +127,9 @@ def test_at_the_end_of_the_credit_no_other_nsqd_may_send_either():
 def test_what_comes_shows_that_the_nsqd_is_not_idle():
     async def steps(consumer, window, connection):
         consumer.mark_idle(asyncio.get_running_loop().time() + 1)
-        assert (connection.idle, connection.proven_idle, consumer.idle_since) == (True, True, 1001.0)
+        assert (connection.idle, connection.found_idle, consumer.idle_since) == (True, True, 1001.0)
         come(connection, 1)
-        assert (connection.idle, connection.proven_idle, consumer.idle_since) == (False, False, None)
+        assert (connection.idle, connection.found_idle, consumer.idle_since) == (False, False, None)
     with_consumer(steps)
 
 
@@ -145,14 +145,14 @@ def test_after_the_end_of_a_window_rdy_is_0_and_nothing_goes_to_it():
 def test_the_next_window_begins_with_its_own_credit_and_counts():
     async def steps(consumer, window, connection):
         consumer.requeue(come(connection, 1, 2))
-        consumer.late, consumer.idle_since, connection.idle, connection.proven_idle = 3, 1.0, True, True
+        consumer.late, consumer.idle_since, connection.idle, connection.found_idle = 3, 1.0, True, True
         consumer.stop()
         after = Window(7)
         consumer.start(after.credit, after.accept)
         consumer.on_credit_change()
         assert taken(connection)[-2:] == ['RDY 0', 'RDY 7']
         assert (consumer.requeued, consumer.late, consumer.idle_since) == (0, 0, None)
-        assert (connection.idle, connection.proven_idle) == (False, False)
+        assert (connection.idle, connection.found_idle) == (False, False)
         come(connection, 3)
         assert (len(window.accepted), len(after.accepted)) == (2, 1)
     with_consumer(steps)
@@ -221,12 +221,12 @@ def test_a_second_copy_joins_the_first_and_the_answer_goes_to_where_it_came_from
 def test_what_is_held_back_stays_in_flight_and_rdy_is_raised_by_it():
     async def steps(consumer, window, connection):
         messages = come(connection, 1, 2)
-        consumer.hold_messages(messages)
-        consumer.hold_messages(messages)   # it counts once
+        consumer.set_aside(messages)
+        consumer.set_aside(messages)   # it counts once
         consumer.on_credit_change()
-        assert (connection.held_back, taken(connection)[-1], len(consumer.in_flight)) == (2, 'RDY 10', 2)
+        assert (connection.set_aside, taken(connection)[-1], len(consumer.in_flight)) == (2, 'RDY 10', 2)
         consumer.requeue(messages)
-        assert connection.held_back == 0
+        assert connection.set_aside == 0
     with_consumer(steps, **{'max-in-flight': '10'})
 
 
@@ -277,7 +277,7 @@ def test_rdy_by_bytes_counts_what_is_in_flight_and_not_held_back():
         consumer.in_flight_bytes.expected_size = 100
         messages = come(connection, *range(4), body=b'x' * 100)
         assert (consumer.in_flight_bytes.free_slots, consumer.rdy_budget) == (6, 10)
-        consumer.hold_messages(messages[:3])
+        consumer.set_aside(messages[:3])
         assert consumer.rdy_budget == 7
     with_consumer(steps, credit=1000, **{'max-held': '1000'})
 
@@ -288,9 +288,9 @@ def test_the_queue_is_idle_once_each_nsqd_could_deliver_for_a_while_and_did_not(
         one.round_trip = 0.3
         consumer.mark_idle(loop.time() + 0.1)
         # one answer is still on its way
-        assert (one.proven_idle, two.proven_idle, consumer.idle_since) == (False, True, None)
+        assert (one.found_idle, two.found_idle, consumer.idle_since) == (False, True, None)
         consumer.mark_idle(loop.time() + 0.4)
-        assert (one.proven_idle, two.proven_idle, consumer.idle_since) == (True, True, loop.time() + 0.4)
+        assert (one.found_idle, two.found_idle, consumer.idle_since) == (True, True, loop.time() + 0.4)
         consumer.mark_idle(loop.time() + 0.5)
         assert consumer.idle_since == loop.time() + 0.4
         one.last_data = loop.time() + 0.5    # a part of a message
@@ -390,7 +390,7 @@ def test_an_nsqd_gets_back_at_once_what_it_may_not_have_heard_that_it_lost():
         await near_the_end(consumer, one, two)
         consumer.finish(come(two, 10))
         consumer.on_credit_change()
-        assert (window.messages_left, one.rdy, two.rdy, two.old_rdy) == (9, 0, 5, 4)
+        assert (window.messages_left, one.rdy, two.rdy, two.rdy_overhang) == (9, 0, 5, 4)
     with_consumer(steps, connections=2, credit=20)
 
 

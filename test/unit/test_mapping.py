@@ -47,7 +47,7 @@ def test_what_is_good_is_kept_as_it_is(body, fields):
 
 @pytest.mark.parametrize('before', [[], [b'{"t": "12:30"}'] * 2], ids=['plain', 'colons'])
 def test_a_name_that_comes_twice_is_seen_whatever_came_before(monkeypatch, before):
-    monkeypatch.setattr(decoded_members, 'doubtful', 0)
+    monkeypatch.setattr(decoded_members, 'to_skip', 0)
     for body in before:
         assert decode_message(body) == {'t': '12:30'}
     for body in (b'{"a": 1, "a": 1}', b'{"b": [{"a": 1, "a": 1}]}', b'{"a": {"b": ":", "b": {}}}',
@@ -56,15 +56,15 @@ def test_a_name_that_comes_twice_is_seen_whatever_came_before(monkeypatch, befor
 
 
 def test_a_colon_in_a_string_leaves_it_open_for_a_while_what_the_count_says(monkeypatch):
-    monkeypatch.setattr(decoded_members, 'doubtful', 0)
+    monkeypatch.setattr(decoded_members, 'to_skip', 0)
     for body, doubtful in ((b'{"a": {"b": 1}}', 0), (b'{"t": "12:30"}', COUNTED_AGAIN),
                            (b'{"a": 1}', COUNTED_AGAIN - 1)):
         decode_message(body)
-        assert decoded_members.doubtful == doubtful
-    decoded_members.doubtful = 0
+        assert decoded_members.to_skip == doubtful
+    decoded_members.to_skip = 0
     for _ in range(2):
         decode_message(b'{"a": {"b": 1}}')
-        assert decoded_members.doubtful == 0
+        assert decoded_members.to_skip == 0
 
 
 @pytest.mark.parametrize(('body', 'reason', 'detail'), [

@@ -47,7 +47,7 @@ def test_an_end_is_up_or_down_since_its_last_change():
     history = History()
     for now, state, why in (0, STARTING, 'not up yet'), (5, UP, ''), (9, UP, ''), (60, DOWN, 'a'), (70, DOWN, 'b'):
         history.note_backends({'store': state}, {'store': why} if why else {}, now)
-        end = history.ends['store']
+        end = history.backends['store']
         assert (end.state, end.why) == (state, why)
         assert end.since == {0: 0, 5: 5, 9: 5, 60: 60, 70: 60}[now]
 
@@ -158,7 +158,7 @@ def test_the_page_says_since_when_and_why_an_end_is_down():
     daemon.backend_states['store'], daemon.backend_failures = DOWN, {'store': 'no answer of the cluster'}
     assert re.fullmatch(r'queue: up since \S+Z \(0 s\); 1 of 1 nsqds are not connected '
                         r'store: down since \S+Z \(0 s\); no answer of the cluster dead letters: up since \S+Z \(0 s\)',
-                        shown(daemon, 'ends'))
+                        shown(daemon, 'backends'))
     assert '<title>DOWN: x-msrv orders/x-msrv</title>' in render_page(daemon).decode()
     daemon.backend_states['store'] = UP
     assert '<title>x-msrv orders/x-msrv</title>' in render_page(daemon).decode()
@@ -186,14 +186,14 @@ def test_the_page_has_a_line_for_each_nsqd():
     assert shown(daemon, 'nsqds') == (
         'nsqd connection waiting in flight 10.0.0.1:4150 down not known 0 10.0.0.2:4150 up 12,345 40 '
         '10.0.0.3:4150 1 of 2 workers not known 7 Connection refused 10.0.0.4:4150 down 0 0 channel paused')
-    assert '3 of 4 nsqds are not connected' in shown(daemon, 'ends')
+    assert '3 of 4 nsqds are not connected' in shown(daemon, 'backends')
 
 
 def test_an_nsqd_that_a_worker_is_just_about_to_connect_to_is_not_away():
     engine = types.SimpleNamespace(connections={'127.0.0.1:4150': (1, 7, '')})
     daemon = Fake(engine=engine, workers='2')
     assert '127.0.0.1:4150 1 of 2 workers not known 7' in shown(daemon, 'nsqds')
-    assert 'not connected' not in shown(daemon, 'ends')
+    assert 'not connected' not in shown(daemon, 'backends')
 
 
 def test_the_numbers_of_the_page():

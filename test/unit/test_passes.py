@@ -138,7 +138,7 @@ def test_letters_that_fail_again_are_held_till_the_end_and_come_round_once():
     held = []
 
     async def steps(window, queue):
-        queue.hold_messages = held.extend
+        queue.set_aside = held.extend
         queue.send(0, body=letter(0, body=b'{"n": '))
         await asyncio.sleep(1)
         assert ([message.n for message in held], queue.requeues, window.pending_count) == ([0], [], 0)

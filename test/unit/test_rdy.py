@@ -6,18 +6,18 @@ import pytest
 from xmsrv import allocate_rdy, reduced_rdy
 
 
-def connection(rdy=0, idle=False, rdy_since=0.0, max_rdy=2500, held_back=0):
-    return types.SimpleNamespace(rdy=rdy, idle=idle, rdy_since=rdy_since, max_rdy=max_rdy, held_back=held_back)
+def connection(rdy=0, idle=False, rdy_since=0.0, max_rdy=2500, set_aside=0):
+    return types.SimpleNamespace(rdy=rdy, idle=idle, rdy_since=rdy_since, max_rdy=max_rdy, set_aside=set_aside)
 
 
 def allocated(connections, budget, keep=True):
     """The RDY of each, in the order of the connections; on the way the sum never exceeds what it may."""
     total, most = sum(c.rdy for c in connections), max(budget, sum(c.rdy for c in connections))
     new = allocate_rdy(connections, budget, keep)
-    held_back = sum(each.held_back for each in connections)
+    set_aside = sum(each.set_aside for each in connections)
     for each, rdy in new:
         total += rdy - each.rdy
-        assert total <= most + held_back
+        assert total <= most + set_aside
     rdys = {id(each): rdy for each, rdy in new}
     return [rdys[id(each)] for each in connections]
 
@@ -35,8 +35,8 @@ def allocated(connections, budget, keep=True):
     ([connection(idle=True), connection(), connection(idle=True)], 1, [0, 1, 0]),
     ([connection(rdy=8), connection()], 10, [8, 2]),
     ([connection(rdy=8), connection(rdy=8)], 10, [8, 2]),
-    ([connection(rdy=3, held_back=3)], 10, [13]),
-    ([connection(rdy=2500, held_back=2500)], 10, [0]),
+    ([connection(rdy=3, set_aside=3)], 10, [13]),
+    ([connection(rdy=2500, set_aside=2500)], 10, [0]),
 ])
 def test_the_budget_is_dealt_out(connections, budget, expected):
     assert allocated(connections, budget) == expected

@@ -21,14 +21,14 @@ REPLACED = r'(?:(?<![.\w])|(?<=\\n))xmsrv\.(\w+)(?:\.(\w+))?(?= = |, xmsrv\.)'
 # place that sets it. A new one needs its reason here; where two or more describe one thing, make them an Enum.
 FLAGS = {
     'FieldRule.required': 'a word of the configuration, never changed',
-    'Message.held_back': 'whether RDY is raised for it: one bit for each of thousands of messages',
+    'Message.set_aside': 'whether RDY is raised for it: one bit for each of thousands of messages',
     'Connection.is_closed': 'whether the socket has ended: set once',
     'Subscription.idle': 'a measured fact, which allocate_rdy deals by',
-    'Subscription.proven_idle': 'a measured fact: RDY was above 0 for long enough',
+    'Subscription.found_idle': 'a measured fact: RDY was above 0 for long enough',
     'AerospikeStore.write_accepted': 'a fact about the cluster: set once, by the first write that it accepts',
     'DeadLetterSink.closed': 'set once, by close()',
     'Batcher.stopped': "set once, by stop(): the end of its window, which is that window's state",
-    'WindowLimits.keeps_excess': 'a wish: an argument, never changed',
+    'WindowLimits.recurring': 'a wish: an argument, never changed',
     'DeadLetterFileSource.read_all': 'a fact about the file: its last line was read',
     'Daemon.is_stopping': 'set once, by a signal',
     'WorkerStatus.is_healthy': 'what the worker said of itself last',

@@ -99,7 +99,7 @@ def test_each_answer_beside_a_good_write(monkeypatch, caplog, code, outcome, rea
 @pytest.mark.parametrize('code', [4, -2, 12, 21])
 def test_a_refusal_before_any_good_write_has_no_verdict_and_after_one_it_has(monkeypatch, code):
     with opened(monkeypatch, Client({'bad': code})) as store:
-        assert outcomes(store, 'bad') == ['refused']
+        assert outcomes(store, 'bad') == ['undecided']
         assert outcomes(store, 'good') == ['stored']
         assert outcomes(store, 'bad') == ['rejected']
 
@@ -107,7 +107,7 @@ def test_a_refusal_before_any_good_write_has_no_verdict_and_after_one_it_has(mon
 @pytest.mark.parametrize('code', [13, 14, -15, 22, 999])
 def test_an_answer_that_says_nothing_of_the_form_is_no_proof(monkeypatch, code):
     with opened(monkeypatch, Client({'bad': 4, 'other': code})) as store:
-        assert outcomes(store, 'other', 'bad')[1] == 'refused'
+        assert outcomes(store, 'other', 'bad')[1] == 'undecided'
 
 
 def test_the_first_of_a_key_wins_with_create(monkeypatch):

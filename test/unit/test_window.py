@@ -28,7 +28,7 @@ from xmsrv import (
 
 LETTERS_AWAY = WriteResult('unkept', 'away', 'nsqd is away')
 AWAY, STOP = WriteResult('retry', -15, 'no answer'), WriteResult('stop', 20, 'no such namespace')
-REFUSED = WriteResult('refused', 4, 'answer 4 ParamError')
+UNDECIDED = WriteResult('undecided', 4, 'answer 4 ParamError')
 UNKEPT = WriteResult('unkept', 'refused', 'nsqd: E_BAD_MESSAGE')
 SET_FULL = WriteResult('set-full', 22, 'the set full has reached its limit')
 
@@ -285,7 +285,7 @@ def test_a_store_that_takes_nothing_is_said_once_for_all_batches(caplog):
 
 def test_a_lone_refusal_names_message_and_key(caplog):
     caplog.set_level('ERROR', 'x-msrv')
-    window_of(sent(7), write=lambda numbers, now: REFUSED)
+    window_of(sent(7), write=lambda numbers, now: UNDECIDED)
     line, = [record.getMessage() for record in caplog.records]
     assert line.startswith("message 0000000000000007, key '0000000000000007-7-") and '4 ParamError' in line
 
@@ -410,13 +410,13 @@ def test_one_message_refused_in_a_quiet_topic_waits_and_is_a_dead_letter_on_its_
     for attempts, delay in ((1, 1), (2, 2), (3, None)):
         for lasting in (True, False):
             limits = 0, 10.0, 0.5, lasting
-            window, queue = window_of(sent(7, attempts=attempts), limits, write=lambda numbers, now: REFUSED)
+            window, queue = window_of(sent(7, attempts=attempts), limits, write=lambda numbers, now: UNDECIDED)
             assert queue.requeues == ([(7, delay * lasting)] if delay else [])
             assert (window.count['dead'], window.exit_status) == ((0, 75) if delay else (1, 0))
 
 
 def test_several_messages_refused_and_none_accepted_are_a_wrong_policy():
-    window, queue = window_of(sent(7, 8, attempts=9), write=lambda numbers, now: REFUSED)
+    window, queue = window_of(sent(7, 8, attempts=9), write=lambda numbers, now: UNDECIDED)
     assert (window.end_reason, window.exit_status, window.count['dead']) == (End.STORE_FAILED, 75, 0)
     assert 'key' in window.detail and '4 ParamError' in window.detail
     assert queue.requeues == [(7, 0), (8, 0)]
@@ -446,7 +446,7 @@ def test_one_message_larger_than_the_bound_is_decoded_alone():
 
 def test_a_message_of_a_full_set_makes_no_wrong_policy_of_one_that_is_refused():
     def write(numbers, now):
-        return [SET_FULL if n == 7 else REFUSED for n in numbers]
+        return [SET_FULL if n == 7 else UNDECIDED for n in numbers]
     window, queue = window_of(sent(7, 8), (0, 10.0, 0.5, True), write=write)
     assert sorted(queue.requeues) == [(7, 1), (8, 1)]
     assert (window.end_reason, window.detail) == (End.STORE_FAILED, '2 messages were refused')
@@ -475,7 +475,7 @@ def test_an_open_window_remembers_so_many_messages_that_were_given_back(monkeypa
             await asyncio.sleep(0.02)
         window.end(End.RELOAD)
     window, queue = window_of(steps, (0, math.inf, math.inf, True), write=lambda numbers, now: SET_FULL)
-    assert (len(queue.requeues), len(window.unsettled.ends), window.refused_keys) == (100, 10, set())
+    assert (len(queue.requeues), len(window.unsettled.ends), window.undecided_keys) == (100, 10, set())
 
 
 @pytest.mark.parametrize('poison', [1, 3])
