@@ -5477,8 +5477,8 @@ def allocate_rdy(connections: Sequence[Any], budget: int, keep: bool) -> list[tu
     message is delivered; the other two share 11: RDY 6, 5, 1. A budget of 2 is not enough for RDY 1 each: the two that
     are not idle get 1 each, and idle ones take turns.
     """
-    # Example: RDY is 10, and 4 messages of it are held back. For nsqd these are in flight, so only 6 others can come.
-    # The budget is shared without held messages, and each share is raised by them: for a share of 6 RDY 10 is sent.
+    # Example: RDY is 10, and 4 messages of it are set aside. For nsqd these are in flight, so only 6 others can come.
+    # The budget is shared without these 4, and each share is raised by them: for a share of 6 RDY 10 is sent.
     more = rdy_shares([(max(0, c.rdy - c.set_aside) if keep else 0, c.idle, c.rdy_since,
                         max(0, c.max_rdy - c.set_aside)) for c in connections], budget)
     rdys = [(c, share and share + c.set_aside) for c, share in zip(connections, more, strict=True)]
@@ -5699,8 +5699,8 @@ class Consumer:
         first.conn, first.touched_at, first.received_at = second.conn, second.touched_at, second.received_at
 
     def set_aside(self, messages: list[Message]) -> None:
-        """Keeps messages in flight, but set aside: RDY is raised by their number, so that others can
-        arrive."""
+        """Sets messages aside until the window's end. They stay in flight, so RDY is raised by their number: others
+        can arrive."""
         for message in messages:
             if message.key in self.in_flight and not message.set_aside:
                 message.set_aside = True
@@ -5710,17 +5710,17 @@ class Consumer:
 
     @property
     def rdy_budget(self) -> int:
-        """The maximum sum of RDY over all connections, without the messages held back.
+        """The maximum sum of RDY over all connections, without the messages set aside.
 
         Example: max-held is 32 MiB, 24 MiB are in flight in 100 messages, and messages have 1 MiB: 8 more may come, so
         RDY may add up to 108.
         """
-        credit, held = self.credit(), self.in_flight_bytes
-        if credit <= 0 or held.total >= held.limit:
+        credit, volume = self.credit(), self.in_flight_bytes
+        if credit <= 0 or volume.total >= volume.limit:
             return 0
         set_aside = sum([c.set_aside for c in self.connections])
         return max(0, min(credit, self.max_in_flight - set_aside,
-                          len(self.in_flight) - set_aside + held.free_slots))
+                          len(self.in_flight) - set_aside + volume.free_slots))
 
     def reduce_rdy(self, connection: Subscription) -> None:
         """Lowers the RDY of a connection by the messages that arrived on it, when the window or max-held is nearly
@@ -5761,8 +5761,8 @@ class Consumer:
     @property
     def is_exhausted(self) -> bool:
         """True when no nsqd has the topic, or messages in flight use up each RDY."""
-        # Example: a replay holds 2,500 dead letters that failed again, and max-in-flight is 2,500. RDY is 0 from then
-        # on, so nothing can come, and no nsqd is ever found idle: the window would wait for its timeout.
+        # Example: max-in-flight is 2,500, and a replay has set 2,500 dead letters aside that failed again. RDY is 0
+        # from then on, so nothing can come, and no nsqd is ever found idle: the window would wait for its timeout.
         return not self.addresses or bool(self.connections and self.in_flight and all(
             c.rdy <= c.in_flight for c in self.connections))
 
@@ -6576,8 +6576,8 @@ class ReplayMapper(Mapper):
 
 
 class Replay(Window):
-    """A pass over the dead letters: what fails again, or does not pass `replay_filter`, is held and requeued at the
-    end. The pass lasts while dead letters come or are settled: `timeout` counts from the last of either. A failed
+    """A pass over the dead letters: what fails again, or does not pass `replay_filter`, is set aside and requeued at
+    the end. The pass lasts while dead letters come or are settled: `timeout` counts from the last of either. A failed
     batch does not count, so in an outage the pass ends."""
 
     requeues_on_purpose, empty_level = True, logging.INFO   # a user waits
@@ -6599,7 +6599,7 @@ class Replay(Window):
         super().accept(self.select_messages(messages))
 
     def select_messages(self, messages: list[Message]) -> list[Message]:
-        """The messages that pass the filter; the others are held."""
+        """The messages that pass the filter; the others are set aside."""
         self.times.timeout_since = asyncio.get_running_loop().time()
         groups = dict(group_by_key(messages, self.is_selected))
         others = list(groups.get(False, ()))
