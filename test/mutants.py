@@ -301,7 +301,7 @@ MUTANTS = (
            '        self.deliver = deliver\n        self.tick_due'),
     Mutant('counts of a window leak into the next', '        self.requeued = self.late = 0\n        self.idle_since = None', '        self.idle_since = None'),
     Mutant('idleness of a window leaks into the next', '            connection.idle = connection.found_idle = False\n\n', '            pass\n\n'),
-    Mutant('max-held is not looked at', 'if credit <= 0 or held.total >= held.limit:', 'if credit <= 0:'),
+    Mutant('max-held is not looked at', 'if credit <= 0 or volume.total >= volume.limit:', 'if credit <= 0:'),
     Mutant('no room for one message', 'return max(1, (self.limit - self.total)', 'return max(0, (self.limit - self.total)'),
     Mutant('held bytes only grow', '        self.in_flight_bytes.total -= sum([len(message.body) for message in messages])\n        self.late', '        self.late'),
     Mutant('a second copy is a second message', 'if self.in_flight.setdefault(message.key, message) is message]', 'if self.in_flight.setdefault(message.key, message)]'),
