@@ -6394,6 +6394,7 @@ async def close_pipeline(source: Any, store: Store, executor: StoreExecutor, sin
     """Requeues what is in flight, closes source and store, within a few seconds even if a call hangs."""
     if sink:
         sink.close()
+    source.stop()   # RDY 0, for an error in a window leaves it open; else nsqd would deliver them here again
     if source.in_flight:
         source.requeue(list(source.in_flight.values()))
     await source.close()

@@ -39,6 +39,9 @@ class SlowQueue:
         if not self.opens:
             await asyncio.sleep(1000)
 
+    def stop(self):
+        pass
+
     async def close(self):
         self.closing.set()
         await asyncio.sleep(1)

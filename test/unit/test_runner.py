@@ -289,12 +289,13 @@ def test_a_store_that_raises_is_an_outage_or_a_stop_for_each_message():
     assert again == [WriteResult('retry', 'down', 'gone')] * 2 and never == [WriteResult('stop', 'down', 'gone')] * 2
 
 
-def test_an_error_in_a_window_requeues_what_is_in_flight_before_the_connections_close():
+def test_an_error_in_a_window_requeues_what_is_in_flight_at_rdy_0_before_the_connections_close():
     queue, order = fakes.Queue(), []
     queue.deliver = lambda messages: None
+    queue.stop = lambda: order.append(('stopped', len(queue.requeues)))
 
     async def open_or_close():
-        order.append(len(queue.requeues))
+        order.append(('opened or closed', len(queue.requeues)))
     queue.open = queue.close = open_or_close
 
     async def main():
@@ -306,7 +307,7 @@ def test_an_error_in_a_window_requeues_what_is_in_flight_before_the_connections_
         pass
     with pytest.raises(ZeroDivisionError):
         asyncio.run(main())
-    assert order == [0, 2]
+    assert order == [('opened or closed', 0), ('stopped', 0), ('opened or closed', 2)]
 
 
 # -- the daemon
