@@ -1126,7 +1126,7 @@ def parse_quantity(value: Any, units: Mapping[str, float], example: str) -> floa
     match = re.fullmatch(r'([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)', single_value(value))
     if not match or match[2] not in units:
         raise ValueError(f'not {example}')
-    return float(match[1]) * units[match[2]]
+    return round(float(match[1]) * units[match[2]], 6)   # 1.1 h is 3960 s, and not 3960.0000000000005
 
 
 def parse_duration(value: Any) -> float:
@@ -2794,9 +2794,10 @@ def is_decodable_as(body: bytes, encoding: str) -> bool:
 
 def decode_with_path(body: bytes) -> dict[str, Any]:
     """Like decode_message(), at a third of the speed, with the path of the fault."""
+    body = body.rstrip(b' \t\r\n')
     try:
-        text = body.strip(b' \t\r\n').decode()
-        value, end = parse_lenient(text, 0)
+        text = body.decode()
+        value, end = parse_lenient(text, len(body) - len(body.lstrip(b' \t\r\n')))   # positions count from the start
     except UnicodeDecodeError as error:
         raise not_json(body, f'not UTF-8 at byte {error.start}') from None
     except StopIteration as error:
@@ -3355,7 +3356,7 @@ class ConnectionOptions:
         features = {'heartbeat_interval': int(HEARTBEAT_INTERVAL * 1000), 'output_buffer_size': OUTPUT_BUFFER_SIZE,
                     'output_buffer_timeout': OUTPUT_BUFFER_TIMEOUT}
         if self.msg_timeout:
-            features['msg_timeout'] = int(self.msg_timeout * 1000)
+            features['msg_timeout'] = round(self.msg_timeout * 1000)
         return features
 
 
@@ -5089,6 +5090,7 @@ class DeadLetterSink:
 BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
 FAILURES_TO_HALVE = 3       # failures of a whole batch before it is halved
 MAX_SUSPECTS = 10           # messages that fail alone, beside which another one may come to prove that the store works
+HANGING_GRACE = 2.0         # seconds: a call that lasts for so much longer than its time limit hangs
 INCONCLUSIVE = {'stop', 'undecided'}   # outcomes that do not show whether the store accepts records
 WriteBatch = Callable[[list[Message]], Awaitable[list[WriteResult]]]        # messages -> a result each
 SettleBatch = Callable[[list[Message], list[WriteResult]], list[Message]]   # messages, results -> the messages to retry
@@ -5244,6 +5246,10 @@ class Batcher:
         """True when no call is under way and no batch can start now: the rest waits for the end of a delay."""
         return not self.calls and (self.stopped or self.is_failing or not (self.pending or self.retries))
 
+    def is_hanging(self, now: float) -> bool:
+        """True when a call has been under way for longer than its time limit and HANGING_GRACE."""
+        return now - min(self.calls, default=now) > self.call_timeout + HANGING_GRACE
+
     def add_messages(self, messages: list[Message]) -> None:
         """Adds messages, and starts the batches that may start."""
         self.pending.extend(messages)
@@ -5292,15 +5298,20 @@ class Batcher:
         different = distinct_results(results)
         if all(map(is_outage, different)):
             self.on_batch_failure(batch, results[0], retry)
-        elif INCONCLUSIVE.isdisjoint([result.outcome for result in different]):
-            self.on_batch_success(batch, retry)
+        else:
+            if INCONCLUSIVE.isdisjoint([result.outcome for result in different]):
+                self.on_batch_success()
+            self.retry_records(batch, retry)
         self.start_batches()
 
-    def on_batch_success(self, batch: Batch, retry: list[Message]) -> None:
-        """The backend works. The records to retry (busy) wait for a delay."""
+    def on_batch_success(self) -> None:
+        """The backend works."""
         self.successes += 1
         self.breaker.on_success()
         self.health.report_recovery(self.backend)
+
+    def retry_records(self, batch: Batch, retry: list[Message]) -> None:
+        """Retries the records of a batch that did not fail as a whole (busy ones, mostly), after a delay."""
         if retry:
             again = Batch(retry, successes_before=self.successes, tries=batch.tries + 1)
             self.retry_later([again], 0.1 * 2 ** min(batch.tries, 6))
@@ -5321,8 +5332,8 @@ class Batcher:
                 self.open_breaker()
         # Example: message 5 makes a batch of 8 fail three times; halves follow. Those with message 5 fail at 4 and at 2
         # messages and are halved at once. Alone it fails once more, and is requeued. A batch of one is tried four
-        # times.
-        elif len(retry) > 1 or batch.failures <= FAILURES_TO_HALVE:
+        # times; a dead letter as often as settle() returns it, for its own nsqd may be away beside others that work.
+        elif len(retry) > 1 or batch.failures <= FAILURES_TO_HALVE or result.outcome == 'unkept':
             self.retry_later(batch.halves_if_due() if retry else (), 0.1 * batch.failures)
         elif retry:
             self.settle(retry, [WriteResult('unsettled', None, self.last_error)])
@@ -5660,13 +5671,16 @@ class Consumer:
     # -- messages
 
     def start(self, credit: Callable[[], int], deliver: Callable[[list[Message]], None]) -> None:
-        """Starts to deliver to a window; each nsqd has to prove again that it is idle."""
+        """Starts to deliver to a window: nothing is set aside yet, and each nsqd has to prove again that it is idle."""
         self.credit, self.deliver = credit, deliver
         self.tick_due.set()
         self.requeued = self.late = 0
         self.idle_since = None
+        for message in self.in_flight.values():
+            message.set_aside = False
         for connection in self.connections:
             connection.idle = connection.found_idle = False
+            connection.set_aside = 0
 
     def stop(self) -> None:
         """Stops delivering: no window accepts messages."""
@@ -5697,6 +5711,7 @@ class Consumer:
         second.conn.in_flight += 1
         second.conn.set_aside += first.set_aside
         first.conn, first.touched_at, first.received_at = second.conn, second.touched_at, second.received_at
+        first.attempts = second.attempts
 
     def set_aside(self, messages: list[Message]) -> None:
         """Sets messages aside until the window's end. They stay in flight, so RDY is raised by their number: others
@@ -6241,8 +6256,12 @@ class Window:
             seconds = batcher.call_timeout + 0.5
             if bounded and loop.time() - max(begun, self.times.progress_at) > seconds:
                 batcher.last_error = f'a call has not come back in {seconds:.1f} s'
-                log.error('%s: %s', batcher.backend, batcher.last_error)
+                if self.end_reason is End.SIGNAL:
+                    log.error('%s: %s', batcher.backend, batcher.last_error)
+                else:   # so that the window runner opens it anew, and waits until it can
+                    self.pipeline.health.report_failure(batcher.backend, batcher.last_error)
                 return
+            self.report_hanging_calls(loop.time())
             tasks.wake.clear()
             await tasks.wake.wait()
 
@@ -6276,9 +6295,15 @@ class Window:
             self.end(End.STORE_FAILED, f'{self.pending_count} records were busy')
 
     def is_healthy(self, now: float) -> bool:
-        """True unless a call has been under way for longer than its time limit."""
-        return all(now - min(batcher.calls, default=now) <= batcher.call_timeout + 2
-                   for batcher in (self.store_batcher, self.dead_letter_batcher))
+        """True unless a call hangs."""
+        return not (self.store_batcher.is_hanging(now) or self.dead_letter_batcher.is_hanging(now))
+
+    def report_hanging_calls(self, now: float) -> None:
+        """Tells Health of a backend in which a call hangs; the next call that succeeds clears it."""
+        for batcher in (self.store_batcher, self.dead_letter_batcher):
+            if batcher.is_hanging(now) and self.pipeline.health.is_up(batcher.backend):
+                seconds = batcher.call_timeout + HANGING_GRACE
+                self.pipeline.health.report_failure(batcher.backend, f'a call has not come back in {seconds:.1f} s')
 
     @property
     def count(self) -> dict[str, int]:
@@ -6851,12 +6876,16 @@ async def run_replay(config: types.SimpleNamespace, stopper: SignalHandler, path
     async with replay_pipeline(config, path, STORES[config.store](config)) as pipeline:
         window = stopper.window = Replay(pipeline, decode_line if path else decode_topic, replay_filter)
         await window.run()
+        fault = None
         try:
             if isinstance(pipeline.source, DeadLetterFileSource):
                 pipeline.source.rewrite_file()
         except OSError as error:
-            window.end(End.STORE_FAILED, f'{path}: not written anew, all its letters stay in it: {error.strerror}')
-    return window.report_end()
+            fault = error.strerror
+    status = window.report_end()
+    if fault:   # even where a signal ended the window
+        log.error('%s: not written anew, all its letters stay in it: %s', path, fault)
+    return status or (os.EX_TEMPFAIL if fault else os.EX_OK)
 
 
 async def list_dead_letters(config: types.SimpleNamespace, stopper: SignalHandler, path: str | None,

@@ -36,6 +36,7 @@ from xmsrv import (
     parse_positive,
     parse_secret_path,
     parse_size,
+    ttl_parser,
     unknown_variables,
     variable_path,
 )
@@ -1036,6 +1037,7 @@ def test_a_reader_that_goes_away_is_no_error(program):
     (parse_duration, '500ms', 0.5), (parse_duration, '10s', 10), (parse_duration, '5m', 300),
                                                     (parse_duration, '2h', 7200),
     (parse_duration, '30d', 2592000), (parse_duration, '1.5s', 1.5), (parse_duration, '10 s', 10),
+    (parse_duration, '1.1h', 3960), (ttl_parser(), '1.1h', 3960), (ttl_parser(), '0.7d', 60480),
     (parse_size, '4096', 4096), (parse_size, '64KiB', 65536), (parse_size, '32MiB', 33554432),
                                                     (parse_size, '1GiB', 1 << 30),
     (parse_size, '1.5KiB', 1536), (parse_count, '0', 0), (parse_positive, '1', 1),

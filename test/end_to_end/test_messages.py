@@ -103,6 +103,9 @@ def test_is_kept_exactly(body, value):
     (b'{"a": "\xff"}', 'invalid-json', 'not UTF-8 at byte 7'),
     (b'{"a": "\xed\xa0\x80"}', 'invalid-json', 'not UTF-8 at byte 7'),
     (b'x' * 40, 'invalid-json', 'a value expected at character 0'),
+    (b'\n\n\n{"a": }', 'invalid-json', 'a value expected at character 9'),
+    (b'\n {"a": "\xff"}', 'invalid-json', 'not UTF-8 at byte 9'),
+    (b' {"a": 1} x', 'invalid-json', 'more text after the value, at character 9'),
     # NaN, infinities, a name twice
     (b'{"a": NaN}', 'invalid-json', 'a: NaN is not JSON'),
     (b'{"a": [1, -Infinity]}', 'invalid-json', 'a[1]: -Infinity is not JSON'),

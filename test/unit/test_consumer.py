@@ -209,9 +209,10 @@ def test_a_second_copy_joins_the_first_and_the_answer_goes_to_where_it_came_from
     async def steps(consumer, window, one, two):
         first, = come(one, 1)
         await asyncio.sleep(3)
-        come(two, 1)
+        come(two, 1, attempts=2)
         assert window.accepted == [first]
         assert (one.in_flight, two.in_flight, first.touched_at, first.received_at) == (0, 1, 1003.0, 1003.0)
+        assert first.attempts == 2
         taken(one), taken(two)
         consumer.finish([first])
         assert (taken(one), taken(two)) == ([], ['FIN 0000000000000001'])
@@ -228,6 +229,20 @@ def test_what_is_held_back_stays_in_flight_and_rdy_is_raised_by_it():
         consumer.requeue(messages)
         assert connection.set_aside == 0
     with_consumer(steps, **{'max-in-flight': '10'})
+
+
+def test_what_was_set_aside_in_one_window_counts_for_the_credit_of_the_next():
+    async def steps(consumer, window, connection):
+        messages = come(connection, 1, 2)
+        consumer.set_aside(messages)
+        consumer.stop()
+        after = Window(10)
+        consumer.start(after.credit, after.accept)
+        consumer.on_credit_change()
+        assert (connection.set_aside, taken(connection)[-1]) == (0, 'RDY 10')
+        consumer.finish(messages)
+        assert connection.set_aside == 0
+    with_consumer(steps)
 
 
 def test_touch_goes_at_half_of_msg_timeout_until_max_msg_timeout():

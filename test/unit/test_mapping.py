@@ -70,6 +70,8 @@ def test_a_colon_in_a_string_leaves_it_open_for_a_while_what_the_count_says(monk
 @pytest.mark.parametrize(('body', 'reason', 'detail'), [
     (b'{"a" 1}', 'invalid-json', "Expecting ':' delimiter at character 5"),
     (b'', 'invalid-json', 'a value expected'), (b'{"a": 1} x', 'invalid-json', 'more text'),
+    (b'\n\n{"a": }', 'invalid-json', 'a value expected at character 8'),
+    (b'\n \xff', 'invalid-json', 'not UTF-8 at byte 2'),
     (b'{"a": NaN}', 'invalid-json', 'a: NaN'), (b'{"a": -Infinity}', 'invalid-json', 'a: -Infinity'),
     (b'{"a": 1, "a": 1}', 'invalid-json', 'a: the name comes twice'),
     (b'{"a": {"b": 1, "b": 2}}', 'invalid-json', 'a.b: the name comes twice'),

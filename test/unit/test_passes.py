@@ -24,6 +24,7 @@ from xmsrv import (
     decode_topic,
     encode_line,
     encode_topic,
+    run_replay,
 )
 
 AWAY = WriteResult('retry', -15, 'no answer')
@@ -92,6 +93,28 @@ def file_of(tmp_path, *numbers, **more):
     path = tmp_path / 'dead'
     path.write_bytes(b''.join(letter(n, wrap=encode_line, **more) for n in numbers))
     return path
+
+
+class Stopper:
+    """What ends a replay by a signal as soon as there is a window, or does not."""
+
+    def __init__(self, ends):
+        self.ends = ends
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == 'window' and self.ends:
+            value.end(End.SIGNAL)
+
+
+@pytest.mark.parametrize('ends', [False, True])
+def test_a_file_that_cannot_be_written_anew_is_a_failure_after_a_signal_too(tmp_path, monkeypatch, caplog, ends):
+    def full(source):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(DeadLetterFileSource, 'rewrite_file', full)
+    path, config = file_of(tmp_path, 1, 2), fakes.options(store='sqlite', state_dir=str(tmp_path))
+    assert asyncio.run(run_replay(config, Stopper(ends), str(path), ReplayFilter())) == 75
+    assert f'{path}: not written anew, all its letters stay in it: No space left on device' in caplog.text
 
 
 def test_a_pass_over_a_file_lasts_longer_than_the_timeout_of_a_window(tmp_path):

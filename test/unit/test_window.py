@@ -1,5 +1,6 @@
 """A window between a source and a store that are objects of the test, by a clock of its own."""
 import asyncio
+import itertools
 import math
 import types
 
@@ -51,7 +52,10 @@ def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, k
             return answer if isinstance(answer, list) else [answer] * len(messages)
 
         async def keep_all(messages):
-            return [keep(loop.time() - 1000) if callable(keep) else keep] * len(messages)
+            answer = keep(loop.time() - 1000) if callable(keep) else keep
+            if asyncio.iscoroutine(answer):
+                answer = await answer
+            return [answer] * len(messages)
         pipeline = types.SimpleNamespace(
             config=options, source=queue, tasks=tasks, metrics=Metrics(), health=Health(), write=call,
             sink=types.SimpleNamespace(write_dead_letters=keep_all),
@@ -161,6 +165,74 @@ def test_a_call_that_never_comes_back_does_not_hold_the_window():
     window, queue = window_of(sent(1), write=lambda numbers, now: asyncio.sleep(1e6))
     assert (window.end_reason, window.exit_status, queue.requeues) == (End.STORE_FAILED, 75, [(1, 0)])
     assert 'has not come back in 2.5 s' in window.detail and window.times.seconds < 13
+    assert window.pipeline.health.failures == {'store': 'a call has not come back in 2.5 s'}
+
+
+def test_a_call_that_hangs_in_a_window_without_end_is_a_failure_until_the_next_one_succeeds():
+    async def steps(window, queue):
+        health = window.pipeline.health
+        queue.send(1)
+        await asyncio.sleep(3.9)
+        assert health.is_up('store')
+        await wait_for(lambda: not health.is_up('store'))
+        assert health.failures == {'store': 'a call has not come back in 4.0 s'}
+        await wait_for(lambda: health.is_up('store'))
+        assert queue.finished == [1]
+        window.end(End.RELOAD)
+
+    async def come_back_late():
+        await asyncio.sleep(20)
+        return STORED
+    window_of(steps, (0, math.inf, math.inf, True), write=lambda numbers, now: come_back_late())
+
+
+def test_a_dead_letter_that_never_comes_back_is_a_failure_of_their_keeper():
+    window, queue = window_of(sent(1, body=b'[]'), keep=lambda now: asyncio.sleep(1e6))
+    assert (window.end_reason, queue.requeues) == (End.DEAD_LETTERS_FAILED, [(1, 0)])
+    assert list(window.pipeline.health.failures) == ['dead letters']
+
+
+def test_a_call_that_never_comes_back_is_no_outage_where_a_signal_ends_the_window():
+    async def steps(window, queue):
+        queue.send(1)
+        await asyncio.sleep(1)
+        window.end(End.SIGNAL)
+    window, queue = window_of(steps, write=lambda numbers, now: asyncio.sleep(1e6))
+    assert (window.end_reason, window.exit_status, queue.requeues) == (End.SIGNAL, 0, [(1, 0)])
+    assert window.pipeline.health.failures == {}
+
+
+@pytest.mark.parametrize('other', [WriteResult('busy', 14, 'answer 14'), AWAY])
+def test_what_is_tried_again_beside_what_is_undecided_is_stored(other):
+    tries = []
+
+    def write(numbers, now):
+        tries.append(numbers)
+        return [UNDECIDED if n == 1 else other if len(tries) == 1 else STORED for n in numbers]
+
+    async def steps(window, queue):
+        queue.send(1, 2)
+        await wait_for(lambda: queue.finished == [2])
+        assert (queue.requeues, window.pending_count) == ([(1, 1)], 0)
+        window.end(End.RELOAD)
+    window_of(steps, (0, math.inf, math.inf, True), write=write)
+
+
+def test_a_letter_whose_nsqd_is_away_is_tried_for_its_time_beside_others_that_are_kept():
+    async def steps(window, queue):
+        async def keep(messages):
+            await asyncio.sleep(0.005)
+            return [LETTERS_AWAY if message.n == 99 else DEAD for message in messages]
+        window.dead_letter_batcher.write = keep
+        begun, numbers = asyncio.get_running_loop().time(), itertools.count(100)
+        queue.send(99, body=b'[]')
+        while not queue.requeues:
+            await asyncio.sleep(0.1)
+            queue.send(next(numbers), body=b'[]')
+        assert 5 <= asyncio.get_running_loop().time() - begun < 7
+        window.end(End.RELOAD)
+    window, queue = window_of(steps, (0, math.inf, math.inf, True))
+    assert (queue.requeues, window.end_reason) == ([(99, 1)], End.DEAD_LETTERS_FAILED)
 
 
 def test_records_that_are_busy_to_the_end_are_a_failure():
