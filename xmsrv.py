@@ -231,7 +231,7 @@ DEAD = WriteResult('dead')             # durably kept as dead letter, or discard
 #   stop, code         not stored; the window ends
 #   set-full, code     the set of the record takes no new ones; other sets may
 #   unkept, reason     a dead letter that can't be kept: `away`, `refused` or `unknown`
-#   unsettled, None    nobody knows what is wrong with the message; it comes again later
+#   blamed, None       its write fails while others succeed; it is requeued with a delay
 
 
 def distinct_results(results: Sequence[WriteResult]) -> Sequence[WriteResult]:
@@ -708,7 +708,7 @@ class Metric(NamedTuple):
 METRIC_DEFINITIONS = (
     Metric('xmsrv_received_total', 'counter', (), 'Messages that came, those that came again too.'),
     Metric('xmsrv_messages_total', 'counter', ('outcome',), 'Messages by outcome.'),
-    Metric('xmsrv_dead_letters_total', 'counter', ('reason',), 'Messages that can never become a record.'),
+    Metric('xmsrv_dead_letters_total', 'counter', ('reason',), 'Dead letters, kept or discarded.'),
     Metric('xmsrv_store_errors_total', 'counter', ('code',), 'Records of failed writes (retry, stop), by answer.'),
     Metric('xmsrv_store_batch_seconds', 'histogram', (), 'Seconds that a call of the store took.'),
     Metric('xmsrv_store_batch_records', 'histogram', (), 'Records in a call of the store.'),
@@ -1683,7 +1683,7 @@ OPTIONS = (
     Option('nsq', 'max-messages', '0', parse_count, 'Maximum messages per window; 0: no limit.'),
     Option('nsq', 'max-in-flight', '2500', parse_positive, 'Maximum messages in flight, over all nsqds together.'),
     Option('nsq', 'max-held', '32MiB', parse_size,
-           'Maximum memory of the decoded messages in flight; above it, RDY is 0.'),
+           'Maximum bytes of messages in flight, and of decoded ones; above it, RDY is 0.'),
     Option('nsq', 'msg-timeout', '', optional_value(parse_duration),
            'Time after which nsqd delivers an unanswered message again; empty: as nsqd is set.'),
     Option('nsq', 'connect-timeout', '5s', parse_duration,
@@ -2598,7 +2598,7 @@ class Message:
     deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (an id is not unique
     between nsqds, nor between topics of one nsqd). record: what Mapper made of it. rejection: why it can never become a
     record. touched_at: loop time at which nsqd last (re)started its msg-timeout; received_at: loop time of its arrival.
-    set_aside: it stays in flight until the window's end. size: bytes that it takes once decoded, at most.
+    set_aside: RDY is raised for it. size: bytes that it takes once decoded, at most.
     """
 
     __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'rejection', 'touched_at',
@@ -3185,7 +3185,9 @@ HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_tim
 OUTPUT_BUFFER_TIMEOUT = 25       # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 OUTPUT_BUFFER_SIZE = 64 * 1024   # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK_INTERVAL = 0.025            # seconds between looks at RDY, idleness and TOUCH
-RDY_TRANSIT = 2 * OUTPUT_BUFFER_TIMEOUT / 1000   # seconds, plus a round trip, until nsqd has RDY, which has no answer
+# Seconds, plus a round trip, after which nsqd must have acted on an RDY, which has no answer: it may send once more
+# what its output buffer holds, and is given as long again.
+RDY_TRANSIT = 2 * OUTPUT_BUFFER_TIMEOUT / 1000
 DEFLATE_LEVEL = 1                # of what is sent: FINs, whose ids hardly get smaller at any
 PUBLISH_TIMEOUT = 5.0            # seconds for nsqd to take a batch of dead letters
 CLOSE_TIMEOUT = 1.0              # seconds to wait for CLOSE_WAIT
@@ -3361,7 +3363,7 @@ class ConnectionOptions:
 
 
 class Connection:
-    """A TCP connection to an nsqd, from the handshake to CLOSE_WAIT.
+    """A connection to an nsqd, from the handshake to CLOSE_WAIT.
 
     pynsq's AsyncConn has a callback and an object a message, checks no host name, and sends secrets in the clear when
     TLS was not obtained; here only pynsq's commands and names are used. `info` is nsqd's answer to IDENTIFY.
@@ -3646,7 +3648,7 @@ class Publisher(Connection):
             super().on_response(kind, data)
 
     def close(self) -> None:
-        """Closes the connection; no MPUB is pending."""
+        """Closes it; a pending MPUB gets no answer."""
         self.reader.cancel()
         self.close_socket()
 
@@ -3954,7 +3956,7 @@ THREAD_PREFIX = 'x-msrv'     # of the names of threads that may hang in a call: 
 
 
 class Store:
-    """The interface of a store; itself it stores nothing. All methods block: they run in `writers` threads.
+    """A store's interface; it stores nothing. All methods block: a pipeline runs them in `writers` threads.
 
     batch_size: maximum records per call. call_timeout: seconds after which a call counts as hanging.
     """
@@ -4545,9 +4547,10 @@ class WriteBuilder:
 class AerospikeStore(Store):
     """Stores records in an Aerospike cluster: one batch_write per call, each record with its own answer.
 
-    The retries of the client are off: only the window retries, with backoff and TOUCH. The store is used only in the
-    threads of the executor. removes: whether a Deletion removes its record. write_accepted: the cluster accepted a
-    write since open, so a later refusal is the fault of the record, not of a policy.
+    The retries of the client are off: only the window retries, with backoff and TOUCH. The client itself connects again
+    to nodes that were away. A pipeline uses the store only in threads of its executor. removes: whether a Deletion
+    removes its record. write_accepted: the cluster accepted a write since open, so a later refusal is the fault of the
+    record, not of a policy.
     """
 
     def __init__(self, config: types.SimpleNamespace) -> None:
@@ -4772,8 +4775,8 @@ class AerospikeStore(Store):
                 results[index] = WriteResult('set-full', FULL_SET, text)
 
     def read_filtered(self, records: list[Record], deadline: float) -> list[WriteResult]:
-        """The result of each record that the filter rejected, by the stored time. A stored time of the wrong type also
-        fails the filter: rejected. Changed since, or unreadable: retry."""
+        """The result of each record that the filter rejected, by the stored time: stale; rejected
+        where that is no integer; retry where it changed or can't be read."""
         if not records:
             return []
         keys = [(self.options.namespace, record.set or self.options.set, record.key) for record in records]
@@ -5029,8 +5032,8 @@ class DeadLetterSink:
         return [unkept.get(message, DEAD) for message in messages]
 
     async def publish_batch(self, address: Address, messages: list[Message]) -> dict[Message, WriteResult]:
-        """Publishes dead letters to one nsqd. Returns {message: result} of those that it did not accept. After any
-        error but a timeout each half is published by itself, until the message that nsqd refuses is alone."""
+        """Publishes dead letters to one nsqd. Returns {message: result} of those it did not accept. After any error
+        of MPUB but a timeout each half is tried by itself, until the message that nsqd refuses is alone."""
         try:
             publisher = await self.open_publisher(address)
         except UNREACHABLE as error:
@@ -5089,9 +5092,9 @@ class DeadLetterSink:
 
 BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
 FAILURES_TO_HALVE = 3       # failures of a whole batch before it is halved
-MAX_SUSPECTS = 10           # messages that fail alone, beside which another one may come to prove that the store works
+MAX_LONE_FAILURES = 10      # messages that fail alone: beside fewer, one more may come to show that the store works
 HANGING_GRACE = 2.0         # seconds: a call that lasts for so much longer than its time limit hangs
-INCONCLUSIVE = {'stop', 'undecided'}   # outcomes that do not show whether the store accepts records
+NO_VERDICT = {'stop', 'undecided'}   # outcomes that do not show whether the store accepts records
 WriteBatch = Callable[[list[Message]], Awaitable[list[WriteResult]]]        # messages -> a result each
 SettleBatch = Callable[[list[Message], list[WriteResult]], list[Message]]   # messages, results -> the messages to retry
 
@@ -5179,13 +5182,15 @@ class Breaker:
 
 
 class Batch:
-    """Messages for one call. failures: how often the whole batch failed; successes_before: Batcher.successes when it
-    last failed or was busy; tries: how often some of its records were busy."""
+    """Messages for one call. failures: how often the whole batch failed. busy_rounds: how often some of its records
+    were busy. successes_before: Batcher.successes when either was last the case."""
 
-    __slots__ = ('messages', 'failures', 'successes_before', 'tries')
+    __slots__ = ('messages', 'failures', 'successes_before', 'busy_rounds')
 
-    def __init__(self, messages: list[Message], failures: int = 0, successes_before: int = 0, tries: int = 0) -> None:
-        self.messages, self.failures, self.successes_before, self.tries = messages, failures, successes_before, tries
+    def __init__(self, messages: list[Message], failures: int = 0, successes_before: int = 0,
+                 busy_rounds: int = 0) -> None:
+        self.messages, self.failures = messages, failures
+        self.successes_before, self.busy_rounds = successes_before, busy_rounds
 
     def halves_if_due(self) -> list['Batch']:
         """Both halves, each as often failed; the batch itself when it has one message, or too few failures."""
@@ -5232,8 +5237,8 @@ class Batcher:
         return self.breaker.state is not BreakerState.CLOSED
 
     @property
-    def suspect_count(self) -> int:
-        """The number of batches to retry that are a single message, which has failed FAILURES_TO_HALVE times."""
+    def lone_failure_count(self) -> int:
+        """The number of batches to retry of one message that failed FAILURES_TO_HALVE times or more."""
         return sum([len(batch.messages) == 1 and batch.failures >= FAILURES_TO_HALVE for batch in self.retries])
 
     @property
@@ -5299,7 +5304,7 @@ class Batcher:
         if all(map(is_outage, different)):
             self.on_batch_failure(batch, results[0], retry)
         else:
-            if INCONCLUSIVE.isdisjoint([result.outcome for result in different]):
+            if NO_VERDICT.isdisjoint([result.outcome for result in different]):
                 self.on_batch_success()
             self.retry_records(batch, retry)
         self.start_batches()
@@ -5313,17 +5318,17 @@ class Batcher:
     def retry_records(self, batch: Batch, retry: list[Message]) -> None:
         """Retries the records of a batch that did not fail as a whole (busy ones, mostly), after a delay."""
         if retry:
-            again = Batch(retry, successes_before=self.successes, tries=batch.tries + 1)
-            self.retry_later([again], 0.1 * 2 ** min(batch.tries, 6))
+            again = Batch(retry, successes_before=self.successes, busy_rounds=batch.busy_rounds + 1)
+            self.retry_later([again], 0.1 * 2 ** min(batch.busy_rounds, 6))
 
     def on_batch_failure(self, batch: Batch, result: WriteResult, retry: list[Message]) -> None:
         """The whole batch failed: the backend is unavailable, or one message of the batch makes it fail."""
         self.last_error = result.detail or result.outcome
         # Example: a batch fails when 7 batches have been accepted. Others go on, 9 are accepted, and it fails again:
         # the store works for others, so this batch is to blame. At its first failure nobody can tell.
-        suspect = (batch.failures or batch.tries) and self.successes > batch.successes_before
+        to_blame = (batch.failures or batch.busy_rounds) and self.successes > batch.successes_before
         batch.failures, batch.successes_before, batch.messages = batch.failures + 1, self.successes, retry
-        if not suspect:
+        if not to_blame:
             # a cluster answers the same code with another text for each node
             kind = f'batch {result.reason}' if isinstance(result.reason, int) else None
             self.health.report_failure(self.backend, self.last_error, kind)
@@ -5336,7 +5341,7 @@ class Batcher:
         elif len(retry) > 1 or batch.failures <= FAILURES_TO_HALVE or result.outcome == 'unkept':
             self.retry_later(batch.halves_if_due() if retry else (), 0.1 * batch.failures)
         elif retry:
-            self.settle(retry, [WriteResult('unsettled', None, self.last_error)])
+            self.settle(retry, [WriteResult('blamed', None, self.last_error)])
 
     def open_breaker(self) -> None:
         """Stops all batches for the delay of the breaker; then one batch probes."""
@@ -5392,7 +5397,7 @@ async def close_store(store: Store, executor: StoreExecutor) -> None:
 
 
 def is_outage(result: WriteResult) -> bool:
-    """True when a result is due to the backend, and not to the message."""
+    """True when the backend may be to blame for a result."""
     return result.outcome == 'retry' or (result.outcome == 'unkept' and result.reason != 'refused')
 
 
@@ -5480,17 +5485,17 @@ def rdy_shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> l
     return rdys
 
 
-def allocate_rdy(connections: Sequence[Any], budget: int, keep: bool) -> list[tuple[Any, int]]:
+def allocate_rdy(connections: Sequence[Any], budget: int, keep_busy: bool) -> list[tuple[Any, int]]:
     """The new RDY of each connection. Reductions come first, so that the sum never exceeds the budget meanwhile.
-    keep: within the budget only idle connections lose RDY.
+    keep_busy: within the budget only idle connections lose RDY.
 
-    Example without `keep`: three connections, a budget of 12, and the third is idle. It keeps RDY 1, so that its next
-    message is delivered; the other two share 11: RDY 6, 5, 1. A budget of 2 is not enough for RDY 1 each: the two that
-    are not idle get 1 each, and idle ones take turns.
+    Example without `keep_busy`: three connections, a budget of 12, and the third is idle. It keeps RDY 1, so that its
+    next message is delivered; the other two share 11: RDY 6, 5, 1. A budget of 2 is not enough for RDY 1 each: the two
+    that are not idle get 1 each, and idle ones take turns.
     """
     # Example: RDY is 10, and 4 messages of it are set aside. For nsqd these are in flight, so only 6 others can come.
     # The budget is shared without these 4, and each share is raised by them: for a share of 6 RDY 10 is sent.
-    more = rdy_shares([(max(0, c.rdy - c.set_aside) if keep else 0, c.idle, c.rdy_since,
+    more = rdy_shares([(max(0, c.rdy - c.set_aside) if keep_busy else 0, c.idle, c.rdy_since,
                         max(0, c.max_rdy - c.set_aside)) for c in connections], budget)
     rdys = [(c, share and share + c.set_aside) for c, share in zip(connections, more, strict=True)]
     return sorted(rdys, key=lambda pair: pair[1] - pair[0].rdy)
@@ -5531,7 +5536,7 @@ class LookupPoller:
         self.config, self.topic, self.consumer = config, topic, consumer
         self.lookup_due = asyncio.Event()
         self.news = LookupLog()
-        self.answered = asyncio.Event()   # set by the next look-up that begins
+        self.answered = asyncio.Event()   # set when the next look-up has ended
 
     async def run(self) -> None:
         """Polls every LOOKUP_INTERVAL, and at once for wait_for_answer()."""
@@ -5688,7 +5693,7 @@ class Consumer:
         self.on_credit_change()
 
     def on_messages(self, connection: Subscription, messages: list[Message]) -> None:
-        """Handles the messages of one read. A redelivery of a message in flight only updates it."""
+        """Handles the messages of one read. A redelivery of a message in flight only moves it."""
         fresh = [message for message in messages if self.in_flight.setdefault(message.key, message) is message]
         for message in messages if len(fresh) < len(messages) else ():
             self.on_redelivery(self.in_flight[message.key], message)
@@ -5739,7 +5744,7 @@ class Consumer:
 
     def reduce_rdy(self, connection: Subscription) -> None:
         """Lowers the RDY of a connection by the messages that arrived on it, when the window or max-held is nearly
-        full: before a FIN can free a slot, and without touching other connections."""
+        full: before a FIN can free a slot; others mostly follow at the next tick."""
         spare = min(self.credit(), self.in_flight_bytes.free_slots)
         if spare >= self.max_in_flight:   # the sum of RDY can't exceed it; skips sums that cost much with 100 nsqds
             return
@@ -5753,12 +5758,12 @@ class Consumer:
         # Example: max-in-flight is 2,500 and the credit is over 5,000. All of RDY is moved from A to B: if A still
         # sends 2,500 by its old RDY, and B 2,500 by the new one, that is not too many. So nothing is counted, and A
         # loses its RDY at once.
-        plenty = self.credit() > 2 * self.max_in_flight
+        ample_credit = self.credit() > 2 * self.max_in_flight
         now = asyncio.get_running_loop().time()
-        may_come = 0 if plenty else sum([connection.may_send_at(now) for connection in self.connections])
-        for connection, share in allocate_rdy(self.connections, self.rdy_budget, keep=not plenty):
+        may_come = 0 if ample_credit else sum([connection.may_send_at(now) for connection in self.connections])
+        for connection, share in allocate_rdy(self.connections, self.rdy_budget, keep_busy=not ample_credit):
             may_send, rdy = connection.may_send_at(now), share
-            if rdy > connection.rdy and not plenty:
+            if rdy > connection.rdy and not ample_credit:
                 rdy = min(rdy, self.rdy_bound(connection, may_come - may_send))
             connection.set_rdy(rdy)
             may_come += connection.may_send_at(now) - may_send
@@ -5835,8 +5840,8 @@ class Consumer:
         nsqd then redelivers, though it still accepts TOUCH.
 
         Example: the store is away for an hour. TOUCH ends after 15 minutes, and nsqd takes the messages back; it keeps
-        them, as RDY is 0. Then the store is up, the copies here are written, and their FINs are late. nsqd delivers
-        each message again, and it is written once more under its key.
+        them, as RDY is 0. Then the store is up, the copies here are written. Where a FIN is late, nsqd delivers
+        the message again, and it is written once more under its key.
         """
         due = [message for message in self.in_flight.values()
                if now - message.touched_at >= message.conn.msg_timeout / 2 - 2 * TICK_INTERVAL
@@ -5883,7 +5888,8 @@ class Consumer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SINK_RETRY_TIME = 5.0       # seconds that a dead letter waits for an unavailable dead-letter sink
-REFUSALS_TO_REJECT = 3      # deliveries after which a message that the store refuses becomes a dead letter
+# Deliveries after which an undecided message becomes a dead letter; those that an outage used up count, too.
+REFUSALS_TO_REJECT = 3
 SMALL_BODY = 512            # bytes of a body that is too small to count what it contains
 SMALL_FACTOR = 32           # decoded bytes per byte of such a body, at most
 
@@ -5959,13 +5965,13 @@ class End(enum.Enum):
 
 
 class WindowLimits(typing.NamedTuple):
-    """The limits of a window. max_messages: 0 for any number. timeout, idle_timeout: seconds. recurring: another
+    """The limits of a window. max_messages: 0 for any number. timeout, idle_timeout: seconds. has_successor: another
     window follows, which gets the messages beyond this limit (daemon)."""
 
     max_messages: int
     timeout: float
     idle_timeout: float
-    recurring: bool = False
+    has_successor: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -5981,8 +5987,8 @@ class WindowTimes:
     seconds: float = 0.0
 
 
-class UnsettledMessages:
-    """The messages of a window that were given back and not settled since, each with the End that says what failed.
+class FailedMessages:
+    """The messages of a window that failed and have not succeeded since, each with the End that says what failed.
 
     Example: the dead letter of A is not kept, so A is requeued with a delay. The window would end as
     DEAD_LETTERS_FAILED. A is delivered again in the same window and its dead letter is kept: the window ends well.
@@ -5991,28 +5997,28 @@ class UnsettledMessages:
     MOST = 10_000   # an open window may see any number: beyond this the oldest are forgotten
 
     def __init__(self) -> None:
-        self.ends: dict[str, End] = {}   # by the key of the message
+        self.reasons: dict[str, End] = {}   # by the key of the message
 
-    def add(self, messages: list[Message], end: End) -> None:
-        """Adds messages that are given back."""
-        self.ends.update((message.key, end) for message in messages)
-        for key in list(itertools.islice(self.ends, max(0, len(self.ends) - self.MOST))):
-            del self.ends[key]
+    def add(self, messages: list[Message], reason: End) -> None:
+        """Adds messages that failed."""
+        self.reasons.update((message.key, reason) for message in messages)
+        for key in list(itertools.islice(self.reasons, max(0, len(self.reasons) - self.MOST))):
+            del self.reasons[key]
 
     def discard(self, messages: list[Message]) -> None:
-        """Removes messages that are settled now."""
-        for message in messages if self.ends else ():
-            self.ends.pop(message.key, None)
+        """Removes messages that have succeeded now."""
+        for message in messages if self.reasons else ():
+            self.reasons.pop(message.key, None)
 
-    def count(self, end: End) -> int:
+    def count(self, reason: End) -> int:
         """The number of messages with this End."""
-        return collections.Counter(self.ends.values())[end]
+        return collections.Counter(self.reasons.values())[reason]
 
 
 # The method of Window that settle() calls for each outcome.
 ACTIONS = {'stored': 'finish', 'deleted': 'finish', 'duplicate': 'finish', 'stale': 'finish', 'dead': 'finish',
            'rejected': 'reject_by_store', 'retry': 'retry', 'busy': 'retry', 'undecided': 'on_undecided',
-           'stop': 'on_store_stop', 'unkept': 'on_unkept', 'unsettled': 'requeue_with_delay',
+           'stop': 'on_store_stop', 'unkept': 'on_unkept', 'blamed': 'requeue_with_delay',
            'set-full': 'on_set_full'}
 
 
@@ -6020,7 +6026,7 @@ class Window:
     """One bounded receive: accepts up to max-messages messages and counts what became of them (`outcome_counts`).
 
     It accepts messages from its Source, has them mapped and written in batches, and acts on each result. pending_count:
-    messages that are not settled. excess: messages beyond the limit. undecided_keys: keys of the messages that the
+    messages still to be settled. excess: messages beyond the limit. undecided_keys: keys of the messages that the
     store refused before it accepted any.
     """
 
@@ -6041,7 +6047,7 @@ class Window:
         self.outcome_counts = dict.fromkeys(OUTCOMES, 0)
         self.exported_counts = dict(self.outcome_counts)   # what the metrics have of `outcome_counts`
         self.accepted = self.pending_count = 0
-        self.unsettled = UnsettledMessages()
+        self.failed_messages = FailedMessages()
         self.excess: list[Message] = []
         self.undecided_keys: set[str] = set()
 
@@ -6067,14 +6073,15 @@ class Window:
         if not batcher.is_failing:
             return self.messages_left
         if self.pending_count:
-            return min(1, self.messages_left) if self.pending_count == batcher.suspect_count < MAX_SUSPECTS else 0
+            all_fail_alone = self.pending_count == batcher.lone_failure_count < MAX_LONE_FAILURES
+            return min(1, self.messages_left) if all_fail_alone else 0
         return 0 if batcher.breaker.state is BreakerState.OPEN else min(self.messages_left, batcher.size)
 
     def accept(self, messages: list[Message]) -> None:
-        """Takes messages; those beyond the limit stay in flight for the end."""
+        """Takes messages; those beyond the limit stay in flight."""
         left = self.messages_left
         excess, messages = messages[left:], messages[:left]
-        self.count_received(len(messages) if self.limits.recurring else len(messages) + len(excess))
+        self.count_received(len(messages) if self.limits.has_successor else len(messages) + len(excess))
         self.excess += excess
         self.source.set_aside(excess)
         self.accepted += len(messages)
@@ -6115,7 +6122,7 @@ class Window:
         """Finishes durable messages."""
         self.outcome_counts[result.outcome] += len(messages)
         self.pipeline.metrics.add_settled(result, messages, time.time())
-        self.unsettled.discard(messages)
+        self.failed_messages.discard(messages)
         self.uncount_pending(messages)
         self.source.finish(messages)
 
@@ -6149,11 +6156,11 @@ class Window:
             self.reject_by_store(messages, WriteResult('rejected', 'rejected', result.detail))
         else:
             log.error('%s', text)
-            if self.limits.recurring:
-                self.requeue_with_delay(messages, WriteResult('unsettled', None, text))
+            if self.limits.has_successor:
+                self.requeue_with_delay(messages, WriteResult('blamed', None, text))
             else:   # left in flight: requeued without delay when the window ends
                 self.uncount_pending(messages)
-                self.unsettled.add(messages, End.STORE_FAILED)
+                self.failed_messages.add(messages, End.STORE_FAILED)
 
     def on_set_full(self, messages: list[Message], result: WriteResult) -> None:
         """Their set takes no new record until an operator acts: requeues them, so that others go on."""
@@ -6169,7 +6176,7 @@ class Window:
         self.end(End.STORE_FAILED, result.detail)
 
     def on_unkept(self, messages: list[Message], result: WriteResult) -> list[Message]:
-        """Retries dead letters for SINK_RETRY_TIME if the sink is away, but only after their first delivery; requeues
+        """Retries dead letters for SINK_RETRY_TIME if the sink is away, but only at their first delivery; requeues
         all others with a delay."""
         young = asyncio.get_running_loop().time() - SINK_RETRY_TIME
         retry = [message for message in messages
@@ -6183,7 +6190,7 @@ class Window:
         for attempts, group in group_by_key(messages, lambda message: message.attempts):
             first, most = REQUEUE_DELAYS
             self.source.requeue(group, min(most, first * 2 ** min(attempts - 1, 20)))
-        self.unsettled.add(messages, End.DEAD_LETTERS_FAILED if result.outcome == 'unkept' else End.STORE_FAILED)
+        self.failed_messages.add(messages, End.DEAD_LETTERS_FAILED if result.outcome == 'unkept' else End.STORE_FAILED)
 
     # -- its end
 
@@ -6208,7 +6215,7 @@ class Window:
                   self.limits.max_messages or 'any number of', self.limits.timeout, self.limits.idle_timeout,
                   self.source.max_in_flight)
         with progress_bar(self) as show:
-            carried_over = list(self.source.in_flight.values()) if self.limits.recurring else []
+            carried_over = list(self.source.in_flight.values()) if self.limits.has_successor else []
             self.source.start(self.credit, self.accept)
             self.accept(carried_over)
             self.source.on_credit_change()
@@ -6227,7 +6234,7 @@ class Window:
         # window ends at 3.5 s. A slow store does not make a window end as idle.
         if self.pending_count or idle_since is None:
             self.times.active_at = now
-        exhausted = self.source.is_exhausted and not self.pending_count and not self.limits.recurring
+        exhausted = self.source.is_exhausted and not self.pending_count and not self.limits.has_successor
         if not self.messages_left and not self.pending_count:
             self.end(End.FULL)
         elif exhausted or now - self.times.active_at >= self.limits.idle_timeout:
@@ -6244,7 +6251,7 @@ class Window:
         return at_rest and (failing or not self.messages_left or now - self.times.draining_since >= TICK_INTERVAL)
 
     async def wait_until(self, condition: Callable[[], bool], bounded: bool = False) -> None:
-        """Waits until the condition holds; bounded: or until a call exceeds its time limit. Raises a task's error."""
+        """Waits until the condition holds; bounded: or no call returns within its limit. Raises a task's error."""
         loop, tasks = asyncio.get_running_loop(), self.pipeline.tasks
         begun = loop.time()
         while not condition():
@@ -6271,8 +6278,8 @@ class Window:
         self.store_batcher.stop()
         self.dead_letter_batcher.stop()
         self.state = WindowState.CLOSED
-        kept = self.excess if self.limits.recurring and self.end_reason.drains else []
-        if self.limits.recurring and not kept:
+        kept = self.excess if self.limits.has_successor and self.end_reason.drains else []
+        if self.limits.has_successor and not kept:
             self.count_received(len(self.excess))   # else the next window counts them
         keys = {message.key for message in kept}
         self.source.stop()
@@ -6285,14 +6292,14 @@ class Window:
             if self.pending_count and (batcher.pending or batcher.retries or batcher.calls):
                 last = f', last answer: {batcher.last_error}' if batcher.last_error else ''
                 self.end(reason, f'{what} still failing when the window ended ({self.end_reason.text}){last}')
-        for reason, what in ((End.STORE_FAILED, 'messages were refused'),
+        for reason, what in ((End.STORE_FAILED, 'messages could not be stored'),
                              (End.DEAD_LETTERS_FAILED, 'dead letters could not be kept')):
-            if number := self.unsettled.count(reason):
+            if number := self.failed_messages.count(reason):
                 self.end(reason, f'{number} {what}')
-        if self.limits.recurring and not self.pipeline.health.is_up('queue'):
+        if self.limits.has_successor and not self.pipeline.health.is_up('queue'):
             self.end(End.QUEUE_FAILED, self.pipeline.health.errors['queue'].text)
-        if self.pending_count and self.end_reason.drains:   # delayed retries of busy records
-            self.end(End.STORE_FAILED, f'{self.pending_count} records were busy')
+        if self.pending_count and self.end_reason.drains:   # retries that wait for a delay
+            self.end(End.STORE_FAILED, f'{self.pending_count} messages were to be tried again')
 
     def is_healthy(self, now: float) -> bool:
         """True unless a call hangs."""
@@ -6352,7 +6359,7 @@ class Window:
 @contextlib.contextmanager
 def progress_bar(window: Window) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, for a window of more than a second; yields a function that redraws it."""
-    if window.limits.recurring or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
+    if window.limits.has_successor or not sys.stderr or not sys.stderr.isatty() or log.level > logging.INFO:
         yield lambda: None
         return
     import tqdm  # here: only a terminal needs it
@@ -6467,7 +6474,7 @@ async def run_once(config: types.SimpleNamespace, stopper: 'SignalHandler', metr
 
 
 async def note_depths(config: Any, metrics: Metrics) -> dict[str, ChannelDepth]:
-    """Asks the nsqds what still waits, and has it counted. Returns their answers."""
+    """Asks the nsqds what still waits, and sets the gauges. Returns the answers."""
     found = await channel_depths(config, config.nsq.topic, config.nsq.channel)
     metrics.set_depths({nsqd: depth.waiting for nsqd, depth in found.items()})
     return found
@@ -6998,8 +7005,8 @@ class Schedule:
 
 
 class WindowRunner:
-    """Runs windows in this process, one for each grant, on connections that stay open. It waits while queue or
-    store is down.
+    """Runs windows in this process, one for each grant, on connections that stay open. It waits
+    while queue or store can't be opened.
 
     wait_for_grant: async, waits until a window may begin and returns its max-messages. on_window_end: called with each
     window that has ended.
@@ -7035,8 +7042,8 @@ class WindowRunner:
                 await asyncio.sleep(self.backoff.next_delay())
 
     async def run_windows(self) -> None:
-        """Runs windows on one set of connections, until the end or until the store has failed in one: then Health knows
-        why. Raises Unavailable when one can't be reached."""
+        """Runs windows on one set of connections, until the end or until the store fails in one: then Health knows
+        why. Raises Unavailable when queue or store is away."""
         store = STORES[self.config.store](self.config)
         async with topic_pipeline(self.config, store, self.metrics, self.health) as pipeline:
             self.pipeline = pipeline
@@ -7054,7 +7061,7 @@ class WindowRunner:
         """Runs one window, which has ended then."""
         config = self.config
         timeout, idle_timeout = (math.inf, math.inf) if self.endless else (config.timeout, config.idle_timeout)
-        limits = WindowLimits(max_messages, timeout, idle_timeout, recurring=True)
+        limits = WindowLimits(max_messages, timeout, idle_timeout, has_successor=True)
         self.window = window = Window(pipeline, limits, Mapper(config))
         if self.end_reason:
             window.end(self.end_reason)
@@ -7150,7 +7157,7 @@ class WindowRunner:
         metrics = self.metrics
         if self.window:
             metrics.sync_counts(self.window)
-            # it never ends, so success is recorded while all backends are up
+            # without end, it succeeds while all backends are up
             if self.endless and set(self.backend_states.values()) == {BackendState.UP}:
                 metrics.set_gauge(LAST_SUCCESS, time.time())
         if self.pipeline:
@@ -7176,7 +7183,7 @@ class WorkerState(enum.StrEnum):
     """STARTING: opens its backends first. IDLE: waits for a grant. BUSY: between grant and IDLE. STOPPING: was told to
     stop. BACKOFF: its process has exited, and the next one starts after a delay.
 
-    A worker reports the first three itself; its parent sets the last two.
+    A worker reports the first three; its parent sets all but IDLE.
     """
 
     STARTING = 'starting'
@@ -8176,7 +8183,7 @@ class Daemon:
 
     def keep_config(self) -> None:
         """Keeps the configuration in force, as the new text is faulty. Before the first one is in force, the daemon
-        waits for that of its start again."""
+        waits on for that of its start."""
         self.drop_waiting_config()
         if not self.config_in_force.is_set():
             self.apply_config(self.raw, self.config, self.unavailable)
@@ -8189,7 +8196,7 @@ class Daemon:
         self.waits.pop('configuration', None)
 
     def wait_for_config(self, faults: Sequence[object], waiting: Coroutine[Any, Any, None]) -> None:
-        """Starts to wait for what is missing, in place of an earlier wait, and logs it also where it is the same."""
+        """Starts to wait for what is missing, in place of an earlier wait, and logs it even if it is the same."""
         self.drop_waiting_config()
         self.record_wait('configuration', faults)
         self.config_task = self.tasks.start(waiting)
@@ -8562,7 +8569,7 @@ HELP_EPILOG = """examples:
 exit status: 0 done, 64 usage, 65 the message of check --message can never become a record, 69 queue
 or store out of reach, or the configuration or a file that it names not there yet (nothing was taken),
 70 internal error, 74 standard output could not be written, 75 messages requeued because the store or the
-dead-letter sink failed, 78 the text of the configuration is wrong
+dead-letter sink failed, or another x-msrv has this configuration, 78 the text of the configuration is wrong
 """
 
 

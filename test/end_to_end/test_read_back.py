@@ -250,7 +250,7 @@ def test_a_set_that_is_full_holds_up_no_other(nsqd, program, standin):
     counts = servers.summary(done.stderr)
     assert (counts['stored'], counts['requeued'], counts.get('dead', 0)) == (11, 9, 0)
     assert 'the set full has reached its stop-writes-count of 1' in done.stderr
-    assert '9 messages were refused' in done.stderr
+    assert '9 messages could not be stored' in done.stderr
     said = program.run('check', '--connect', expect=os.EX_UNAVAILABLE)
     assert 'the set full has reached its stop-writes-count' in said.stderr
     assert '11 records of at most 1048576 bytes in 2 of at most 4095 sets' in said.stdout

@@ -111,7 +111,7 @@ def test_in_an_outage_one_batch_at_a_time_probes_with_growing_delays_and_all_are
 def test_one_message_that_fails_its_whole_batch_ends_up_alone_and_holds_up_nobody():
     store = Store(lambda batch, now: AWAY if 5 in batch else STORED)
     settled, batcher = run(store, range(8), 60, size=8, more=[(second, [100 + second]) for second in range(1, 50)])
-    assert settled.pop(5) == 'unsettled'
+    assert settled.pop(5) == 'blamed'
     assert settled == dict.fromkeys([*range(5), 6, 7, *range(101, 150)], 'stored')
     assert not batcher.is_failing
     late = [at for at, batch in store.calls if batch[0] > 100]
@@ -121,11 +121,11 @@ def test_one_message_that_fails_its_whole_batch_ends_up_alone_and_holds_up_nobod
 def test_a_message_that_fails_its_batch_alone_in_a_quiet_topic_is_halved_out_too():
     store = Store(lambda batch, now: AWAY if 5 in batch else STORED)
     settled, _ = run(store, range(8), 60, size=8)
-    assert settled.pop(5) == 'unsettled'
+    assert settled.pop(5) == 'blamed'
     assert settled == dict.fromkeys([0, 1, 2, 3, 4, 6, 7], 'stored')
 
 
-def test_nothing_is_unsettled_by_an_outage_of_any_length():
+def test_nothing_is_blamed_for_an_outage_of_any_length():
     store = Store(lambda batch, now: AWAY)
     settled, batcher = run(store, range(20), 3600)
     assert settled == {}
@@ -276,7 +276,7 @@ def test_what_some_batches_failed_with_while_others_were_accepted_is_no_outage_o
     """A batch that is to blame is tried three times, halved, and down to its one message, in a few seconds."""
     store = Store(lambda batch, now: AWAY if 3 in batch else STORED)
     settled, batcher = run(store, range(4), 30, more=[(0.05 * n, [100 + n]) for n in range(1, 100)])
-    assert settled[3] == 'unsettled' and len(settled) == 103
+    assert settled[3] == 'blamed' and len(settled) == 103
     assert batcher.breaker.state is BreakerState.CLOSED and batcher.health.is_up('store')
     tries = [at - 1000 for at, batch in store.calls if 3 in batch]
     assert 4 <= len(tries) <= 6 and tries[-1] < 5

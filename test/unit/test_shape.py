@@ -28,7 +28,7 @@ FLAGS = {
     'AerospikeStore.write_accepted': 'a fact about the cluster: set once, by the first write that it accepts',
     'DeadLetterSink.closed': 'set once, by close()',
     'Batcher.stopped': "set once, by stop(): the end of its window, which is that window's state",
-    'WindowLimits.recurring': 'a wish: an argument, never changed',
+    'WindowLimits.has_successor': 'a wish: an argument, never changed',
     'DeadLetterFileSource.read_all': 'a fact about the file: its last line was read',
     'Daemon.is_stopping': 'set once, by a signal',
     'WorkerStatus.is_healthy': 'what the worker said of itself last',

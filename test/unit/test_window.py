@@ -11,15 +11,15 @@ import fakes
 from fakes import Queue, numbered
 from xmsrv import (
     DEAD,
-    MAX_SUSPECTS,
+    MAX_LONE_FAILURES,
     STORED,
     BackgroundTasks,
     DecodeQueue,
     End,
+    FailedMessages,
     Health,
     Mapper,
     Metrics,
-    UnsettledMessages,
     Window,
     WindowLimits,
     WindowState,
@@ -521,7 +521,7 @@ def test_a_message_of_a_full_set_makes_no_wrong_policy_of_one_that_is_refused():
         return [SET_FULL if n == 7 else UNDECIDED for n in numbers]
     window, queue = window_of(sent(7, 8), (0, 10.0, 0.5, True), write=write)
     assert sorted(queue.requeues) == [(7, 1), (8, 1)]
-    assert (window.end_reason, window.detail) == (End.STORE_FAILED, '2 messages were refused')
+    assert (window.end_reason, window.detail) == (End.STORE_FAILED, '2 messages could not be stored')
 
 
 def test_a_message_that_is_settled_at_its_second_delivery_is_no_failure():
@@ -539,7 +539,7 @@ def test_a_message_that_is_settled_at_its_second_delivery_is_no_failure():
 
 
 def test_an_open_window_remembers_so_many_messages_that_were_given_back(monkeypatch):
-    monkeypatch.setattr(UnsettledMessages, 'MOST', 10)
+    monkeypatch.setattr(FailedMessages, 'MOST', 10)
 
     async def steps(window, queue):
         for n in range(100):
@@ -547,7 +547,7 @@ def test_an_open_window_remembers_so_many_messages_that_were_given_back(monkeypa
             await asyncio.sleep(0.02)
         window.end(End.RELOAD)
     window, queue = window_of(steps, (0, math.inf, math.inf, True), write=lambda numbers, now: SET_FULL)
-    assert (len(queue.requeues), len(window.unsettled.ends), window.undecided_keys) == (100, 10, set())
+    assert (len(queue.requeues), len(window.failed_messages.reasons), window.undecided_keys) == (100, 10, set())
 
 
 @pytest.mark.parametrize('poison', [1, 3])
@@ -574,6 +574,6 @@ def test_an_outage_takes_few_more_messages_where_few_are_in_flight():
         for n in range(1, 1000):
             await asyncio.sleep(10)
             queue.send(*range(n * 1000, n * 1000 + window.credit()))
-        assert len(queue.in_flight) == MAX_SUSPECTS
+        assert len(queue.in_flight) == MAX_LONE_FAILURES
         window.end(End.SIGNAL)
     window_of(steps, (0, math.inf, math.inf, True), write=lambda numbers, now: AWAY)
