@@ -329,7 +329,7 @@ MUTANTS = (
     Mutant('a connection that ends at once begins the delays anew', 'if loop.time() - up_since >= backoff.longest:', 'if loop.time() >= up_since:'),
     Mutant('the first error of an outage stays', "            if was_up or self.has_tried_all():\n", '            if was_up:\n'),
     Mutant('delays of REQ in seconds', "(b'REQ %%s %d\\n' % (delay * 1000), messages)", "(b'REQ %%s %d\\n' % delay, messages)"),
-    Mutant('what is held back uses up RDY', 'rdys = [(c, share and share + c.set_aside)', 'rdys = [(c, share)'),
+    Mutant('what is set aside uses up RDY', 'rdys = [(c, share and share + c.set_aside)', 'rdys = [(c, share)'),
 
     Mutant('RDY goes to another at once', 'rdy = min(rdy, self.rdy_bound(connection, may_come - may_send))', 'pass'),
     Mutant('a lower RDY is never heard', 'return self.rdy_overhang if now - self.lowered_at < RDY_TRANSIT + self.round_trip else 0', 'return self.rdy_overhang'),

@@ -88,9 +88,10 @@ def test_twenty_periods_of_ten(nsqd, program, workers):
     fill(nsqd, 500)
     program.configure(nsqd, period='2s', workers=workers, nsq={'max-messages': 10})
     running = program.start('daemon')
-    wait_until(lambda: len(program.rows()) >= 200, 'twenty periods are over', 80)
+    wait_until(lambda: len(program.rows()) >= 200 and time.time() - max(times_of(program)) > 1,
+               'twenty periods are over, and no window is open', 80)
     stopped(running)
-    times = sorted(epoch(stored_at) for _, _, _, stored_at in program.rows())
+    times = times_of(program)
     starts = [times[0], *(b for a, b in itertools.pairwise(times) if b - a > 1)]
     sizes = [sum(start <= each < start + 1 for each in times) for start in starts]
     assert sum(sizes) == len(times) and max(sizes) <= 10
@@ -99,6 +100,11 @@ def test_twenty_periods_of_ten(nsqd, program, workers):
     assert all(1.6 < b - a < 2.8 for a, b in itertools.pairwise(starts[whole:20]))
     assert numbers(program) == list(range(len(times)))
     assert (nsqd.left(TOPIC, CHANNEL), nsqd.stats(TOPIC, CHANNEL)['requeue_count']) == (500 - len(times), 0)
+
+
+def times_of(program):
+    """The times of all records in seconds, sorted."""
+    return sorted(epoch(stored_at) for _, _, _, stored_at in program.rows())
 
 
 def epoch(stored_at):

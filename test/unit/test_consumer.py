@@ -219,7 +219,7 @@ def test_a_second_copy_joins_the_first_and_the_answer_goes_to_where_it_came_from
     with_consumer(steps, connections=2)
 
 
-def test_what_is_held_back_stays_in_flight_and_rdy_is_raised_by_it():
+def test_what_is_set_aside_stays_in_flight_and_rdy_is_raised_by_it():
     async def steps(consumer, window, connection):
         messages = come(connection, 1, 2)
         consumer.set_aside(messages)
@@ -287,7 +287,7 @@ def test_touch_begins_with_what_crosses_the_end_of_a_window():
     with_consumer(steps)
 
 
-def test_rdy_by_bytes_counts_what_is_in_flight_and_not_held_back():
+def test_rdy_by_bytes_counts_what_is_in_flight_and_not_set_aside():
     async def steps(consumer, window, connection):
         consumer.in_flight_bytes.expected_size = 100
         messages = come(connection, *range(4), body=b'x' * 100)

@@ -46,16 +46,11 @@ def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, k
 
         async def call(messages):
             await asyncio.sleep(0.01)
-            answer = write([message.n for message in messages], loop.time() - 1000)
-            if asyncio.iscoroutine(answer):
-                answer = await answer
+            answer = await result_of(write([message.n for message in messages], loop.time() - 1000))
             return answer if isinstance(answer, list) else [answer] * len(messages)
 
         async def keep_all(messages):
-            answer = keep(loop.time() - 1000) if callable(keep) else keep
-            if asyncio.iscoroutine(answer):
-                answer = await answer
-            return [answer] * len(messages)
+            return [await result_of(keep(loop.time() - 1000) if callable(keep) else keep)] * len(messages)
         pipeline = types.SimpleNamespace(
             config=options, source=queue, tasks=tasks, metrics=Metrics(), health=Health(), write=call,
             sink=types.SimpleNamespace(write_dead_letters=keep_all),
@@ -75,6 +70,11 @@ def window_of(steps, limits=(0, 10.0, 0.5), write=lambda numbers, now: STORED, k
         await tasks.cancel()
         return window, queue
     return clock.run(main())
+
+
+async def result_of(answer):
+    """An answer, or what a coroutine returns at last."""
+    return await answer if asyncio.iscoroutine(answer) else answer
 
 
 async def wait_for(condition, seconds=100):
