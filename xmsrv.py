@@ -7211,8 +7211,15 @@ class WorkerHandle:
     def __init__(self, index: int) -> None:
         self.index, self.state, self.last_grant = index, WorkerState.STARTING, 0
         self.process: Any = None   # its Process, from its first start on
-        self.change_log = ChangeLog()
         self.status, self.silence, self.failed_starts = WorkerStatus(), 0.0, 0
+
+    def __str__(self) -> str:
+        return f'worker {self.index + 1} (pid {self.process.pid if self.process else "none"})'
+
+    @property
+    def is_silent(self) -> bool:
+        """True when it has sent no status line for too long."""
+        return self.silence >= WORKER_SILENCE
 
     def send_line(self, **message: Any) -> None:
         """Sends a line to the worker; its reader notices when it has exited."""
@@ -7259,7 +7266,6 @@ class Supervisor:
         loop, backoff = asyncio.get_running_loop(), Backoff(1, 30)
         while not self.tell_to_end:
             begun, worker.state = loop.time(), WorkerState.STARTING
-            worker.silence = 0.0
             fate = await self.run_worker(worker)
             self.on_exit(worker)
             if self.tell_to_end:
@@ -7267,9 +7273,7 @@ class Supervisor:
             worker.failed_starts = 0 if loop.time() - begun > WORKER_STABLE_TIME else worker.failed_starts + 1
             if not worker.failed_starts:
                 backoff.reset_delay()
-            pid = worker.process.pid if worker.process else 'none'
-            log.error('worker %d (pid %s) ended: %s', worker.index + 1, pid, fate,
-                      extra={'kind': f'worker {worker.index + 1} ended'})
+            log.error('%s ended: %s', worker, fate, extra={'kind': f'worker {worker.index + 1} ended'})
             if all(each.failed_starts >= MAX_FAILED_STARTS for each in self.workers):
                 log.critical('every worker keeps failing to start')
                 self.exit_status = os.EX_SOFTWARE
@@ -7307,8 +7311,8 @@ class Supervisor:
             try:
                 self.on_status(worker, json.loads(line))
             except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or another writer on the pipe
-                log.error('worker %d (pid %d) sent an invalid status line, killed: %s', worker.index + 1,
-                          worker.process.pid, error, extra={'kind': f'worker {worker.index + 1}: status line'})
+                log.error('%s sent an invalid status line, killed: %s', worker, error,
+                          extra={'kind': f'worker {worker.index + 1}: status line'})
                 with contextlib.suppress(ProcessLookupError):
                     worker.process.kill()
                 return
@@ -7317,7 +7321,6 @@ class Supervisor:
     def on_status(self, worker: WorkerHandle, message: dict[str, Any]) -> None:
         """Handles a status line of a worker."""
         worker.silence = 0.0
-        worker.change_log.clear()
         worker.status = WorkerStatus(
             message['healthy'],
             {backend: BackendState(state) for backend, state in message['backends'].items()}, message['failures'],
@@ -7335,6 +7338,7 @@ class Supervisor:
         if worker.status.snapshot:
             self.exited_worker_metrics.merge_snapshot(worker.status.snapshot, gauges=False)
         worker.state, worker.status, worker.last_grant = WorkerState.BACKOFF, WorkerStatus(), 0
+        worker.silence = 0.0
         self.state_changed.set()
 
     async def watch_workers(self) -> None:
@@ -7345,20 +7349,22 @@ class Supervisor:
             for worker in self.workers:
                 if worker.process and worker.process.returncode is None:
                     worker.silence += WORKER_STATUS_INTERVAL
-                    if worker.silence >= WORKER_SILENCE:
-                        self.on_silence(worker)
+                    self.on_silence(worker)
 
     def on_silence(self, worker: WorkerHandle) -> None:
-        """Handles a worker that does not respond: its queue counts as down until its next status line, and after
-        WORKER_KILL_TIME it is killed. A busy one is not silent: its loop sends its status whatever the store does."""
-        text = f'worker {worker.index + 1} (pid {worker.process.pid}) is not responding'
-        worker.change_log.log(logging.ERROR, '%s', text)
-        states = {**worker.status.backend_states, 'queue': BackendState.DOWN}
-        worker.status = worker.status._replace(is_healthy=False, backend_states=states,
-                                               failures={**worker.status.failures, 'queue': text})
-        if worker.silence >= WORKER_KILL_TIME:
+        """Handles the silence of a worker. After WORKER_SILENCE nothing is known of it, until its next status line: the
+        others say what is up. After WORKER_KILL_TIME it is killed. A busy one is not silent: its loop sends its status
+        whatever the store does."""
+        def has_just_passed(limit: float) -> bool:
+            return worker.silence - WORKER_STATUS_INTERVAL < limit <= worker.silence
+        if has_just_passed(WORKER_SILENCE):
+            log.error('%s is not responding', worker, extra={'kind': f'worker {worker.index + 1}: not responding'})
+            counts = MetricTotals()
+            if worker.status.snapshot:
+                counts.merge_snapshot(worker.status.snapshot, gauges=False)
+            worker.status = WorkerStatus(snapshot=counts.take_snapshot())
+        if has_just_passed(WORKER_KILL_TIME):
             self.kill_worker(worker, f'has been silent for {worker.silence:g} s')
-            worker.silence = 0.0
 
     # -- its periods
 
@@ -7424,18 +7430,18 @@ class Supervisor:
     def kill_worker(self, worker: WorkerHandle, reason: str) -> None:
         """Kills a worker that still runs."""
         if worker.process.returncode is None:
-            log.error('worker %d (pid %d) %s: killed', worker.index + 1, worker.process.pid, reason,
-                      extra={'kind': f'worker {worker.index + 1}: killed'})
+            log.error('%s %s: killed', worker, reason, extra={'kind': f'worker {worker.index + 1}: killed'})
             worker.process.kill()
 
     # -- how it is
 
     @property
     def failure_text(self) -> str:
-        """What fails, in words, and which workers are to be started again."""
+        """What fails, in words, which workers are to be started again, and which do not respond."""
         gone = [] if self.tell_to_end else [f'worker {worker.index + 1} has ended'
                                             for worker in self.workers_in_state(WorkerState.BACKOFF)]
-        return '; '.join([*gone, *describe_failures(self.backend_failures)])
+        silent = [f'{worker} is not responding' for worker in self.workers if worker.is_silent]
+        return '; '.join([*gone, *silent, *describe_failures(self.backend_failures)])
 
     @property
     def backend_failures(self) -> dict[str, str]:
@@ -7460,15 +7466,13 @@ class Supervisor:
         return merge_backend_states([worker.status.backend_states for worker in self.workers])
 
     def is_healthy(self, now: float) -> bool:
-        """True when every worker responds and reports itself healthy."""
-        return all(worker.status.is_healthy for worker in self.workers)
+        """True when a worker responds, and each that does reports itself healthy. A silent one is killed in time."""
+        responding = [worker for worker in self.workers if not worker.is_silent]
+        return bool(responding) and all(worker.status.is_healthy for worker in responding)
 
     def current_metrics(self) -> list[Any]:
-        """The metrics of the parent and all workers. A silent worker can't say itself that its queue is down."""
-        is_down = self.backend_states['queue'] is BackendState.DOWN
-        down = [{'samples': [[UP_METRICS['queue'], 0.0]], 'recent': []}] if is_down else []
-        return [self.metrics.take_snapshot(), *down,
-                *filter(None, (worker.status.snapshot for worker in self.workers))]
+        """The metrics of the parent and all workers."""
+        return [self.metrics.take_snapshot(), *filter(None, (worker.status.snapshot for worker in self.workers))]
 
 
 def worker_command() -> list[str]:

@@ -258,9 +258,10 @@ def test_a_daemon_whose_workers_do_not_stay_up_ends_with_70(nsqd, program, chang
     assert count(program, 'every worker keeps failing to start') == 1
 
 
-def test_a_worker_that_is_silent_for_long_is_killed_and_replaced(nsqds, program, changed):
-    """It has a message, which comes again. Nothing else ends: no watchdog is there that would."""
-    changed('import xmsrv\nxmsrv.WORKER_SILENCE, xmsrv.WORKER_KILL_TIME = 1.0, 2.0\n')
+def test_a_worker_that_is_silent_for_long_is_killed_and_replaced(nsqds, program, systemd, changed):
+    """The others flow meanwhile, and all that says what is up says so, and names the one that does not respond. Nothing
+    else ends: no watchdog is there that would."""
+    changed('import xmsrv\nxmsrv.WORKER_SILENCE, xmsrv.WORKER_KILL_TIME = 2.0, 6.0\n')
     nsqd, = nsqds(1, '--msg-timeout=1s')
     fill(nsqd, 0)
     port = servers.free_ports()
@@ -269,9 +270,18 @@ def test_a_worker_that_is_silent_for_long_is_killed_and_replaced(nsqds, program,
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'both workers are subscribed')
     silent, other = children(running)
     os.kill(silent, signal.SIGSTOP)
-    wait_until(lambda: f'(pid {silent}) is not responding' in get(port, '/readyz')[1], 'who asks hears of it')
+    text, seen = f'(pid {silent}) is not responding', []
+
+    def is_told():
+        seen.append(get(port, '/readyz'))
+        return text in seen[-1][1]
+    wait_until(is_told, 'who asks hears of it')
+    assert {status for status, _ in seen} == {200} and seen[-1][1].startswith('queue: up\nstore: up\n')
+    assert get(port, '/healthz') == (200, 'ok\n') and figure(port, 'xmsrv_queue_up') == 1
+    assert re.search(f'<p id="status" class="up">[^<]*{re.escape(text)}', get(port, '/')[1])
+    wait_until(lambda: text in systemd.fields('STATUS')[-1], 'STATUS says so, too')
     wait_until(lambda: count(program, f'(pid {silent}) ended: killed by SIGKILL'), 'it is killed', 20)
-    assert count(program, f'(pid {silent}) is not responding')   # twice where it was slow to start
+    assert count(program, text)   # twice where it was slow to start
     wait_until(lambda: len(children(running)) == 2 and nsqd.stats(TOPIC, CHANNEL)['clients'] == 2, 'it is replaced', 20)
     assert other in children(running) and silent not in children(running)
     nsqd.publish(TOPIC, bodies(50))
@@ -1036,13 +1046,14 @@ def beats_end(systemd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('who', ['daemon', 'worker'])
+@pytest.mark.parametrize('who', ['daemon', 'workers'])
 def test_a_stuck_process_starves_the_watchdog(nsqd, program, systemd, who):
     fill(nsqd, 0)
     program.configure(nsqd, period='0', workers=1 if who == 'daemon' else 2)
     running = program.start('daemon')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'] and systemd.fields('WATCHDOG'), 'it is under way')
-    os.kill(running.pid if who == 'daemon' else children(running)[0], signal.SIGSTOP)
+    for pid in [running.pid] if who == 'daemon' else children(running):
+        os.kill(pid, signal.SIGSTOP)
     beats_end(systemd)
 
 

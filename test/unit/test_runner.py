@@ -27,6 +27,7 @@ from xmsrv import (
     Worker,
     WriteResult,
     readiness_text,
+    render_page,
 )
 
 UP, DOWN, CLOSED, STARTING = xmsrv.BackendState
@@ -799,49 +800,80 @@ def test_a_signal_goes_to_all_and_one_that_does_not_end_is_killed(monkeypatch):
     with_team(monkeypatch, steps, end=False)
 
 
-def test_a_worker_that_is_silent_or_sick_is_not_healthy_and_one_that_is_stuck_is_killed(monkeypatch):
+def test_a_sick_worker_is_not_healthy_nor_are_workers_that_are_all_silent(monkeypatch):
     async def steps(team, processes):
-        loop = asyncio.get_running_loop()
         for process in processes:
             process.say()
-        await asyncio.sleep(0)
-        assert team.is_healthy(loop.time())
+        await asyncio.sleep(0.1)
+        assert team.is_healthy(0)
         processes[0].say(healthy=False)
         await asyncio.sleep(0.1)
-        assert not team.is_healthy(loop.time())
+        assert not team.is_healthy(0)
         processes[0].say()
         await asyncio.sleep(4)
-        assert team.is_healthy(loop.time())
+        assert team.is_healthy(0)
         processes[1].say()
         await asyncio.sleep(2)
-        assert not team.is_healthy(loop.time())
-        assert [process.signals for process in processes] == [[], []]
-        for _ in range(9):      # nobody has to ask how it is
-            processes[1].say()
-            await asyncio.sleep(3)
-        assert [process.signals for process in processes] == [['kill'], [], []]
-        assert team.is_healthy(loop.time())
+        assert team.is_healthy(0)       # the other makes progress
+        processes[1].say(healthy=False)
+        await asyncio.sleep(0.1)
+        assert not team.is_healthy(0)
+        await asyncio.sleep(6)
+        assert not team.is_healthy(0)
+        assert set(team.backend_states.values()) == {STARTING}
     with_team(monkeypatch, steps)
 
 
-def test_a_silent_worker_is_named_by_all_that_say_what_is_up_until_it_speaks_again(monkeypatch, lines):
+def test_a_worker_that_is_stuck_is_killed(monkeypatch):
     async def steps(team, processes):
-        text = f'worker 1 (pid {processes[0].pid}) is not responding'
+        for _ in range(11):      # nobody has to ask how it is
+            processes[1].say()
+            await asyncio.sleep(3)
+        assert [process.signals for process in processes] == [['kill'], [], []]
+        assert team.failure_text == ''
+    with_team(monkeypatch, steps)
+
+
+def test_a_silent_worker_is_named_by_all_and_takes_nothing_down_while_another_works(monkeypatch, daemon, lines):
+    async def steps(team, processes):
+        daemon.runner = team
+        text, well = f'worker 1 (pid {processes[0].pid}) is not responding', 'queue: up\nstore: up\ndead letters: up\n'
         metrics = Metrics()
         metrics.record_backends(dict.fromkeys(xmsrv.BACKENDS, UP))
+        metrics.increment('xmsrv_received_total', 7)
+        metrics.set_gauge('xmsrv_connections', 1, 'up')
+        told = {'figures': metrics.take_snapshot(), 'connections': {'a:4150': (1, 2, '')}}
+
+        def figures():
+            total = xmsrv.merge_metrics(team.current_metrics())
+            return [total.value_of(*key) for key in (('xmsrv_queue_up',), ('xmsrv_connections', 'up'),
+                                                     ('xmsrv_received_total',))]
         for _ in range(2):
-            processes[0].say(figures=metrics.take_snapshot())
+            processes[0].say(**told)
             for _ in range(3):
-                processes[1].say(figures=metrics.take_snapshot())
+                processes[1].say(**told)
                 await asyncio.sleep(3)
-            assert team.backend_states == {'queue': DOWN, 'store': UP, 'dead letters': UP}
-            assert team.backend_failures == {'queue': text} and text in team.failure_text
-            assert xmsrv.merge_metrics(team.current_metrics()).value_of('xmsrv_queue_up') == 0
-        processes[0].say(figures=metrics.take_snapshot())
+            assert (daemon.is_ready, daemon.is_healthy(), daemon.status_line) == (True, True, text)
+            assert readiness_text(daemon) == f'{well}{text}\n'
+            assert f'<p id="status" class="up">{text}</p>' in render_page(daemon).decode()
+            assert (figures(), team.connections) == ([1, 1, 14], {'a:4150': (1, 2, '')})
+        processes[0].say(**told)
         await asyncio.sleep(0.1)
-        assert (team.failure_text, set(team.backend_states.values())) == ('', {UP})
-        assert xmsrv.merge_metrics(team.current_metrics()).value_of('xmsrv_queue_up') == 1
-        assert lines().count(text) == 2
+        assert (daemon.failure_text, readiness_text(daemon)) == ('', well)
+        assert (figures(), team.connections) == ([1, 2, 14], {'a:4150': (2, 4, '')})
+        assert lines() == [text] * 2
+    with_team(monkeypatch, steps)
+
+
+def test_a_silent_worker_no_longer_says_that_an_end_is_down(monkeypatch):
+    """That was how it was; the other says how it is."""
+    async def steps(team, processes):
+        processes[0].say(failures={'store': 'gone'}, backends={**dict.fromkeys(xmsrv.BACKENDS, 'up'), 'store': 'down'})
+        for _ in range(3):
+            processes[1].say()
+            await asyncio.sleep(2)
+        assert set(team.backend_states.values()) == {UP}
+        assert team.failure_text == f'worker 1 (pid {processes[0].pid}) is not responding'
     with_team(monkeypatch, steps)
 
 
@@ -851,9 +883,10 @@ def test_a_worker_that_is_killed_is_said_once(monkeypatch, lines):
         for _ in range(30):
             processes[1].say()
             await asyncio.sleep(1.5)
-        assert processes[0].signals == ['kill'] and not team.is_healthy(0)
-        assert [line for line in lines() if 'killed' in line] == [
-            f'worker 1 (pid {processes[0].pid}) has been silent for 30 s: killed']
+        assert processes[0].signals == ['kill']
+        who = f'worker 1 (pid {processes[0].pid})'
+        assert lines() == [f'{who} is not responding', f'{who} has been silent for 30 s: killed']
+        assert team.failure_text == lines()[0]
     with_team(monkeypatch, steps)
 
 
