@@ -7205,11 +7205,11 @@ class WorkerStatus(NamedTuple):
 
 
 class WorkerHandle:
-    """The parent's view of a worker process. last_grant: number of the last grant sent; see on_status().
-    silence: seconds without a status line, see Supervisor.watch_workers()."""
+    """The parent's view of a worker process. last_grant: number of the last grant sent; see on_status(). share: the
+    messages that this grant allows. silence: seconds without a status line, see Supervisor.watch_workers()."""
 
     def __init__(self, index: int) -> None:
-        self.index, self.state, self.last_grant = index, WorkerState.STARTING, 0
+        self.index, self.state, self.last_grant, self.share = index, WorkerState.STARTING, 0, 0
         self.process: Any = None   # its Process, from its first start on
         self.status, self.silence, self.failed_starts = WorkerStatus(), 0.0, 0
 
@@ -7363,42 +7363,59 @@ class Supervisor:
             if worker.status.snapshot:
                 counts.merge_snapshot(worker.status.snapshot, gauges=False)
             worker.status = WorkerStatus(snapshot=counts.take_snapshot())
+            self.state_changed.set()
         if has_just_passed(WORKER_KILL_TIME):
             self.kill_worker(worker, f'has been silent for {worker.silence:g} s')
 
     # -- its periods
 
     async def grant_periods(self) -> None:
-        """Grants each idle worker its share in every period. A worker that has just started waits for the next
-        period; unless endless, none begins while a worker is BUSY."""
+        """Grants max-messages in every period, to the workers that are idle when it begins: a share to each, or all to
+        the first one that is up. One that becomes idle later waits for the next period."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.schedule.seconds_to_start(loop.time()))
-            while (not self.workers_in_state(WorkerState.IDLE) or not self.endless
-                   and self.workers_in_state(WorkerState.BUSY)):
+            while not (idle := self.workers_to_grant()):
                 self.state_changed.clear()
                 await self.state_changed.wait()
             if not self.keeps_lock():   # all workers are told to end, so none becomes idle
                 continue
             self.schedule.start_period(loop.time())
-            for worker, share in zip(self.workers, self.split_limit(), strict=True):
-                if worker.state is WorkerState.IDLE and (share or not self.config.nsq.max_messages):
-                    worker.state, worker.last_grant = WorkerState.BUSY, worker.last_grant + 1
+            for worker, share in zip(idle, self.split_limit(len(idle)), strict=True):
+                if share or not self.config.nsq.max_messages:
+                    worker.state, worker.last_grant, worker.share = WorkerState.BUSY, worker.last_grant + 1, share
                     worker.send_line(grant=share, number=worker.last_grant)
 
     def workers_in_state(self, state: WorkerState) -> list[WorkerHandle]:
         """The workers in a state."""
         return [worker for worker in self.workers if worker.state is state]
 
-    def split_limit(self) -> list[int]:
-        """The share of each worker in max-messages; the remainder rotates from period to period.
+    def workers_to_grant(self) -> list[WorkerHandle]:
+        """The idle workers, if a period may begin now. Unless endless, it has to wait for those that are BUSY and
+        respond, and while silent ones have all of max-messages."""
+        waits = not self.endless and any(not worker.is_silent for worker in self.workers_in_state(WorkerState.BUSY))
+        if waits or self.config.nsq.max_messages and not self.free_limit:
+            return []
+        return [worker for worker in self.workers_in_state(WorkerState.IDLE) if not worker.is_silent]
+
+    @property
+    def free_limit(self) -> int:
+        """max-messages without the shares of silent workers, which may still take them.
+
+        Example: max-messages is 10. A worker of 3 falls silent with its share of 4. Until it responds or is killed, the
+        others get 6 a period: it may go on in any of these, and take 4.
+        """
+        return self.config.nsq.max_messages - sum(worker.share for worker in self.workers_in_state(WorkerState.BUSY))
+
+    def split_limit(self, number: int) -> list[int]:
+        """The shares of so many workers; the remainder rotates from period to period.
 
         Example: max-messages is 10, for 3 workers: 3, 3, 4 in the first period, then 3, 4, 3, then 4, 3, 3. The sum is
         10 in every period, and no worker is always the one with most to do.
         """
-        share, extra = divmod(self.config.nsq.max_messages, len(self.workers))
+        share, extra = divmod(self.free_limit, number)
         self.rotation += 1
-        return [share + ((index + self.rotation) % len(self.workers) < extra) for index in range(len(self.workers))]
+        return [share + ((index + self.rotation) % number < extra) for index in range(number)]
 
     # -- its end
 

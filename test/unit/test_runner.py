@@ -678,15 +678,85 @@ def test_workers_get_the_configuration_that_holds_and_shares_of_n(monkeypatch):
     with_team(monkeypatch, steps)
 
 
+def test_the_workers_that_are_up_share_all_of_n_and_others_wait_for_the_next_period(monkeypatch):
+    async def steps(team, processes):
+        processes[1].say()
+        await asyncio.sleep(0.1)
+        for seen, process in enumerate(processes):
+            process.say(seen=seen)
+        await asyncio.sleep(0.1)
+        assert [process.grants() for process in processes] == [[], [(5, 1)], []]
+        for _ in range(3):
+            for seen, process in enumerate(processes[:2]):
+                process.say(seen=seen)
+            processes[2].say(state='starting')      # its queue and store are opened anew
+            await asyncio.sleep(3)
+        processes[0].say()
+        await asyncio.sleep(1)
+        assert [process.grants() for process in processes] == [[(3, 1)], [(5, 1), (2, 2)], []]
+    with_team(monkeypatch, steps, workers=3)
+
+
+def test_workers_go_on_with_what_a_silent_one_may_not_take(monkeypatch):
+    """Its share is its own until it responds or has ended: never more than n in a period."""
+    monkeypatch.setattr(xmsrv, 'WORKER_KILL_TIME', 35.0)   # in the fourth period
+
+    async def steps(team, processes):
+        async def pass_period(*speakers, **said):
+            for _ in range(4):
+                for process in speakers:
+                    process.say(seen=len(process.grants()), **said)
+                await asyncio.sleep(2.5)
+
+        def granted():
+            return [[number for number, _ in process.grants()] for process in processes]
+        for process in processes[:3]:
+            process.say()
+        await asyncio.sleep(0.1)
+        assert granted() == [[2], [1], [2]]
+        await pass_period(*processes[1:])               # the first falls silent with its grant: 3 are left
+        assert granted() == [[2], [1, 2], [2, 1]]
+        await pass_period(processes[2])                 # and the second one, with 2
+        assert granted() == [[2], [1, 2], [2, 1, 1]]
+        await pass_period(*processes[1:])               # the second responds again, with its window over
+        assert granted()[1:3] == [[1, 2, 2], [2, 1, 1, 1]]
+        await pass_period(*processes[1:])               # the first has been killed: all are free again
+        assert processes[0].signals == ['kill']
+        assert [sum(each[-1] for each in granted()[1:3]), len(processes)] == [5, 4]
+    with_team(monkeypatch, steps, workers=3)
+
+
+def test_a_silent_idle_worker_gets_no_grant_and_no_period_begins_where_silent_ones_have_all_of_n(monkeypatch):
+    async def steps(team, processes):
+        processes[0].say()
+        await asyncio.sleep(0.1)
+        assert processes[0].grants() == [(5, 1)]
+        for _ in range(8):
+            processes[1].say()
+            await asyncio.sleep(3)
+        assert processes[1].grants() == [] and not team.workers[1].is_silent
+        processes[0].say(seen=1)
+        await asyncio.sleep(0.1)
+        assert [process.grants() for process in processes] == [[(5, 1), (3, 2)], [(2, 1)]]
+        for process in processes:
+            process.say(seen=len(process.grants()))
+        for _ in range(4):                              # the second one falls silent, without a grant
+            processes[0].say(seen=2)
+            await asyncio.sleep(2.5)
+        assert [process.grants() for process in processes] == [[(5, 1), (3, 2), (5, 3)], [(2, 1)]]
+    with_team(monkeypatch, steps)
+
+
 def test_workers_without_the_lock_are_told_to_end_and_get_no_grant(monkeypatch):
     async def steps(team, processes):
         for process in processes:
             process.say()
         await asyncio.sleep(0.1)
         team.keeps_lock = lambda: bool(team.end_after_window())
-        for process in processes:
-            process.say(seen=1)
-        await asyncio.sleep(12)
+        for _ in range(4):
+            for process in processes:
+                process.say(seen=1)
+            await asyncio.sleep(3)
         assert [len(process.grants()) for process in processes] == [1, 1]
         assert [process.lines[-1] for process in processes] == [{'leave': True}] * 2
         for process in processes:
@@ -1064,9 +1134,10 @@ def test_with_a_window_without_end_each_worker_has_a_grant_of_its_own(monkeypatc
         one.say()
         await asyncio.sleep(0.1)
         assert (one.grants(), two.grants()) == ([(0, 1)], [])
-        one.say(seen=1, state='busy')
-        two.say()
-        await asyncio.sleep(11)
+        for _ in range(4):
+            one.say(seen=1, state='busy')
+            two.say()
+            await asyncio.sleep(3)
         assert two.grants() == [(0, 1)]     # it does not wait for the first
     with_team(monkeypatch, steps, n=0, period='0')
 
