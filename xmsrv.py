@@ -1792,7 +1792,7 @@ class FaultKind(enum.Enum):
 class Fault(NamedTuple):
     """A fault of the configuration: its place, the value, the rule that it breaks, and its FaultKind. variable: the
     variable of the environment that brought the value; none for the file and --set. line: where it is the line that
-    can't be read."""
+    can't be read. meant: section and name that an unknown name is most like."""
 
     section: str
     option: str
@@ -1801,6 +1801,7 @@ class Fault(NamedTuple):
     kind: FaultKind = FaultKind.TEXT
     variable: str = ''
     line: int = 0
+    meant: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         where = f'line {self.line}: ' if self.line else ''
@@ -2045,7 +2046,8 @@ def fault_from_error(raw: Sections, error: vol.Invalid) -> Fault:
     if error.msg == 'extra keys not allowed':
         name, what = (f'{"[" * len(error.path)}{option}{"]" * len(error.path)}', 'section') if is_section else (
             option, 'option')
-        return Fault(section, name, None if is_section else value, f'no such {what}{nearest_name(section, option)}')
+        hint, meant = nearest_name(section, option)
+        return Fault(section, name, None if is_section else value, f'no such {what}{hint}', meant=meant)
     if error.msg == 'expected a dictionary':
         return Fault(section, option, value, 'a section, not an option')
     if is_section:
@@ -2053,14 +2055,16 @@ def fault_from_error(raw: Sections, error: vol.Invalid) -> Fault:
     return Fault(section, option, value, error.msg)
 
 
-def nearest_name(section: str, option: str) -> str:
-    """A hint: the section that has this `option`, or else the most similar known name, or nothing."""
+def nearest_name(section: str, option: str) -> tuple[str, tuple[str, str] | None]:
+    """A hint, and the section and name that are meant: where this `option` belongs, or else the most similar known
+    name; or nothing."""
     elsewhere = [known.section for known in OPTIONS if known.name == option]
     if elsewhere:
-        return f'; it belongs to [{elsewhere[0]}]' if elsewhere[0] else '; it belongs to the top, before any section'
+        where = f'[{elsewhere[0]}]' if elsewhere[0] else 'the top, before any section'
+        return f'; it belongs to {where}', (elsewhere[0], option)
     names = {known.name for known in OPTIONS if known.section == section}
     close = difflib.get_close_matches(option, names.union(known.section.split('.')[-1] for known in OPTIONS), 1)
-    return f'; did you mean {close[0]}?' if close else ''
+    return (f'; did you mean {close[0]}?', (section, close[0])) if close else ('', None)
 
 
 def to_namespace(sections: Sections) -> types.SimpleNamespace:
@@ -2271,7 +2275,7 @@ def auth_faults(options: types.SimpleNamespace) -> Iterator[Fault]:
     yield from faults_where(
         'aerospike',
         (named, 'auth-mode', mode, 'the certificate names the user: neither user nor password-file'),
-        (not named and bool(user) != bool(password), 'user', user or '', 'user and password-file go together'),
+        (mode == 'internal' and bool(user) != bool(password), 'user', user or '', 'user and password-file go together'),
         (mode == 'pki' and not (tls and tls.cert_file), 'auth-mode', mode,
          'it needs the client certificate: cert-file in [[tls]]'),
         (mode == 'external' and not (user and password), 'auth-mode', mode, 'it needs user and password-file'),
@@ -2430,9 +2434,6 @@ def build_config(raw: Sections) -> tuple[types.SimpleNamespace, list[Fault], lis
     `config` has a value for each option, the derived ones filled in; with faults it is fit for no run.
     """
     sections, faults = validate_sections(copy.deepcopy(raw))
-    at_fault = {(fault.section, fault.option) for fault in faults}
-    if ('nsq', 'lookupd-http-address') in at_fault:
-        at_fault.add(('nsq', 'nsqd-tcp-address'))   # cross_faults() names only this one
     config = to_namespace(sections)
     config.nsq.tls = getattr(config.nsq, 'tls', None)
     config.aerospike.tls = getattr(config.aerospike, 'tls', None)
@@ -2440,11 +2441,44 @@ def build_config(raw: Sections) -> tuple[types.SimpleNamespace, list[Fault], lis
     config.record.bins = getattr(config.record, 'bins', {})
     config.record.delete = getattr(config.record, 'delete', None)
     derive_options(config)
-    # Example: `nsqd-tcp-address = x` is no address, so validation has removed it. "either this or lookupd-http-address"
-    # would be a second fault for the same line: it is left out. So is each fault inside a section that is no section.
+    keep_faulty_fields(config.message.fields, faults)
+    undecided = undecided_options(faults)
     faults += [fault for fault in cross_faults(config)
-               if not at_fault & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
+               if not undecided & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
     return config, faults, list(cross_warnings(config))
+
+
+# (section, option): those that cross_faults() would blame, too, as validation has removed the faulty value.
+BLAMED_WITH = {
+    ('', 'store'): (('', 'aerospike'),),
+    ('nsq', 'lookupd-http-address'): (('nsq', 'nsqd-tcp-address'),),
+    ('nsq.tls', 'cert-file'): (('nsq.tls', 'key-file'),),
+    ('message', 'fields'): (('message', 'unknown-fields'),),
+    ('aerospike', 'user'): (('aerospike', 'auth-mode'),),
+    ('aerospike', 'password-file'): (('aerospike', 'user'), ('aerospike', 'auth-mode')),
+    ('aerospike', 'tls'): (('aerospike', 'auth-mode'),),
+    ('aerospike.tls', 'cert-file'): (('aerospike.tls', 'key-file'), ('aerospike', 'auth-mode')),
+    ('dead-letter', 'file'): (('dead-letter', 'topic'),),
+    ('dead-letter', 'discard'): (('dead-letter', 'topic'),),
+}
+
+
+def undecided_options(faults: Iterable[Fault]) -> set[tuple[str, str]]:
+    """The options, as (section, name), of which cross_faults() can't judge because of these faults: one fault is one
+    line. With a section they are all that is in it.
+
+    Example: `nsqd-tcp-address = x` is no address, so validation has removed it. "either this or lookupd-http-address"
+    would be a second line for the same fault; so it would be for `nsqd-tcp-adress = queue1:4150`.
+    """
+    at_fault = {place for fault in faults for place in ((fault.section, fault.option), fault.meant) if place}
+    return at_fault.union(*(BLAMED_WITH.get(place, ()) for place in at_fault))
+
+
+def keep_faulty_fields(fields: dict[Path, FieldRule], faults: Iterable[Fault]) -> None:
+    """Puts the fields whose rules are faulty into [[fields]], as of any type: [record] knows them all the same."""
+    for fault in faults:
+        if fault.section == 'message.fields' and is_accepted_by(Path.parse, fault.option):
+            fields[Path.parse(fault.option)] = parse_field('any')
 
 
 def derive_options(config: types.SimpleNamespace) -> None:

@@ -98,7 +98,6 @@ def test_all_faults_are_reported_at_once(faults):
         'nonsense = 1: no such option',
         '[elsewhere]: no such section',
         '[nsq] topik = orders: no such option; did you mean topic?',
-        '[nsq] topic: missing; name the topic to read',
         '[nsq] nsqd-tcp-address: either this or lookupd-http-address: one of them is needed',
         '[nsq] channel = my channel: not a name for NSQ: letters, digits, . _ - and at the end perhaps #ephemeral',
         '[nsq] max-in-flight = 0: at least 1',
@@ -107,6 +106,35 @@ def test_all_faults_are_reported_at_once(faults):
         '[record] write = update: bins cannot be merged in order; it needs key = $id',
         '[record] [[bins]] field = a_bin_of_over_15_bytes: 22 bytes; a bin name has 15 at most',
     ])
+
+
+EXTERNAL = CLUSTER.replace('[nsq]', '[nsq]\n', 1) + (
+    f'auth-mode = external\nuser = u\npassword-file = {__file__}\n[[tls]]\nca-file = {AUTHORITIES}\n')
+
+
+@pytest.mark.parametrize('text', [
+    TOP + '[nsq]\nnsqd-tcp-address = nowhere\ntopic = orders\n',
+    TOP + '[nsq]\nnsqd-tcp-adress = 127.0.0.1:4150\ntopic = orders\n',
+    TOP + '[nsq]\nlookupd-http-address = nowhere\ntopic = orders\n',
+    TOP + 'topic = orders\n[nsq]\nnsqd-tcp-address = 127.0.0.1:4150\n',
+    VALID.replace('[nsq]', '[nqs]'),
+    VALID.replace('sqlite', 'sqllite'),
+    CLUSTER.replace('[aerospike]', '[aerospik]'),
+    VALID + '[[tls]]\ncert-file = relative\nkey-file = /k\n',
+    VALID + '[dead-letter]\ntopic =\nfile = relative\n',
+    VALID + '[dead-letter]\ntopic =\ndiscard = perhaps\n',
+    VALID + '[message]\nunknown-fields = drop\nfields = 1\n',
+    CLOSED.replace('integer', 'intger') + '[record]\nkey = id\n[[bins]]\nid = number\n',
+    CLOSED.replace('[[fields]]', '[[feilds]]'),
+    EXTERNAL.replace('user = u\n', ''),
+    EXTERNAL.replace('user = u\n', 'user = a, b\n'),
+    EXTERNAL.replace(f'= {__file__}', '= relative'),
+    CLUSTER + 'user = u\npassword-file = relative\n',
+    EXTERNAL.replace('[[tls]]', '[[tsl]]'),
+])
+def test_one_fault_is_one_line(faults, text):
+    """Also where another option waits for the value that is wrong."""
+    assert len(faults(text)) == 1
 
 
 @pytest.mark.parametrize('text, fault', [
