@@ -3716,8 +3716,15 @@ class Subscription(Connection):
         log.debug('nsqd %s: connected, version %s, RDY at most %d, msg-timeout %g s', self, self.info.get('version'),
                   self.max_rdy, self.msg_timeout)
 
+    async def read_frames(self) -> bytes:
+        """Reads on, slowly while bodies in flight exceed max-held twice: messages are large, and nsqd has not received
+        yet the RDY that says so. Reading never stops: nsqd closes a connection that it can't write to."""
+        if self.consumer.in_flight_bytes.is_flooded and not self.close_wait:
+            await asyncio.sleep(RDY_TRANSIT)
+        return await super().read_frames()
+
     def deliver(self, messages: list[Message]) -> None:
-        """Passes messages to the consumer. Reading never stops: nsqd closes a connection that it can't write to."""
+        """Passes messages to the consumer."""
         self.rdy_since = self.last_read
         self.rdy_overhang = max(0, self.rdy_overhang - len(messages))
         self.consumer.on_messages(self, messages)
@@ -5559,6 +5566,15 @@ class InFlightBytes:
         self.expected_size = max(int(self.expected_size * 0.95 ** len(sizes)), 1, *sizes)
 
     @property
+    def is_flooded(self) -> bool:
+        """True when it is over twice the limit.
+
+        Example: RDY is 500, for none has come yet. The first message has 1 MiB, so RDY falls to 31; until nsqd receives
+        that, it may send 500 MiB. They stay in nsqd and in the sockets.
+        """
+        return self.total > 2 * self.limit
+
+    @property
     def free_slots(self) -> int:
         """The number of messages that may still arrive below the limit; at least 1, as one can exceed all of it."""
         return max(1, (self.limit - self.total) // self.expected_size)
@@ -7248,7 +7264,12 @@ class WorkerHandle:
         self.status, self.silence, self.failed_starts = WorkerStatus(), 0.0, 0
 
     def __str__(self) -> str:
-        return f'worker {self.index + 1} (pid {self.process.pid if self.process else "none"})'
+        return f'worker {self.index + 1} (pid {self.pid})'
+
+    @property
+    def pid(self) -> int | str:
+        """Its process id; "none" where its process could not be started."""
+        return self.process.pid if self.process else 'none'
 
     @property
     def is_silent(self) -> bool:
@@ -7307,7 +7328,8 @@ class Supervisor:
             worker.failed_starts = 0 if loop.time() - begun > WORKER_STABLE_TIME else worker.failed_starts + 1
             if not worker.failed_starts:
                 backoff.reset_delay()
-            log.error('%s ended: %s', worker, fate, extra={'kind': f'worker {worker.index + 1} ended'})
+            log.error('worker %d (pid %s) ended: %s', worker.index + 1, worker.pid, fate,
+                      extra={'kind': f'worker {worker.index + 1} ended'})
             if all(each.failed_starts >= MAX_FAILED_STARTS for each in self.workers):
                 log.critical('every worker keeps failing to start')
                 self.exit_status = os.EX_SOFTWARE
@@ -7392,7 +7414,8 @@ class Supervisor:
         def has_just_passed(limit: float) -> bool:
             return worker.silence - WORKER_STATUS_INTERVAL < limit <= worker.silence
         if has_just_passed(WORKER_SILENCE):
-            log.error('%s is not responding', worker, extra={'kind': f'worker {worker.index + 1}: not responding'})
+            log.error('worker %d (pid %s) is not responding', worker.index + 1, worker.pid,
+                      extra={'kind': f'worker {worker.index + 1}: not responding'})
             counts = MetricTotals()
             if worker.status.snapshot:
                 counts.merge_snapshot(worker.status.snapshot, gauges=False)

@@ -308,6 +308,8 @@ MUTANTS = (
     Mutant('what is set aside leaks into the next window', '            message.set_aside = False\n', '            pass\n'),
     Mutant('the RDY of what is set aside leaks into the next window', '            connection.set_aside = 0\n', ''),
     Mutant('a redelivery keeps its number of deliveries', '        first.attempts = second.attempts\n', ''),
+    Mutant('what comes by an old RDY is read at full speed', 'return self.total > 2 * self.limit', 'return False'),
+    Mutant('a flood is not read at all', '            await asyncio.sleep(RDY_TRANSIT)\n        return await super()', '            await asyncio.sleep(3600)\n        return await super()'),
     Mutant('max-held is not looked at', 'if credit <= 0 or volume.total >= volume.limit:', 'if credit <= 0:'),
     Mutant('no room for one message', 'return max(1, (self.limit - self.total)', 'return max(0, (self.limit - self.total)'),
     Mutant('held bytes only grow', '        self.in_flight_bytes.total -= sum([len(message.body) for message in messages])\n        self.late', '        self.late'),

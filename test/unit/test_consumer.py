@@ -10,6 +10,7 @@ import clock
 import fakes
 import xmsrv
 from xmsrv import (
+    HEARTBEAT_INTERVAL,
     RDY_TRANSIT,
     BackgroundTasks,
     ConnectionOptions,
@@ -433,6 +434,28 @@ def test_a_heartbeat_is_answered_between_messages_and_while_no_window_takes_any(
         assert [message.id for message in consumer.in_flight.values()] == [b'%016d' % 1]
         reading.cancel()
     with_consumer(steps)
+
+
+def test_an_nsqd_that_has_not_received_rdy_0_yet_fills_no_memory():
+    """From twice max-held on it is read slowly, its heartbeat behind the messages in time; with room again at once."""
+    async def steps(consumer, window, connection):
+        reading = asyncio.ensure_future(connection.read_messages())
+        for n in range(100):
+            connection.stream.feed(fakes.message_frame(b'%016d' % n, b'x' * 102400))
+        connection.stream.feed(fakes.frame(nsq.FRAME_TYPE_RESPONSE, b'_heartbeat_'))
+        await asyncio.sleep(10 * RDY_TRANSIT)
+        assert 20 < len(window.accepted) < 35 and taken(connection)[-1] == 'RDY 0'
+        await asyncio.sleep(HEARTBEAT_INTERVAL)
+        assert len(window.accepted) == 100 and taken(connection) == ['NOP']
+        consumer.finish(window.accepted[:])
+        await asyncio.sleep(RDY_TRANSIT)
+        for n in range(100, 115):
+            connection.stream.feed(fakes.message_frame(b'%016d' % n, b'x' * 102400))
+        await asyncio.sleep(0)
+        await asyncio.sleep(RDY_TRANSIT / 10)
+        assert len(window.accepted) == 115
+        reading.cancel()
+    with_consumer(steps, credit=1000, **{'max-held': '1MiB'})
 
 
 def test_a_silent_nsqd_is_given_up_after_two_heartbeats_and_a_second():
