@@ -8018,7 +8018,7 @@ def serve_http(daemon: 'Daemon', address: Address, sockets: list[socket.socket])
     from tornado import httpserver, web
 
     class Handler(web.RequestHandler):
-        """GET /metrics, /healthz, /readyz, /."""
+        """GET or HEAD of /metrics, /healthz, /readyz, /."""
 
         def get(self) -> None:
             """Answers with the current state."""
@@ -8028,6 +8028,8 @@ def serve_http(daemon: 'Daemon', address: Address, sockets: list[socket.socket])
             self.set_header('Content-Type', f'{kind}; charset=utf-8')
             self.set_status(200 if good else 503)
             self.finish(text)
+
+        head = get   # tornado leaves out the body
 
     answers: dict[str, Callable[[], tuple[str, bool, str | bytes]]] = {   # (type, whether all is well, body)
         '/metrics': lambda: ('text/plain; version=0.0.4', True,

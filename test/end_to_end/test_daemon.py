@@ -1382,6 +1382,33 @@ def test_a_request_that_is_too_large_is_refused(site, request_):
     stopped(running)
 
 
+def exchange(port, method, path):
+    """(first line, headers, body) of the answer to a request, read until its connection is closed."""
+    connection, = connect(port)
+    with connection, connection.makefile('rb') as answer:
+        connection.sendall(f'{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'.encode())
+        head, _, body = answer.read().partition(b'\r\n\r\n')
+    line, *headers = head.decode().split('\r\n')
+    return line, dict(header.split(': ', 1) for header in headers), body
+
+
+@pytest.mark.parametrize('path', ['/healthz', '/readyz', '/metrics', '/', '/nonexistent'])
+def test_head_is_answered_as_get_without_the_body(nsqd, program, site, path):
+    """Also where the answer is that a backend is down. The time, and the figures, are others in the next answer."""
+    running, port = site
+    for up in (True, False):
+        if not up:
+            nsqd.kill()
+            wait_until(lambda: get(port, '/readyz')[0] == 503, 'the outage is noticed')
+        line, headers, body = exchange(port, 'GET', path)
+        head_line, head_headers, nothing = exchange(port, 'HEAD', path)
+        changing = {'Date', 'Etag'} | ({'Content-Length'} if path in ('/metrics', '/') else set())
+        assert (head_line, nothing) == (line, b'') and body
+        assert head_headers.keys() == headers.keys() and int(head_headers['Content-Length']) > 0
+        assert all(head_headers[name] == value for name, value in headers.items() if name not in changing)
+    stopped(running)
+
+
 @pytest.mark.parametrize('sent', [b'', HEAD, HEAD + b'Content-Length: 9\r\n\r\nxxx', HEAD + b'\r\n'],
                          ids=['nothing', 'a part of the head', 'a part of the body', 'a request, and no other'])
 def test_a_connection_that_is_idle_is_closed(nsqd, program, changed, sent):
