@@ -8409,45 +8409,61 @@ class Daemon:
 # ---------------------------------------------------------------------------------------------------------------------
 
 async def check_connections(config: types.SimpleNamespace, filename: str) -> int:
-    """Connects to the queue and the store, describes both, and logs the problems. Returns the exit status. filename: of
-    the configuration."""
-    paths = [f'{filename}: {fault}' for fault in unwritable_paths(config)]
-    problems = [*paths, *check_store(config), *await check_nsqds(config)]
+    """Connects to the store and the queue, and reports each as soon as it is known. Returns the exit status. filename:
+    of the configuration."""
+    print(f'{filename}: valid', flush=True)
+    results = [report_end('', [f'{filename}: {fault}' for fault in unwritable_paths(config)]),
+               report_end(*check_store(config)),
+               *[report_end(*result) for result in await check_nsqds(config)]]
+    if not all(results):
+        return os.EX_UNAVAILABLE
+    print_no_fault(filename)
+    return os.EX_OK
+
+
+def report_end(description: str, problems: Sequence[str]) -> bool:
+    """Prints the description of an end, which may be empty, and then logs its problems. Returns True without any."""
+    if description:
+        print(escape_controls(description), flush=True)   # before the problems, which go to stderr
     for problem in problems:
         log.error('%s', problem)
-    return os.EX_UNAVAILABLE if problems else os.EX_OK
+    return not problems
 
 
-def check_store(config: types.SimpleNamespace) -> list[str]:
-    """Opens the store and prints what it holds. Returns the problems."""
+def print_no_fault(filename: str) -> None:
+    """Says that `check` found no fault, in the configuration of that file or, with --connect, in what it needs."""
+    print(f'{filename}: no fault found', flush=True)
+
+
+def check_store(config: types.SimpleNamespace) -> tuple[str, list[str]]:
+    """Opens the store. Returns the description of what it holds, empty where it fails, and the problems."""
     store = STORES[config.store](config)
     try:
         store.open()
-        line, faults = store.describe_contents()
-        print(escape_controls(line))
+        found = store.describe_contents()
         store.close()
     except StoreError as error:
-        return [str(error)]
-    return faults
+        return '', [str(error)]
+    return found
 
 
-async def check_nsqds(config: types.SimpleNamespace) -> list[str]:
-    """Connects to each nsqd and prints its description. Returns the problems."""
+async def check_nsqds(config: types.SimpleNamespace) -> list[tuple[str, list[str]]]:
+    """Connects to each nsqd. Returns the description of each, empty where it fails, and the problems."""
     try:
         nsqds = await find_nsqds(config, config.nsq.topic)
     except Unavailable as error:
-        return [str(error)]
+        return [('', [str(error)])]
     described = await asyncio.gather(*(describe_nsqd(config, address, http_port)
                                        for address, http_port in nsqds.items()), return_exceptions=True)
-    problems = []
+    results = list[tuple[str, list[str]]]()
     for address, found in zip(nsqds, described, strict=True):
         if isinstance(found, UNREACHABLE):
-            problems.append(f'nsqd {format_address(address)}: {describe_error(found)}')
+            results.append(('', [f'nsqd {format_address(address)}: {describe_error(found)}']))
         elif isinstance(found, BaseException):
             raise found
         else:
-            print(escape_controls(found))
-    return problems
+            results.append((found, []))
+    return results
 
 
 def unwritable_paths(config: types.SimpleNamespace) -> Iterator[Fault]:
@@ -8788,8 +8804,10 @@ def command_check(arguments: argparse.Namespace) -> int:
     if arguments.message is not None:
         check_message(config, read_message(arguments.message))
         return os.EX_OK
-    print(f'{arguments.config}: no fault found', flush=True)
-    return asyncio.run(check_connections(config, arguments.config)) if arguments.connect else os.EX_OK
+    if arguments.connect:
+        return asyncio.run(check_connections(config, arguments.config))
+    print_no_fault(arguments.config)
+    return os.EX_OK
 
 
 def read_message(filename: str) -> bytes:

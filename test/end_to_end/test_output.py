@@ -585,6 +585,47 @@ def test_check_reports_each_end_that_is_down(nsqds, program, workdir):
     assert f'error: nsqd {down.tcp}: ' in ran.stderr and 'records.sqlite' in ran.stderr
 
 
+def check_in_order(program):
+    """(status, lines) of check --connect: both streams, as a terminal shows them."""
+    process = program.popen('check', '--connect', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    told = process.communicate(timeout=30)[0]
+    return process.returncode, told.splitlines()
+
+
+def test_check_says_that_there_is_no_fault_once_each_end_has_answered(nsqds, program):
+    """What was checked, each end with its result, and the verdict last."""
+    pair = nsqds(2)
+    program.configure(pair)
+    status, lines = check_in_order(program)
+    first, store, *ends, last = lines
+    assert (status, first, last) == (0, f'{program.path}: valid', f'{program.path}: no fault found')
+    assert store.startswith(f'sqlite {program.database}: 0 records')
+    assert [end.partition(': version')[0] for end in ends] == [f'nsqd {nsqd.tcp}' for nsqd in pair]
+
+
+@pytest.mark.parametrize('down', ['nsqd', 'store', 'path'])
+def test_check_finds_no_file_faultless_whose_ends_fail(nsqds, program, workdir, down):
+    """Each end has its line in the order of the others, also where it fails."""
+    first, second = nsqds(2)
+    settings = {}
+    if down == 'nsqd':
+        first.kill()
+    elif down == 'store':
+        program.database.write_text('no database; ' * 10)
+    else:
+        settings = {'state_dir': workdir / 'file' / 'state'}
+        (workdir / 'file').touch()
+    program.configure([first, second], **settings)
+    status, lines = check_in_order(program)
+    expected = [f'{program.path}: valid', f'sqlite {program.database}: ', f'nsqd {first.tcp}: ', f'nsqd {second.tcp}: ']
+    failing = {'store': 1, 'nsqd': 2}.get(down, 1)
+    if down == 'path':
+        expected.insert(1, f'{program.path}: state-dir = ')
+    expected[failing] = 'error: ' + expected[failing]
+    assert status == os.EX_UNAVAILABLE
+    assert [line[:len(start)] for line, start in zip(lines, expected, strict=True)] == expected, lines
+
+
 def test_check_reports_lookupds_that_are_down(nsqlookupd, program):
     """All of them."""
     nsqlookupd.kill()
