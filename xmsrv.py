@@ -8645,12 +8645,27 @@ MAX_MESSAGE = 256 << 20     # bytes that `check --message` reads; nsqd's own lim
 KEPT_MEMORY = 4 << 20       # bytes a thread; a batch of 500 small records needs 1 MiB
 
 
+# Without `worker`, which only the daemon starts.
+COMMAND_HELP = {'once': 'one window, then exit',
+                'daemon': 'a window every period, until told to stop',
+                'check': 'every fault in the configuration at once',
+                'replay': 'run dead letters through again, under their first key',
+                'config': 'print the effective configuration',
+                'completion': 'print what a shell reads to complete the command line'}
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that ends with the status of sysexits(3)."""
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong in a line."""
         self.exit(os.EX_USAGE, f'{self.prog}: {message}; see {self.prog} --help\n')
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Answers an unknown command with those that the help has; argparse would name `worker`, too."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            raise argparse.ArgumentError(action, f'invalid choice: {value!r} (choose from {", ".join(COMMAND_HELP)})')
+        super()._check_value(action, value)
 
 
 HELP_EPILOG = """examples:
@@ -8694,11 +8709,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     made = {}
     add_common_options(commands.add_parser('worker'), after=True)   # no help: only the daemon starts it
-    for name, help in (('once', 'one window, then exit'), ('daemon', 'a window every period, until told to stop'),
-                       ('check', 'every fault in the configuration at once'),
-                       ('replay', 'run dead letters through again, under their first key'),
-                       ('config', 'print the effective configuration'),
-                       ('completion', 'print what a shell reads to complete the command line')):
+    for name, help in COMMAND_HELP.items():
         made[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.')
         add_common_options(made[name], after=True)
     asked = made['check'].add_mutually_exclusive_group()

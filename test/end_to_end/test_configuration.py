@@ -1026,6 +1026,16 @@ def test_wrong_usage_is_said_in_one_line(program, args):
     assert re.fullmatch(r'x-msrv( \w+)?: .*; see x-msrv( \w+)? --help\n', done.stderr)
 
 
+def test_an_unknown_command_is_answered_with_those_of_the_manual(program):
+    """Not with the one that only the daemon starts."""
+    manual = (servers.ROOT / 'man/x-msrv.8').read_text()
+    part = manual.partition('The commands are:')[2].partition('.El')[0]
+    names = re.findall(r'^\.It Cm (\w+)', part, re.MULTILINE)
+    assert program.run('frobnicate\x1b', expect=64).stderr == (
+        "x-msrv: argument COMMAND: invalid choice: 'frobnicate\\x1b' (choose from " + ', '.join(names) +
+        '); see x-msrv --help\n')
+
+
 @pytest.mark.parametrize('args, rule', [
     (('--limit', '0'), '--limit: 0: at least 1'), (('--rate', 'x'), '--rate: x: not a whole number'),
     (('--since', 'x'), '--since: x: not a duration such as')])
