@@ -230,7 +230,8 @@ DEAD = WriteResult('dead')             # durably kept as dead letter, or discard
 #   retry, code        not stored, or perhaps stored: the store does not work now; try again
 #   stop, code         not stored; the window ends
 #   set-full, code     the set of the record takes no new ones; other sets may
-#   unkept, reason     a dead letter that can't be kept: `away`, `refused` or `unknown`
+#   unkept, reason     a dead letter that can't be kept: topic or file, whichever was tried last, is `away`
+#                      (or full), has `refused` it, or it is `unknown` whether it was kept
 #   blamed, None       its write fails while others succeed; it is requeued with a delay
 
 
@@ -286,7 +287,7 @@ def read_at_most(file: typing.BinaryIO, limit: int) -> bytes:
     return data
 
 
-OUTCOMES = ('received', 'stored', 'deleted', 'duplicate', 'stale', 'dead', 'requeued', 'late')
+SUMMARY_COUNTS = ('received', 'stored', 'deleted', 'duplicate', 'stale', 'dead', 'requeued', 'late')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -740,7 +741,7 @@ BUCKET_BOUNDS = {   # upper bounds of the buckets
     'xmsrv_lag_seconds': (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 21600, 86400),
 }
 LABEL_VALUES = {   # label values known beforehand: start at 0
-    'xmsrv_messages_total': [(outcome,) for outcome in OUTCOMES[1:]],
+    'xmsrv_messages_total': [(outcome,) for outcome in SUMMARY_COUNTS[1:]],
     'xmsrv_dead_letters_total': [(reason,) for reason in REASONS],
     'xmsrv_windows_total': [('done',), ('failed',)],
 }
@@ -850,7 +851,7 @@ class Metrics:
         """Adds the counts of a window since the last call. Where nsqd refuses a REQ, count['requeued'] falls by one;
         a counter can't fall, so the next requeue is not counted."""
         count = window.count
-        for outcome in OUTCOMES[1:]:
+        for outcome in SUMMARY_COUNTS[1:]:
             new = count[outcome] - window.exported_counts[outcome]
             # Example: 5 requeues are exported, then nsqd refuses one of them, so count has 4. The next requeue makes it
             # 5 again: nothing is added. The one after it makes 6: 1 is added.
@@ -2633,7 +2634,7 @@ class Message:
     deliveries so far. key: `$id`, the same on each delivery and never the same for two messages (an id is not unique
     between nsqds, nor between topics of one nsqd). record: what Mapper made of it. rejection: why it can never become a
     record. touched_at: loop time at which nsqd last (re)started its msg-timeout; received_at: loop time of its arrival.
-    set_aside: RDY is raised for it. size: bytes that it takes once decoded, at most.
+    set_aside: left in flight until the window ends. size: bytes that it takes once decoded, at most.
     """
 
     __slots__ = ('conn', 'id', 'timestamp', 'attempts', 'body', 'key', 'record', 'rejection', 'touched_at',
@@ -3765,7 +3766,7 @@ class Subscription(Connection):
         return self.rdy_overhang if now - self.lowered_at < RDY_TRANSIT + self.round_trip else 0
 
     async def close(self) -> None:
-        """Sends CLS after all answers and reads until CLOSE_WAIT: closing at once would lose the FINs on their way.
+        """Sends CLS after all answers, awaits CLOSE_WAIT (1 s): closing at once would lose the FINs on their way.
         Messages that arrive meanwhile are requeued, so that msg-timeout need not pass; nsqd accepts REQ after CLS."""
         self.close_wait = asyncio.Event()
         self.send_command(b'CLS\n')
@@ -4012,7 +4013,7 @@ class Store:
 
     def write(self, records: list[Record]) -> list[WriteResult]:
         """Writes the records, each whole or not at all, durably. Returns a WriteResult for each. Raises StoreError when
-        none of them was written."""
+        none of them is known to be written."""
         raise StoreError('no store', retryable=False)
 
     def describe_contents(self) -> tuple[str, list[str]]:
@@ -4249,7 +4250,7 @@ MEANING_BY_CODE = {
     **dict.fromkeys((-2, 4, 12, 21), 'refused'),   # this message is to blame, or a policy for all messages
     0: 'stored', 5: 'duplicate', 13: 'too-big', 27: 'filtered', 160: 'no-geometry',
 }
-FORM_ACCEPTED = ('stored', 'duplicate', 'filtered')   # meanings of answers that only a well-formed write gets
+PROVES_WRITABLE = ('stored', 'duplicate', 'filtered')   # meanings of answers that only a well-formed write gets
 ADVICE_BY_CODE = {8: 'make room', 9: 'see whether the nodes are overloaded or gone',
                   18: 'the disks are too slow for the load',
                   20: 'see namespace in [aerospike]',
@@ -4754,7 +4755,7 @@ class AerospikeStore(Store):
     def resolve_results(self, records: list[Record], writes: list[Any], deadline: float) -> list[WriteResult]:
         """The result of each record of a batch in which not all records were simply stored."""
         meanings = [self.meaning_of(write) for write in writes]
-        self.write_accepted = self.write_accepted or any(meaning in FORM_ACCEPTED and not self.is_removal(write)
+        self.write_accepted = self.write_accepted or any(meaning in PROVES_WRITABLE and not self.is_removal(write)
                                                          for meaning, write in zip(meanings, writes, strict=True))
         if 'stop' in meanings:
             self.find_causes(set(map(code_of, writes)), deadline)
@@ -4805,7 +4806,7 @@ class AerospikeStore(Store):
         if meaning == 'retry' and not self.is_removal(write) and len(write.ops) > WIDE_RECORD:
             text += f'; a record of {len(write.ops)} bins takes the server long: see total-timeout'
         if meaning == 'unknown':
-            log.error('%s; its messages are retried, and requeued when the window ends', text)
+            log.error('%s; its messages are retried', text)
         return WriteResult(meaning if meaning in ('stop', 'busy') else 'retry', code, text)
 
     def mark_full_sets(self, writes: list[Any], results: list[WriteResult], deadline: float) -> None:
@@ -5074,7 +5075,7 @@ class DeadLetterSink:
         return [unkept.get(message, DEAD) for message in messages]
 
     async def publish_batch(self, address: Address, messages: list[Message]) -> dict[Message, WriteResult]:
-        """Publishes dead letters to one nsqd. Returns {message: result} of those it did not accept. After any error
+        """Publishes dead letters to one nsqd. Returns {message: result} of those not confirmed. After any error
         of MPUB but a timeout each half is tried by itself, until the message that nsqd refuses is alone."""
         try:
             publisher = await self.open_publisher(address)
@@ -5093,7 +5094,7 @@ class DeadLetterSink:
         return {}
 
     def unpublished_result(self, message: Message, publisher: Publisher, error: BaseException) -> WriteResult:
-        """Logs that nsqd did not accept a dead letter. Returns its result."""
+        """Logs that a dead letter is not confirmed. Returns its result."""
         refused = isinstance(error, NsqdError)   # else nsqd may have accepted it
         hint = '; a file in [dead-letter] would keep it' if refused and not self.file else ''
         text = f'nsqd {publisher}: {describe_error(error)}'
@@ -5199,9 +5200,9 @@ class BreakerState(enum.Enum):
 class Breaker:
     """The circuit breaker in front of the store or the dead-letter sink.
 
-    Example: the store dies. The batch under way fails: OPEN, for 0.1 s. Then HALF_OPEN: one batch is sent as a probe
-    and fails: OPEN for 0.2 s, 0.4 s, ... 5 s at most. The store is up again: the next probe succeeds: CLOSED, and
-    batches start as before.
+    Example: the store dies. The batch under way fails: OPEN, for at most 0.1 s. Then HALF_OPEN: one batch is sent
+    as a probe and fails: OPEN for at most 0.2 s, 0.4 s, ... 5 s. The store is up again: the next probe succeeds:
+    CLOSED, and batches start as before.
     """
 
     def __init__(self, state: BreakerState = BreakerState.CLOSED) -> None:
@@ -5352,7 +5353,7 @@ class Batcher:
         self.start_batches()
 
     def on_batch_success(self) -> None:
-        """The backend works."""
+        """The backend works, or answers for single messages."""
         self.successes += 1
         self.breaker.on_success()
         self.health.report_recovery(self.backend)
@@ -5439,7 +5440,7 @@ async def close_store(store: Store, executor: StoreExecutor) -> None:
 
 
 def is_outage(result: WriteResult) -> bool:
-    """True when the backend may be to blame for a result."""
+    """True when the backend may be to blame for a result; a single dead letter that is refused is no outage."""
     return result.outcome == 'retry' or (result.outcome == 'unkept' and result.reason != 'refused')
 
 
@@ -5794,8 +5795,8 @@ class Consumer:
                           len(self.in_flight) - set_aside + volume.free_slots))
 
     def reduce_rdy(self, connection: Subscription) -> None:
-        """Lowers the RDY of a connection by the messages that arrived on it, when the window or max-held is nearly
-        full: before a FIN can free a slot; others mostly follow at the next tick."""
+        """Where the window or max-held is nearly full, lowers the RDY of a connection on which messages arrived,
+        before a FIN can free a slot. Others mostly follow at the next tick."""
         spare = min(self.credit(), self.in_flight_bytes.free_slots)
         if spare >= self.max_in_flight:   # the sum of RDY can't exceed it; skips sums that cost much with 100 nsqds
             return
@@ -5982,8 +5983,8 @@ class DecodeQueue:
 
 
 class WindowState(enum.Enum):
-    """OPEN: accepts messages. DRAINING: asks for none, and awaits the batches under way. CLOSED: the rest is
-    requeued.
+    """OPEN: accepts messages. DRAINING: asks for none, and writes what it has if its End `drains`. CLOSED:
+    every message is answered, or the next window's.
 
     Example: max-messages is 5, and 7 messages arrive, because two were under way when RDY was lowered. When 5 are
     written, the window is full: DRAINING, CLOSED. The daemon keeps the 2 in flight, and its next window accepts
@@ -6077,8 +6078,8 @@ class Window:
     """One bounded receive: accepts up to max-messages messages and counts what became of them (`outcome_counts`).
 
     It accepts messages from its Source, has them mapped and written in batches, and acts on each result. pending_count:
-    messages still to be settled. excess: messages beyond the limit. undecided_keys: keys of the messages that the
-    store refused before it accepted any.
+    messages still to be settled. beyond_limit: the messages beyond that. undecided_keys: keys of the messages that
+    the store refused before it accepted any write.
     """
 
     requeues_on_purpose = False   # a replay does
@@ -6095,11 +6096,11 @@ class Window:
         self.state, self.detail = WindowState.OPEN, ''
         self.end_reason: Any = None   # an End, once the window ends
         self.times = WindowTimes()
-        self.outcome_counts = dict.fromkeys(OUTCOMES, 0)
+        self.outcome_counts = dict.fromkeys(SUMMARY_COUNTS, 0)
         self.exported_counts = dict(self.outcome_counts)   # what the metrics have of `outcome_counts`
         self.accepted = self.pending_count = 0
         self.failed_messages = FailedMessages()
-        self.excess: list[Message] = []
+        self.beyond_limit: list[Message] = []
         self.undecided_keys: set[str] = set()
 
     # -- a message's way
@@ -6131,10 +6132,10 @@ class Window:
     def accept(self, messages: list[Message]) -> None:
         """Takes messages; those beyond the limit stay in flight."""
         left = self.messages_left
-        excess, messages = messages[left:], messages[:left]
-        self.count_received(len(messages) if self.limits.has_successor else len(messages) + len(excess))
-        self.excess += excess
-        self.source.set_aside(excess)
+        beyond_limit, messages = messages[left:], messages[:left]
+        self.count_received(len(messages) if self.limits.has_successor else len(messages) + len(beyond_limit))
+        self.beyond_limit += beyond_limit
+        self.source.set_aside(beyond_limit)
         self.accepted += len(messages)
         self.pending_count += len(messages)
         self.records.waiting.extend(messages)
@@ -6259,7 +6260,7 @@ class Window:
             self.source.on_credit_change()
 
     async def run(self) -> None:
-        """Accepts messages until the window ends, waits for the batches under way, and requeues the rest."""
+        """Accepts messages until the window ends, lets it drain, and closes it."""
         loop = asyncio.get_running_loop()
         self.times.started_at = self.times.timeout_since = self.times.active_at = loop.time()
         log.debug('window: begins, at most %s messages, %g s, idle %g s, %d in flight',
@@ -6302,7 +6303,7 @@ class Window:
         return at_rest and (failing or not self.messages_left or now - self.times.draining_since >= TICK_INTERVAL)
 
     async def wait_until(self, condition: Callable[[], bool], bounded: bool = False) -> None:
-        """Waits until the condition holds; bounded: or no call returns within its limit. Raises a task's error."""
+        """Waits until the condition holds; bounded: or until a call hangs. Raises a task's error."""
         loop, tasks = asyncio.get_running_loop(), self.pipeline.tasks
         begun = loop.time()
         while not condition():
@@ -6324,14 +6325,14 @@ class Window:
             await tasks.wake.wait()
 
     def close(self) -> None:
-        """Closes the window: decides the final reason, and requeues the rest."""
+        """Decides the final End, and requeues all messages but those of the next window."""
         self.find_failure()
         self.store_batcher.stop()
         self.dead_letter_batcher.stop()
         self.state = WindowState.CLOSED
-        kept = self.excess if self.limits.has_successor and self.end_reason.drains else []
+        kept = self.beyond_limit if self.limits.has_successor and self.end_reason.drains else []
         if self.limits.has_successor and not kept:
-            self.count_received(len(self.excess))   # else the next window counts them
+            self.count_received(len(self.beyond_limit))   # else the next window counts them
         keys = {message.key for message in kept}
         self.source.stop()
         self.source.requeue([message for key, message in self.source.in_flight.items() if key not in keys])
@@ -7380,7 +7381,7 @@ class Supervisor:
         worker.status = WorkerStatus(
             message['healthy'],
             {backend: BackendState(state) for backend, state in message['backends'].items()}, message['failures'],
-            message['connections'], message['figures'])
+            message['connections'], message['snapshot'])
         for count, seconds in message['windows']:
             self.on_window_end(count, seconds)
         if worker.state is not WorkerState.STOPPING:
@@ -7427,8 +7428,8 @@ class Supervisor:
     # -- its periods
 
     async def grant_periods(self) -> None:
-        """Grants max-messages in every period, to the workers that are idle when it begins: a share to each, or all to
-        the first one that is up. One that becomes idle later waits for the next period."""
+        """Shares max-messages, in every period, among the workers that are idle when it begins: where one is up first,
+        it gets all. One that becomes idle later waits for the next period."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.schedule.seconds_to_start(loop.time()))
@@ -7625,7 +7626,7 @@ class Worker:
         reopens = self.state is WorkerState.BUSY and not (runner.pipeline or self.grants.qsize())
         line = json.dumps({
             'state': WorkerState.STARTING if reopens else self.state,
-            'seen': self.last_grant, 'windows': windows, 'figures': metrics,
+            'seen': self.last_grant, 'windows': windows, 'snapshot': metrics,
             'healthy': runner.is_healthy(asyncio.get_running_loop().time()), 'backends': runner.backend_states,
             'failures': runner.backend_failures, 'connections': runner.connections})
         with contextlib.suppress(BrokenPipeError):

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import samples
 
 import xmsrv
-from xmsrv import BUCKET_BOUNDS, METRIC_DEFINITIONS, OUTCOMES, Metrics, MetricTotals, merge_metrics
+from xmsrv import BUCKET_BOUNDS, METRIC_DEFINITIONS, SUMMARY_COUNTS, Metrics, MetricTotals, merge_metrics
 
 
 def numbers(*figures):
@@ -90,10 +90,10 @@ def test_the_sum_of_a_histogram_never_falls(name):
 
 def test_a_counter_never_falls():
     """A REQ that was refused is late: requeued goes back by one, and comes again later."""
-    metrics, window = Metrics(), types.SimpleNamespace(exported_counts=dict.fromkeys(OUTCOMES, 0))
+    metrics, window = Metrics(), types.SimpleNamespace(exported_counts=dict.fromkeys(SUMMARY_COUNTS, 0))
     seen = []
     for requeued, late in (3, 0), (2, 1), (3, 1), (5, 1):
-        window.count = dict.fromkeys(OUTCOMES, 0) | {'requeued': requeued, 'late': late}
+        window.count = dict.fromkeys(SUMMARY_COUNTS, 0) | {'requeued': requeued, 'late': late}
         metrics.sync_counts(window)
         total = numbers(metrics)
         seen.append((total['xmsrv_messages_total', 'requeued'], total['xmsrv_messages_total', 'late']))
@@ -177,7 +177,7 @@ figures = xmsrv.NullMetrics()
 figures.record_batch(3, 0.5, [xmsrv.WriteResult('retry', -15)])
 figures.add_settled(xmsrv.STORED, [types.SimpleNamespace(timestamp=1)], 2.0)
 figures.add_settled(xmsrv.DEAD, [types.SimpleNamespace(rejection=types.SimpleNamespace(reason='key', detail=''))], 2.0)
-counts = dict.fromkeys(xmsrv.OUTCOMES, 1)
+counts = dict.fromkeys(xmsrv.SUMMARY_COUNTS, 1)
 window = types.SimpleNamespace(count=counts, exported_counts=dict.fromkeys(counts, 0), failed=False)
 figures.record_window(window)
 figures.set_period(types.SimpleNamespace(endless=False, period=1, timeout=2))

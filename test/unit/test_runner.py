@@ -618,7 +618,7 @@ class Process:
     def say(self, **fields):
         state = {'state': 'idle', 'seen': 0, 'healthy': True, 'windows': [],
                  'failures': {}, 'connections': {},
-                 'backends': dict.fromkeys(xmsrv.BACKENDS, 'up'), 'figures': Metrics().take_snapshot(), **fields}
+                 'backends': dict.fromkeys(xmsrv.BACKENDS, 'up'), 'snapshot': Metrics().take_snapshot(), **fields}
         self.stdout.feed_data(json.dumps(state).encode() + b'\n')
 
     def exit(self, status=0):
@@ -821,7 +821,7 @@ def test_the_end_of_a_worker_frees_its_grant_keeps_its_figures_and_another_is_st
         metrics = Metrics()
         metrics.increment('xmsrv_received_total', 7)
         for process in processes:
-            process.say(figures=metrics.take_snapshot())
+            process.say(snapshot=metrics.take_snapshot())
         await asyncio.sleep(0.1)
         processes[0].exit(-9)
         await asyncio.sleep(1.5)
@@ -912,7 +912,7 @@ def test_a_silent_worker_is_named_by_all_and_takes_nothing_down_while_another_wo
         metrics.record_backends(dict.fromkeys(xmsrv.BACKENDS, UP))
         metrics.increment('xmsrv_received_total', 7)
         metrics.set_gauge('xmsrv_connections', 1, 'up')
-        told = {'figures': metrics.take_snapshot(), 'connections': {'a:4150': (1, 2, '')}}
+        told = {'snapshot': metrics.take_snapshot(), 'connections': {'a:4150': (1, 2, '')}}
 
         def figures():
             total = xmsrv.merge_metrics(team.current_metrics())
