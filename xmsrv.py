@@ -4101,6 +4101,8 @@ class SqliteStore(Store):
         """Writes a batch in one transaction. With newest-wins, create or update each record is compared with the stored
         one; BEGIN IMMEDIATE holds the write lock of the file, so that nothing is written between the comparison and the
         write."""
+        if self.mode == 'update':   # stored bins are merged into copies: a retry merges what is stored then
+            records = [copy.copy(record) for record in records]
         with self.sqlite_errors():
             self.db.execute('BEGIN IMMEDIATE')
             self.drop_expired()

@@ -208,6 +208,7 @@ MUTANTS = (
     Mutant('SQLite: no error passes', "retryable=locked)", 'retryable=False)'),
     Mutant('SQLite: no rollback', "if self.db and self.db.in_transaction:", 'if False:'),
     Mutant('SQLite: a replaced file', 'if not os.path.samestat(os.stat(self.path), self.file):', 'if False:'),
+    Mutant('SQLite: a retry writes what it merged before', 'records = [copy.copy(record) for record in records]', 'records = [*records]'),
     Mutant('SQLite: merged the wrong way', '{**stored.get(record_id, {}), **record.bins}', '{**record.bins, **stored.get(record_id, {})}'),
     Mutant('SQLite: removals as they come', 'order.sort(key=lambda index: isinstance(records[index], Deletion))', 'pass'),
     Mutant('SQLite: a tombstone never ends', "            self.db.execute(self.drop, (format_rfc3339(time.time()),))\n", '            pass\n'),

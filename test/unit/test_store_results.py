@@ -512,6 +512,19 @@ def test_sqlite_creates_once_and_merges_in_update(tmp_path):
         assert stored(tmp_path) == {'a': {'n': 1, 'm': 2}}
 
 
+def test_sqlite_merges_anew_when_an_update_is_tried_again(tmp_path):
+    """What was stored at the first try is no longer what is stored now, after another process wrote."""
+    with sqlite_store(tmp_path, record={'write': 'update'}) as store:
+        again = Record('a', {'m': 2}, None)
+        store.write([Record('a', {'n': 1}, None)])
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(StoreError):
+            patch.setattr(store, 'write_and_delete', lambda *_: store.db.execute('no SQL'))
+            store.write([again])
+        store.write([Record('a', {'n': 5}, None)])
+        store.write([again])
+        assert stored(tmp_path) == {'a': {'n': 5, 'm': 2}}
+
+
 def test_sqlite_replaces_the_whole_record_but_in_update(tmp_path):
     with sqlite_store(tmp_path, record={'key': 'id'}) as store:
         for time_, bins in ((1, {'old': 1}), (2, {'new': 1})):
