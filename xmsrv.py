@@ -6718,7 +6718,8 @@ class Replay(Window):
     def reject_invalid(self, messages: list[Message]) -> None:
         """Holds and logs messages that stay dead letters."""
         for message in messages:   # each was asked for
-            log.log(NOTICE, '%s stays a dead letter: %s', message.id.decode(), terminal_safe(str(message.rejection)))
+            name = describe_letter(message, self.decode_letter)['id']   # as --list has it
+            log.log(NOTICE, '%s stays a dead letter: %s', terminal_safe(name), terminal_safe(str(message.rejection)))
         self.uncount_pending(messages)
         self.source.set_aside(messages)
         self.times.timeout_since = asyncio.get_running_loop().time()
@@ -6945,7 +6946,7 @@ async def run_replay(config: types.SimpleNamespace, stopper: SignalHandler, path
             fault = error.strerror
     status = window.report_end()
     if fault:   # even where a signal ended the window
-        log.error('%s: not written anew, all its letters stay in it: %s', path, fault)
+        log.error('%s: not written anew, no letter was taken out of it: %s', path, fault)
     return status or (os.EX_TEMPFAIL if fault else os.EX_OK)
 
 
@@ -7304,7 +7305,7 @@ class Supervisor:
         self.stopped = asyncio.Event()
 
     async def run(self) -> int:
-        """Runs until end_by(), or until every worker keeps failing to start. Returns the exit status."""
+        """Runs until end_by(), or until no worker stays up. Returns the exit status."""
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(self.grant_periods()), asyncio.ensure_future(self.watch_workers()),
             asyncio.gather(*map(self.maintain_worker, self.workers))]
@@ -7334,7 +7335,7 @@ class Supervisor:
             log.error('worker %d (pid %s) ended: %s', worker.index + 1, worker.pid, fate,
                       extra={'kind': f'worker {worker.index + 1} ended'})
             if all(each.failed_starts >= MAX_FAILED_STARTS for each in self.workers):
-                log.critical('every worker keeps failing to start')
+                log.critical('no worker stays up')
                 self.exit_status = os.EX_SOFTWARE
                 self.stop()
                 return

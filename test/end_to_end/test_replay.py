@@ -88,9 +88,10 @@ def test_what_fails_again_stays_a_dead_letter_and_is_reported(nsqd, program):
     ran = program.run('replay')
     count = servers.summary(ran.stderr)
     assert (count['received'], count['stored'], count['requeued']) == (9, 6, 3)
-    assert ran.stderr.count('stays a dead letter') == 3
     now = nsqd.stats(DEAD, REPLAY)
     assert (now['depth'], now['in_flight_count'], now['requeue_count']) == (3, 0, 3)
+    listed = [json.loads(line)['id'] for line in program.run('replay', '--list', '--json').stdout.splitlines()]
+    assert sorted(re.findall('([0-9a-f]{16}) stays a dead letter', ran.stderr)) == sorted(listed)
     assert sorted(body for _, body in nsqd.letters(DEAD)) == sorted(still)
     assert ids(program) == list(range(6))
 
@@ -433,6 +434,7 @@ def test_what_fails_again_stays_in_the_file_with_its_history(program, dead):
     for times in (1, 2):
         ran = program.run('replay')
         assert ran.stderr.count('stays a dead letter: invalid-json') == 2
+        assert all(f'{line["id"]} stays' in ran.stderr for line in lines_of(path))
         assert servers.summary(ran.stderr)['requeued'] == 2
         assert ids(program) == [0, 1, 2]
         now = {line['body']: line for line in lines_of(path)}
@@ -710,7 +712,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(nsqd, program, workdir):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert running.wait(timeout=30) == os.EX_TEMPFAIL
-    assert 'all its letters stay in it: File too large' in program.log.read_text()
+    assert 'no letter was taken out of it: File too large' in program.log.read_text()
     assert path.read_bytes() == before and list(workdir.glob('dead.json*')) == [path]
     program.run('-q', 'replay')
     assert (len(ids(program)), len(lines_of(path))) == (200, 200)

@@ -114,7 +114,7 @@ def test_a_file_that_cannot_be_written_anew_is_a_failure_after_a_signal_too(tmp_
     monkeypatch.setattr(DeadLetterFileSource, 'rewrite_file', full)
     path, config = file_of(tmp_path, 1, 2), fakes.options(store='sqlite', state_dir=str(tmp_path))
     assert asyncio.run(run_replay(config, Stopper(ends), str(path), ReplayFilter())) == 75
-    assert f'{path}: not written anew, all its letters stay in it: No space left on device' in caplog.text
+    assert f'{path}: not written anew, no letter was taken out of it: No space left on device' in caplog.text
 
 
 def test_a_pass_over_a_file_lasts_longer_than_the_timeout_of_a_window(tmp_path):
