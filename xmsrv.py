@@ -119,7 +119,7 @@ class Failure(Exception):
 
 
 class UsageError(Failure):
-    """Options of the command line that do not go together."""
+    """Options of the command line that do not go together, or the value of one that is not in its form."""
 
     exit_status = os.EX_USAGE
 
@@ -1951,11 +1951,11 @@ class Setting(NamedTuple):
 
 
 def command_line_setting(text: str) -> Setting:
-    """`SECTION.OPTION=VALUE`, what follows --set. Raises ConfigError."""
+    """`SECTION.OPTION=VALUE`, what follows --set. Raises UsageError."""
     name, _, value = text.partition('=')
     path = option_path(name.strip(), lambda option: option.dotted) or tuple(name.strip().split('.'))
     if '=' not in text or not path[-1]:
-        raise ConfigError(f'--set {escape_controls(text)}: not SECTION.OPTION=VALUE')
+        raise UsageError(f'--set {escape_controls(text)}: not SECTION.OPTION=VALUE')
     return Setting(path, value, f'--set {text}')
 
 
@@ -1999,8 +1999,8 @@ def nearest_variable(variable: str) -> str:
 
 
 def read_overrides(arguments: argparse.Namespace) -> list[Setting]:
-    """The settings that override the file: environment, then --set, which wins. Raises ConfigError."""
-    given = [command_line_setting(text) for text in arguments.set_before + arguments.set_after]
+    """The settings that override the file: environment, then --set, which wins."""
+    given: list[Setting] = arguments.set_before + arguments.set_after
     return environment_settings(os.environ) + given
 
 
@@ -8695,7 +8695,7 @@ def add_common_options(parser: argparse.ArgumentParser, after: bool) -> None:
     set_completion(parser.add_argument('-c', '--config', metavar='FILE', default=absent if after else DEFAULT_FILE,
                                        help=f'configuration (default: {DEFAULT_FILE})'))
     set_completion(parser.add_argument('--set', metavar='SECTION.OPTION=VALUE', action='append', default=[],
-                                       dest='set_after' if after else 'set_before',
+                                       type=command_line_setting, dest='set_after' if after else 'set_before',
                                        help='set one option, over the file and the environment'), setting_completion())
     parser.add_argument('--as-root', action='store_true', default=absent if after else False,
                         help=f'as root, do not become the user {SERVICE_USER}')

@@ -19,6 +19,7 @@ from xmsrv import (
     OPTIONS,
     TYPE_CHECKS,
     ConfigError,
+    UsageError,
     apply_setting,
     command_line_setting,
     dump_config,
@@ -719,10 +720,6 @@ def test_set_reaches_every_section_and_takes_lists(setting, section, option, val
 
 
 @pytest.mark.parametrize('setting, rule', [
-    ('nsq.max-messages', 'not SECTION.OPTION=VALUE'),
-    ('=1', 'not SECTION.OPTION=VALUE'),
-    ('nsq.=1', 'not SECTION.OPTION=VALUE'),
-    ('', 'not SECTION.OPTION=VALUE'),
     ('timeout.a=1', 'timeout is an option, not a section'),
     ('nsq.topic="a', 'the value cannot be read; quote the value'),
     ('nsq.channel=tail#ephemeral', 'the value cannot be read; quote the value'),
@@ -732,6 +729,21 @@ def test_set_reaches_every_section_and_takes_lists(setting, section, option, val
 def test_a_bad_set_is_a_fault_that_quotes_it(program, setting, rule):
     program.write('timeout = 1s\n' + VALID.replace('{directory}', str(program.directory)))
     assert program.run('--set', setting, 'check', expect=78).stderr == f'error: --set {setting}: {rule}\n'
+
+
+@pytest.mark.parametrize('setting', ['nsq.max-messages', '=1', 'nsq.=1', ''])
+@pytest.mark.parametrize('command', [['check'], ['daemon'], ['config', '--sample'], ['completion', 'bash']],
+                         ids=lambda command: command[0])
+def test_64_is_a_set_that_has_no_option_or_no_value(program, setting, command):
+    """A fault of the command line: before or after any command, and whatever the file is."""
+    for args in (['--set', setting, *command], [*command, '--set', setting]):
+        done = program.run(*args, expect=64)
+        assert (done.stdout, done.stderr) == ('', f'error: --set {setting}: not SECTION.OPTION=VALUE\n')
+
+
+def test_78_is_a_set_of_an_option_that_there_is_not(program):
+    program.write(VALID.replace('{directory}', str(program.directory)))
+    assert 'no such section' in program.run('--set', 'nosuch.option=1', 'check', expect=78).stderr
 
 
 def test_a_fault_that_was_set_is_reported_like_one_of_the_file(faults):
@@ -750,8 +762,9 @@ def test_any_set_is_laid_over_or_refused(setting):
     raw = {'a': 'b', 'b': {'a': 'b'}}
     try:
         apply_setting(raw, command_line_setting(setting))
-    except ConfigError as error:
+    except (ConfigError, UsageError) as error:
         assert str(error).startswith(f'--set {escape_controls(setting)}: ')
+        assert isinstance(error, UsageError) == str(error).endswith(': not SECTION.OPTION=VALUE')
     else:
         assert '=' in setting
 

@@ -159,9 +159,9 @@ def test_a_reload_fails_by_a_fault_of_the_text_alone(workdir, status, passes):
     assert (ran.returncode == 0) == passes
 
 
-def test_only_the_text_of_the_configuration_keeps_the_daemon_from_another_start():
+def test_only_a_wrong_text_or_command_line_keeps_the_daemon_from_another_start():
     found = dict(settings('x-msrv-daemon.service'))
-    assert (found['Restart'], found['RestartPreventExitStatus']) == ('always', '78')
+    assert (found['Restart'], found['RestartPreventExitStatus']) == ('always', '64 78')
 
 
 def test_what_the_units_start_are_commands_of_the_program():
@@ -180,9 +180,9 @@ def test_the_rpm_makes_the_user_of_sysusers():
     assert f"echo '{line}' | systemd-sysusers -" in (ROOT / 'rpm' / 'x-msrv.spec').read_text()
 
 
-@pytest.mark.parametrize('status, seconds', [('0', 0), ('-1', 0), ('78', 30)])
-def test_under_runit_only_a_faulty_configuration_is_waited_for(workdir, status, seconds):
-    """`finish` sleeps after 78."""
+@pytest.mark.parametrize('status, seconds', [('0', 0), ('-1', 0), ('69', 0), ('64', 30), ('78', 30)])
+def test_under_runit_only_a_wrong_text_or_command_line_is_waited_for(workdir, status, seconds):
+    """`finish` sleeps after 64 and 78."""
     script(workdir / 'sleep', '#!/bin/sh\necho slept $1\n')
     ran = run('sh', ROOT / 'runit' / 'finish', status, '0', PATH=f'{workdir}:{os.environ["PATH"]}')
     assert ran.stdout == (f'slept {seconds}\n' if seconds else '')
