@@ -6184,6 +6184,8 @@ class Window:
         """Removes messages from those that are pending."""
         self.pending_count -= len(messages)
         self.records.decoded_bytes -= sum([message.size for message in messages])
+        for message in messages:   # else it stays until its batch ends, beside the next ones that are decoded
+            message.record = None
 
     def retry(self, messages: list[Message], result: WriteResult) -> list[Message]:
         """Lets the batcher retry the messages."""
@@ -7058,6 +7060,11 @@ class Schedule:
         due = self.last_start + self.period
         self.last_start = due if now - due <= START_TOLERANCE else now
 
+    def on_late_start(self, began: float) -> None:
+        """A window of this period began only then: the period begins anew."""
+        if began - self.last_start > START_TOLERANCE:
+            self.last_start = began
+
 
 class WindowRunner:
     """Runs windows in this process, one for each grant, on connections that stay open. It waits while queue or store
@@ -7391,6 +7398,10 @@ class Supervisor:
             # Example: grant 7 is on its way to a worker, and its line "idle, seen 6" on its way to us. It will start a
             # window. If we took it for idle, the next period could begin during that window.
             crossed = message['seen'] != worker.last_grant
+            if not crossed:
+                # Example: a grant is sent at 100.0 s, to a worker that was just stopped. It goes on at 108.0 s. For
+                # a period of 4 s the next one is overdue by then: it would begin at once after this window.
+                self.schedule.on_late_start(message['granted_at'])
             worker.state = WorkerState.BUSY if crossed else WorkerState(message['state'])
 
     def on_exit(self, worker: WorkerHandle) -> None:
@@ -7435,10 +7446,13 @@ class Supervisor:
         it gets all. One that becomes idle later waits for the next period."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(self.schedule.seconds_to_start(loop.time()))
-            while not (idle := self.workers_to_grant()):
+            if (seconds := self.schedule.seconds_to_start(loop.time())) > 0:
+                await asyncio.sleep(seconds)
+                continue
+            if not (idle := self.workers_to_grant()):
                 self.state_changed.clear()
                 await self.state_changed.wait()
+                continue   # the period may have begun anew meanwhile
             if not self.keeps_lock():   # all workers are told to end, so none becomes idle
                 continue
             self.schedule.start_period(loop.time())
@@ -7579,6 +7593,7 @@ class Worker:
         self.windows: list[Window] = []
         self.state = WorkerState.STARTING
         self.last_grant = 0      # number of the last grant
+        self.granted_at = 0.0    # loop time at which it came; the clock of all processes
 
     async def run(self, stopper: SignalHandler) -> int:
         """Runs until it is told to stop. Returns the exit status."""
@@ -7602,6 +7617,7 @@ class Worker:
                 message = json.loads(line)
                 if 'grant' in message:
                     self.state, self.last_grant = WorkerState.BUSY, message['number']
+                    self.granted_at = asyncio.get_running_loop().time()
                     self.grants.put_nowait(message['grant'])
                 if 'leave' in message:
                     self.runner.end_after_window()
@@ -7629,7 +7645,7 @@ class Worker:
         reopens = self.state is WorkerState.BUSY and not (runner.pipeline or self.grants.qsize())
         line = json.dumps({
             'state': WorkerState.STARTING if reopens else self.state,
-            'seen': self.last_grant, 'windows': windows, 'snapshot': metrics,
+            'seen': self.last_grant, 'granted_at': self.granted_at, 'windows': windows, 'snapshot': metrics,
             'healthy': runner.is_healthy(asyncio.get_running_loop().time()), 'backends': runner.backend_states,
             'failures': runner.backend_failures, 'connections': runner.connections})
         with contextlib.suppress(BrokenPipeError):

@@ -447,6 +447,8 @@ MUTANTS = (
     Mutant('what does not divide is lost', '((index + self.rotation) % number < extra)', '0'),
     Mutant('what does not divide does not go round', '        self.rotation += 1\n', ''),
     Mutant('a second window in one period', '        if waits or self.config.nsq.max_messages and not self.free_limit:', '        if self.config.nsq.max_messages and not self.free_limit:'),
+    Mutant('a late grant leaves the next period where it was', "                self.schedule.on_late_start(message['granted_at'])\n", '                pass\n'),
+    Mutant('every grant moves the period', 'if began - self.last_start > START_TOLERANCE:', 'if began > self.last_start:'),
     Mutant('a silent worker holds up the others', 'any(not worker.is_silent for worker in self.workers_in_state(WorkerState.BUSY))', 'any(self.workers_in_state(WorkerState.BUSY))'),
     Mutant('a share of a silent worker is given once more', 'return self.config.nsq.max_messages - sum(', 'return self.config.nsq.max_messages - 0 * sum('),
     Mutant('a silent worker gets a grant', 'for worker in self.workers_in_state(WorkerState.IDLE) if not worker.is_silent]', 'for worker in self.workers_in_state(WorkerState.IDLE)]'),

@@ -1655,12 +1655,13 @@ def test_a_failed_window_is_in_the_textfile(nsqd, program, workdir):
     path = workdir / 'x-msrv.prom'
     fill(nsqd, 10)
     program.once(nsqd)
-    program.configure(nsqd, timeout='2s', idle_timeout='60s', metrics={'textfile': path})
+    # time for a second batch, of those that nsqd sends a little later than the others
+    program.configure(nsqd, timeout='5s', idle_timeout='60s', metrics={'textfile': path})
     running = program.start('once')
     wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['clients'], 'it is subscribed')
     with contextlib.closing(sqlite3.connect(program.database, isolation_level=None)) as database:
         database.execute('BEGIN IMMEDIATE')
-        running.send_signal(signal.SIGSTOP)   # so that all come at once, and are one batch
+        running.send_signal(signal.SIGSTOP)   # so that all come at once
         nsqd.publish(TOPIC, bodies(5, 10))
         wait_until(lambda: nsqd.stats(TOPIC, CHANNEL)['in_flight_count'] == 5, 'all are under way')
         running.send_signal(signal.SIGCONT)

@@ -618,7 +618,8 @@ class Process:
     def say(self, **fields):
         state = {'state': 'idle', 'seen': 0, 'healthy': True, 'windows': [],
                  'failures': {}, 'connections': {},
-                 'backends': dict.fromkeys(xmsrv.BACKENDS, 'up'), 'snapshot': Metrics().take_snapshot(), **fields}
+                 'backends': dict.fromkeys(xmsrv.BACKENDS, 'up'), 'snapshot': Metrics().take_snapshot(),
+                 'granted_at': 0.0, **fields}
         self.stdout.feed_data(json.dumps(state).encode() + b'\n')
 
     def exit(self, status=0):
@@ -695,6 +696,31 @@ def test_the_workers_that_are_up_share_all_of_n_and_others_wait_for_the_next_per
         await asyncio.sleep(1)
         assert [process.grants() for process in processes] == [[(3, 1)], [(5, 1), (2, 2)], []]
     with_team(monkeypatch, steps, workers=3)
+
+
+def test_a_grant_that_was_long_under_way_begins_the_period_anew(monkeypatch):
+    """Never two windows one behind the other: workers that were stopped read their grants late."""
+    async def steps(team, processes):
+        def now():
+            return asyncio.get_running_loop().time()
+
+        async def pass_seconds(number):
+            for _ in range(number):
+                processes[0].say(seen=len(processes[0].grants()), granted_at=late)
+                await asyncio.sleep(1)
+        late = now()
+        processes[0].say()
+        await asyncio.sleep(0.1)
+        assert len(processes[0].grants()) == 1
+        for _ in range(4):                              # 12 s, of a period of 10: it has not read its grant
+            processes[0].say(seen=0)
+            await asyncio.sleep(3)
+        late = now()
+        await pass_seconds(9)
+        assert len(processes[0].grants()) == 1
+        await pass_seconds(3)
+        assert len(processes[0].grants()) == 2
+    with_team(monkeypatch, steps, workers=1)
 
 
 def test_workers_go_on_with_what_a_silent_one_may_not_take(monkeypatch):

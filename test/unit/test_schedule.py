@@ -26,6 +26,14 @@ def test_what_was_missed_is_not_made_up_for():
     assert starts(10, 0, 25, 0, 0) == pytest.approx([100, 135, 145, 155])
 
 
+@pytest.mark.parametrize(('began', 'next_start'), [(100.0, 110), (100.04, 110), (99.0, 110), (108.0, 118)])
+def test_a_window_that_begins_late_begins_the_period_anew(began, next_start):
+    schedule = Schedule(10)
+    schedule.start_period(100.0)
+    schedule.on_late_start(began)
+    assert 109.0 + schedule.seconds_to_start(109.0) == pytest.approx(next_start)
+
+
 def test_no_period_is_one_window_after_the_other():
     assert starts(0, 0, 1, 0) == [100, 101, 101]
 
