@@ -1,6 +1,6 @@
 """x-msrv: stores JSON messages of an NSQ topic as records, at most N a window; none is lost, duplicated or altered.
 
-A message flows through this module from top to bottom, in the order of the picture in CONTRIBUTING.md:
+A message flows through this module in the order of the picture in CONTRIBUTING.md:
 Subscription.read_messages -> Consumer.on_messages -> Window.accept -> Mapper.build_record -> Batcher -> Store.write ->
 Window.settle -> Consumer.finish. A dead letter goes from Window.reject_invalid by a second Batcher to
 DeadLetterSink.write_dead_letters, and from there by Window.settle to Consumer.finish as well.
@@ -30,7 +30,7 @@ def catch_early_signals() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-# Only for the program, not for a test that imports the module.
+# Not where a test, or a worker by `python -c`, imports it.
 if os.path.basename(getattr(sys, 'argv', [''])[0]) == 'x-msrv' or __name__ == '__main__':
     catch_early_signals()
 
@@ -205,8 +205,8 @@ def escape_controls(text: str, kept: str = '') -> str:
 
 
 def terminal_safe(text: str) -> str:
-    """Text of a message for a terminal, in ASCII: stricter than escape_controls(), for anybody can publish letters that
-    look like others, too."""
+    """Text of a message for a terminal, in ASCII: stricter than escape_controls(), for anybody can publish characters
+    that look like others."""
     return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
 
 
@@ -232,7 +232,7 @@ DEAD = WriteResult('dead')             # durably kept as dead letter, or discard
 #   set-full, code     the set of the record takes no new ones; other sets may
 #   unkept, reason     a dead letter that can't be kept: topic or file, whichever was tried last, is `away`
 #                      (or full), has `refused` it, or it is `unknown` whether it was kept
-#   blamed, None       its write fails while others succeed; it is requeued with a delay
+#   blamed, None       its write alone fails, or is refused; it is requeued with a delay
 
 
 def distinct_results(results: Sequence[WriteResult]) -> Sequence[WriteResult]:
@@ -426,7 +426,7 @@ class PriorityFormatter(EscapingFormatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one JSON object a line; members: `common`, and the record's own `fields`."""
+    """A record as one JSON object a line: time, level, message, `common`, the record's `fields`."""
 
     def __init__(self, common: Mapping[str, object]) -> None:
         super().__init__()
@@ -860,7 +860,7 @@ class Metrics:
                 window.exported_counts[outcome] = count[outcome]
 
     def set_period(self, config: Any) -> None:
-        """Sets the time between two windows."""
+        """Sets the gauge of the period."""
         self.set_gauge('xmsrv_period_seconds', 0 if config.endless else max(config.period, config.timeout))
 
     def record_window(self, window: Any) -> None:
@@ -885,7 +885,7 @@ class Metrics:
             self.set_gauge('xmsrv_channel_depth', depth, nsqd)
 
     def record_unavailable(self, failed: Collection[str]) -> None:
-        """Records a window that could not begin, for these of BACKENDS."""
+        """Records that `once` could not begin, for these of BACKENDS."""
         self.increment('xmsrv_windows_total', 1, 'failed')
         self.record_backends({backend: BackendState.DOWN if backend in failed else BackendState.CLOSED
                               for backend in BACKENDS})
@@ -2620,7 +2620,7 @@ def set_up_configured_log(config: types.SimpleNamespace, arguments: argparse.Nam
 
 MAX_DEPTH = 64              # levels; a map or list of 65 is stored by Aerospike, and can never be read again
 # Bins of a record: RECORD_MAX_BINS of the Aerospike server. The client counts the operations of a record in 16 bits, so
-# it would write a part of 65,537 bins without an error. Kept for every store, as MAX_BIN_NAME.
+# it would write a part of 65,537 bins without an error. Holds in any store, like MAX_BIN_NAME.
 MAX_BINS = 32767
 DIGITS_TO_ZERO = bytes.maketrans(b'123456789', b'000000000')
 JSON_SPACE = b' \t\r\n'     # RFC 8259, section 2
@@ -2735,14 +2735,14 @@ def refuse_constant(name: str) -> NoReturn:
 
 
 def json_scanner(**hooks: Any) -> Callable[[str, int], tuple[Any, int]]:
-    """A scan_once: decode also looks for white space by regular expressions, at twice the cost of decoding."""
+    """The scan_once of a decoder: its decode also looks for white space, at twice the cost of decoding."""
     scan_once: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(**hooks).scan_once   # type: ignore[attr-defined]
     return scan_once
 
 
 class MemberCount:
     """Counts the members of the objects that json decodes; as object_hook it costs half of what an object_pairs_hook
-    does, for which json makes a tuple a member. to_skip: how many of the next messages are decoded without counting."""
+    does: json makes that one tuple per member. to_skip: how many of the next messages are decoded without counting."""
 
     __slots__ = ('total', 'to_skip')
 
@@ -3169,7 +3169,7 @@ class Mapper:
 
     def values_of_sources(self, fields: dict[str, Any], message: Message) -> dict[str, Any]:
         """The bins that [[bins]] makes of paths and metadata. With `unknown-fields = drop` a field is taken out of its
-        object, also where that has a bin of its own; else it stays there, too. A null is no bin, as at the top."""
+        object, even if the object has a bin itself; else it also stays there. A null is no bin, as at the top."""
         found = {}
         for name, source in self.sources:
             value = (self.message_metadata(source, message) if isinstance(source, str)
@@ -3215,7 +3215,7 @@ MAX_FRAME = 256 << 20
 HANDSHAKE_STEPS = 8         # at most, each in connect-timeout: files, name, TCP, IDENTIFY, TLS, deflate, AUTH, SUB
 LOOKUP_TIMEOUT = 3.0        # seconds for an HTTP server to take a connection, and to answer
 LOOKUP_GRACE = 0.5          # seconds that a question waits for the other nsqlookupds once one has named nsqds
-HEARTBEAT_INTERVAL = 10.0   # seconds; nsqd closes after two of its own unanswered, so do we
+HEARTBEAT_INTERVAL = 10.0   # seconds; nsqd closes after two unanswered, we after two missed
 DEFAULT_HEARTBEAT = 60.0    # seconds, for an nsqd that refused ours; its default (--client-timeout/2): 30
 HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_timeout': LOOKUP_TIMEOUT}
 OUTPUT_BUFFER_TIMEOUT = 25       # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
@@ -4590,7 +4590,7 @@ class WriteBuilder:
 
 
 class AerospikeStore(Store):
-    """Stores records in an Aerospike cluster: one batch_write per call, each record with its own answer.
+    """Stores records in an Aerospike cluster by batch_write, each record with its own answer.
 
     The retries of the client are off: only the window retries, with backoff and TOUCH. The client itself connects again
     to nodes that were away. A pipeline uses the store only in threads of its executor. removes: whether a Deletion
@@ -4867,7 +4867,7 @@ STORES = {'aerospike': AerospikeStore, 'sqlite': SqliteStore}
 REPLAY_CHANNEL = 'x-msrv-replay'
 LOCK_TIMEOUT = 5.0                  # seconds for another process to be done with the file
 DEAD_LETTER_BATCH = 100             # dead letters a call
-# seconds for such a call: connecting, one or two publishes, the lock of the file
+# seconds for such a call that is not halved: connecting, a publish, the file
 DEAD_LETTER_TIMEOUT = 20.0
 DEAD_LETTER_BATCH_BYTES = 4 << 20   # bodies of a call: nsqd takes 5 MiB (--max-body-size)
 # former failures that a dead letter in a file keeps: a nightly replay must not grow it for ever
@@ -4924,9 +4924,9 @@ def parse_header(line: bytes) -> dict[str, Any]:
 
 
 def is_int64(value: Any) -> bool:
-    """True for an integer of 64 bits, which may be a string: many tools round numbers."""
+    """True for an integer of 64 bits, which may be a string: many tools round numbers, to 1.7e18, which is none."""
     try:
-        return int(value) in INT64
+        return not isinstance(value, (float, bool)) and int(value) in INT64
     except (TypeError, ValueError, OverflowError):
         return False
 
@@ -5078,7 +5078,7 @@ class DeadLetterSink:
 
     async def publish_batch(self, address: Address, messages: list[Message]) -> dict[Message, WriteResult]:
         """Publishes dead letters to one nsqd. Returns {message: result} of those not confirmed. After any error
-        of MPUB but a timeout each half is tried by itself, until the message that nsqd refuses is alone."""
+        of MPUB but a timeout each half is tried by itself, on a new connection, down to one message."""
         try:
             publisher = await self.open_publisher(address)
         except UNREACHABLE as error:
@@ -5104,8 +5104,8 @@ class DeadLetterSink:
         return WriteResult('unkept', 'refused' if refused else 'unknown', text)
 
     async def open_publisher(self, address: Address) -> Publisher:
-        """The connection that publishes to the nsqd at `address`. Its SUB, at RDY 0, makes the replay channel: else
-        the first nsq_tail would consume everything."""
+        """The connection that publishes to the nsqd at `address`. Its SUB, at RDY 0, makes the replay channel:
+        without it the first nsq_tail would take all."""
         if address not in self.connections or self.connections[address].is_closed:
             publisher = Publisher(address, self.connection_options, self.topic, REPLAY_CHANNEL)
             await publisher.open()
@@ -5228,7 +5228,7 @@ class Breaker:
 
 class Batch:
     """Messages for one call. failures: how often the whole batch failed. busy_rounds: how often some of its records
-    were busy. successes_before: Batcher.successes when either was last the case."""
+    were busy. successes_before: Batcher.successes at the last of either."""
 
     __slots__ = ('messages', 'failures', 'successes_before', 'busy_rounds')
 
@@ -5487,7 +5487,7 @@ class Source(typing.Protocol):
         """Called when `credit()` has changed."""
 
     def finish(self, messages: list[Message]) -> None:
-        """Answers messages that are durable: they are never redelivered."""
+        """Answers messages of which nothing is left to do."""
 
     def requeue(self, messages: list[Message], delay: float = 0) -> None:
         """Returns messages: they are redelivered after `delay` seconds at the earliest."""
@@ -5507,8 +5507,8 @@ class Source(typing.Protocol):
 def rdy_shares(states: Sequence[tuple[int, bool, float, int]], budget: int) -> list[int]:
     """Distributes a budget of messages as RDY; each state is (rdy, idle, rdy_since, max_rdy).
 
-    Each idle connection keeps RDY 1 when the budget has 1 for every connection. The others share the rest evenly, and
-    none loses RDY while it suffices (a message may be under way). When the budget is smaller, idle connections take
+    Each idle connection keeps RDY 1 when the budget has 1 for every connection. The others share the rest evenly, but
+    none loses RDY while that is enough (one may be on its way). When the budget is smaller, idle connections take
     turns, the one whose turn was longest ago first.
     """
     rdys = [0] * len(states)
@@ -5858,7 +5858,7 @@ class Consumer:
     # -- answers
 
     def finish(self, messages: list[Message]) -> None:
-        """Sends FIN: only for messages whose record or dead letter is durable."""
+        """Sends FIN: only for messages that Window.finish has settled."""
         self.send_answers(b'FIN %s\n', messages)
 
     def requeue(self, messages: list[Message], delay: float = 0) -> None:
@@ -5886,11 +5886,11 @@ class Consumer:
         if not data.startswith(b'E_TOUCH'):
             self.late += 1
             self.requeued -= data.startswith(b'E_REQ')
-        log.warning('nsqd %s: late: %s', connection, data[:13].decode('utf-8', 'replace'),
+        log.warning('nsqd %s: late: %s', connection, data.partition(b' ')[0].decode('utf-8', 'replace'),
                     extra={'kind': f'nsqd {connection}: late'})
 
     def touch(self, now: float) -> None:
-        """Sends TOUCH for messages not delivered or touched for half of msg-timeout. None after max-msg-timeout:
+        """Sends TOUCH for messages delivered or touched half of msg-timeout ago. None after max-msg-timeout:
         nsqd then redelivers, though it still accepts TOUCH.
 
         Example: the store is away for an hour. TOUCH ends after 15 minutes, and nsqd takes the messages back; it keeps
@@ -6080,7 +6080,7 @@ class Window:
     """One bounded receive: accepts up to max-messages messages and counts what became of them (`outcome_counts`).
 
     It accepts messages from its Source, has them mapped and written in batches, and acts on each result. pending_count:
-    messages still to be settled. beyond_limit: the messages beyond that. undecided_keys: keys of the messages that
+    messages still to be settled. beyond_limit: those over max-messages. undecided_keys: keys of the messages that
     the store refused before it accepted any write.
     """
 
@@ -6109,7 +6109,7 @@ class Window:
 
     @property
     def messages_left(self) -> int:
-        """The number of messages that the window may still accept, even when they arrive while it drains."""
+        """The number of messages that the window may still accept, also after IDLE or TIMEOUT."""
         if self.end_reason not in (None, End.IDLE, End.TIMEOUT) or self.state is WindowState.CLOSED:
             return 0
         return self.limits.max_messages - self.accepted if self.limits.max_messages else sys.maxsize
@@ -6151,7 +6151,7 @@ class Window:
                 self.reject_invalid(invalid)
             if fit:
                 self.store_batcher.add_messages(fit)
-            if len(fit) < self.store_batcher.size:   # no more wait, or no more may be decoded
+            if not self.records.waiting or not (fit or invalid):   # no more wait, or no more may be decoded
                 return
 
     def count_received(self, number: int) -> None:
@@ -6173,7 +6173,7 @@ class Window:
         return retry
 
     def finish(self, messages: list[Message], result: WriteResult) -> None:
-        """Finishes durable messages."""
+        """Finishes settled messages."""
         self.outcome_counts[result.outcome] += len(messages)
         self.pipeline.metrics.add_settled(result, messages, time.time())
         self.failed_messages.discard(messages)
@@ -6216,6 +6216,7 @@ class Window:
                 self.requeue_with_delay(messages, WriteResult('blamed', None, text))
             else:   # left in flight: requeued without delay when the window ends
                 self.uncount_pending(messages)
+                self.source.set_aside(messages)
                 self.failed_messages.add(messages, End.STORE_FAILED)
 
     def on_set_full(self, messages: list[Message], result: WriteResult) -> None:
@@ -6342,7 +6343,7 @@ class Window:
         self.source.requeue([message for key, message in self.source.in_flight.items() if key not in keys])
 
     def find_failure(self) -> None:
-        """Ends by the failure because of which messages have to be requeued, if any."""
+        """Ends by a failure, if any: of messages to be requeued, or of the queue."""
         for batcher, reason, what in ((self.store_batcher, End.STORE_FAILED, 'writes were'),
                                       (self.dead_letter_batcher, End.DEAD_LETTERS_FAILED, 'dead letters were')):
             if self.pending_count and (batcher.pending or batcher.retries or batcher.calls):
@@ -6761,7 +6762,7 @@ class DeadLetterFileSource:
     """The file of dead letters as a Source.
 
     Each line is the body of a Message, whose key contains the line's number and checksum: rewrite_file() drops a line
-    only if both are those of a stored message. Until the replay is over the file does not change. Then rewrite_file()
+    only if both are those of a stored message. Until the replay is over no line of it changes. Then rewrite_file()
     writes a new file and renames it over the old one, under the writers' lock; the lock of the new file excludes a
     second replay. stored_keys: keys of stored dead letters; failed: key -> its new InvalidMessage. new_file: None
     when only listing.
@@ -6788,7 +6789,7 @@ class DeadLetterFileSource:
         return self.topic
 
     async def open(self) -> None:
-        """Opens the file up to its current end, which under the lock is never in the middle of a line. Raises
+        """Opens the file up to its current end; under its lock no writer is in the middle of a line. Raises
         Unavailable."""
         try:
             if not self.read_only:
@@ -6884,7 +6885,7 @@ class DeadLetterFileSource:
     # -- the new file
 
     def rewrite_file(self) -> None:
-        """Writes the file anew without the stored dead letters. After an OSError all stay, and the next replay
+        """Writes the file anew without the stored dead letters. After an OSError they may stay, and the next replay
         stores them again under the same keys. Most is written before the lock, for which writers wait."""
         if not self.new_file or not (self.stored_keys or self.failed):
             return
@@ -6948,7 +6949,7 @@ async def run_replay(config: types.SimpleNamespace, stopper: SignalHandler, path
             fault = error.strerror
     status = window.report_end()
     if fault:   # even where a signal ended the window
-        log.error('%s: not written anew, no letter was taken out of it: %s', path, fault)
+        log.error('%s: not safely written anew, the next replay may take its letters again: %s', path, fault)
     return status or (os.EX_TEMPFAIL if fault else os.EX_OK)
 
 
@@ -7120,7 +7121,7 @@ class WindowRunner:
                 self.pipeline = None
 
     async def run_window(self, max_messages: int, pipeline: Pipeline) -> Window:
-        """Runs one window, which has ended then."""
+        """Runs a window to its end; returns it."""
         config = self.config
         timeout, idle_timeout = (math.inf, math.inf) if self.endless else (config.timeout, config.idle_timeout)
         limits = WindowLimits(max_messages, timeout, idle_timeout, has_successor=True)
@@ -7131,26 +7132,27 @@ class WindowRunner:
         await window.run()
         clearing.cancel()
         if window.end_reason is End.IDLE:
-            self.clear_settled_failure()
+            self.clear_errors()
         self.window = None
         window.report_end()
         self.on_window_end(window)
         return window
 
     async def clear_errors_when_idle(self, source: Source) -> None:
-        """Clears failures when the queue is idle, for then no batch can prove a recovery."""
+        """Clears failures at each RECOVERY_TICK that finds the queue idle: no batch can."""
         while True:
             await asyncio.sleep(RECOVERY_TICK)
             if source.idle_since is not None and self.window and not self.window.pending_count:
-                self.health.report_recovery('store')   # its connection has to be enough
-                self.clear_settled_failure()
+                self.clear_errors()
 
-    def clear_settled_failure(self) -> None:
-        """Clears the failure of the dead letters when none of them can come again, as others have settled them.
+    def clear_errors(self) -> None:
+        """Clears the failure of the store, whose connection has to be enough, as nothing waits for it; and that of the
+        dead letters when none of them can come again, as others have settled them.
 
         Example: of two workers, one could not keep a dead letter and gave it back; the other one got it, and kept it.
         Nothing ever comes to the first that could tell it so.
         """
+        self.health.report_recovery('store')
         failure = self.health.errors.get('dead letters')
         if failure and asyncio.get_running_loop().time() - failure.last > LETTER_RETURN_TIME:
             self.health.report_recovery('dead letters')
@@ -7211,7 +7213,7 @@ class WindowRunner:
         return states
 
     def is_healthy(self, now: float) -> bool:
-        """True when no call has exceeded its time limit; the call itself proves that the event loop runs."""
+        """True unless a call of a batcher hangs; that this returns at all proves that the loop runs."""
         return not self.window or self.window.is_healthy(now)
 
     def current_metrics(self) -> list[Snapshot]:
@@ -7374,16 +7376,16 @@ class Supervisor:
 
     async def read_status(self, worker: WorkerHandle) -> None:
         """Reads the status lines of a worker until it exits."""
-        async for line in worker.process.stdout:
-            try:
+        try:
+            async for line in worker.process.stdout:
                 self.on_status(worker, json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:   # killed in mid-line, or another writer on the pipe
-                log.error('%s sent an invalid status line, killed: %s', worker, error,
-                          extra={'kind': f'worker {worker.index + 1}: status line'})
-                with contextlib.suppress(ProcessLookupError):
-                    worker.process.kill()
-                return
-            self.state_changed.set()
+                self.state_changed.set()
+        # killed in mid-line, or another writer on the pipe; ValueError also for a line that is too long
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.error('%s sent an invalid status line, killed: %s', worker, error,
+                      extra={'kind': f'worker {worker.index + 1}: status line'})
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.kill()
 
     def on_status(self, worker: WorkerHandle, message: dict[str, Any]) -> None:
         """Handles a status line of a worker."""

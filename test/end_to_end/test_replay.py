@@ -712,7 +712,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(nsqd, program, workdir):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert running.wait(timeout=30) == os.EX_TEMPFAIL
-    assert 'no letter was taken out of it: File too large' in program.log.read_text()
+    assert 'the next replay may take its letters again: File too large' in program.log.read_text()
     assert path.read_bytes() == before and list(workdir.glob('dead.json*')) == [path]
     program.run('-q', 'replay')
     assert (len(ids(program)), len(lines_of(path))) == (200, 200)

@@ -196,11 +196,12 @@ def test_an_answer_that_finds_out_that_its_connection_is_gone_is_late_too():
 @pytest.mark.parametrize(('answer', 'late', 'requeued'), [
     (b'E_FIN_FAILED FIN x failed', 1, 1), (b'E_REQ_FAILED REQ x failed', 1, 0),
     (b'E_TOUCH_FAILED TOUCH x failed', 0, 1)])
-def test_a_refused_answer_is_late_and_no_error(answer, late, requeued):
+def test_a_refused_answer_is_late_and_no_error(caplog, answer, late, requeued):
     async def steps(consumer, window, connection):
         consumer.requeue(come(connection, 1))
         connection.on_response(nsq.FRAME_TYPE_ERROR, answer)
         assert (consumer.late, consumer.requeued) == (late, requeued)
+        assert caplog.messages[-1].endswith(f' late: {answer.split()[0].decode()}')
         with pytest.raises(NsqdError, match='E_INVALID'):
             connection.on_response(nsq.FRAME_TYPE_ERROR, b'E_INVALID what')
     with_consumer(steps)

@@ -124,7 +124,8 @@ HEADER = b'{"reason": "schema", "id": "0123456789abcdef", "attempts": 1, "timest
     (b'{"reason": "schema"}', 'it has no id'), (letter(1, id=7), 'its id is 7'),
     (letter(1, id='\xe4'), r'its id is "\u00e4"'),
     (letter(1, timestamp='9' * 30), f'its timestamp is "{"9" * 30}"'),
-    (letter(1, timestamp=None), 'its timestamp is null'),
+    (letter(1, timestamp=None), 'its timestamp is null'), (letter(1, timestamp=1.5), 'its timestamp is 1.5'),
+    (letter(1, attempts=True), 'its attempts is true'),
     (letter(1, timestamp=float('inf')), 'its timestamp is Infinity'), (letter(1, attempts='x'), 'its attempts is "x"')])
 def test_what_is_no_letter_is_said_to_be_none(broken, rule):
     for read in (decode_topic, decode_line):

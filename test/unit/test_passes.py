@@ -114,7 +114,21 @@ def test_a_file_that_cannot_be_written_anew_is_a_failure_after_a_signal_too(tmp_
     monkeypatch.setattr(DeadLetterFileSource, 'rewrite_file', full)
     path, config = file_of(tmp_path, 1, 2), fakes.options(store='sqlite', state_dir=str(tmp_path))
     assert asyncio.run(run_replay(config, Stopper(ends), str(path), ReplayFilter())) == 75
-    assert f'{path}: not written anew, no letter was taken out of it: No space left on device' in caplog.text
+    assert f'{path}: not safely written anew, the next replay may take its letters again: No space' in caplog.text
+
+
+def test_letters_that_are_all_invalid_hold_up_no_pass_though_max_held_is_reached(tmp_path):
+    path = file_of(tmp_path, *range(1, 41), body=b'{"n": "x", "v": [%s]}' % b','.join([b'0'] * 1500))
+    window, _ = passed(path=path, nsq={'max-held': '200KiB'}, message={'fields': {'n': 'integer'}})
+    assert (window.end_reason, window.exit_status, window.count['requeued']) == (End.IDLE, 0, 40)
+    assert window.times.seconds < 2 and len(path.read_bytes().splitlines()) == 40
+
+
+def test_a_message_that_the_cluster_refuses_before_any_other_holds_up_no_pass_over_a_file(tmp_path):
+    refused = WriteResult('undecided', 4, 'answer 4 ParamError')
+    window, _ = passed(path=file_of(tmp_path, 1), write=lambda now: refused)
+    assert (window.end_reason, window.exit_status, window.count['requeued']) == (End.STORE_FAILED, 75, 1)
+    assert window.times.seconds < 2
 
 
 def test_a_pass_over_a_file_lasts_longer_than_the_timeout_of_a_window(tmp_path):

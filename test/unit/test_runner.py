@@ -236,6 +236,16 @@ def test_the_store_recovers_in_a_quiet_topic_but_not_while_messages_wait(monkeyp
     Runner(monkeypatch, period='0').run(steps)
 
 
+def test_the_store_recovers_in_a_quiet_topic_also_where_windows_are_shorter_than_a_tick(monkeypatch):
+    async def steps(it):
+        await it.window()
+        it.runner.health.report_failure('store', 'gone')
+        it.queue.idle_since = now()
+        await asyncio.sleep(5)
+        assert it.runner.health.is_up('store') and len(it.reports) > 2
+    Runner(monkeypatch, **{'idle-timeout': '100ms'}).run(steps)
+
+
 @pytest.mark.parametrize('period', ['0', '10s'])
 def test_dead_letters_recover_in_a_quiet_topic_once_none_that_was_given_back_can_come_again(monkeypatch, period):
     """Another worker has settled it, or somebody has emptied the channel: here nothing could prove the recovery."""
@@ -721,6 +731,19 @@ def test_a_grant_that_was_long_under_way_begins_the_period_anew(monkeypatch):
         await pass_seconds(3)
         assert len(processes[0].grants()) == 2
     with_team(monkeypatch, steps, workers=1)
+
+
+@pytest.mark.parametrize('line', [
+    b'{"healthy"', b'[]', b'7', json.dumps({'healthy': True, 'backends': []}).encode(), b'x' * (1 << 17)], ids=len)
+def test_a_worker_whose_status_line_is_none_is_killed_and_the_others_go_on(monkeypatch, line):
+    async def steps(team, processes):
+        processes[0].stdout.feed_data(line + b'\n')
+        await asyncio.sleep(0.1)
+        assert [process.signals for process in processes[:2]] == [['kill'], []]
+        processes[1].say()
+        await asyncio.sleep(0.1)
+        assert team.workers[1].state is xmsrv.WorkerState.BUSY
+    with_team(monkeypatch, steps)
 
 
 def test_workers_go_on_with_what_a_silent_one_may_not_take(monkeypatch):
