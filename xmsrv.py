@@ -1704,7 +1704,7 @@ OPTIONS = (
            'A line a field, PATH = TYPE, RULE...; types: ' + ' '.join(TYPE_CHECKS) + '; rules: required, min N, max N, '
            'one-of A|B, match REGEX.'),
     Option('record', 'key', '$id', path_or('$id'),
-           'Key of the record: $id, or the PATH of a field that is never the same for two messages.'),
+           'Key of the record: $id, or the PATH of a field; which message of a key wins: see write.'),
     Option('record', 'id-bin', 'gid', optional_value(parse_bin_name), 'Bin that holds the key; empty: none.'),
     Option('record', 'time-bin', 'gts', optional_value(parse_bin_name),
            'With a field as key: the bin with the time by which the newest message wins.'),
@@ -1768,7 +1768,7 @@ OPTIONS = (
     Option('dead-letter', 'topic', '$topic.dead', optional_value(parse_dead_letter_topic),
            'Topic for messages that can never become a record; empty: none.'),
     Option('dead-letter', 'file', '', optional_value(whole_path),
-           'File for dead letters without a topic, or refused by it; JSON lines.'),
+           'File for dead letters that no topic has taken; JSON lines.'),
     Option('dead-letter', 'discard', 'no', parse_yes_no, 'yes: dead letters are discarded.'),
     Option('metrics', 'listen', '', optional_value(parse_address),
            'host:port at which the daemon answers /metrics, /healthz, /readyz and a page to look at; empty: nowhere.'),
@@ -3221,8 +3221,8 @@ HTTP_TIMEOUTS: dict[str, Any] = {'connect_timeout': LOOKUP_TIMEOUT, 'request_tim
 OUTPUT_BUFFER_TIMEOUT = 25       # ms that nsqd may keep messages back: the least it takes (--min-output-buffer-timeout)
 OUTPUT_BUFFER_SIZE = 64 * 1024   # bytes that nsqd gathers for one write: the most it takes (--max-output-buffer-size)
 TICK_INTERVAL = 0.025            # seconds between looks at RDY, idleness and TOUCH
-# Seconds, plus a round trip, after which nsqd must have acted on an RDY, which has no answer: it may send once more
-# what its output buffer holds, and is given as long again.
+# Seconds, plus a round trip, after which nsqd must have acted on an RDY (it sends no answer): twice the time that
+# its output buffer may keep messages back.
 RDY_TRANSIT = 2 * OUTPUT_BUFFER_TIMEOUT / 1000
 DEFLATE_LEVEL = 1                # of what is sent: FINs, whose ids hardly get smaller at any
 PUBLISH_TIMEOUT = 5.0            # seconds for nsqd to take a batch of dead letters
@@ -4931,7 +4931,7 @@ def is_int64(value: Any) -> bool:
         return False
 
 
-# What original_message() needs of a header.
+# What a replay needs of a header.
 HEADER_CHECKS: dict[str, Callable[[Any], bool]] = {
     'reason': lambda value: isinstance(value, str) and value in REASONS,
     'id': lambda value: isinstance(value, str) and value.isascii(),
@@ -5137,7 +5137,7 @@ class DeadLetterSink:
 
 BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the client like an outage
 FAILURES_TO_HALVE = 3       # failures of a whole batch before it is halved
-MAX_LONE_FAILURES = 10      # messages that fail alone: beside fewer, one more may come to show that the store works
+MAX_LONE_FAILURES = 10      # while fewer messages fail alone, one more may come, to show that the store works
 HANGING_GRACE = 2.0         # seconds: a call that lasts for so much longer than its time limit hangs
 NO_VERDICT = {'stop', 'undecided'}   # outcomes that do not show whether the store accepts records
 WriteBatch = Callable[[list[Message]], Awaitable[list[WriteResult]]]        # messages -> a result each
@@ -5272,6 +5272,7 @@ class Batcher:
         self.retries: collections.deque[Batch] = collections.deque()   # batches that may go again
         self.calls: list[float] = []         # loop times at which those under way began
         self.successes = 0                   # batches after which the backend was known to work
+        self.succeeded_at = -math.inf        # loop time of the last of them
         self.last_error = ''
         self.breaker = Breaker(BreakerState.CLOSED if health.is_up(backend) else BreakerState.HALF_OPEN)
         self.stopped = False                 # no batch starts
@@ -5357,6 +5358,7 @@ class Batcher:
     def on_batch_success(self) -> None:
         """The backend works, or answers for single messages."""
         self.successes += 1
+        self.succeeded_at = asyncio.get_running_loop().time()
         self.breaker.on_success()
         self.health.report_recovery(self.backend)
 
@@ -5572,7 +5574,7 @@ class InFlightBytes:
     def is_flooded(self) -> bool:
         """True when it is over twice the limit.
 
-        Example: RDY is 500, for none has come yet. The first message has 1 MiB, so RDY falls to 31; until nsqd receives
+        Example: RDY is 500, for none has come yet. The first message has 1 MiB, so RDY falls to 32; until nsqd receives
         that, it may send 500 MiB. They stay in nsqd and in the sockets.
         """
         return self.total > 2 * self.limit
@@ -5704,8 +5706,8 @@ class Consumer:
         self.tasks.wake.set()
 
     def on_disconnect(self, connection: Subscription, error: str, news: ChangeLog) -> None:
-        """Handles a connection that failed or ended. While no nsqd is connected, Health says why, with the latest error
-        of each; else `news`, the log of this nsqd."""
+        """Handles a connection that failed or ended. Health is told of the last and, in an outage, of all
+        once each has failed; else `news`, the log of this nsqd."""
         connection.close_socket()
         self.connect_errors[connection.address] = error
         was_up = connection in self.connections
@@ -5945,12 +5947,12 @@ SINK_RETRY_TIME = 5.0       # seconds that a dead letter waits for an unavailabl
 # Deliveries after which an undecided message becomes a dead letter; those that an outage used up count, too.
 REFUSALS_TO_REJECT = 3
 SMALL_BODY = 512            # bytes of a body that is too small to count what it contains
-SMALL_FACTOR = 32           # decoded bytes per byte of such a body, at most
+SMALL_FACTOR = 44           # decoded bytes per byte of such a body, at most (lists in lists, measured)
 
 
 def decoded_size(body: bytes) -> int:
-    """The maximum memory of a decoded message: a list of empty lists takes 40 times its body. The sizes are those of
-    CPython's objects (sys.getsizeof): 64 and more a list, 184 and more an object, and for each element a pointer and
+    """The maximum memory of a decoded message: lists inside lists take 44 times their body. The sizes are those of
+    CPython's objects (sys.getsizeof): 56 and more a list, 64 and more an object, and for each element a pointer and
     itself."""
     if len(body) < SMALL_BODY:
         return len(body) * SMALL_FACTOR
@@ -6363,10 +6365,11 @@ class Window:
         return not (self.store_batcher.is_hanging(now) or self.dead_letter_batcher.is_hanging(now))
 
     def report_hanging_calls(self, now: float) -> None:
-        """Tells Health of a backend in which a call hangs; the next call that succeeds clears it."""
+        """Tells Health of a backend in which a call hangs, and no other succeeds; the next that does clears it."""
         for batcher in (self.store_batcher, self.dead_letter_batcher):
-            if batcher.is_hanging(now) and self.pipeline.health.is_up(batcher.backend):
-                seconds = batcher.call_timeout + HANGING_GRACE
+            seconds = batcher.call_timeout + HANGING_GRACE
+            is_silent = batcher.is_hanging(now) and now - batcher.succeeded_at > seconds
+            if is_silent and self.pipeline.health.is_up(batcher.backend):
                 self.pipeline.health.report_failure(batcher.backend, f'a call has not come back in {seconds:.1f} s')
 
     @property
@@ -6483,7 +6486,7 @@ async def close_pipeline(source: Any, store: Store, executor: StoreExecutor, sin
     """Requeues what is in flight, closes source and store, within a few seconds even if a call hangs."""
     if sink:
         sink.close()
-    source.stop()   # RDY 0, for an error in a window leaves it open; else nsqd would deliver them here again
+    source.stop()   # RDY 0, for an error skips Window.close(): else nsqd would deliver them here again
     if source.in_flight:
         source.requeue(list(source.in_flight.values()))
     await source.close()
@@ -7139,7 +7142,7 @@ class WindowRunner:
         return window
 
     async def clear_errors_when_idle(self, source: Source) -> None:
-        """Clears failures at each RECOVERY_TICK that finds the queue idle: no batch can."""
+        """Clears failures each RECOVERY_TICK while the queue is idle, as no batch does."""
         while True:
             await asyncio.sleep(RECOVERY_TICK)
             if source.idle_since is not None and self.window and not self.window.pending_count:
@@ -7147,7 +7150,7 @@ class WindowRunner:
 
     def clear_errors(self) -> None:
         """Clears the failure of the store, whose connection has to be enough, as nothing waits for it; and that of the
-        dead letters when none of them can come again, as others have settled them.
+        dead letters when each that was given back has had time to come again: others must have settled it.
 
         Example: of two workers, one could not keep a dead letter and gave it back; the other one got it, and kept it.
         Nothing ever comes to the first that could tell it so.
@@ -7244,7 +7247,7 @@ MAX_FAILED_STARTS = 5          # failed starts in a row of every worker, after w
 
 
 class WorkerState(enum.StrEnum):
-    """STARTING: opens its backends first. IDLE: waits for a grant. BUSY: between grant and IDLE. STOPPING: was told to
+    """STARTING: (re)opens its backends. IDLE: waits for a grant. BUSY: between grant and IDLE. STOPPING: was told to
     stop. BACKOFF: its process has exited, and the next one starts after a delay.
 
     A worker reports the first three; its parent sets all but IDLE.
@@ -8444,7 +8447,7 @@ async def check_connections(config: types.SimpleNamespace, filename: str) -> int
 
 
 def report_end(description: str, problems: Sequence[str]) -> bool:
-    """Prints the description of an end, which may be empty, and then logs its problems. Returns True without any."""
+    """Prints the description of a backend, if any, and then logs its problems. Returns True where it has none."""
     if description:
         print(escape_controls(description), flush=True)   # before the problems, which go to stderr
     for problem in problems:

@@ -1,7 +1,9 @@
 """A window between a source and a store that are objects of the test, by a clock of its own."""
 import asyncio
 import itertools
+import json
 import math
+import sys
 import types
 
 import pytest
@@ -184,6 +186,21 @@ def test_a_call_that_hangs_in_a_window_without_end_is_a_failure_until_the_next_o
         await asyncio.sleep(20)
         return STORED
     window_of(steps, (0, math.inf, math.inf, True), write=lambda numbers, now: come_back_late())
+
+
+def test_a_call_that_hangs_beside_others_that_succeed_is_no_failure_of_the_store():
+    async def steps(window, queue):
+        health = window.pipeline.health
+        queue.send(0)
+        for second in range(20):
+            queue.send(*range(4 * second + 1, 4 * second + 5))   # a full batch does not wait for the first one
+            await wait_for(lambda number=4 * second + 4: len(queue.finished) == number)
+            await asyncio.sleep(1)
+            assert health.is_up('store')
+        await wait_for(lambda: not health.is_up('store'))
+        window.end(End.RELOAD)
+    window_of(steps, (0, math.inf, math.inf, True),
+              write=lambda numbers, now: asyncio.sleep(1e6) if 0 in numbers else STORED)
 
 
 def test_a_dead_letter_that_never_comes_back_is_a_failure_of_their_keeper():
@@ -406,10 +423,20 @@ def test_a_background_task_that_fails_ends_the_program():
 
 
 @pytest.mark.parametrize(('body', 'size'), [
-    (b'x' * 511, 511 * 32), (b'x' * 512, 512), (b'[' * 600, 600 * 129), (b'{' * 600, 600 * 257),
+    (b'x' * 511, 511 * 44), (b'x' * 512, 512), (b'[' * 600, 600 * 129), (b'{' * 600, 600 * 257),
     (b',' * 600, 600 * 73)])
 def test_the_memory_that_a_message_takes_is_told_from_its_bytes(body, size):
     assert decoded_size(body) == size
+
+
+@pytest.mark.parametrize('body', [
+    b'[' * 60 + b']' * 60, b'[' * 250 + b']' * 250, b'[[]' + b',[]' * 100 + b']', b'{"a":' * 60 + b'1' + b'}' * 60,
+    b'[1e9' + b',1e9' * 100 + b']', b'[[],{}' + b',[],{}' * 200 + b']'], ids=len)
+def test_no_decoded_message_takes_more_than_that(body):
+    def size_of(value):
+        parts = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else ()
+        return sys.getsizeof(value) + sum(map(size_of, parts))
+    assert size_of(json.loads(body)) <= decoded_size(body)
 
 
 def test_messages_that_were_requeued_without_a_fault_are_worth_a_warning(caplog):
