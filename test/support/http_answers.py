@@ -4,13 +4,13 @@ import urllib.request
 
 
 def get(port, path):
-    """(status, text) of an answer; (0, '') when nobody listens."""
+    """(status, text) of an answer; (0, '') when nobody listens, or ceases to meanwhile."""
     try:
         with urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=10) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
-    except urllib.error.URLError:
+    except (urllib.error.URLError, ConnectionError):
         return 0, ''
 
 

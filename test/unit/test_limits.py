@@ -73,3 +73,16 @@ def test_a_header_in_two_parts_announces_its_frame_as_well():
     assert connection.unpack_frames(header[:5]) == []
     with pytest.raises(xmsrv.NsqdError, match='frame of 1073741824 bytes'):
         connection.unpack_frames(connection.buffer + header[5:])
+
+
+@pytest.mark.parametrize('given, expected', [
+    ({}, 1000),
+    ({'aerospike': {'batch-size': '200'}}, 1000),
+    ({'aerospike': {'batch-size': '2000'}}, 4000),   # one batch under way, and one that gathers
+    ({'store': 'sqlite'}, 2500),
+    ({'store': 'sqlite', 'aerospike': {'batch-size': '2000'}}, 2500),
+    ({'nsq': {'max-in-flight': '7'}}, 7),
+    ({'nsq': {'max-in-flight': '9000'}, 'store': 'sqlite'}, 9000),
+], ids=str)
+def test_an_empty_max_in_flight_is_what_keeps_the_store_busy(given, expected):
+    assert fakes.options(**given).nsq.max_in_flight == expected
