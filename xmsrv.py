@@ -2445,9 +2445,9 @@ def build_config(raw: Sections) -> tuple[types.SimpleNamespace, list[Fault], lis
     config.record.delete = getattr(config.record, 'delete', None)
     derive_options(config)
     keep_faulty_fields(config.message.fields, faults)
-    undecided = undecided_options(faults)
+    unjudged = unjudged_options(faults)
     faults += [fault for fault in cross_faults(config)
-               if not undecided & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
+               if not unjudged & {(fault.section, fault.option), ('', fault.section.partition('.')[0])}]
     return config, faults, list(cross_warnings(config))
 
 
@@ -2466,7 +2466,7 @@ BLAMED_WITH = {
 }
 
 
-def undecided_options(faults: Iterable[Fault]) -> set[tuple[str, str]]:
+def unjudged_options(faults: Iterable[Fault]) -> set[tuple[str, str]]:
     """The options, as (section, name), of which cross_faults() can't judge because of these faults: one fault is one
     line. With a section they are all that is in it.
 
@@ -5152,6 +5152,7 @@ BATCH_BYTES = 8 << 20       # of message bodies: a call of 150 MB looks to the c
 FAILURES_TO_HALVE = 3       # failures of a whole batch before it is halved
 MAX_LONE_FAILURES = 10      # while fewer messages fail alone, one more may come, to show that the store works
 HANGING_GRACE = 2.0         # seconds: a call that lasts for so much longer than its time limit hangs
+HANGING_TEXT = 'a call has not come back in %.1f s'
 NO_VERDICT = {'stop', 'undecided'}   # outcomes that do not show whether the store accepts records
 WriteBatch = Callable[[list[Message]], Awaitable[list[WriteResult]]]        # messages -> a result each
 SettleBatch = Callable[[list[Message], list[WriteResult]], list[Message]]   # messages, results -> the messages to retry
@@ -5310,9 +5311,14 @@ class Batcher:
         """True when no call is under way and no batch can start now: the rest waits for the end of a delay."""
         return not self.calls and (self.stopped or self.is_failing or not (self.pending or self.retries))
 
+    @property
+    def hanging_after(self) -> float:
+        """Seconds after which a call hangs: its time limit and HANGING_GRACE."""
+        return self.call_timeout + HANGING_GRACE
+
     def is_hanging(self, now: float) -> bool:
-        """True when a call has been under way for longer than its time limit and HANGING_GRACE."""
-        return now - min(self.calls, default=now) > self.call_timeout + HANGING_GRACE
+        """True when a call has been under way for longer than that."""
+        return now - min(self.calls, default=now) > self.hanging_after
 
     def add_messages(self, messages: list[Message]) -> None:
         """Adds messages, and starts the batches that may start."""
@@ -6334,7 +6340,7 @@ class Window:
             batcher = letters if letters.calls and not store.calls and self.end_reason is not End.SIGNAL else store
             seconds = batcher.call_timeout + 0.5
             if bounded and loop.time() - max(begun, self.times.progress_at) > seconds:
-                batcher.last_error = f'a call has not come back in {seconds:.1f} s'
+                batcher.last_error = HANGING_TEXT % seconds
                 if self.end_reason is End.SIGNAL:
                     log.error('%s: %s', batcher.backend, batcher.last_error)
                 else:   # so that the window runner opens it anew, and waits until it can
@@ -6380,10 +6386,9 @@ class Window:
     def report_hanging_calls(self, now: float) -> None:
         """Tells Health of a backend in which a call hangs, and no other succeeds; the next that does clears it."""
         for batcher in (self.store_batcher, self.dead_letter_batcher):
-            seconds = batcher.call_timeout + HANGING_GRACE
-            is_silent = batcher.is_hanging(now) and now - batcher.succeeded_at > seconds
+            is_silent = batcher.is_hanging(now) and now - batcher.succeeded_at > batcher.hanging_after
             if is_silent and self.pipeline.health.is_up(batcher.backend):
-                self.pipeline.health.report_failure(batcher.backend, f'a call has not come back in {seconds:.1f} s')
+                self.pipeline.health.report_failure(batcher.backend, HANGING_TEXT % batcher.hanging_after)
 
     @property
     def count(self) -> dict[str, int]:
@@ -8450,27 +8455,19 @@ async def check_connections(config: types.SimpleNamespace, filename: str) -> int
     """Connects to the store and the queue, and reports each as soon as it is known. Returns the exit status. filename:
     of the configuration."""
     print(f'{filename}: valid', flush=True)
-    results = [report_end('', [f'{filename}: {fault}' for fault in unwritable_paths(config)]),
-               report_end(*check_store(config)),
-               *[report_end(*result) for result in await check_nsqds(config)]]
-    if not all(results):
-        return os.EX_UNAVAILABLE
-    print_no_fault(filename)
-    return os.EX_OK
+    results = [report_backend('', [f'{filename}: {fault}' for fault in unwritable_paths(config)]),
+               report_backend(*check_store(config)),
+               *[report_backend(*result) for result in await check_nsqds(config)]]
+    return os.EX_OK if all(results) else os.EX_UNAVAILABLE
 
 
-def report_end(description: str, problems: Sequence[str]) -> bool:
+def report_backend(description: str, problems: Sequence[str]) -> bool:
     """Prints the description of a backend, if any, and then logs its problems. Returns True where it has none."""
     if description:
         print(escape_controls(description), flush=True)   # before the problems, which go to stderr
     for problem in problems:
         log.error('%s', problem)
     return not problems
-
-
-def print_no_fault(filename: str) -> None:
-    """Says that `check` found no fault, in the configuration of that file or, with --connect, in what it needs."""
-    print(f'{filename}: no fault found', flush=True)
 
 
 def check_store(config: types.SimpleNamespace) -> tuple[str, list[str]]:
@@ -8493,7 +8490,7 @@ async def check_nsqds(config: types.SimpleNamespace) -> list[tuple[str, list[str
         return [('', [str(error)])]
     described = await asyncio.gather(*(describe_nsqd(config, address, http_port)
                                        for address, http_port in nsqds.items()), return_exceptions=True)
-    results = list[tuple[str, list[str]]]()
+    results: list[tuple[str, list[str]]] = []
     for address, found in zip(nsqds, described, strict=True):
         if isinstance(found, UNREACHABLE):
             results.append(('', [f'nsqd {format_address(address)}: {describe_error(found)}']))
@@ -8853,10 +8850,10 @@ def command_check(arguments: argparse.Namespace) -> int:
     if arguments.message is not None:
         check_message(config, read_message(arguments.message))
         return os.EX_OK
-    if arguments.connect:
-        return asyncio.run(check_connections(config, arguments.config))
-    print_no_fault(arguments.config)
-    return os.EX_OK
+    status = asyncio.run(check_connections(config, arguments.config)) if arguments.connect else os.EX_OK
+    if not status:
+        print(f'{arguments.config}: no fault found', flush=True)
+    return status
 
 
 def read_message(filename: str) -> bytes:

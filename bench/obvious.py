@@ -13,7 +13,7 @@ import nsq
 from tornado.ioloop import IOLoop
 
 COMMIT_EVERY = 100
-MAX_IN_FLIGHT = 2500  # as x-msrv
+MAX_IN_FLIGHT = 2500  # as x-msrv to SQLite
 
 
 def sqlite_store(database, topic, count):

@@ -288,7 +288,7 @@ MUTANTS = (
     Mutant('health is not told of the recovery', "        self.breaker.on_success()\n        self.health.report_recovery(self.backend)", '        self.breaker.on_success()'),
     Mutant('what is tried again beside what is undecided is forgotten', '            self.retry_records(batch, retry)\n', '                self.retry_records(batch, retry)\n'),
     Mutant('a letter is given up while its nsqd is away', " or result.outcome == 'unkept':", ':'),
-    Mutant('a call that hangs is an outage though others succeed', 'is_silent = batcher.is_hanging(now) and now - batcher.succeeded_at > seconds', 'is_silent = batcher.is_hanging(now)'),
+    Mutant('a call that hangs is an outage though others succeed', 'is_silent = batcher.is_hanging(now) and now - batcher.succeeded_at > batcher.hanging_after', 'is_silent = batcher.is_hanging(now)'),
     Mutant('a call that hangs is not reported', '            self.report_hanging_calls(loop.time())\n', ''),
     Mutant('a store that hangs at the end of a window is up', '                    self.pipeline.health.report_failure(batcher.backend, batcher.last_error)\n', '                    pass\n'),
     Mutant('a refused letter is an outage', "(result.outcome == 'unkept' and result.reason != 'refused')", "result.outcome == 'unkept'"),
